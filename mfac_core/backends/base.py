@@ -1,0 +1,129 @@
+"""The contract of an array backend: it answers where arrays live, never what is computed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Array", "Backend", "Device", "array_namespace"]
+
+Array = Any
+"""A NumPy or CuPy array, or any other array that follows the array API standard."""
+
+
+class Backend(Protocol):
+    """Places arrays on the devices of one array library.
+
+    ``device`` is always one of the names in :meth:`devices`.
+    """
+
+    name: str
+
+    def devices(self) -> tuple[str, ...]:
+        """Return the names of the devices that exist, such as ``("cuda:0", "cuda:1")``."""
+
+    def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
+        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy where none is needed."""
+
+    def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
+        """Return a new array of zeros on ``device``."""
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return ``x`` in host memory; no copy where none is needed."""
+
+    def on(self, device: str) -> AbstractContextManager[Any]:
+        """Return a context in which this thread's work runs on ``device``."""
+
+    def workers(self, device: str, tasks: int) -> AbstractContextManager[int]:
+        """Return a context that gives how many threads should work on ``tasks`` at once, without oversubscription."""
+
+    def free_bytes(self, device: str) -> int | None:
+        """Return the free memory of ``device`` in bytes, or ``None`` when it cannot be known."""
+
+    def synchronize(self, device: str) -> None:
+        """Wait until the work queued on ``device`` is done."""
+
+    def release(self, device: str) -> None:
+        """Give cached memory of ``device`` back."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device together with the backend that drives it.
+
+    Args:
+        backend: The backend that places arrays there.
+        name: One of ``backend.devices()``.
+    """
+
+    backend: Backend
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def asarray(self, x: Array, dtype: Any = None) -> Array:
+        """Return ``x`` on this device.
+
+        Args:
+            x: An array of the backend's library, or a NumPy array.
+            dtype: Wanted dtype; ``None`` keeps that of ``x``.
+
+        Returns:
+            The array on this device; ``x`` itself when nothing has to change.
+        """
+        return self.backend.asarray(x, self.name, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Return zeros on this device.
+
+        Args:
+            shape: Shape of the array.
+            dtype: NumPy dtype of the array.
+
+        Returns:
+            The new array.
+        """
+        return self.backend.zeros(shape, self.name, dtype)
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return an array of this device in host memory.
+
+        Args:
+            x: An array on this device.
+
+        Returns:
+            A NumPy array; no copy where none is needed.
+        """
+        return self.backend.to_numpy(x)
+
+
+def array_namespace(x: Array) -> Any:
+    """Return the module whose functions work on ``x``.
+
+    Args:
+        x: A NumPy or CuPy array, or one that follows the array API standard.
+
+    Returns:
+        ``numpy``, ``cupy`` or the array's own namespace.
+
+    Raises:
+        TypeError: If ``x`` is not such an array.
+
+    Example:
+        >>> array_namespace(np.zeros(2)).__name__
+        'numpy'
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return np
+    if hasattr(x, "__array_namespace__"):
+        return x.__array_namespace__()
+    library = type(x).__module__.partition(".")[0]
+    if library == "cupy":
+        return sys.modules[library]
+    raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not an array; pass a NumPy or CuPy array")

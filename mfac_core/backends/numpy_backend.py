@@ -1,0 +1,113 @@
+"""Arrays in host memory, computed by NumPy on all cores that this process may use."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends.base import Array
+
+__all__ = ["NumpyBackend"]
+
+_logger = logging.getLogger("mfac_core")
+
+
+class NumpyBackend:
+    """The backend of the device ``cpu``; see :class:`mfac_core.backends.base.Backend` for the contract."""
+
+    name = "numpy"
+
+    def devices(self) -> tuple[str, ...]:
+        """Return ``("cpu",)``."""
+        return ("cpu",)
+
+    def asarray(self, x: Array, device: str, dtype: Any = None) -> npt.NDArray[Any]:
+        """Return ``x`` as a NumPy array."""
+        return np.asarray(x, dtype=dtype)
+
+    def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> npt.NDArray[Any]:
+        """Return a new array of zeros; its memory is taken when it is written to."""
+        return np.zeros(shape, dtype)
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        """Return ``x`` itself."""
+        return np.asarray(x)
+
+    def on(self, device: str) -> AbstractContextManager[Any]:
+        """Return a context that changes nothing."""
+        return nullcontext()
+
+    @contextmanager
+    def workers(self, device: str, tasks: int) -> Iterator[int]:
+        """Give one worker per core with BLAS held to one thread each, or one worker when BLAS should use all cores.
+
+        Many small tasks run best side by side; a single task is left to the threads of BLAS.
+        """
+        cores = _cores()
+        limits = _thread_limits()
+        if min(tasks, cores) < 2 or limits is None:
+            yield 1
+            return
+        with limits(limits=1, user_api="blas"):
+            yield min(tasks, cores)
+
+    def free_bytes(self, device: str) -> int | None:
+        """Return the memory that this process may still take: what the system or its control group has left."""
+        left = [value for value in (_system_free_bytes(), _control_group_free_bytes()) if value is not None]
+        return min(left, default=None)
+
+    def synchronize(self, device: str) -> None:
+        """Do nothing: work in host memory is done when the call returns."""
+
+    def release(self, device: str) -> None:
+        """Do nothing: NumPy gives memory back by itself."""
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def _thread_limits() -> Any:
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:
+        _logger.warning("threadpoolctl is not installed: blocks are computed one after another, on the threads of BLAS")
+        return None
+    return threadpool_limits
+
+
+@cache
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError:
+        _logger.warning("psutil is not installed: free memory is not known, so memory is not checked beforehand")
+        return None
+    return psutil
+
+
+def _system_free_bytes() -> int | None:
+    psutil = _psutil()
+    return None if psutil is None else int(psutil.virtual_memory().available)
+
+
+def _control_group_free_bytes() -> int | None:
+    # A container's limit is often lower than the machine's memory, and exceeding it kills the process.
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+    except (OSError, ValueError):
+        return None
+    return max(limit - used, 0)

@@ -1,0 +1,200 @@
+"""The ``m`` most recent gradient samples over the unpruned weights, stored block by block.
+
+Each chunk of a block group is one contiguous array of shape ``(count, m, width)``, so that a pruning step reads
+every block as one piece, and several small blocks in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array, Device, array_namespace, resolve_device
+from mfac_core.blocks import BlockGroup, cut
+
+__all__ = ["GradientWindow"]
+
+
+class GradientWindow:
+    """A ring of gradient samples.
+
+    Args:
+        num_weights: Number of unpruned weights ``d``.
+        num_gradients: Rows ``m`` that are kept; a further row replaces the oldest.
+        block_size: Weights per Fisher block; ``None`` means one block.
+        device: Where the rows are kept, a name or a device.
+        dtype: dtype of the rows.
+
+    Example:
+        >>> window = GradientWindow(3, 2, block_size=None)
+        >>> for value in (1.0, 2.0, 3.0):
+        ...     window.push(np.full(3, value, np.float32))
+        >>> window.count, window.to_rows()[:, 0].tolist()
+        (2, [3.0, 2.0])
+    """
+
+    def __init__(
+        self,
+        num_weights: int,
+        num_gradients: int,
+        *,
+        block_size: int | None,
+        device: str | Device = "cpu",
+        dtype: Any = np.float32,
+    ) -> None:
+        self.num_weights = num_weights
+        self.num_gradients = num_gradients
+        self.block_size = block_size
+        self.device = resolve_device(device)
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        self._position = 0
+        self.groups = self._cut(num_weights, num_gradients)
+        self._storage = [self._allocate(group, num_gradients) for group in self.groups]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the window holds as many rows as it keeps."""
+        return self.count == self.num_gradients
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the rows in bytes."""
+        return self.num_weights * self.num_gradients * self.dtype.itemsize
+
+    def push(self, gradient: Array) -> None:
+        """Store one gradient sample; a full window drops its oldest.
+
+        Args:
+            gradient: Shape ``(d,)``, on the window's device or in host memory. Copied.
+
+        Raises:
+            ValueError: If the shape differs.
+        """
+        if tuple(gradient.shape) != (self.num_weights,):
+            raise ValueError(
+                f"a gradient sample of this window has shape ({self.num_weights},), got {tuple(gradient.shape)}"
+            )
+        with self.device.backend.on(self.device.name):
+            row = self.device.asarray(gradient, self.dtype)
+            xp = array_namespace(row)
+            for group, chunks in zip(self.groups, self._storage, strict=True):
+                for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+                    chunk[:, self._position, :] = xp.reshape(row[start:stop], (group.count, -1))
+        self._position = (self._position + 1) % self.num_gradients
+        self.count = min(self.count + 1, self.num_gradients)
+
+    def chunks(self, index: int) -> list[Array]:
+        """Return the rows stored so far of one group.
+
+        Args:
+            index: Position of the group in :attr:`groups`.
+
+        Returns:
+            For each chunk an array of shape ``(count, rows, width)``: views, in ring order.
+        """
+        return [chunk[:, : self.count, :] for chunk in self._storage[index]]
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        self.count = 0
+        self._position = 0
+
+    def rebuild(self, kept: npt.NDArray[np.bool_], num_gradients: int) -> None:
+        """Drop columns and change the number of rows, block by block, without a second window.
+
+        Args:
+            kept: Which columns stay, shape ``(d,)``, in host memory.
+            num_gradients: Rows kept from now on; the most recent ones stay.
+        """
+        rows = self._chronological()[-num_gradients:]
+        num_weights = int(np.count_nonzero(kept))
+        groups = self._cut(num_weights, num_gradients)
+        with self.device.backend.on(self.device.name):
+            pieces = self._drain(kept, rows)
+            storage = []
+            left: Array | None = None
+            for group in groups:
+                chunks = self._allocate(group, num_gradients)
+                for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+                    columns, left = _take_columns(pieces, left, stop - start)
+                    xp = array_namespace(columns)
+                    chunk[:, : len(rows), :] = xp.permute_dims(
+                        xp.reshape(columns, (len(rows), group.count, -1)), (1, 0, 2)
+                    )
+                storage.append(chunks)
+        self.num_weights = num_weights
+        self.num_gradients = num_gradients
+        self.groups = groups
+        self._storage = storage
+        self.count = len(rows)
+        self._position = self.count % num_gradients
+
+    def to_rows(self) -> npt.NDArray[Any]:
+        """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""
+        rows = np.empty((self.count, self.num_weights), self.dtype)
+        for group, chunks in zip(self.groups, self._storage, strict=True):
+            for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+                part = self.device.to_numpy(chunk[:, : self.count, :])
+                rows[:, start:stop] = part.transpose(1, 0, 2).reshape(self.count, stop - start)
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rows and the position of the ring."""
+        return {"rows": self.to_rows(), "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take rows and position from :meth:`state_dict`.
+
+        Args:
+            state: What :meth:`state_dict` returned, of a window with as many columns and rows.
+
+        Raises:
+            ValueError: If the rows do not fit this window.
+        """
+        rows = np.asarray(state["rows"])
+        if rows.ndim != 2 or rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
+            raise ValueError(
+                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
+                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
+            )
+        self.clear()
+        for row in rows:
+            self.push(row)
+        self._position = int(state["position"])
+
+    def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
+        return cut(num_weights, self.block_size, num_gradients=num_gradients, itemsize=self.dtype.itemsize)
+
+    def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
+        return [self.device.zeros((group.count, num_gradients, width), self.dtype) for width in group.chunk_widths]
+
+    def _chronological(self) -> npt.NDArray[np.intp]:
+        first = self._position if self.is_full else 0
+        return (first + np.arange(self.count)) % self.num_gradients
+
+    def _drain(self, kept: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
+        """Yield the kept columns of chunk after chunk, shape ``(rows, columns)``, freeing each chunk on the way."""
+        for group, chunks in zip(self.groups, self._storage, strict=True):
+            for (start, stop), width in zip(group.chunk_bounds, group.chunk_widths, strict=True):
+                chunk = chunks.pop(0)
+                xp = array_namespace(chunk)
+                wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], group.count * width))
+                del chunk
+                columns = self.device.asarray(np.flatnonzero(kept[start:stop]))
+                yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)
+
+
+def _take_columns(pieces: Iterator[Array], left: Array | None, count: int) -> tuple[Array, Array]:
+    """Return the next ``count`` columns of the pieces, and what is left of the last piece."""
+    parts = [] if left is None else [left]
+    have = sum(part.shape[1] for part in parts)
+    while have < count:
+        parts.append(next(pieces))
+        have += parts[-1].shape[1]
+    xp = array_namespace(parts[0])
+    columns = parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
+    return columns[:, :count], columns[:, count:]

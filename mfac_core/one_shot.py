@@ -1,0 +1,153 @@
+"""One pruning step on plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mfac_core.backends import Array, Device, array_namespace, device_of, resolve_devices
+from mfac_core.gradient_matrix import GradientMatrix
+from mfac_core.masks import newly_pruned
+from mfac_core.pruning_step import PruneResult, mfac_step
+from mfac_core.settings import MaskType, Scope, Update, check_mask_type
+from mfac_core.weight_layout import WeightLayout
+
+__all__ = ["prune"]
+
+_ARRAY = "weights"  # the name of a single array among the mappings below
+
+
+def prune(
+    weights: Array | Mapping[str, Array],
+    gradients: Array | Mapping[str, Array],
+    *,
+    sparsity: float,
+    masks: Array | Mapping[str, Array] | None = None,
+    block_size: int | None = 2000,
+    damping: float = 1e-5,
+    scope: Scope = "layer",
+    mask_type: MaskType = "unstructured",
+    update: Update = "independent",
+    devices: Sequence[str | Device] | str | Device = ("cpu",),
+) -> PruneResult:
+    """Prune weights to a sparsity by M-FAC, in one step.
+
+    The weights that ``masks`` keeps are concatenated in order and cut into Fisher blocks.
+
+    Args:
+        weights: One array, or a mapping from name to array; float32 or float64, NumPy or CuPy. Not modified.
+        gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
+            ``weights``, arrays of shape ``(m, *shape)``. Not modified.
+        sparsity: Pruned fraction to reach, in ``[0, 1)``: exactly ``round(n * sparsity)`` zeros, per layer or over
+            all weights according to ``scope``. Where it is reached already, nothing changes.
+        masks: Which weights are unpruned so far (True), in the form of ``weights``; ``None`` means all.
+        block_size: Weights per Fisher block; ``None`` means one block.
+        damping: Added to the diagonal of the empirical Fisher, positive.
+        scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights.
+        mask_type: Pattern of the zeros.
+        update: ``independent`` (the paper's) or ``joint`` (exact OBS for the pruned set).
+        devices: Where the blocks are computed.
+
+    Returns:
+        Weights and masks in the form and on the device of ``weights``, the sparsity reached, and the predicted
+        loss increase.
+
+    Raises:
+        ValueError: If shapes or names do not fit, a setting is out of range, or a gradient holds NaN or Inf.
+        DeviceError: If a device does not exist.
+        IllConditionedError: If a block cannot be inverted accurately.
+
+    Example:
+        >>> import numpy as np
+        >>> gradients = np.random.default_rng(0).standard_normal((32, 4))
+        >>> result = prune(np.array([0.1, 2.0, -0.2, 3.0]), gradients, sparsity=0.5)
+        >>> result.masks.tolist(), result.sparsity
+        ([False, True, False, True], 0.5)
+    """
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+    if update not in ("independent", "joint"):
+        raise ValueError(f"update must be 'independent' or 'joint', got {update!r}")
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size must be at least 1, or None for one block, got {block_size}")
+    check_mask_type(mask_type)
+
+    named = _named(weights)
+    layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
+    vector = layout.flatten(named)
+    if vector.dtype not in (np.float32, np.float64):
+        raise ValueError(f"weights must be float32 or float64, got {vector.dtype}; convert them first")
+    kept = _kept(masks, layout)
+    source = GradientMatrix(_gradient_parts(gradients, weights, layout), kept, block_size=block_size)
+
+    unpruned = vector[kept]
+    if source.num_weights:
+        updated, chosen, increase = mfac_step(
+            unpruned,
+            source,
+            lambda saliencies: newly_pruned(saliencies, kept, sparsity, layout.segments, scope),
+            damping=damping,
+            update=update,
+            devices=resolve_devices(devices),
+        )
+    else:
+        updated, chosen, increase = unpruned, np.zeros(0, bool), 0.0
+    new_kept = kept.copy()
+    new_kept[kept] = ~chosen
+    new_vector = np.zeros_like(vector)
+    new_vector[kept] = updated
+    return PruneResult(
+        weights=_like(layout.unflatten(new_vector), weights, named),
+        masks=_like(layout.unflatten(new_kept), weights, named),
+        sparsity=int(np.count_nonzero(~new_kept)) / layout.num_weights,
+        predicted_loss_increase=increase,
+    )
+
+
+def _named(arrays: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    return arrays if isinstance(arrays, Mapping) else {_ARRAY: arrays}
+
+
+def _kept(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> Any:
+    if masks is None:
+        return np.ones(layout.num_weights, bool)
+    named = _named(masks)
+    layout.check(named, "masks")
+    for name, mask in named.items():
+        if np.dtype(mask.dtype) != np.bool_:
+            raise ValueError(f"masks[{name!r}] must be boolean (True keeps), got {mask.dtype}")
+    return layout.flatten(named)
+
+
+def _gradient_parts(
+    gradients: Array | Mapping[str, Array], weights: Array | Mapping[str, Array], layout: WeightLayout
+) -> list[Array]:
+    if isinstance(gradients, Mapping):
+        if not isinstance(weights, Mapping):
+            raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
+        rows = next((tuple(array.shape)[:1] for array in gradients.values()), ())
+        layout.check(gradients, "gradients", leading=rows)
+        parts = [gradients[name].reshape(rows[0], -1) for name in layout.names]
+    elif tuple(gradients.shape[1:]) == (layout.num_weights,):
+        parts = [gradients]
+    elif not isinstance(weights, Mapping) and tuple(gradients.shape[1:]) == tuple(weights.shape):
+        parts = [gradients.reshape(gradients.shape[0], -1)]
+    else:
+        raise ValueError(
+            f"gradients must have one row of {layout.num_weights} numbers per sample, got shape {tuple(gradients.shape)}"
+        )
+    if parts[0].shape[0] == 0:
+        raise ValueError("gradients holds no sample; pass at least one row")
+    wanted = np.result_type(np.float32, *(np.dtype(part.dtype) for part in parts))
+    if wanted not in (np.float32, np.float64):
+        raise ValueError(f"gradients must be float32 or float64, got {wanted}; convert them first")
+    return [array_namespace(part).asarray(part, dtype=wanted) for part in parts]
+
+
+def _like(arrays: Mapping[str, Any], weights: Array | Mapping[str, Array], named: Mapping[str, Array]) -> Any:
+    placed = {name: device_of(named[name]).asarray(array) for name, array in arrays.items()}
+    return placed if isinstance(weights, Mapping) else placed[_ARRAY]

@@ -1,0 +1,75 @@
+"""Bytes before the run: what a pruning run will take at most, checked against what is free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mfac_core.backends import resolve_device
+from mfac_core.blocks import cut, working_bytes
+from mfac_core.errors import MemoryBudgetError
+from mfac_core.schedule import PlannedStep, num_gradients_at
+from mfac_core.settings import MFACSettings
+
+__all__ = ["WINDOW_ITEMSIZE", "check_memory", "peak_window"]
+
+WINDOW_ITEMSIZE = 4
+"""Bytes per number of the gradient window (float32)."""
+
+
+def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> tuple[int, int]:
+    """Return rows and columns of the largest gradient window of a run.
+
+    Args:
+        settings: What is pruned and how.
+        num_weights: Number of weights in scope ``n``.
+        schedule: The planned pruning steps.
+
+    Returns:
+        Rows ``m`` and columns ``d`` of the window with the most numbers.
+
+    Example:
+        >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
+        >>> peak_window(settings, 1000, [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)])
+        (512, 500)
+    """
+    # the window before a pruning step is as large as the sparsity reached by the step before it demands
+    reached = [0.0, *(step.sparsity for step in schedule[:-1])]
+    windows = [
+        (num_gradients_at(settings.num_gradients, sparsity), num_weights - round(num_weights * sparsity))
+        for sparsity in reached
+    ]
+    return max(windows, key=lambda window: window[0] * window[1])
+
+
+def check_memory(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> int:
+    """Refuse a run that would not fit, before it starts.
+
+    Args:
+        settings: What is pruned and how.
+        num_weights: Number of weights in scope.
+        schedule: The planned pruning steps.
+
+    Returns:
+        The bytes that the run takes at most on the device of the gradient window.
+
+    Raises:
+        MemoryBudgetError: If they exceed what is free; the message names both, and settings that would fit.
+    """
+    rows, columns = peak_window(settings, num_weights, schedule)
+    groups = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE)
+    working = 2 * max((working_bytes(group, rows, WINDOW_ITEMSIZE) for group in groups), default=0)
+    needed = rows * columns * WINDOW_ITEMSIZE + working
+    device = resolve_device(settings.gradients_device)
+    free = device.backend.free_bytes(device.name)
+    if free is None or needed <= free:
+        return needed
+    fitting = max((free - working) // (columns * WINDOW_ITEMSIZE), 0)
+    cure = (
+        f"num_gradients: {fitting} would fit"
+        if fitting
+        else "choose a smaller block_size, or fewer weights in params, or a machine with more memory"
+    )
+    raise MemoryBudgetError(
+        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights, "
+        f"and {working:,} bytes to work in), and {free:,} are free; {cure}"
+    )

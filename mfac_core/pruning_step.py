@@ -1,0 +1,86 @@
+"""One pruning step over the unpruned weights: inverse diagonal, saliency, mask, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array, Device
+from mfac_core.blockwise import BlockwiseFisher, GradientSource
+from mfac_core.obs import independent_update, joint_update, saliency
+from mfac_core.settings import Update
+
+__all__ = ["PruneResult", "Selection", "magnitude_step", "mfac_step"]
+
+Vector = npt.NDArray[Any]
+Selection = Callable[[Vector], npt.NDArray[np.bool_]]
+"""From the saliencies of the unpruned weights to which of them are pruned now."""
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pruning step leaves.
+
+    Args:
+        weights: The updated weights in the form that they were given: one array or a mapping; pruned ones exactly 0.
+        masks: Booleans of the same form and shapes; True keeps.
+        sparsity: Pruned fraction of all weights in scope.
+        predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
+            of the loss.
+    """
+
+    weights: Array | Mapping[str, Array]
+    masks: Array | Mapping[str, Array]
+    sparsity: float
+    predicted_loss_increase: float | None
+
+
+def mfac_step(
+    weights: Vector,
+    source: GradientSource,
+    select: Selection,
+    *,
+    damping: float,
+    update: Update,
+    devices: Sequence[str | Device] | str | Device,
+) -> tuple[Vector, npt.NDArray[np.bool_], float]:
+    """Prune by M-FAC saliency and compensate with the OBS update.
+
+    Args:
+        weights: Unpruned weights, shape ``(d,)``, in host memory. Not modified.
+        source: Gradient samples of these weights.
+        select: Chooses the newly pruned from the saliencies.
+        damping: Added to the diagonal of the empirical Fisher.
+        update: ``independent`` or ``joint``.
+        devices: Where the blocks are computed.
+
+    Returns:
+        The updated weights, which of them are newly pruned, and the predicted loss increase.
+    """
+    working = weights.astype(source.dtype, copy=False)
+    fisher = BlockwiseFisher(source, damping=damping, devices=devices)
+    inverse_diagonal = fisher.diagonal()
+    chosen = select(saliency(working, inverse_diagonal))
+    if update == "joint":
+        updated, increase = joint_update(fisher, working, chosen)
+    else:
+        updated, increase = independent_update(fisher, working, chosen, inverse_diagonal)
+    return updated.astype(weights.dtype, copy=False), chosen, increase
+
+
+def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:
+    """Prune the smallest weights; the others stay as they are.
+
+    Args:
+        weights: Unpruned weights, shape ``(d,)``, in host memory. Not modified.
+        select: Chooses the newly pruned from the magnitudes.
+
+    Returns:
+        The weights with zeros, and which of them are newly pruned.
+    """
+    chosen = select(np.abs(weights))
+    return np.where(chosen, np.zeros_like(weights), weights), chosen

@@ -1,0 +1,112 @@
+"""Names, shapes and offsets of the weights in scope: flatten, gather the unpruned, scatter back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array, array_namespace, device_of
+
+__all__ = ["WeightLayout"]
+
+
+class WeightLayout:
+    """The weights in scope in their order, seen as one vector of all ``n`` weights.
+
+    Args:
+        shapes: Name and shape of each weight array, in order.
+
+    Raises:
+        ValueError: If there is no weight at all.
+
+    Example:
+        >>> layout = WeightLayout({"a": (2, 2), "b": (3,)})
+        >>> layout.num_weights, layout.segments["b"]
+        (7, (4, 7))
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.segments: dict[str, tuple[int, int]] = {}
+        offset = 0
+        for name, shape in self.shapes.items():
+            self.segments[name] = (offset, offset + math.prod(shape))
+            offset += math.prod(shape)
+        self.num_weights = offset
+        if not offset:
+            raise ValueError("there are no weights to prune: pass at least one array with at least one element")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the weight arrays, in order."""
+        return tuple(self.shapes)
+
+    def check(self, arrays: Mapping[str, Array], what: str, *, leading: tuple[int, ...] = ()) -> None:
+        """Check that a mapping has exactly these names and shapes.
+
+        Args:
+            arrays: Name and array of each weight.
+            what: What the arrays are, for the message (``"gradients"``).
+            leading: Further dimensions expected in front of each shape.
+
+        Raises:
+            ValueError: If a name is missing or unknown, or a shape differs; the message names it.
+        """
+        missing = [name for name in self.shapes if name not in arrays]
+        unknown = [name for name in arrays if name not in self.shapes]
+        if missing or unknown:
+            raise ValueError(
+                f"{what} must have exactly the names of the weights; missing: {missing or 'none'}, unknown: {unknown or 'none'}"
+            )
+        for name, shape in self.shapes.items():
+            if tuple(arrays[name].shape) != leading + shape:
+                raise ValueError(f"{what}[{name!r}] has shape {tuple(arrays[name].shape)}, expected {leading + shape}")
+
+    def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> npt.NDArray[Any]:
+        """Return all weights as one vector in host memory.
+
+        Args:
+            arrays: Name and array of each weight.
+            dtype: Wanted dtype; ``None`` takes the common one.
+
+        Returns:
+            A new vector of shape ``(n,)``.
+        """
+        parts = [device_of(arrays[name]).to_numpy(arrays[name]).reshape(-1) for name in self.shapes]
+        return np.concatenate(parts, dtype=dtype)
+
+    def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of a vector of all weights.
+
+        Args:
+            vector: Shape ``(n,)``.
+
+        Returns:
+            Name and array of each weight: views of ``vector`` where possible.
+        """
+        return {name: vector[start:stop].reshape(self.shapes[name]) for name, (start, stop) in self.segments.items()}
+
+    def gather(self, arrays: Mapping[str, Array], kept: npt.NDArray[np.bool_], dtype: Any) -> Array:
+        """Return the unpruned entries of the arrays as one vector, on the device of the first.
+
+        Args:
+            arrays: Name and array of each weight, in scope order; all on one device.
+            kept: Which of the ``n`` weights are unpruned, shape ``(n,)``, in host memory.
+            dtype: dtype of the result.
+
+        Returns:
+            A new vector of shape ``(number of unpruned,)``.
+        """
+        first = arrays[self.names[0]]
+        xp = array_namespace(first)
+        device = device_of(first)
+        parts = []
+        for name, (start, stop) in self.segments.items():
+            values = xp.asarray(arrays[name]).reshape(-1)
+            segment = kept[start:stop]
+            parts.append(values if segment.all() else values[device.asarray(segment)])
+        return xp.concatenate(parts).astype(dtype, copy=False)
