@@ -83,8 +83,8 @@ def cut(
         return ()
     whole, rest = divmod(num_weights, width)
     column_bytes = max(num_gradients, 1) * itemsize
-    per_group = max(1, group_bytes // (width * column_bytes))
     chunks = _chunk_widths(width, max(1, chunk_bytes // column_bytes))
+    per_group = max(1, group_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
     groups = [
         BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)
     ]

@@ -16,6 +16,7 @@ from mfac_core.blocks import BlockGroup, deal
 from mfac_core.errors import IllConditionedError
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.inverse_fisher import Factor, factor
+from mfac_core.settings import check_block_size, check_damping
 
 __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher"]
 
@@ -81,8 +82,8 @@ def inverse_fisher(
         raise ValueError(f"gradients must be float32 or float64, got {gradients.dtype}; convert them first")
     if 0 in gradients.shape:
         raise ValueError(f"gradients must have at least one row and one column, got shape {tuple(gradients.shape)}")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, or None for one block, got {block_size}")
+    check_block_size(block_size)
+    check_damping(damping)
     return InverseFisher(gradients, block_size, damping, devices)
 
 
@@ -147,7 +148,6 @@ class BlockwiseFisher:
         devices: Where the groups are computed.
 
     Raises:
-        ValueError: If ``damping`` is not a positive number.
         DeviceError: If a device does not exist.
         MemoryBudgetError: If one group does not fit on a device.
     """
@@ -155,8 +155,6 @@ class BlockwiseFisher:
     def __init__(
         self, source: GradientSource, *, damping: float, devices: Sequence[str | Device] | str | Device
     ) -> None:
-        if not damping > 0 or not np.isfinite(damping):
-            raise ValueError(f"damping must be a positive number, got {damping}")
         self.source = source
         self.damping = float(damping)
         self._devices = {device.name: device for device in resolve_devices(devices)}

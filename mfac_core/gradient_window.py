@@ -123,7 +123,7 @@ class GradientWindow:
                     columns, left = _take_columns(pieces, left, stop - start)
                     xp = array_namespace(columns)
                     chunk[:, : len(rows), :] = xp.permute_dims(
-                        xp.reshape(columns, (len(rows), group.count, -1)), (1, 0, 2)
+                        xp.reshape(columns, (len(rows), group.count, chunk.shape[2])), (1, 0, 2)
                     )
                 storage.append(chunks)
         self.num_weights = num_weights

@@ -28,6 +28,9 @@ __all__ = ["Factor", "factor", "fisher_quadratic", "gradients_times"]
 RELATIVE_ERROR = 2e-5
 """Estimated relative rounding error of ``diag(F^-1)`` above which float32 blocks are evaluated in float64."""
 
+LARGEST_ERROR = 1e-4
+"""Estimated relative error above which a block is refused even in float64."""
+
 CANCELLED = 1e-4
 """Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel."""
 
@@ -79,13 +82,13 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
         chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
     try:
         candidate = form(chunks, damping, precise=bool(precise))
-        if candidate.relative_error() < 1:
+        if candidate.relative_error() <= LARGEST_ERROR:
             return candidate
     except np.linalg.LinAlgError:
         pass
     raise IllConditionedError(
-        f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside it; "
-        "choose a larger damping"
+        f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside it, "
+        "or too alike; choose a larger damping"
     )
 
 
@@ -203,7 +206,9 @@ class _DualFactor:
             gram = others @ xp.matrix_transpose(others)
             solved = cholesky(gram, gradients.shape[-2] * self._damping).solve(xp.take(gradients, columns, axis=-1))
             inverse = cholesky(xp.matrix_transpose(solved) @ solved, 1.0).inverse()
-            self._remainder[block, columns] = xp.sum(inverse * inverse, axis=-2)[0, :]
+            values = xp.sum(inverse * inverse, axis=-2)
+            for position in range(columns.shape[0]):
+                self._remainder[block, int(columns[position])] = values[0, position]
 
 
 class _PrimalFactor:

@@ -8,6 +8,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         Saliencies, shape ``(d,)``. Inputs are not modified.
 
     Raises:
-        ValueError: If the shapes differ, or an entry of ``inverse_diagonal`` is not positive and finite.
+        ValueError: If the shapes differ, a weight is not finite, or an entry of ``inverse_diagonal`` is not positive
+            and finite.
 
     Example:
         >>> import numpy as np
@@ -48,6 +50,8 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
             f"weights and inverse_diagonal must have one shape, got {tuple(weights.shape)} and "
             f"{tuple(inverse_diagonal.shape)}"
         )
+    if not bool(xp.all(xp.isfinite(weights))):
+        raise ValueError("weights must be finite, but hold NaN or Inf")
     if not bool(xp.all(xp.isfinite(inverse_diagonal) & (inverse_diagonal > 0))):
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"
@@ -58,9 +62,9 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
 def independent_update(
     fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_], inverse_diagonal: Vector
 ) -> tuple[Vector, float]:
-    r"""Return the weights after the paper's update: the sum of the updates that prune each weight alone.
+    r"""Return the paper's update: the sum of the updates that prune each weight alone.
 
-    .. math:: \delta w = - \sum_{q \in Q} \frac{w_q}{[F^{-1}]_{qq}} F^{-1} e_q, \qquad w_Q = 0
+    .. math:: \delta w = - \sum_{q \in Q} \frac{w_q}{[F^{-1}]_{qq}} F^{-1} e_q, \qquad \delta w_Q = -w_Q
 
     Args:
         fisher: The Fisher over the unpruned weights.
@@ -69,22 +73,22 @@ def independent_update(
         inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``.
 
     Returns:
-        The updated weights, with exact zeros at ``newly_pruned``, and the predicted loss increase.
+        The change of each weight, shape ``(d,)``, and the predicted loss increase.
     """
     shares = np.where(newly_pruned, weights / inverse_diagonal, 0)
 
     def update(index: int, device: Device, chunks: list[Array]) -> Vector:
         return -fisher.on_group(index, device, fisher.factor(index, chunks).apply, shares[fisher.columns(index)])
 
-    return _updated(fisher, weights, newly_pruned, update)
+    return _change(fisher, weights, newly_pruned, update)
 
 
 def joint_update(
     fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_]
 ) -> tuple[Vector, float]:
-    r"""Return the weights after exact OBS for the whole set of newly pruned weights.
+    r"""Return the update of exact OBS for the whole set of newly pruned weights.
 
-    .. math:: \delta w_K = G_K^T (m \lambda I + G_K G_K^T)^{-1} G_Q w_Q, \qquad w_Q = 0
+    .. math:: \delta w_K = G_K^T (m \lambda I + G_K G_K^T)^{-1} G_Q w_Q, \qquad \delta w_Q = -w_Q
 
     Args:
         fisher: The Fisher over the unpruned weights.
@@ -92,7 +96,7 @@ def joint_update(
         newly_pruned: Which of them are pruned now, shape ``(d,)``.
 
     Returns:
-        The updated weights, with exact zeros at ``newly_pruned``, and the predicted loss increase.
+        The change of each weight, shape ``(d,)``, and the predicted loss increase.
     """
     pruned = np.where(newly_pruned, weights, 0)
 
@@ -106,18 +110,22 @@ def joint_update(
 
         return fisher.on_group(index, device, kept_update, pruned[fisher.columns(index)])
 
-    return _updated(fisher, weights, newly_pruned, update)
+    return _change(fisher, weights, newly_pruned, update)
 
 
-def _updated(fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_], update: Any) -> Any:
-    out = weights.copy()
+def _change(
+    fisher: BlockwiseFisher,
+    weights: Vector,
+    newly_pruned: npt.NDArray[np.bool_],
+    update: Callable[[int, Device, list[Array]], Vector],
+) -> tuple[Vector, float]:
+    out = np.zeros_like(weights)
     increases = np.zeros(len(fisher.source.groups))
 
     def task(index: int, device: Device, chunks: list[Array]) -> None:
         columns = fisher.columns(index)
-        change = update(index, device, chunks)
-        change = np.where(newly_pruned[columns], -weights[columns], change)
-        out[columns] = np.where(newly_pruned[columns], 0, weights[columns] + change)
+        change = np.where(newly_pruned[columns], -weights[columns], update(index, device, chunks))
+        out[columns] = change
         chunks = fisher.chunks_in_precision(index, chunks)
 
         def quadratic(x: Array) -> Array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -11,7 +11,15 @@ from mfac_core.backends import Array, Device, array_namespace, device_of, resolv
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.masks import newly_pruned
 from mfac_core.pruning_step import PruneResult, mfac_step
-from mfac_core.settings import MaskType, Scope, Update, check_mask_type
+from mfac_core.settings import (
+    MaskType,
+    Scope,
+    Update,
+    check_block_size,
+    check_choice,
+    check_damping,
+    check_mask_type,
+)
 from mfac_core.weight_layout import WeightLayout
 
 __all__ = ["prune"]
@@ -68,12 +76,10 @@ def prune(
     """
     if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
-    if update not in ("independent", "joint"):
-        raise ValueError(f"update must be 'independent' or 'joint', got {update!r}")
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"block_size must be at least 1, or None for one block, got {block_size}")
+    check_choice("scope", scope, get_args(Scope))
+    check_choice("update", update, get_args(Update))
+    check_block_size(block_size)
+    check_damping(damping)
     check_mask_type(mask_type)
 
     named = _named(weights)
@@ -82,6 +88,7 @@ def prune(
     if vector.dtype not in (np.float32, np.float64):
         raise ValueError(f"weights must be float32 or float64, got {vector.dtype}; convert them first")
     kept = _kept(masks, layout)
+    layout.check_finite(vector, kept)
     source = GradientMatrix(_gradient_parts(gradients, weights, layout), kept, block_size=block_size)
 
     unpruned = vector[kept]
@@ -101,7 +108,7 @@ def prune(
     new_vector = np.zeros_like(vector)
     new_vector[kept] = updated
     return PruneResult(
-        weights=_like(layout.unflatten(new_vector), weights, named),
+        weights=_like(layout.unflatten_like(new_vector, named), weights, named),
         masks=_like(layout.unflatten(new_kept), weights, named),
         sparsity=int(np.count_nonzero(~new_kept)) / layout.num_weights,
         predicted_loss_increase=increase,

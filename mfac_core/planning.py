@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from mfac_core.backends import resolve_device
@@ -56,20 +57,24 @@ def check_memory(settings: MFACSettings, num_weights: int, schedule: Sequence[Pl
         MemoryBudgetError: If they exceed what is free; the message names both, and settings that would fit.
     """
     rows, columns = peak_window(settings, num_weights, schedule)
-    groups = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE)
-    working = 2 * max((working_bytes(group, rows, WINDOW_ITEMSIZE) for group in groups), default=0)
-    needed = rows * columns * WINDOW_ITEMSIZE + working
+
+    def bytes_for(rows: int) -> int:
+        groups = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE)
+        working = 2 * max((working_bytes(group, rows, WINDOW_ITEMSIZE) for group in groups), default=0)
+        return rows * columns * WINDOW_ITEMSIZE + working
+
+    needed = bytes_for(rows)
     device = resolve_device(settings.gradients_device)
     free = device.backend.free_bytes(device.name)
     if free is None or needed <= free:
         return needed
-    fitting = max((free - working) // (columns * WINDOW_ITEMSIZE), 0)
+    fitting = bisect_right(range(rows), free, key=bytes_for) - 1
     cure = (
-        f"num_gradients: {fitting} would fit"
-        if fitting
+        f"num_gradients of at most {fitting} would fit"
+        if fitting > 0
         else "choose a smaller block_size, or fewer weights in params, or a machine with more memory"
     )
     raise MemoryBudgetError(
-        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights, "
-        f"and {working:,} bytes to work in), and {free:,} are free; {cure}"
+        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights "
+        f"and room to work in), and {free:,} are free; {cure}"
     )

@@ -155,7 +155,8 @@ class Pruner:
             The new weights and masks, on the devices of ``weights``.
 
         Raises:
-            ValueError: If all pruning steps are done, none is planned up to ``step``, or the weights do not fit.
+            ValueError: If all pruning steps are done, none is planned up to ``step``, or the weights do not fit or
+                hold NaN or Inf.
         """
         if self.is_finished:
             raise ValueError("all pruning steps of the schedule are done; ask is_due(step) before prune")
@@ -167,6 +168,7 @@ class Pruner:
         self.layout.check(weights, "weights")
         planned = self.schedule[latest]
         vector = self.layout.flatten(weights)
+        self.layout.check_finite(vector, self._kept)
 
         def select(saliencies: Vector) -> npt.NDArray[np.bool_]:
             return newly_pruned(
@@ -180,7 +182,10 @@ class Pruner:
         new_vector[self._kept] = updated[~chosen]
         self._after_pruning(chosen, planned)
         return PruneResult(
-            weights={n: device_of(weights[n]).asarray(a) for n, a in self.layout.unflatten(new_vector).items()},
+            weights={
+                name: device_of(weights[name]).asarray(array)
+                for name, array in self.layout.unflatten_like(new_vector, weights).items()
+            },
             masks=self.masks,
             sparsity=self.sparsity,
             predicted_loss_increase=increase,

@@ -66,10 +66,12 @@ def mfac_step(
     inverse_diagonal = fisher.diagonal()
     chosen = select(saliency(working, inverse_diagonal))
     if update == "joint":
-        updated, increase = joint_update(fisher, working, chosen)
+        change, increase = joint_update(fisher, working, chosen)
     else:
-        updated, increase = independent_update(fisher, working, chosen, inverse_diagonal)
-    return updated.astype(weights.dtype, copy=False), chosen, increase
+        change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
+    updated = (weights + change).astype(weights.dtype, copy=False)
+    updated[chosen] = 0
+    return updated, chosen, increase
 
 
 def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:

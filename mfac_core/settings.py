@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from mfac_core.errors import SettingError
 
@@ -17,6 +17,9 @@ __all__ = [
     "PruningSettings",
     "Scope",
     "Update",
+    "check_block_size",
+    "check_choice",
+    "check_damping",
     "check_mask_type",
 ]
 
@@ -74,8 +77,8 @@ class PruningSettings:
                 f"{self.end_epoch} is before start_epoch {self.start_epoch}; write an end_epoch of at least {self.start_epoch}",
             )
         _check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
-        _check_choice("interpolation", self.interpolation, get_args(Interpolation))
-        _check_choice("scope", self.scope, get_args(Scope))
+        check_choice("interpolation", self.interpolation, get_args(Interpolation))
+        check_choice("scope", self.scope, get_args(Scope))
         check_mask_type(self.mask_type)
         if not isinstance(self.leave_enabled, bool):
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
@@ -114,10 +117,9 @@ class MFACSettings(PruningSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "num_gradients", _num_gradients(self.num_gradients))
-        if self.block_size is not None and (not _is_integer(self.block_size) or self.block_size < 1):
-            raise SettingError("block_size", f"{self.block_size!r} must be a positive integer, or null for one block of all weights")
-        _check_number("damping", self.damping, "damping > 0", lambda x: x > 0)
-        _check_choice("update", self.update, get_args(Update))
+        check_block_size(self.block_size)
+        check_damping(self.damping)
+        check_choice("update", self.update, get_args(Update))
         devices = (self.devices,) if isinstance(self.devices, str) else tuple(self.devices)
         if not devices or not all(isinstance(name, str) and name for name in devices):
             raise SettingError("devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]')
@@ -126,6 +128,48 @@ class MFACSettings(PruningSettings):
         object.__setattr__(self, "devices", devices)
         if not isinstance(self.gradients_device, str) or not self.gradients_device:
             raise SettingError("gradients_device", f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0"')
+
+
+def check_block_size(block_size: object) -> None:
+    """Refuse a block size that is neither a positive integer nor ``None``.
+
+    Args:
+        block_size: The value to check.
+
+    Raises:
+        SettingError: If it is neither.
+    """
+    if block_size is not None and (not _is_integer(block_size) or block_size < 1):
+        raise SettingError(
+            "block_size", f"{block_size!r} must be a positive integer, or null (None) for one block of all weights"
+        )
+
+
+def check_damping(damping: object) -> None:
+    """Refuse a damping that is not a positive number.
+
+    Args:
+        damping: The value to check.
+
+    Raises:
+        SettingError: If it is not.
+    """
+    _check_number("damping", damping, "damping > 0", lambda x: x > 0)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not one of the choices.
+
+    Args:
+        name: Name of the setting.
+        value: The value to check.
+        choices: The allowed values.
+
+    Raises:
+        SettingError: If ``value`` is none of them.
+    """
+    if value not in choices:
+        raise SettingError(name, f"{value!r} is not one of {', '.join(choices)}")
 
 
 def check_mask_type(mask_type: object) -> None:
@@ -173,10 +217,5 @@ def _check_number(name: str, value: object, rule: str, holds: Callable[[float], 
         raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise SettingError(name, f"{value!r} is not one of {', '.join(choices)}")
-
-
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

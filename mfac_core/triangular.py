@@ -113,7 +113,7 @@ def cholesky(matrices: Array, shift: float) -> TriangularFactor:
     """
     xp = array_namespace(matrices)
     size = matrices.shape[-1]
-    identity = _identity_like(matrices[:1, :PANEL, :PANEL])
+    identity = _identity_like(matrices[:1, : min(PANEL, size), : min(PANEL, size)])
     inverses = []
     for start in range(0, size, PANEL):
         rows = slice(start, min(start + PANEL, size))

@@ -90,6 +90,34 @@ class WeightLayout:
         """
         return {name: vector[start:stop].reshape(self.shapes[name]) for name, (start, stop) in self.segments.items()}
 
+    def unflatten_like(self, vector: npt.NDArray[Any], arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays of a vector of all weights, each in the dtype of its namesake.
+
+        Args:
+            vector: Shape ``(n,)``.
+            arrays: Name and array of each weight, for the dtypes.
+
+        Returns:
+            Name and array of each weight, in host memory.
+        """
+        parts = self.unflatten(vector)
+        return {name: part.astype(np.dtype(arrays[name].dtype), copy=False) for name, part in parts.items()}
+
+    def check_finite(self, vector: npt.NDArray[Any], kept: npt.NDArray[np.bool_]) -> None:
+        """Refuse unpruned weights that are NaN or Inf.
+
+        Args:
+            vector: All weights, shape ``(n,)``.
+            kept: Which of them are unpruned, shape ``(n,)``.
+
+        Raises:
+            ValueError: If there are such weights; the message names their arrays.
+        """
+        bad = kept & ~np.isfinite(vector)
+        if bad.any():
+            names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
+            raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}; prune from finite weights")
+
     def gather(self, arrays: Mapping[str, Array], kept: npt.NDArray[np.bool_], dtype: Any) -> Array:
         """Return the unpruned entries of the arrays as one vector, on the device of the first.
 

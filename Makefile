@@ -1,0 +1,71 @@
+# make demo, make test: each makes .venv when it is needed, and installs again only when pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    prune a small network by M-FAC and by magnitude, and compare"
+	@echo "make test    lint, types, import rules and tests"
+	@echo "make lint    the same without the tests"
+	@echo "make format  put the code into its standard form"
+	@echo "make bench   measure speed and memory"
+	@echo "make clean   remove .venv, caches and builds"
+	@echo "Another Python: make PYTHON=python3.12 test"
+
+demo: $(VENV)/.installed-demo
+	@$(BIN)/mfac demo
+
+test: lint
+	@echo "== tests"
+	@$(BIN)/python -m pytest --quiet
+
+lint: $(VENV)/.installed-test
+	@echo "== ruff: rules"
+	@$(BIN)/ruff check
+	@echo "== ruff: format"
+	@$(BIN)/ruff format --check
+	@echo "== mypy: types"
+	@$(BIN)/mypy
+	@echo "== import-linter: imports run one way"
+	@$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.installed-test
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(VENV)/.installed-test
+	@test -n "$(BENCHMARKS)" || { echo "There is no tests/benchmarks/bench_*.py yet, so there is nothing to measure."; exit 1; }
+	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find mfac_core adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed $(VENV), caches and builds."
+
+# Both installs share one environment, and the one for tests holds the one for the demo.
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing mfac-core, PyTorch and the packages of the demo into $(VENV) (several minutes the first time)"
+	@$(INSTALL) --editable ".[torch,demo]"
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing mfac-core, PyTorch and the test tools into $(VENV) (several minutes the first time)"
+	@$(INSTALL) --editable ".[torch,demo,dev]"
+	@touch $(VENV)/.installed-demo $@
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" > /dev/null || { \
+	  echo "There is no $(PYTHON) here. Install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=python3.12"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), but mfac-core needs Python 3.11, 3.12 or 3.13." \
+	       "Name one: make PYTHON=python3.12"; exit 1; }
+	@echo "Making $(VENV) with $$("$(PYTHON)" --version 2>&1)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,41 @@
+"""Second-order (M-FAC) pruning of neural networks, on plain arrays.
+
+Start with :func:`prune` for one-shot pruning, and with :class:`MFACPruner` inside a training loop.
+The packages ``mfac_torch`` and ``mfac_keras`` connect this core to their frameworks.
+"""
+
+from mfac_core.blockwise import inverse_fisher
+from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
+from mfac_core.obs import saliency
+from mfac_core.one_shot import prune
+from mfac_core.pruner import MagnitudePruner, MFACPruner, make_pruner
+from mfac_core.pruning_step import PruneResult
+from mfac_core.recipe import Recipe, load_recipe
+from mfac_core.settings import MagnitudeSettings, MFACSettings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # One-shot, on plain arrays
+    "prune",
+    "PruneResult",
+    "inverse_fisher",
+    "saliency",
+    # Gradual, inside a training loop
+    "make_pruner",
+    "MFACPruner",
+    "MagnitudePruner",
+    "MFACSettings",
+    "MagnitudeSettings",
+    # Recipes
+    "load_recipe",
+    "Recipe",
+    # Errors
+    "DeviceError",
+    "IllConditionedError",
+    "MemoryBudgetError",
+    "RecipeError",
+    "SettingError",
+    # About
+    "__version__",
+]

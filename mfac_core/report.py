@@ -1,0 +1,184 @@
+"""Tables and pictures of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+__all__ = ["RUN_FILE", "RunRecord", "picture", "read_json", "table", "write_json"]
+
+RUN_FILE = "run.json"
+"""Name of the JSON file in the folder of a run."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What one method did to one network.
+
+    Args:
+        method: Name of the method, such as ``"M-FAC gradual"`` or ``"magnitude one-shot"``.
+        sparsity: Pruned fraction of the weights in scope that was reached, in ``[0, 1]``.
+        accuracy_before: Test accuracy of the dense network, in ``[0, 1]``.
+        accuracy_after: Test accuracy of the pruned network, in ``[0, 1]``.
+        seconds: Wall-clock time of the run.
+        history: ``(epoch, accuracy, sparsity)`` after each epoch of a gradual run; empty for one-shot.
+        layer_sparsity: Pruned fraction of each layer, by name.
+    """
+
+    method: str
+    sparsity: float
+    accuracy_before: float
+    accuracy_after: float
+    seconds: float
+    history: Sequence[tuple[float, float, float]] = ()
+    layer_sparsity: Mapping[str, float] = field(default_factory=dict)
+
+
+def write_json(records: Sequence[RunRecord], path: str | Path, **facts: Any) -> None:
+    """Write a run to a JSON file that :func:`read_json` and ``mfac report`` read.
+
+    Args:
+        records: One record per method, in the order to show them.
+        path: The file to write; its folder must exist.
+        **facts: What holds for the whole run, such as ``seed=0``: anything that JSON can hold.
+    """
+    run = {"facts": facts, "records": [dataclasses.asdict(record) for record in records]}
+    Path(path).write_text(json.dumps(run, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
+    """Read a run that :func:`write_json` wrote.
+
+    Args:
+        path: The file to read.
+
+    Returns:
+        The records in the order they were written, and the facts of the whole run.
+
+    Raises:
+        ValueError: If the file does not hold a run; the message names the file and what is wrong with it.
+    """
+    cure = "give the JSON file that `mfac demo` or mfac_core.report.write_json wrote"
+    try:
+        run = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {cure}") from error
+    try:
+        return [_record(entry) for entry in run["records"]], dict(run["facts"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is JSON but does not hold a run ({error!r}); {cure}") from error
+
+
+def table(records: Sequence[RunRecord]) -> Table:
+    """Set the records out as a table, one row per method.
+
+    Args:
+        records: The records, in the order to show them.
+
+    Returns:
+        A table for :meth:`rich.console.Console.print`.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("Method")
+    for heading in ("Sparsity", "Accuracy\nbefore", "Accuracy\nafter", "Change\n(points)", "Time"):
+        result.add_column(heading, justify="right")
+    for record in records:
+        result.add_row(
+            Text(record.method),
+            f"{record.sparsity:.2%}",
+            f"{record.accuracy_before:.2%}",
+            f"{record.accuracy_after:.2%}",
+            f"{100 * (record.accuracy_after - record.accuracy_before):+.2f}",
+            f"{record.seconds:.1f} s",
+        )
+    return result
+
+
+def picture(records: Sequence[RunRecord], path: str | Path) -> None:
+    """Draw the run: accuracy and sparsity over epochs on the left, sparsity per layer on the right.
+
+    Args:
+        records: The records; those with a ``history`` appear on the left, those with a ``layer_sparsity`` on the right.
+        path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``.
+    """
+    # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    over_epochs, per_layer = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    colors = {record.method: f"C{index}" for index, record in enumerate(records)}
+    _draw_history([record for record in records if record.history], over_epochs, colors)
+    _draw_layers([record for record in records if record.layer_sparsity], per_layer, colors)
+    handles = [Patch(color=color, label=method) for method, color in colors.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
+    figure.savefig(path)
+
+
+def _record(entry: Mapping[str, Any]) -> RunRecord:
+    numbers = {name: float(entry[name]) for name in ("sparsity", "accuracy_before", "accuracy_after", "seconds")}
+    history = tuple((float(epoch), float(accuracy), float(sparsity)) for epoch, accuracy, sparsity in entry["history"])
+    layer_sparsity = {str(name): float(sparsity) for name, sparsity in entry["layer_sparsity"].items()}
+    return RunRecord(**{**entry, **numbers, "history": history, "layer_sparsity": layer_sparsity})
+
+
+def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title("Gradual pruning")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("test accuracy (solid; dotted: dense)")
+    axes.grid(alpha=0.3)
+    if not records:
+        _say(axes, "no gradual run")
+        return
+    sparsity_axes = axes.twinx()
+    sparsity_axes.set_ylabel("sparsity (dashed)")
+    sparsity_axes.set_ylim(0, 1.02)
+    curves: dict[tuple[tuple[float, ...], ...], str] = {}
+    for record in records:
+        epochs, accuracies, sparsities = zip(*record.history, strict=True)
+        axes.plot(epochs, accuracies, color=colors[record.method], marker="o", markersize=3)
+        axes.axhline(record.accuracy_before, color="gray", linestyle=":", linewidth=1)
+        # Methods on one schedule share one curve, which then belongs to none of them.
+        curves[epochs, sparsities] = "gray" if (epochs, sparsities) in curves else colors[record.method]
+    for (epochs, sparsities), color in curves.items():
+        sparsity_axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for either in (axes, sparsity_axes):
+        either.yaxis.set_major_formatter("{x:.0%}")
+
+
+def _draw_layers(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, str]) -> None:
+    axes.set_title("Sparsity per layer")
+    axes.set_ylabel("sparsity")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    if not records:
+        _say(axes, "no sparsity per layer was recorded")
+        return
+    layers = list(dict.fromkeys(name for record in records for name in record.layer_sparsity))
+    width = 0.8 / len(records)
+    for index, record in enumerate(records):
+        left = (index - (len(records) - 1) / 2) * width
+        places = [layers.index(name) + left for name in record.layer_sparsity]
+        axes.bar(places, list(record.layer_sparsity.values()), width, color=colors[record.method])
+    axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter("{x:.0%}")
+
+
+def _say(axes: Axes, text: str) -> None:
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="gray")

@@ -1,0 +1,197 @@
+"""When to prune and how much: pure functions from epochs and optimizer steps to sparsity.
+
+A *step* counts completed optimizer steps: step 0 is before the first, step ``round(epoch * steps_per_epoch)``
+is the moment at which ``epoch`` epochs are done.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from mfac_core.errors import SettingError
+from mfac_core.settings import Interpolation, PruningSettings
+
+__all__ = ["PlannedStep", "interpolate", "num_gradients_at", "planned_epochs", "pruning_schedule", "sparsity_at"]
+
+_MOST_PRUNING_STEPS = 1_000_000
+# Part of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end.
+_NOISE = 1e-6
+
+
+class PlannedStep(NamedTuple):
+    """One pruning step of a schedule.
+
+    Attributes:
+        step: Completed optimizer steps at which it is due.
+        epoch: The epoch it was planned for, as the settings name it.
+        sparsity: Pruned fraction of the weights in scope once it is done.
+    """
+
+    step: int
+    epoch: float
+    sparsity: float
+
+
+def interpolate(fraction: float, kind: Interpolation) -> float:
+    """Return the shape of a sparsity curve: how far sparsity has come when a ``fraction`` of the time has passed.
+
+    Args:
+        fraction: Passed part of the time from first to last pruning step; clamped into ``[0, 1]``.
+        kind: ``linear`` (x), ``cubic`` (1 - (1 - x)^3) or ``inverse_cubic`` (1 - (1 - x)^(1/3)).
+
+    Returns:
+        A number in ``[0, 1]``: exactly 0.0 at the start and exactly 1.0 at the end.
+
+    Raises:
+        SettingError: If ``kind`` is none of the three.
+
+    Example:
+        >>> interpolate(0.5, "linear"), interpolate(0.5, "cubic")
+        (0.5, 0.875)
+    """
+    passed = min(max(fraction, 0.0), 1.0)
+    left = 1.0 - passed
+    match kind:
+        case "linear":
+            return float(passed)
+        case "cubic":
+            return 1.0 - left * left * left
+        case "inverse_cubic":
+            return float(1.0 - left ** (1.0 / 3.0))
+    raise SettingError("interpolation", f"{kind!r} is not one of linear, cubic, inverse_cubic")
+
+
+def sparsity_at(fraction: float, *, initial: float, final: float, interpolation: Interpolation) -> float:
+    """Return the sparsity when a ``fraction`` of the time from first to last pruning step has passed.
+
+    Args:
+        fraction: Passed part of the time; clamped into ``[0, 1]``.
+        initial: Sparsity at the first pruning step.
+        final: Sparsity at the last pruning step, at least ``initial``.
+        interpolation: Shape of the curve between the two, see :func:`interpolate`.
+
+    Returns:
+        A sparsity that never falls as ``fraction`` grows; ``initial`` and ``final`` themselves at the two ends.
+
+    Example:
+        >>> sparsity_at(0.5, initial=0.1, final=0.9, interpolation="linear")
+        0.5
+    """
+    if fraction <= 0.0:
+        return initial
+    if fraction >= 1.0:
+        return final
+    return min(final, initial + (final - initial) * interpolate(fraction, interpolation))
+
+
+def pruning_schedule(settings: PruningSettings, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+    """Return the pruning steps of a whole run as exact optimizer steps.
+
+    Step k is due at ``round((start_epoch + k * update_frequency) * steps_per_epoch)``. The step of ``end_epoch`` is
+    always among them and has exactly ``final_sparsity``. Planned epochs that fall on the same optimizer step are one
+    pruning step.
+
+    Args:
+        settings: Start, end, frequency and sparsities of the run.
+        steps_per_epoch: Optimizer steps per epoch, at least 1.
+
+    Returns:
+        The pruning steps in rising order of ``step``; sparsity never falls.
+
+    Raises:
+        SettingError: If ``steps_per_epoch`` is not a positive integer, or the settings ask for more than a million
+            pruning steps.
+
+    Example:
+        >>> settings = PruningSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=2.0, update_frequency=0.5)
+        >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
+        [(10, 1.0, 0.0), (15, 1.5, 0.7000000000000001), (20, 2.0, 0.8)]
+    """
+    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+        raise SettingError(
+            "steps_per_epoch",
+            f"{steps_per_epoch!r} must be a positive integer, such as len(loader) for one step per batch",
+        )
+    first = round(settings.start_epoch * steps_per_epoch)
+    last = round(settings.end_epoch * steps_per_epoch)
+    *before_end, end = planned_epochs(settings)
+    epochs: dict[int, float] = {}
+    for epoch in before_end:
+        epochs.setdefault(round(epoch * steps_per_epoch), epoch)
+    epochs.pop(last, None)
+    between = [
+        PlannedStep(step, epoch, _sparsity_between(settings, step, first, last)) for step, epoch in epochs.items()
+    ]
+    return (*between, PlannedStep(last, end, settings.final_sparsity))
+
+
+def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
+    """Return the epochs at which pruning steps are due: every ``update_frequency`` from the start, and the end.
+
+    Args:
+        settings: Start, end and frequency of the run.
+
+    Returns:
+        Rising epochs; the first is ``start_epoch``, the last is ``end_epoch`` (only one if the two are equal).
+
+    Raises:
+        SettingError: If there would be more than a million.
+
+    Example:
+        >>> planned_epochs(PruningSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
+        (1.0, 3.0, 4.0)
+    """
+    start, end, frequency = float(settings.start_epoch), float(settings.end_epoch), settings.update_frequency
+    if start == end:
+        return (end,)
+    periods = (end - start) / frequency
+    if periods > _MOST_PRUNING_STEPS:
+        raise SettingError(
+            "update_frequency",
+            f"{frequency} epochs makes more than {_MOST_PRUNING_STEPS} pruning steps from epoch {start} to {end}; "
+            "write a larger number of epochs between two pruning steps",
+        )
+    before_end = max(1, math.ceil(periods - _NOISE))
+    return (*(start + k * frequency for k in range(before_end)), end)
+
+
+def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) -> int:
+    """Return how many rows the gradient window holds once a sparsity is reached.
+
+    The comparison is exact: a layer of 1001 weights that was pruned "to 0.5" has reached 500/1001 = 0.4995, which is
+    below the threshold 0.5. Callers that mean the planned sparsity ask with the planned one.
+
+    Args:
+        num_gradients: Sparsity threshold -> rows that hold from that sparsity on, with the key 0.0; an integer holds
+            at every sparsity.
+        sparsity: Sparsity reached, in ``[0, 1]``.
+
+    Returns:
+        The rows of the largest threshold that is not above ``sparsity``.
+
+    Raises:
+        SettingError: If every threshold is above ``sparsity``.
+
+    Example:
+        >>> num_gradients_at({0.0: 256, 0.5: 512}, 0.49), num_gradients_at({0.0: 256, 0.5: 512}, 0.5)
+        (256, 512)
+    """
+    if isinstance(num_gradients, int):
+        return num_gradients
+    reached = [threshold for threshold in num_gradients if threshold <= sparsity]
+    if not reached:
+        raise SettingError(
+            "num_gradients", f"{dict(num_gradients)} has no threshold at or below sparsity {sparsity}; add the key 0.0"
+        )
+    return num_gradients[max(reached)]
+
+
+def _sparsity_between(settings: PruningSettings, step: int, first: int, last: int) -> float:
+    return sparsity_at(
+        (step - first) / (last - first),
+        initial=float(settings.initial_sparsity),
+        final=settings.final_sparsity,
+        interpolation=settings.interpolation,
+    )

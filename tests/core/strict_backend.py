@@ -1,0 +1,83 @@
+"""A backend of several virtual devices that refuse silent transfers: it stands in for a machine with several GPUs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import array_api_strict as xp
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array, Device
+
+NAMES = ("CPU_DEVICE", "device1", "device2")
+
+
+class StrictBackend:
+    """Arrays of ``array_api_strict`` on its virtual devices.
+
+    Args:
+        free_bytes: Free memory to report for every device; None for "not known".
+
+    Attributes:
+        uploads: Device name and shape of each array that was brought there from another place.
+    """
+
+    name = "strict"
+
+    def __init__(self, free_bytes: int | None = None) -> None:
+        self.uploads: list[tuple[str, tuple[int, ...]]] = []
+        self._free_bytes = free_bytes
+        self._lock = threading.Lock()
+
+    def devices(self) -> tuple[str, ...]:
+        return NAMES
+
+    def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
+        target = xp.Device(device)
+        if not hasattr(x, "__array_namespace__") or isinstance(x, np.ndarray | np.generic):
+            with self._lock:
+                self.uploads.append((device, np.shape(x)))
+            x = xp.asarray(np.asarray(x), device=target, copy=True)
+        elif x.device != target:
+            with self._lock:
+                self.uploads.append((device, x.shape))
+            x = x.to_device(target)
+        return x if dtype is None else xp.astype(x, _strict_dtype(dtype), copy=False)
+
+    def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
+        return xp.zeros(shape, dtype=_strict_dtype(dtype), device=xp.Device(device))
+
+    def to_numpy(self, x: Array) -> npt.NDArray[Any]:
+        if isinstance(x, np.ndarray | np.generic):
+            return np.asarray(x)
+        return np.array(x.to_device(xp.Device("CPU_DEVICE")))
+
+    def on(self, device: str) -> AbstractContextManager[Any]:
+        return nullcontext(xp.Device(device))
+
+    @contextmanager
+    def workers(self, device: str, tasks: int) -> Iterator[int]:
+        yield 1
+
+    def free_bytes(self, device: str) -> int | None:
+        return self._free_bytes
+
+    def synchronize(self, device: str) -> None:
+        pass
+
+    def release(self, device: str) -> None:
+        pass
+
+
+def strict_devices(count: int, backend: StrictBackend | None = None) -> tuple[Device, ...]:
+    """Return the first ``count`` virtual devices, driven by one backend."""
+    shared = backend or StrictBackend()
+    return tuple(Device(shared, name) for name in NAMES[:count])
+
+
+def _strict_dtype(dtype: Any) -> Any:
+    return dtype if isinstance(dtype, type(xp.float32)) else getattr(xp, np.dtype(dtype).name)

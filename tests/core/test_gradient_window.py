@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mfac_core.blocks import BlockGroup, cut
+from mfac_core.gradient_window import GradientWindow
+from tests.core.strict_backend import strict_devices
+
+WIDTHS = st.integers(1, 30)
+ROWS = st.integers(1, 8)
+BLOCK_SIZES = st.one_of(st.none(), st.integers(1, 35))
+PUSHES = st.integers(0, 25)
+
+few = settings(max_examples=60, deadline=None)
+
+
+@pytest.fixture(params=["whole blocks", "cut to pieces"], autouse=True)
+def cutting(request, monkeypatch):
+    """Run each test also with groups of few blocks and blocks of several chunks, which otherwise take megabytes."""
+    if request.param == "cut to pieces":
+        monkeypatch.setattr("mfac_core.gradient_window.cut", _cut_to_pieces)
+
+
+def _cut_to_pieces(num_weights, block_size, *, num_gradients, itemsize) -> tuple[BlockGroup, ...]:
+    row = num_gradients * itemsize
+    width = num_weights if block_size is None else block_size
+    small = {"chunk_bytes": 4 * row, "group_bytes": 1} if width > 4 else {"group_bytes": 8 * row}
+    return cut(num_weights, block_size, num_gradients=num_gradients, itemsize=itemsize, **small)
+
+
+def sample(i: int, d: int) -> np.ndarray:
+    return (1000.0 * i + np.arange(d)).astype(np.float32)
+
+
+def filled(d: int, m: int, block_size: int | None, pushes: int, **options) -> GradientWindow:
+    window = GradientWindow(d, m, block_size=block_size, **options)
+    for i in range(pushes):
+        window.push(sample(i, d))
+    return window
+
+
+def last(pushes: int, m: int, d: int) -> np.ndarray:
+    return np.array([sample(i, d) for i in range(max(0, pushes - m), pushes)]).reshape(-1, d)
+
+
+def in_order(rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(rows[:, 0])] if rows.size else rows
+
+
+def through_chunks(window: GradientWindow) -> np.ndarray:
+    rows = np.full((window.count, window.num_weights), np.nan)
+    for index, group in enumerate(window.groups):
+        for (start, stop), chunk in zip(group.chunk_bounds, window.chunks(index), strict=True):
+            assert chunk.shape == (group.count, window.count, (stop - start) // group.count)
+            for block in range(group.count):
+                width = chunk.shape[-1]
+                rows[:, start + block * width : start + (block + 1) * width] = chunk[block]
+    return rows
+
+
+few_with_fixture = settings(few, suppress_health_check=["function_scoped_fixture"])
+
+
+@few_with_fixture
+@given(WIDTHS, ROWS, BLOCK_SIZES, PUSHES)
+def test_the_window_holds_the_last_rows(d, m, block_size, pushes):
+    window = filled(d, m, block_size, pushes)
+    assert window.count == min(pushes, m)
+    assert window.is_full == (pushes >= m)
+    np.testing.assert_array_equal(in_order(window.to_rows()), last(pushes, m, d))
+
+
+@few_with_fixture
+@given(WIDTHS, ROWS, BLOCK_SIZES, PUSHES)
+def test_chunks_are_the_columns_of_the_rows(d, m, block_size, pushes):
+    window = filled(d, m, block_size, pushes)
+    np.testing.assert_array_equal(through_chunks(window), window.to_rows())
+
+
+@few_with_fixture
+@given(WIDTHS, ROWS, BLOCK_SIZES, PUSHES, ROWS, st.integers(0, 12), st.data())
+def test_rebuilding_equals_slicing_the_dense_matrix(d, m, block_size, pushes, rows, more, data):
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=d, max_size=d)))
+    window = filled(d, m, block_size, pushes)
+    window.rebuild(kept, rows)
+    stay = min(pushes, m, rows)
+    assert (window.num_weights, window.num_gradients, window.count) == (int(kept.sum()), rows, stay)
+    assert [group.stop for group in window.groups][-1:] == [window.num_weights] * bool(window.groups)
+    expected = last(pushes, min(m, rows), d)[:, kept]
+    np.testing.assert_array_equal(in_order(window.to_rows()), expected)
+    np.testing.assert_array_equal(through_chunks(window), window.to_rows())
+    for i in range(more):
+        window.push(sample(pushes + i, d)[kept])
+    arrived = [*last(pushes, min(m, rows), d), *(sample(pushes + i, d) for i in range(more))][-rows:]
+    assert window.count == min(stay + more, rows)
+    np.testing.assert_array_equal(in_order(window.to_rows()), np.array(arrived).reshape(-1, d)[:, kept])
+
+
+@few_with_fixture
+@given(WIDTHS, ROWS, BLOCK_SIZES, PUSHES, st.integers(0, 12))
+def test_a_restored_window_goes_on_the_same(d, m, block_size, pushes, more):
+    window = filled(d, m, block_size, pushes)
+    restored = GradientWindow(d, m, block_size=block_size)
+    restored.push(sample(99, d))
+    restored.load_state_dict(window.state_dict())
+    for i in range(more + 1):
+        np.testing.assert_array_equal(restored.to_rows(), window.to_rows())
+        assert (restored.count, restored.is_full) == (window.count, window.is_full)
+        window.push(sample(pushes + i, d))
+        restored.push(sample(pushes + i, d))
+
+
+def test_a_stored_state_does_not_change_with_the_window():
+    window = filled(5, 3, None, 4)
+    state = window.state_dict()
+    before = state["rows"].copy()
+    window.push(sample(9, 5))
+    np.testing.assert_array_equal(state["rows"], before)
+
+
+def test_a_pushed_row_is_copied():
+    window, row = GradientWindow(4, 2, block_size=2), sample(1, 4)
+    window.push(row)
+    row[:] = -1
+    np.testing.assert_array_equal(window.to_rows(), [sample(1, 4)])
+
+
+def test_a_cleared_window_starts_anew():
+    window = filled(4, 3, 2, 5)
+    window.clear()
+    assert (window.count, window.is_full) == (0, False)
+    assert window.to_rows().shape == (0, 4)
+    window.push(sample(7, 4))
+    np.testing.assert_array_equal(window.to_rows(), [sample(7, 4)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_are_kept_in_the_windows_dtype(dtype):
+    window = GradientWindow(3, 2, block_size=None, dtype=dtype)
+    window.push(np.arange(3, dtype=np.float64))
+    assert window.to_rows().dtype == dtype
+    assert window.chunks(0)[0].dtype == dtype
+    assert window.num_bytes == 2 * 3 * np.dtype(dtype).itemsize
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (1, 4), ()])
+def test_a_row_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        GradientWindow(4, 2, block_size=2).push(np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 4), (4,)])
+def test_a_state_of_another_window_is_refused(shape):
+    window = GradientWindow(4, 3, block_size=2)
+    with pytest.raises(ValueError, match="window"):
+        window.load_state_dict({"rows": np.zeros(shape), "position": 0})
+
+
+def test_a_window_whose_weights_are_all_pruned_is_empty():
+    window = filled(4, 3, 2, 2)
+    window.rebuild(np.zeros(4, dtype=bool), 5)
+    assert (window.num_weights, window.groups, window.num_bytes) == (0, (), 0)
+    window.push(np.zeros(0, np.float32))
+
+
+@few_with_fixture
+@given(WIDTHS, ROWS, BLOCK_SIZES, PUSHES, ROWS, st.data())
+def test_a_window_on_another_device_holds_the_same(d, m, block_size, pushes, rows, data):
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=d, max_size=d)))
+    device = strict_devices(3)[2]
+    window, expected = filled(d, m, block_size, pushes, device=device), filled(d, m, block_size, pushes)
+    np.testing.assert_array_equal(window.to_rows(), expected.to_rows())
+    window.rebuild(kept, rows)
+    expected.rebuild(kept, rows)
+    np.testing.assert_array_equal(window.to_rows(), expected.to_rows())
+    assert all(str(chunk.device).count("device2") for i in range(len(window.groups)) for chunk in window.chunks(i))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+HEAVY = ("torch", "tensorflow", "keras", "jax", "cupy", "matplotlib", "rich", "typer", "mfac_torch", "mfac_keras")
+
+ONLY_STDLIB_AND = """
+import importlib.machinery, sys
+
+class Only(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        there = name.partition(".")[0] in sys.stdlib_module_names | {allowed!r}
+        return super().find_spec(name, path, target) if there else None
+
+sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter, Only]
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    search_path = f"import sys; sys.path[:] = {sys.path!r}\n"
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", search_path + textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def loaded_by(statement: str, packages: tuple[str, ...]) -> list[str]:
+    result = run(f"{statement}\nprint([name for name in {packages!r} if name in sys.modules])")
+    assert result.returncode == 0, result.stderr
+    return eval(result.stdout)
+
+
+def test_the_core_loads_no_framework_and_nothing_that_only_the_command_line_needs() -> None:
+    assert loaded_by("import mfac_core", HEAVY) == []
+
+
+def test_the_check_for_loaded_packages_can_fail() -> None:
+    assert loaded_by("import mfac_core, rich", HEAVY) == ["rich"]
+
+
+def test_the_command_line_loads_no_framework_before_a_command_runs() -> None:
+    assert loaded_by("import mfac_core.cli", ("torch", "tensorflow", "keras", "jax", "cupy", "matplotlib")) == []
+
+
+def test_the_torch_adapter_loads_no_other_framework() -> None:
+    pytest.importorskip("torch")
+
+    assert loaded_by("import mfac_torch", ("tensorflow", "keras", "jax", "mfac_keras", "matplotlib", "sklearn")) == []
+
+
+def test_the_core_prunes_where_only_numpy_and_yaml_are_installed() -> None:
+    result = run(
+        ONLY_STDLIB_AND.format(allowed={"mfac_core", "numpy", "yaml", "_yaml"})
+        + textwrap.dedent("""
+        import numpy as np
+        import mfac_core
+
+        weights = np.arange(1.0, 9.0)
+        gradients = np.random.default_rng(0).standard_normal((4, 8))
+        for update in ("independent", "joint"):
+            result = mfac_core.prune(weights, gradients, sparsity=0.5, block_size=4, update=update)
+            assert np.count_nonzero(result.weights) == 4
+        assert mfac_core.inverse_fisher(gradients).diagonal().shape == (8,)
+        assert len(mfac_core.load_recipe("m_modifiers:\\n- !EpochRangeModifier {end_epoch: 2}\\n").modifiers) == 1
+        """)
+    )
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_block_on_other_packages_can_fail() -> None:
+    result = run(ONLY_STDLIB_AND.format(allowed={"mfac_core"}) + "import mfac_core")
+
+    assert "No module named 'numpy'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["MFACPruningCallback", "prune_one_shot"])
+def test_what_keras_does_not_have_yet_refuses_by_name(name: str) -> None:
+    import mfac_keras
+
+    with pytest.raises(ImportError, match=f"{name} is not supported yet"):
+        getattr(mfac_keras, name)
+
+
+def test_an_unknown_name_of_the_keras_adapter_is_an_attribute_error() -> None:
+    import mfac_keras
+
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = mfac_keras.no_such_name
+
+
+def test_every_name_in_all_is_there_once() -> None:
+    import mfac_core
+
+    assert len(set(mfac_core.__all__)) == len(mfac_core.__all__)
+    assert [name for name in mfac_core.__all__ if not hasattr(mfac_core, name)] == []
+
+
+def test_inverse_fisher_is_the_function_and_not_the_module_of_that_name() -> None:
+    result = run("import mfac_core.inverse_fisher, mfac_core; assert callable(mfac_core.inverse_fisher)")
+
+    assert result.returncode == 0, result.stderr

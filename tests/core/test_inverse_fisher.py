@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import re
+import sys
+from functools import cache
+
+import numpy as np
+import pytest
+
+import mfac_core
+from tests import reference
+
+TOLERANCE = {np.float32: 1e-4, np.float64: 1e-9}
+DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+SHAPES = {
+    "fewer rows than block": (5, 24, 8),
+    "as many rows as block": (8, 24, 8),
+    "more rows than block": (20, 24, 8),
+    "short last block": (6, 23, 8),
+    "last block shorter than rows": (5, 19, 8),
+    "block above d": (6, 10, 64),
+    "one block, dual": (6, 26, None),
+    "one block, primal": (30, 11, None),
+    "one row": (1, 12, 4),
+    "one weight": (3, 1, 8),
+    "one row, one weight": (1, 1, None),
+    "blocks of one": (3, 7, 1),
+}
+
+
+@cache
+def gaussian(m: int, d: int, scale: float, dtype: type) -> np.ndarray:
+    rng = np.random.default_rng(100 * m + d)
+    return (scale * rng.standard_normal((m, d))).astype(dtype)
+
+
+@cache
+def exact(shape: str, scale: float, damping: float, dtype: type) -> np.ndarray:
+    m, d, block_size = SHAPES[shape]
+    return reference.exact_inverse(gaussian(m, d, scale, dtype), damping, block_size)
+
+
+def assert_matches(gradients, block_size, damping, inverse, tolerance=0.0) -> None:
+    dtype = gradients.dtype.type
+    tolerance = max(tolerance, TOLERANCE[dtype])
+    fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=damping)
+    x = np.random.default_rng(7).standard_normal(gradients.shape[1]).astype(dtype)
+    diagonal, product = fisher.diagonal(), fisher.apply(x)
+    assert diagonal.shape == product.shape == (gradients.shape[1],)
+    assert diagonal.dtype == product.dtype == dtype
+    expected = inverse @ x.astype(np.float64)
+    diagonal_error = np.max(np.abs(diagonal.astype(np.float64) / np.diag(inverse) - 1))
+    product_error = np.max(np.abs(product - expected)) / np.max(np.abs(expected))
+    assert diagonal_error <= tolerance
+    assert product_error <= tolerance
+
+
+@DTYPES
+@pytest.mark.parametrize("damping", [1e-8, 1e-5, 1e-2, 1.0])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_exact_inverse(shape, scale, damping, dtype):
+    m, d, block_size = SHAPES[shape]
+    assert_matches(gaussian(m, d, scale, dtype), block_size, damping, exact(shape, scale, damping, dtype))
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_recursion_of_the_paper(shape, dtype):
+    m, d, block_size = SHAPES[shape]
+    gradients = gaussian(m, d, 1.0, dtype)
+    fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=1e-3)
+    x = np.linspace(-1, 2, d).astype(dtype)
+    expected = reference.recursion_apply(gradients, 1e-3, x, block_size)
+    np.testing.assert_allclose(
+        fisher.diagonal(), reference.recursion_diagonal(gradients, 1e-3, block_size), rtol=TOLERANCE[dtype]
+    )
+    np.testing.assert_allclose(fisher.apply(x), expected, rtol=0, atol=TOLERANCE[dtype] * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_dense_oracle_and_the_recursion_agree_with_the_exact_inverse(shape):
+    m, d, block_size = SHAPES[shape]
+    gradients, inverse = gaussian(m, d, 1.0, np.float64), exact(shape, 1.0, 1e-2, np.float64)
+    np.testing.assert_allclose(reference.dense_inverse(gradients, 1e-2, block_size), inverse, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(reference.recursion_diagonal(gradients, 1e-2, block_size), np.diag(inverse), rtol=1e-9)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "m, d, block_size",
+    [(150, 450, 200), (150, 450, None), (64, 200, 70), (65, 200, 70), (200, 300, 150), (130, 150, 64), (130, 150, 65)],
+)
+def test_matches_the_dense_inverse_in_factors_of_several_panels(m, d, block_size, dtype):
+    gradients = gaussian(m, d, 1.0, dtype)
+    assert_matches(gradients, block_size, 1e-2, reference.dense_inverse(gradients, 1e-2, block_size))
+
+
+@DTYPES
+@pytest.mark.parametrize("m, block_size", [(4, 3), (4, 4), (4, 9), (4, None)])
+def test_zero_gradients_give_exactly_one_over_damping(m, block_size, dtype):
+    fisher = mfac_core.inverse_fisher(np.zeros((m, 10), dtype), block_size=block_size, damping=0.25)
+    x = np.arange(10).astype(dtype)
+    np.testing.assert_array_equal(fisher.diagonal(), np.full(10, 4, dtype))
+    np.testing.assert_array_equal(fisher.apply(x), 4 * x)
+
+
+@DTYPES
+def test_a_weight_without_gradients_has_exactly_one_over_damping(dtype):
+    gradients = gaussian(5, 12, 1.0, dtype).copy()
+    gradients[:, 3] = 0
+    diagonal = mfac_core.inverse_fisher(gradients, block_size=6, damping=0.25).diagonal()
+    assert diagonal[3] == 4
+    assert np.all(np.delete(diagonal, 3) < 4)
+
+
+@DTYPES
+@pytest.mark.parametrize("damping", [1e-8, 1e-5, 1e-2])
+@pytest.mark.parametrize("block_size", [4, 8, None])
+def test_duplicated_rows(block_size, damping, dtype):
+    gradients = np.repeat(gaussian(3, 16, 1.0, dtype), 4, axis=0)
+    # Where there are more rows than weights the Fisher itself is factored, and its condition is about 20 / damping.
+    rounding = 20 / damping * np.finfo(np.float64).eps
+    inverse = reference.exact_inverse(gradients, damping, block_size)
+    assert_matches(gradients, block_size, damping, inverse, tolerance=rounding)
+
+
+@DTYPES
+@pytest.mark.parametrize("m, block_size", [(5, 8), (12, 8), (5, None)])
+def test_a_hugely_dominating_column(m, block_size, dtype):
+    gradients = gaussian(m, 16, 1.0, dtype).copy()
+    gradients[:, 2] *= 1e3 if dtype is np.float32 else 1e2
+    assert_matches(gradients, block_size, 1e-5, reference.exact_inverse(gradients, 1e-5, block_size))
+
+
+def _nearly_duplicated_rows(m: int, dtype: type) -> np.ndarray:
+    gradients = np.repeat(gaussian(1, 16, 1.0, np.float64), m, axis=0)
+    return (gradients + 1e-4 * gaussian(m, 16, 1.0, np.float64)).astype(dtype)
+
+
+def _nearly_duplicated_columns(m: int, dtype: type) -> np.ndarray:
+    gradients = np.repeat(gaussian(m, 1, 1.0, np.float64), 16, axis=1)
+    return (gradients + 1e-5 * gaussian(m, 16, 1.0, np.float64)).astype(dtype)
+
+
+def _graded_columns(m: int, dtype: type) -> np.ndarray:
+    return (gaussian(m, 16, 1.0, np.float64) * np.logspace(-6, 6, 16)).astype(dtype)
+
+
+def _graded_rows(m: int, dtype: type) -> np.ndarray:
+    return (gaussian(m, 16, 1.0, np.float64) * np.logspace(-6, 6, m)[:, None]).astype(dtype)
+
+
+def _one_column_at_1e7(m: int, dtype: type) -> np.ndarray:
+    gradients = gaussian(m, 16, 1.0, dtype).copy()
+    gradients[:, 2] *= 1e7
+    return gradients
+
+
+@DTYPES
+@pytest.mark.parametrize("damping", [1e-8, 1e-4])
+@pytest.mark.parametrize("m, block_size", [(5, 8), (7, 8), (8, 8), (12, 8), (9, None)])
+@pytest.mark.parametrize(
+    "hard",
+    [_nearly_duplicated_rows, _nearly_duplicated_columns, _graded_columns, _graded_rows, _one_column_at_1e7],
+    ids=lambda make: make.__name__.strip("_"),
+)
+def test_a_hard_block_is_either_accurate_or_refused(hard, m, block_size, damping, dtype):
+    gradients = hard(m, dtype)
+    inverse = reference.exact_inverse(gradients, damping, block_size)
+    try:
+        diagonal = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=damping).diagonal()
+    except mfac_core.IllConditionedError as error:
+        assert "damping" in str(error)
+        return
+    assert np.max(np.abs(diagonal.astype(np.float64) / np.diag(inverse) - 1)) <= TOLERANCE[np.float32]
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("m, block_size", [(5, 6), (9, 6)])
+@pytest.mark.parametrize("scale, dtype", [(1e19, np.float32), (1e37, np.float32), (1e200, np.float64)])
+def test_gradients_whose_squares_overflow_are_computed_accurately_or_refused(scale, dtype, m, block_size):
+    gradients = (scale * gaussian(m, 12, 1.0, np.float64)).astype(dtype)
+    try:
+        diagonal = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=1e-5).diagonal()
+    except mfac_core.IllConditionedError:
+        return
+    inverse = reference.exact_inverse(gradients, 1e-5, block_size)
+    np.testing.assert_allclose(diagonal, np.diag(inverse), rtol=TOLERANCE[np.float32])
+
+
+@DTYPES
+def test_inputs_are_unchanged(dtype):
+    gradients, x = gaussian(6, 23, 1.0, dtype).copy(), np.arange(23).astype(dtype)
+    before = gradients.tobytes(), x.tobytes()
+    fisher = mfac_core.inverse_fisher(gradients, block_size=8, damping=1e-3)
+    fisher.diagonal()
+    fisher.apply(x)
+    assert (gradients.tobytes(), x.tobytes()) == before
+
+
+def test_the_results_are_the_callers_to_change():
+    gradients = gaussian(6, 23, 1.0, np.float64)
+    fisher = mfac_core.inverse_fisher(gradients, block_size=8, damping=1e-3)
+    expected = fisher.diagonal().copy()
+    fisher.diagonal()[:] = -1
+    np.testing.assert_array_equal(fisher.diagonal(), expected)
+
+
+def test_readonly_and_strided_gradients_are_read_as_they_are():
+    base = gaussian(6, 46, 1.0, np.float64)
+    strided = base[::2, ::2]
+    strided.flags.writeable = False
+    expected = mfac_core.inverse_fisher(strided.copy(), block_size=8, damping=1e-3).diagonal()
+    np.testing.assert_array_equal(mfac_core.inverse_fisher(strided, block_size=8, damping=1e-3).diagonal(), expected)
+    fortran = np.asfortranarray(strided)
+    np.testing.assert_allclose(
+        mfac_core.inverse_fisher(fortran, block_size=8, damping=1e-3).diagonal(), expected, rtol=1e-12
+    )
+
+
+def test_the_defaults_are_blocks_of_2000_and_damping_1e_5():
+    gradients = gaussian(2, 2005, 1.0, np.float64)
+    expected = mfac_core.inverse_fisher(gradients, block_size=2000, damping=1e-5, devices=("cpu",)).diagonal()
+    np.testing.assert_array_equal(mfac_core.inverse_fisher(gradients).diagonal(), expected)
+    other = mfac_core.inverse_fisher(gradients, block_size=2001).diagonal()
+    assert not np.array_equal(other, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("m", [5, 40])
+def test_rows_that_are_not_finite_are_refused_by_number(value, m):
+    gradients = gaussian(m, 24, 1.0, np.float32).copy()
+    gradients[1, 0] = value
+    gradients[4, 23] = value
+    with pytest.raises(ValueError, match=r"(?i)rows?\b") as refusal:
+        mfac_core.inverse_fisher(gradients, block_size=8, damping=1e-3).diagonal()
+    assert {"1", "4"} <= set(re.findall(r"\d+", str(refusal.value)))
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3, 4)])
+def test_gradients_that_are_no_matrix_are_refused(shape):
+    with pytest.raises(ValueError, match="gradients"):
+        mfac_core.inverse_fisher(np.ones(shape), block_size=2, damping=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (6, 0), (0, 0)])
+def test_empty_gradients_are_refused(shape):
+    with pytest.raises(ValueError, match="gradients"):
+        mfac_core.inverse_fisher(np.ones(shape), block_size=2, damping=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.complex128, np.bool_])
+def test_gradients_that_are_no_real_floats_are_refused(dtype):
+    with pytest.raises((ValueError, TypeError), match="gradients"):
+        mfac_core.inverse_fisher(np.ones((3, 4), dtype), block_size=2, damping=1e-3)
+
+
+@pytest.mark.parametrize("damping", [0.0, -1e-5, float("nan"), float("inf")])
+def test_damping_must_be_positive(damping):
+    with pytest.raises(ValueError, match="damping"):
+        mfac_core.inverse_fisher(np.ones((3, 4)), block_size=2, damping=damping)
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 2.5])
+def test_block_size_must_be_a_positive_integer(block_size):
+    with pytest.raises((ValueError, TypeError), match="block_size"):
+        mfac_core.inverse_fisher(np.ones((3, 4)), block_size=block_size, damping=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (5,), (1, 4), (4, 1)])
+def test_apply_refuses_a_vector_of_another_size(shape):
+    fisher = mfac_core.inverse_fisher(np.ones((3, 4)), block_size=2, damping=1e-3)
+    with pytest.raises(ValueError, match="4"):
+        fisher.apply(np.ones(shape))
+
+
+def test_cuda_without_cupy_names_the_extras(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(mfac_core.DeviceError) as refusal:
+        mfac_core.inverse_fisher(np.ones((3, 4)), devices=("cuda:0",)).diagonal()
+    assert "cuda:0" in str(refusal.value)
+    assert "mfac-core[cuda12]" in str(refusal.value)
+    assert "cuda13" in str(refusal.value)
+
+
+@pytest.mark.parametrize("device", ["cpu:3", "gpu", "tpu:0", "", "cuda:x", "cuda:-1"])
+def test_a_device_that_does_not_exist_is_refused_with_those_that_do(device):
+    with pytest.raises(mfac_core.DeviceError, match=r"\bcpu\b") as refusal:
+        mfac_core.inverse_fisher(np.ones((3, 4)), devices=(device,)).diagonal()
+    assert repr(device) in str(refusal.value) or f'"{device}"' in str(refusal.value)
+
+
+def test_no_devices_at_all_are_refused():
+    with pytest.raises(ValueError, match="device"):
+        mfac_core.inverse_fisher(np.ones((3, 4)), devices=()).diagonal()

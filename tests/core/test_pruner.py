@@ -1,0 +1,526 @@
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mfac_core import MagnitudePruner, MagnitudeSettings, MemoryBudgetError, MFACPruner, MFACSettings, make_pruner
+from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.planning import peak_window
+from mfac_core.schedule import num_gradients_at
+from tests import reference
+
+SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 3, 4)}
+TOTAL = 65
+STEPS_PER_EPOCH = 8
+SETTINGS = MFACSettings(
+    initial_sparsity=0.2,
+    final_sparsity=0.8,
+    start_epoch=1.0,
+    end_epoch=4.0,
+    update_frequency=1.0,
+    num_gradients={0.0: 4, 0.5: 6},
+    block_size=20,
+    damping=1e-3,
+)
+LAST_STEP = 4 * STEPS_PER_EPOCH
+
+
+def make_weights(dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def gradient_at(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1000 + step)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def make_mfac(settings: MFACSettings = SETTINGS, **options: Any) -> MFACPruner:
+    return MFACPruner(settings, make_weights(), steps_per_epoch=STEPS_PER_EPOCH, **options)
+
+
+def train(pruner, weights, first: int = 0, last: int = LAST_STEP, before_step=None) -> dict[str, np.ndarray]:
+    """The training loop of a user: gradients where they are wanted, a step of SGD, the pruning steps that are due."""
+    for step in range(first, last):
+        gradients = gradient_at(step)
+        if pruner.needs_gradients(step):
+            pruner.observe(gradients)
+        weights = {name: (weights[name] - 0.01 * gradients[name]) * pruner.masks[name] for name in weights}
+        if before_step is not None:
+            before_step(step + 1, weights)
+        if pruner.is_due(step + 1):
+            weights = pruner.prune(weights, step + 1).weights
+    return weights
+
+
+def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return all(np.array_equal(one[name], other[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("update", ["independent", "joint"])
+@pytest.mark.parametrize("num_gradients", [{0.0: 4, 0.5: 6}, {0.0: 6, 0.5: 3}, 11, 25])
+def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gradients, update, scope):
+    settings = replace(SETTINGS, num_gradients=num_gradients, update=update, scope=scope)
+    pruner = make_mfac(settings)
+    weights, rows, sparsities = make_weights(), [], []
+    for step in range(LAST_STEP):
+        gradients = gradient_at(step)
+        if pruner.needs_gradients(step):
+            assert pruner.observe(gradients)
+            rows.append(np.concatenate([gradients[name].ravel() for name in SHAPES]))
+        if pruner.is_due(step + 1):
+            planned = pruner.next_step
+            reached = sparsities[-1] if sparsities else 0.0
+            recent = np.array(rows[-num_gradients_at(settings.num_gradients, reached) :])
+            masks = pruner.masks
+            expected = reference.prune(
+                weights,
+                recent,
+                sparsity=planned.sparsity,
+                masks=masks,
+                block_size=20,
+                damping=1e-3,
+                scope=scope,
+                update=update,
+            )
+            result = pruner.prune(weights, step + 1)
+            for name in SHAPES:
+                np.testing.assert_array_equal(result.masks[name], expected.masks[name])
+                np.testing.assert_allclose(result.weights[name], expected.weights[name], rtol=0, atol=1e-4)
+                assert result.weights[name].dtype == np.float32
+            assert result.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=1e-3)
+            assert result.sparsity == pruner.sparsity == pytest.approx(expected.sparsity)
+            weights = result.weights
+            sparsities.append(planned.sparsity)
+            rows = rows[-num_gradients_at(settings.num_gradients, planned.sparsity) :]
+    assert sparsities == [planned.sparsity for planned in pruner.schedule]
+    assert len(sparsities) == 4
+
+
+def test_gradients_are_needed_only_in_the_last_steps_before_a_pruning_step():
+    pruner, asked = make_mfac(), []
+    weights = make_weights()
+    for step in range(LAST_STEP + 10):
+        if pruner.needs_gradients(step):
+            asked.append(step)
+            pruner.observe(gradient_at(step))
+        if pruner.is_due(step + 1):
+            weights = pruner.prune(weights, step + 1).weights
+    sparsities = [0.0, *(planned.sparsity for planned in pruner.schedule)]
+    expected = []
+    for reached, planned in zip(sparsities, pruner.schedule, strict=False):
+        expected += range(planned.step - num_gradients_at(SETTINGS.num_gradients, reached), planned.step)
+    assert asked == expected
+    assert [planned.step for planned in pruner.schedule] == [8, 16, 24, 32]
+
+
+def test_a_pruning_step_is_due_from_its_step_on_until_it_is_done():
+    pruner = make_mfac()
+    for step in range(8):
+        pruner.observe(gradient_at(step))
+    assert [pruner.is_due(step) for step in (0, 7, 8, 9, 15)] == [False, False, True, True, True]
+    result = pruner.prune(make_weights(), 9)
+    assert [pruner.is_due(step) for step in (8, 9, 15, 16)] == [False, False, False, True]
+    assert result.sparsity == pytest.approx(0.2, abs=0.02)
+
+
+def test_without_a_step_the_next_pruning_step_is_done():
+    pruner = make_mfac()
+    pruner.observe(gradient_at(0))
+    pruner.prune(make_weights())
+    assert pruner.next_step == pruner.schedule[1]
+
+
+def test_a_late_pruning_step_does_the_latest_that_is_planned():
+    pruner = make_mfac()
+    pruner.observe(gradient_at(0))
+    pruner.prune(make_weights(), 25)
+    assert pruner.next_step == pruner.schedule[3]
+    assert pruner.sparsity == pytest.approx(pruner.schedule[2].sparsity, abs=0.02)
+
+
+def test_pruning_before_its_step_and_after_the_end_is_refused():
+    pruner = make_mfac()
+    pruner.observe(gradient_at(0))
+    with pytest.raises(ValueError, match=r"step 7\b.*step 8\b"):
+        pruner.prune(make_weights(), 7)
+    assert not np.any(~pruner.masks["a"])
+    train(pruner, make_weights())
+    assert pruner.is_finished and pruner.next_step is None
+    assert not pruner.is_due(10**6) and not pruner.needs_gradients(10**6)
+    with pytest.raises(ValueError, match="done"):
+        pruner.prune(make_weights(), 10**6)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("final", [0.5, 0.77, 0.801, 0.95])
+def test_the_final_sparsity_is_exact_and_weights_are_zero_where_pruned(final, scope):
+    pruner = make_mfac(replace(SETTINGS, final_sparsity=final, scope=scope))
+    weights = train(pruner, make_weights())
+    assert pruner.is_finished
+    zeros = {name: int(np.sum(weights[name] == 0)) for name in SHAPES}
+    if scope == "global":
+        assert sum(zeros.values()) == round(TOTAL * final)
+    else:
+        assert zeros == {name: round(int(np.prod(shape)) * final) for name, shape in SHAPES.items()}
+    assert all(np.array_equal(weights[name] != 0, pruner.masks[name]) for name in SHAPES)
+    assert pruner.sparsity == sum(zeros.values()) / TOTAL
+
+
+def test_masks_only_shrink():
+    pruner, before = make_mfac(), {name: np.ones(shape, bool) for name, shape in SHAPES.items()}
+
+    def check(step, weights):
+        nonlocal before
+        assert not any(np.any(pruner.masks[name] & ~before[name]) for name in SHAPES)
+        before = pruner.masks
+
+    train(pruner, make_weights(), before_step=check)
+    assert not same(before, {name: np.ones(shape, bool) for name, shape in SHAPES.items()})
+
+
+def test_masks_given_at_the_start_are_kept_and_count():
+    masks = {name: np.arange(int(np.prod(shape))).reshape(shape) % 4 > 0 for name, shape in SHAPES.items()}
+    pruner = make_mfac(masks=masks)
+    assert same(pruner.masks, masks)
+    assert pruner.sparsity == sum(int(np.sum(~mask)) for mask in masks.values()) / TOTAL
+    weights = train(pruner, {name: array * masks[name] for name, array in make_weights().items()})
+    assert not any(np.any(weights[name][~masks[name]]) for name in SHAPES)
+    assert sum(int(np.sum(weights[name] == 0)) for name in SHAPES) == round(30 * 0.8) + round(11 * 0.8) + round(
+        24 * 0.8
+    )
+
+
+def test_masks_handed_out_are_copies():
+    pruner = make_mfac()
+    pruner.masks["a"][:] = False
+    assert pruner.sparsity == 0 and pruner.masks["a"].all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_gradients": {0.0: 4, 0.5: 7}},
+        {"num_gradients": 4},
+        {"block_size": 19},
+        {"block_size": None},
+        {"damping": 2e-3},
+        {"update": "joint"},
+        {"scope": "global"},
+        {"final_sparsity": 0.7},
+        {"initial_sparsity": 0.3},
+        {"interpolation": "linear"},
+        {"interpolation": "inverse_cubic"},
+        {"start_epoch": 1.5},
+        {"end_epoch": 3.5},
+        {"update_frequency": 0.5},
+    ],
+    ids=str,
+)
+def test_each_setting_changes_the_outcome(change):
+    usual = train(make_mfac(), make_weights())
+    assert same(usual, train(make_mfac(replace(SETTINGS)), make_weights()))
+    assert not same(usual, train(make_mfac(replace(SETTINGS, **change)), make_weights()))
+
+
+@pytest.mark.parametrize("killed_at", range(0, LAST_STEP + 1, 3))
+def test_a_resumed_run_ends_bit_for_bit_the_same(killed_at):
+    whole = make_mfac()
+    expected = train(whole, make_weights())
+    first = make_mfac()
+    weights = train(first, make_weights(), last=killed_at)
+    state = copy.deepcopy(first.state_dict())
+    train(first, weights, first=killed_at)  # the state must not change with the pruner that it was taken from
+    second = make_mfac()
+    second.load_state_dict(state)
+    resumed = train(second, weights, first=killed_at)
+    assert same(resumed, expected) and same(second.masks, whole.masks)
+    assert second.is_finished
+
+
+def test_a_state_does_not_change_with_its_pruner():
+    pruner = make_mfac()
+    weights = train(pruner, make_weights(), last=12)
+    state = pruner.state_dict()
+    before = copy.deepcopy(state)
+    train(pruner, weights, first=12)
+    np.testing.assert_equal(state, before)
+
+
+def test_a_state_holds_arrays_and_plain_numbers_only():
+    pruner = make_mfac()
+    train(pruner, make_weights(), last=12)
+    assert_plain(pruner.state_dict())
+
+
+def assert_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        assert all(isinstance(key, str) for key in value)
+        for item in value.values():
+            assert_plain(item)
+    else:
+        assert value is None or type(value) in {bool, int, float, str, np.ndarray}
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
+    pruner = make_mfac()
+    weights = train(pruner, make_weights(), last=12)
+    before = copy.deepcopy(pruner.state_dict())
+    later = make_mfac()
+    train(later, make_weights(), last=28)
+    wrong = [
+        {**later.state_dict(), "masks": {**later.masks, "b": np.ones(12, bool)}},
+        {**later.state_dict(), "masks": {"a": later.masks["a"]}},
+        {**later.state_dict(), "pruning_steps_done": 5},
+        {**later.state_dict(), "pruning_steps_done": -1},
+        {**later.state_dict(), "window": {"rows": np.zeros((2, 3), np.float32), "position": 2}},
+    ]
+    for state in wrong:
+        with pytest.raises(ValueError):  # noqa: PT011
+            pruner.load_state_dict(state)
+        np.testing.assert_equal(pruner.state_dict(), before)
+    train(pruner, weights, first=12)
+    assert pruner.is_finished
+
+
+def test_a_state_without_a_window_collects_rows_anew():
+    pruner = make_mfac()
+    train(pruner, make_weights(), last=12)
+    state = {key: value for key, value in pruner.state_dict().items() if key != "window"}
+    other = make_mfac()
+    other.load_state_dict(state)
+    assert other.num_rows == 0
+    assert same(other.masks, pruner.masks)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_not_finite_are_refused_and_counted(value, caplog):
+    pruner = make_mfac()
+    bad = gradient_at(0)
+    bad["b"][3] = value
+    with caplog.at_level(logging.WARNING, "mfac_core"):
+        assert [pruner.observe(row) for row in (gradient_at(1), bad, bad, gradient_at(2))] == [True, False, False, True]
+    assert (pruner.num_rows, pruner.refused_rows) == (2, 2)
+    assert len([record for record in caplog.records if "NaN" in record.message]) == 1
+    clean = make_mfac()
+    clean.observe(gradient_at(1))
+    clean.observe(gradient_at(2))
+    assert same(pruner.prune(make_weights(), 8).weights, clean.prune(make_weights(), 8).weights)
+    restored = make_mfac()
+    restored.load_state_dict(pruner.state_dict())
+    assert restored.refused_rows == 2
+
+
+def test_what_is_not_finite_at_a_pruned_weight_is_of_no_concern():
+    masks = {name: np.ones(shape, bool) for name, shape in SHAPES.items()}
+    masks["b"][3] = False
+    pruner, row = make_mfac(masks=masks), gradient_at(0)
+    row["b"][3] = np.nan
+    assert pruner.observe(row)
+    assert pruner.refused_rows == 0
+
+
+def test_pruning_with_no_rows_at_all_is_refused():
+    pruner = make_mfac(live_gradients=False)
+    with pytest.raises(ValueError, match="gradient"):
+        pruner.prune(make_weights(), 8)
+    assert pruner.sparsity == 0 and pruner.next_step == pruner.schedule[0]
+
+
+def test_a_start_at_step_zero_waits_for_its_first_window(caplog):
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0))
+    weights = make_weights()
+    with caplog.at_level(logging.WARNING, "mfac_core"):
+        assert not pruner.is_due(0)
+        for step in range(4):
+            assert not pruner.is_due(step)
+            assert pruner.needs_gradients(step)
+            pruner.observe(gradient_at(step))
+        assert pruner.is_due(4)
+        result = pruner.prune(weights, 4)
+    assert result.sparsity == pytest.approx(0.2, abs=0.02)
+    assert len([record for record in caplog.records if "wait" in record.message]) == 1
+    assert "partial" not in caplog.text
+    assert pruner.next_step == pruner.schedule[1]
+
+
+def test_a_waiting_pruning_step_gives_way_to_the_next(caplog):
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    pruner.is_due(0)
+    for step in range(8):
+        assert not pruner.is_due(step)
+        pruner.observe(gradient_at(step))
+    assert pruner.is_due(8)
+    pruner.prune(make_weights(), 8)
+    assert pruner.next_step == pruner.schedule[2]
+
+
+def test_a_waiting_pruning_step_still_waits_after_a_restart():
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0))
+    pruner.is_due(0)
+    pruner.observe(gradient_at(0))
+    restored = make_mfac(replace(SETTINGS, start_epoch=0.0))
+    restored.load_state_dict(pruner.state_dict())
+    assert not pruner.is_due(1) and not restored.is_due(1)
+
+
+def test_a_partial_window_is_used_and_said_once(caplog):
+    pruner = make_mfac(replace(SETTINGS, num_gradients=20))
+    with caplog.at_level(logging.WARNING, "mfac_core"):
+        weights = train(pruner, make_weights())
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1
+    assert re.search(r"\b8\b.*\b20\b", told[0])
+    assert sum(int(np.sum(weights[name] == 0)) for name in SHAPES) == round(30 * 0.8) + round(11 * 0.8) + round(
+        24 * 0.8
+    )
+
+
+def test_a_full_window_says_nothing(caplog):
+    with caplog.at_level(logging.DEBUG, "mfac_core"):
+        train(make_mfac(), make_weights())
+    assert not caplog.records
+
+
+def test_sampled_gradients_are_never_asked_for_and_a_step_is_due_without_rows():
+    pruner = make_mfac(live_gradients=False)
+    assert not any(pruner.needs_gradients(step) for step in range(40))
+    assert [pruner.is_due(step) for step in (7, 8)] == [False, True]
+    pruner.observe(gradient_at(0))
+    pruner.forget_gradients()
+    assert pruner.num_rows == 0
+    pruner.observe(gradient_at(1))
+    fresh = make_mfac(live_gradients=False)
+    fresh.observe(gradient_at(1))
+    assert same(pruner.prune(make_weights(), 8).weights, fresh.prune(make_weights(), 8).weights)
+
+
+def test_inputs_are_unchanged():
+    pruner, weights, gradients = make_mfac(), make_weights(), gradient_at(0)
+    arrays = [*weights.values(), *gradients.values()]
+    before = [array.tobytes() for array in arrays]
+    pruner.observe(gradients)
+    result = pruner.prune(weights, 8)
+    for name in SHAPES:
+        result.weights[name][...] = 7
+        result.masks[name][...] = False
+    assert [array.tobytes() for array in arrays] == before
+    assert pruner.sparsity == pytest.approx(0.2, abs=0.02)
+
+
+def test_an_observed_gradient_is_copied():
+    pruner, row = make_mfac(), gradient_at(0)
+    pruner.observe(row)
+    for array in row.values():
+        array[...] = np.nan
+    clean = make_mfac()
+    clean.observe(gradient_at(0))
+    assert same(pruner.prune(make_weights(), 8).weights, clean.prune(make_weights(), 8).weights)
+
+
+def test_float64_weights_keep_their_dtype_and_their_digits():
+    weights = make_weights(np.float64)
+    masks = {name: np.arange(int(np.prod(shape))).reshape(shape) % 2 > 0 for name, shape in SHAPES.items()}
+    weights = {name: weights[name] * masks[name] for name in SHAPES}
+    pruner = MFACPruner(SETTINGS, weights, steps_per_epoch=STEPS_PER_EPOCH, masks=masks)
+    pruner.observe(gradient_at(0))
+    result = pruner.prune(weights, 8)
+    assert result.weights["a"].dtype == np.float64
+    assert same(result.weights, weights)
+
+
+def test_the_order_of_gradients_by_name_is_irrelevant():
+    one, other = make_mfac(), make_mfac()
+    one.observe(gradient_at(0))
+    other.observe(dict(reversed(gradient_at(0).items())))
+    backwards = dict(reversed(make_weights().items()))
+    assert same(one.prune(make_weights(), 8).weights, other.prune(backwards, 8).weights)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_arrays_that_do_not_fit_are_refused_by_name(name):
+    pruner = make_mfac()
+    with pytest.raises(ValueError, match=name):
+        pruner.observe({other: array for other, array in gradient_at(0).items() if other != name})
+    with pytest.raises(ValueError, match=name):
+        pruner.observe({**gradient_at(0), name: np.zeros((3, 3), np.float32)})
+    pruner.observe(gradient_at(0))
+    with pytest.raises(ValueError, match=name):
+        pruner.prune({**make_weights(), name: np.zeros((3, 3), np.float32)}, 8)
+    with pytest.raises(ValueError, match=name):
+        make_mfac(masks={**make_mfac().masks, name: np.ones(2, bool)})
+    with pytest.raises(ValueError, match="weights"):
+        MFACPruner(SETTINGS, {}, steps_per_epoch=STEPS_PER_EPOCH)
+
+
+def test_a_window_that_does_not_fit_is_refused_with_one_that_does(monkeypatch):
+    monkeypatch.setattr(NumpyBackend, "free_bytes", lambda self, device: 60_000)
+    with pytest.raises(MemoryBudgetError, match="60,000") as refusal:
+        make_mfac(replace(SETTINGS, num_gradients=5000))
+    fitting = int(re.search(r"num_gradients\D+(\d+) would fit", str(refusal.value))[1])
+    make_mfac(replace(SETTINGS, num_gradients=fitting))
+    with pytest.raises(MemoryBudgetError):
+        make_mfac(replace(SETTINGS, num_gradients=fitting + 1))
+
+
+def test_memory_is_counted_at_the_largest_window_of_the_run():
+    schedule = make_mfac().schedule
+    early = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 110})
+    late = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 1000})
+    assert peak_window(early, TOTAL, schedule) == (100, TOTAL)
+    reached = next(planned.sparsity for planned in schedule if planned.sparsity >= 0.5)
+    assert peak_window(late, TOTAL, schedule) == (1000, TOTAL - round(TOTAL * reached))
+
+
+def test_magnitude_pruning_takes_the_smallest_and_moves_nothing():
+    settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0, start_epoch=1.0, scope="global")
+    pruner = MagnitudePruner(settings, make_weights(), steps_per_epoch=4)
+    weights = make_weights()
+    assert [pruner.is_due(step) for step in (3, 4)] == [False, True]
+    result = pruner.prune(weights, 4)
+    flat = np.abs(np.concatenate([weights[name].ravel() for name in SHAPES]))
+    threshold = np.sort(flat)[round(TOTAL * 0.5)]
+    for name in SHAPES:
+        np.testing.assert_array_equal(result.masks[name], np.abs(weights[name]) >= threshold)
+        np.testing.assert_array_equal(result.weights[name], np.where(result.masks[name], weights[name], 0))
+    assert result.predicted_loss_increase is None
+    assert pruner.is_finished
+
+
+def test_magnitude_pruning_wants_no_gradients():
+    pruner = MagnitudePruner(MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0), make_weights(), steps_per_epoch=4)
+    assert not any(pruner.needs_gradients(step) for step in range(10))
+    with pytest.raises(TypeError, match="needs_gradients"):
+        pruner.observe(gradient_at(0))
+
+
+def test_magnitude_pruning_resumes():
+    settings = MagnitudeSettings(final_sparsity=0.8, end_epoch=4.0, update_frequency=0.5)
+    whole = MagnitudePruner(settings, make_weights(), steps_per_epoch=STEPS_PER_EPOCH)
+    expected = train(whole, make_weights())
+    first = MagnitudePruner(settings, make_weights(), steps_per_epoch=STEPS_PER_EPOCH)
+    weights = train(first, make_weights(), last=13)
+    second = MagnitudePruner(settings, make_weights(), steps_per_epoch=STEPS_PER_EPOCH)
+    second.load_state_dict(first.state_dict())
+    assert same(train(second, weights, first=13), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_pruner_is_made_for_its_settings(dtype):
+    weights = make_weights(dtype)
+    assert type(make_pruner(SETTINGS, weights, steps_per_epoch=8)) is MFACPruner
+    magnitude = MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0)
+    assert type(make_pruner(magnitude, weights, steps_per_epoch=8)) is MagnitudePruner
+    masks = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
+    assert make_pruner(magnitude, weights, steps_per_epoch=8, masks=masks).sparsity == 1
+    assert not make_pruner(SETTINGS, weights, steps_per_epoch=8, live_gradients=False).needs_gradients(7)
+    with pytest.raises(TypeError, match="dict"):
+        make_pruner({}, weights, steps_per_epoch=8)

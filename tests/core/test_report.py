@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mfac_core.report import RunRecord, picture, read_json, table, write_json
+
+GRADUAL = RunRecord(
+    method="M-FAC gradual",
+    sparsity=0.95,
+    accuracy_before=0.981,
+    accuracy_after=0.9725,
+    seconds=31.25,
+    history=((1.0, 0.9, 0.5), (2.0, 0.96, 0.95)),
+    layer_sparsity={"conv.weight": 0.75, "fc.weight": 0.96},
+)
+ONE_SHOT = RunRecord("magnitude [one-shot]", 0.5, 0.98, 0.985, 0.5)
+
+
+def printed(records: list[RunRecord]) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table(records))
+    return console.export_text()
+
+
+def test_a_written_run_reads_back_equal(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+
+    write_json([GRADUAL, ONE_SHOT], path, seed=3, model="convnet")
+
+    records, facts = read_json(path)
+    assert records == [GRADUAL, ONE_SHOT]
+    assert facts == {"seed": 3, "model": "convnet"}
+
+
+def test_a_number_that_json_cannot_hold_is_refused_rather_than_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nan"):
+        write_json([RunRecord("M-FAC one-shot", 0.5, 0.9, float("nan"), 1.0)], tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        "{}",
+        '{"records": []}',
+        '{"facts": {}, "records": [{"method": "x"}]}',
+        '{"facts": {}, "records": [3]}',
+    ],
+)
+def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("color", "red"), ("sparsity", "high"), ("history", [[1.0, 2.0]]), ("layer_sparsity", [0.5])]
+)
+def test_a_record_with_an_unknown_key_or_a_wrong_value_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "run.json"
+    write_json([ONE_SHOT], path)
+    run = json.loads(path.read_text())
+    run["records"][0][key] = value
+    path.write_text(json.dumps(run))
+
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_json(path)
+
+
+def test_the_table_has_a_row_per_method_with_the_change_in_points() -> None:
+    rows = [line.split() for line in printed([GRADUAL, ONE_SHOT]).splitlines() if "%" in line]
+
+    assert rows == [
+        ["M-FAC", "gradual", "95.00%", "98.10%", "97.25%", "-0.85", "31.2", "s"],
+        ["magnitude", "[one-shot]", "50.00%", "98.00%", "98.50%", "+0.50", "0.5", "s"],
+    ]
+
+
+@pytest.mark.parametrize("records", [[GRADUAL, ONE_SHOT], [ONE_SHOT], []], ids=["both", "one-shot only", "nothing"])
+def test_a_picture_is_drawn_for_any_mix_of_records(tmp_path: Path, records: list[RunRecord]) -> None:
+    path = tmp_path / "run.png"
+
+    picture(records, path)
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_shows_methods_layers_and_axes(tmp_path: Path) -> None:
+    import matplotlib
+
+    path = tmp_path / "run.svg"
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        picture([GRADUAL], path)
+
+    words = path.read_text()
+    for word in ("M-FAC gradual", "conv.weight", "fc.weight", "epoch", "test accuracy", "Sparsity per layer"):
+        assert word in words
+    assert "no gradual run" not in words
+
+
+def test_the_picture_leaves_no_state_in_pyplot(tmp_path: Path) -> None:
+    from matplotlib import pyplot
+
+    picture([GRADUAL], tmp_path / "run.png")
+
+    assert pyplot.get_fignums() == []

@@ -1,0 +1,218 @@
+"""The mathematics of M-FAC written densely in float64: an oracle that shares no code with the library.
+
+Everything here forms the d x d matrices that the library avoids. Where float64 itself is not enough to say what is
+right (a damping of 1e-8 beside gradients of 1e3), ``exact_inverse`` computes with 80 decimal digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from decimal import Decimal, localcontext
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+class Pruned(NamedTuple):
+    """What a dense pruning step gives; the fields are those of the library's result."""
+
+    weights: dict[str, Vector]
+    masks: dict[str, Mask]
+    sparsity: float
+    predicted_loss_increase: float
+
+
+def block_slices(size: int, block_size: int | None) -> Iterator[slice]:
+    """Cut ``size`` consecutive weights into blocks of ``block_size``; the last may be shorter."""
+    step = size if block_size is None else block_size
+    for start in range(0, size, max(step, 1)):
+        yield slice(start, min(start + step, size))
+
+
+def dense_fisher(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
+    """Damped empirical Fisher ``damping * I + G^T G / m`` with everything outside the diagonal blocks zero, (d, d)."""
+    g = np.asarray(gradients, dtype=np.float64)
+    rows, size = g.shape
+    fisher = np.zeros((size, size))
+    for block in block_slices(size, block_size):
+        fisher[block, block] = g[:, block].T @ g[:, block] / rows
+    return fisher + damping * np.eye(size)
+
+
+def dense_inverse(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
+    """Inverse of :func:`dense_fisher` by LAPACK, block by block, (d, d)."""
+    fisher = dense_fisher(gradients, damping, block_size)
+    inverse = np.zeros_like(fisher)
+    for block in block_slices(len(fisher), block_size):
+        inverse[block, block] = np.linalg.inv(fisher[block, block])
+    return inverse
+
+
+def exact_inverse(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
+    """Inverse of the damped empirical Fisher with 80 decimal digits, rounded to float64 at the end, (d, d).
+
+    The Fisher too is formed in decimals, since damping can be lost when it is added in float64.
+    """
+    g = np.asarray(gradients, dtype=np.float64)
+    rows, size = g.shape
+    inverse = np.zeros((size, size))
+    with localcontext() as context:
+        context.prec = 80
+        for block in block_slices(size, block_size):
+            columns = np.vectorize(Decimal, otypes=[object])(g[:, block])
+            fisher = columns.T @ columns / Decimal(rows)
+            for q in range(len(fisher)):
+                fisher[q, q] += Decimal(damping)
+            inverse[block, block] = _gauss_jordan(fisher).astype(np.float64)
+    return inverse
+
+
+def recursion_diagonal(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Vector:
+    """Diagonal of the inverse Fisher by the row-by-row recursion of the M-FAC paper, matrix-free, (d,)."""
+    g = np.asarray(gradients, dtype=np.float64)
+    diagonal = np.empty(g.shape[1])
+    for block in block_slices(g.shape[1], block_size):
+        v, denominators = _recursion(g[:, block], damping)
+        diagonal[block] = 1 / damping - np.sum(v**2 / denominators[:, None], axis=0)
+    return diagonal
+
+
+def recursion_apply(gradients: ArrayLike, damping: float, x: ArrayLike, block_size: int | None = None) -> Vector:
+    """``F^-1 x`` by the row-by-row recursion of the M-FAC paper, matrix-free, (d,)."""
+    g = np.asarray(gradients, dtype=np.float64)
+    product = np.asarray(x, dtype=np.float64) / damping
+    for block in block_slices(g.shape[1], block_size):
+        v, denominators = _recursion(g[:, block], damping)
+        coefficients = v @ np.asarray(x, dtype=np.float64)[block] / denominators
+        product[block] -= coefficients @ v
+    return product
+
+
+def saliency(weights: ArrayLike, inverse_diagonal: ArrayLike) -> Vector:
+    """``w_q^2 / (2 [F^-1]_qq)``."""
+    return np.asarray(weights, dtype=np.float64) ** 2 / (2 * np.asarray(inverse_diagonal, dtype=np.float64))
+
+
+def select(saliencies: ArrayLike, mask: ArrayLike, sparsity: float) -> Mask:
+    """The mask after pruning the smallest saliencies until ``round(n * sparsity)`` of the n weights are pruned.
+
+    Ties go to the lowest index. What ``mask`` has pruned stays pruned and counts; if that is already enough, the
+    mask comes back as it is.
+    """
+    kept = np.array(mask, dtype=bool).ravel()
+    values = np.asarray(saliencies, dtype=np.float64).ravel()
+    missing = round(kept.size * sparsity) - int(np.sum(~kept))
+    candidates = [int(q) for q in np.argsort(values, kind="stable") if kept[q]]
+    for q in candidates[: max(missing, 0)]:
+        kept[q] = False
+    return kept
+
+
+def independent_update(weights: ArrayLike, inverse: Matrix, pruned: Mask) -> Vector:
+    """Sum over the pruned q of ``-w_q / [F^-1]_qq * F^-1 e_q``, then the pruned entries made exactly zero: dw, (d,)."""
+    w = np.asarray(weights, dtype=np.float64)
+    dw = np.zeros_like(w)
+    for q in np.flatnonzero(pruned):
+        dw -= w[q] / inverse[q, q] * inverse[:, q]
+    dw[pruned] = -w[pruned]
+    return dw
+
+
+def joint_update(weights: ArrayLike, inverse: Matrix, pruned: Mask) -> Vector:
+    """The dw of least predicted loss that zeroes all of the pruned set: ``-F^-1 E (E^T F^-1 E)^-1 E^T w``, (d,)."""
+    w = np.asarray(weights, dtype=np.float64)
+    columns = inverse[:, pruned]
+    dw = -columns @ np.linalg.solve(inverse[np.ix_(pruned, pruned)], w[pruned])
+    dw[pruned] = -w[pruned]
+    return dw
+
+
+def predicted_loss_increase(fisher: Matrix, dw: Vector) -> float:
+    """``1/2 dw^T F dw`` of the update that was made."""
+    return float(dw @ fisher @ dw) / 2
+
+
+def prune(
+    weights: Mapping[str, ArrayLike],
+    gradients: ArrayLike,
+    *,
+    sparsity: float,
+    masks: Mapping[str, ArrayLike] | None = None,
+    block_size: int | None = 2000,
+    damping: float = 1e-5,
+    scope: str = "layer",
+    update: str = "independent",
+) -> Pruned:
+    """One pruning step, densely. Only weights that ``masks`` keep take part; they are cut into blocks in their order.
+
+    Args:
+        weights: Name to array, in parameter order.
+        gradients: Shape (m, total): all weights flattened and concatenated in parameter order.
+        sparsity: Pruned fraction to reach, within each layer or over all (``scope``).
+        masks: Name to mask, True keeps; None keeps all.
+        block_size: Unpruned weights per block; None for one block.
+        damping: Lambda.
+        scope: ``layer`` or ``global``.
+        update: ``independent`` or ``joint``.
+    """
+    shapes = {name: np.shape(array) for name, array in weights.items()}
+    w = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in weights.values()])
+    g = np.asarray(gradients, dtype=np.float64)
+    before = np.ones(w.size, dtype=bool)
+    if masks is not None:
+        before = np.concatenate([np.asarray(masks[name], dtype=bool).ravel() for name in weights])
+    w = np.where(before, w, 0.0)
+
+    fisher = dense_fisher(g[:, before], damping, block_size)
+    inverse = dense_inverse(g[:, before], damping, block_size)
+    saliencies = np.zeros(w.size)
+    saliencies[before] = saliency(w[before], np.diag(inverse))
+
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    groups = [slice(0, w.size)] if scope == "global" else list(_consecutive(sizes))
+    after = np.concatenate([select(saliencies[group], before[group], sparsity) for group in groups])
+
+    pruned = ~after[before]
+    dw = {"independent": independent_update, "joint": joint_update}[update](w[before], inverse, pruned)
+    w[before] += dw
+    return Pruned(
+        weights={name: w[part].reshape(shapes[name]) for name, part in zip(shapes, _consecutive(sizes), strict=True)},
+        masks={name: after[part].reshape(shapes[name]) for name, part in zip(shapes, _consecutive(sizes), strict=True)},
+        sparsity=float(np.mean(~after)),
+        predicted_loss_increase=predicted_loss_increase(fisher, dw),
+    )
+
+
+def _recursion(g: Matrix, damping: float) -> tuple[Matrix, Vector]:
+    rows = len(g)
+    v = np.empty_like(g)
+    denominators = np.empty(rows)
+    for i in range(rows):
+        v[i] = g[i] / damping - (v[:i] @ g[i] / denominators[:i]) @ v[:i]
+        denominators[i] = rows + g[i] @ v[i]
+    return v, denominators
+
+
+def _gauss_jordan(matrix: NDArray[np.object_]) -> NDArray[np.object_]:
+    size = len(matrix)
+    identity = np.vectorize(Decimal, otypes=[object])(np.eye(size))
+    work = np.concatenate([matrix, identity], axis=1)
+    for column in range(size):
+        # Without pivoting: the matrix is symmetric positive definite, so every pivot is positive.
+        work[column] = work[column] / work[column, column]
+        for row in range(size):
+            if row != column:
+                work[row] = work[row] - work[row, column] * work[column]
+    return work[:, size:]
+
+
+def _consecutive(sizes: list[int]) -> Iterator[slice]:
+    start = 0
+    for size in sizes:
+        yield slice(start, start + size)
+        start += size
