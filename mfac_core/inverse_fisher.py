@@ -70,22 +70,24 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
     """
     form = _PrimalFactor if sum(chunk.shape[-1] for chunk in chunks) <= chunks[0].shape[-2] else _DualFactor
     xp = array_namespace(chunks[0])
-    if precise is None and chunks[0].dtype != xp.float64:
+    # overflow is found by looking at the result, and cured by float64 or refused
+    with np.errstate(over="ignore", invalid="ignore"):
+        if precise is None and chunks[0].dtype != xp.float64:
+            try:
+                candidate = form(chunks, damping)
+                if candidate.relative_error() <= RELATIVE_ERROR:
+                    return candidate
+            except np.linalg.LinAlgError:
+                pass  # not positive definite in float32: evaluated again below
+            precise = True
+        if precise:
+            chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
         try:
-            candidate = form(chunks, damping)
-            if candidate.relative_error() <= RELATIVE_ERROR:
+            candidate = form(chunks, damping, precise=bool(precise))
+            if candidate.relative_error() <= LARGEST_ERROR:
                 return candidate
         except np.linalg.LinAlgError:
-            pass  # not positive definite in float32: evaluated again below
-        precise = True
-    if precise:
-        chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
-    try:
-        candidate = form(chunks, damping, precise=bool(precise))
-        if candidate.relative_error() <= LARGEST_ERROR:
-            return candidate
-    except np.linalg.LinAlgError:
-        pass
+            pass
     raise IllConditionedError(
         f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside it, "
         "or too alike; choose a larger damping"
@@ -140,7 +142,7 @@ class _DualFactor:
         for chunk in chunks:
             product = chunk @ xp.matrix_transpose(chunk)
             gram = product if gram is None else gram + product
-        self._largest = float(xp.max(diagonals(gram)))
+        self._largest = _largest_finite(diagonals(gram))
         shift = chunks[0].shape[-2] * damping
         self._factor = cholesky(xp.asarray(gram, dtype=xp.float64, copy=True), shift)
         self._remainder: Array | None = None
@@ -220,7 +222,7 @@ class _PrimalFactor:
         self._gradients = chunks[0] if len(chunks) == 1 else xp.concat(list(chunks), axis=-1)
         self._damping = damping
         fisher = xp.matrix_transpose(self._gradients) @ self._gradients / self._gradients.shape[-2]
-        self._largest = float(xp.max(diagonals(fisher)))
+        self._largest = _largest_finite(diagonals(fisher))
         self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64, copy=True), damping)
         self._diagonal: Array | None = None
 
@@ -253,3 +255,10 @@ class _PrimalFactor:
         if not 0 < float(xp.min(self.diagonal())) <= largest <= 1 / self._damping * (1 + 1e-6):
             return float("nan")
         return float(xp.finfo(self._gradients.dtype).eps) * 8 * self._largest * largest
+
+
+def _largest_finite(x: Array) -> float:
+    largest = float(array_namespace(x).max(x))
+    if not np.isfinite(largest):
+        raise np.linalg.LinAlgError("the products of the gradients overflow")
+    return largest

@@ -28,7 +28,8 @@ from mfac_core.recipe.keys import (
 )
 from mfac_core.recipe.places import Place, nearest
 from mfac_core.recipe.variables import Variables
-from mfac_core.settings import MagnitudeSettings, MFACSettings
+from mfac_core.schedule import planned_epochs
+from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
 
 __all__ = ["MODIFIERS", "EpochRange", "Modifier", "ModifierFormat", "SetLearningRate", "read_modifier"]
 
@@ -279,12 +280,15 @@ def _require(modifier: ModifierFormat, written: Mapping[str, _Written], place: P
 
 def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place) -> Modifier:
     try:
-        return modifier.settings(**fields)
+        settings = modifier.settings(**fields)
+        if isinstance(settings, PruningSettings):
+            planned_epochs(settings)  # refuses far too many pruning steps here, where the line is known
     except SettingError as error:
         keys = {meaning.field: key for key, meaning in modifier.keys.items() if meaning.field}
         key = written.get(error.field)
         where = key.place if key else place._replace(name=f"{place.name}.{keys.get(error.field, error.field)}")
         raise where.error(_in_recipe_terms(error.message, keys)) from error
+    return settings
 
 
 def _in_recipe_terms(message: str, keys: Mapping[str, str]) -> str:

@@ -187,7 +187,7 @@ def test_gradients_whose_squares_overflow_are_computed_accurately_or_refused(sca
     except mfac_core.IllConditionedError:
         return
     inverse = reference.exact_inverse(gradients, 1e-5, block_size)
-    np.testing.assert_allclose(diagonal, np.diag(inverse), rtol=TOLERANCE[np.float32])
+    np.testing.assert_allclose(diagonal, np.diag(inverse), rtol=TOLERANCE[np.float32], atol=np.finfo(dtype).tiny)
 
 
 @DTYPES

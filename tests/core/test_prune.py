@@ -260,6 +260,7 @@ def test_float64_weights_keep_their_digits_where_float32_gradients_change_nothin
         assert one_pruned.weights[name].dtype == np.float64
     np.testing.assert_array_equal(one_pruned.weights["third"], weights["third"])
     assert not one_pruned.masks["first"].reshape(-1)[4]
+    assert one_pruned.weights["first"].reshape(-1)[4] == 0
 
 
 def test_each_array_keeps_its_dtype():

@@ -132,6 +132,12 @@ def test_a_pruning_step_is_due_from_its_step_on_until_it_is_done():
     assert result.sparsity == pytest.approx(0.2, abs=0.02)
 
 
+def test_a_pruning_step_with_a_partial_window_stays_due_until_it_is_done():
+    pruner = make_mfac()
+    pruner.observe(gradient_at(0))
+    assert [pruner.is_due(step) for step in (7, 8, 9, 15)] == [False, True, True, True]
+
+
 def test_without_a_step_the_next_pruning_step_is_done():
     pruner = make_mfac()
     pruner.observe(gradient_at(0))

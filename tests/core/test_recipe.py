@@ -451,6 +451,7 @@ class TestMFACKeys:
             ("start_epoch: .nan", "start_epoch: nan is not a finite number"),
             ("start_epoch: yes", "start_epoch: True is not a finite number"),
             ("update_frequency: 0", "update_frequency: 0.0 is out of range; the rule is update_frequency > 0"),
+            ("update_frequency: 1e-9", "update_frequency: 1e-09 epochs makes more than 1000000 pruning steps"),
             ("update_frequency: '1e-1'", "update_frequency: '1e-1' is text where a number must stand"),
             ("update_frequency: [1]", "update_frequency: [1] is not a finite number"),
             (f"update_frequency: {10**400}", "is too large a number"),
@@ -728,6 +729,7 @@ class TestShippedFiles:
             final_sparsity=0.95,
             start_epoch=2.0,
             end_epoch=10.0,
+            scope="global",
             num_gradients={0.0: 64, 0.5: 128, 0.75: 256},
         )
         assert recipe == Recipe((EpochRange(end_epoch=14.0), expected), str(ROOT / "recipes" / "digits_gradual.yaml"))

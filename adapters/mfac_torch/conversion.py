@@ -1,0 +1,143 @@
+"""Tensors to arrays without copying where possible, and arrays back into tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from mfac_core.backends import Array, Device, resolve_device
+from mfac_core.errors import DeviceError
+
+__all__ = ["state_to_arrays", "state_to_tensors", "to_array", "to_tensor", "write_back"]
+
+_logger = logging.getLogger("mfac_torch")
+
+
+def to_array(tensor: torch.Tensor) -> Array:
+    """Return the values of a tensor as an array that the core computes with.
+
+    Float32 and float64 tensors share their memory with the array where both libraries can reach it: in host memory
+    with NumPy, on an NVIDIA GPU with CuPy. Smaller float types are copied to float32.
+
+    Args:
+        tensor: A dense floating-point tensor of any shape, on any device.
+
+    Returns:
+        A NumPy array, or a CuPy array on the tensor's GPU where CuPy is installed. Treat it as read-only.
+
+    Raises:
+        TypeError: If the tensor is not a dense floating-point tensor with data.
+
+    Example:
+        >>> to_array(torch.ones(2, dtype=torch.bfloat16))
+        array([1., 1.], dtype=float32)
+    """
+    _check_dense_float(tensor)
+    tensor = tensor.detach()
+    if tensor.dtype not in {torch.float32, torch.float64}:
+        tensor = tensor.to(torch.float32)
+    if tensor.device.type == "cuda":
+        device = _array_device(tensor.get_device())
+        if device is not None:
+            return device.asarray(tensor)
+    elif tensor.device.type != "cpu":
+        _say_copied_once(tensor.device.type)
+    return tensor.cpu().numpy()
+
+
+def to_tensor(array: Array) -> torch.Tensor:
+    """Return an array as a tensor of the same dtype on the array's device.
+
+    Args:
+        array: A NumPy or CuPy array of any shape.
+
+    Returns:
+        A tensor; it shares memory with the array unless the array is read-only. Treat it as read-only.
+    """
+    if isinstance(array, np.ndarray):
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    return torch.utils.dlpack.from_dlpack(array)
+
+
+def write_back(tensor: torch.Tensor, array: Array) -> None:
+    """Write the values of an array into a tensor in place.
+
+    The tensor keeps its dtype, device, strides and ``requires_grad``; autograd does not record the change.
+
+    Args:
+        tensor: The tensor or parameter to overwrite.
+        array: A NumPy or CuPy array of the same shape.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if tuple(tensor.shape) != tuple(array.shape):
+        raise ValueError(
+            f"an array of shape {tuple(array.shape)} cannot be written into a tensor of shape {tuple(tensor.shape)}; "
+            "the shapes must be equal"
+        )
+    with torch.no_grad():
+        tensor.copy_(to_tensor(array))
+
+
+def state_to_tensors(state: Any) -> Any:
+    """Return a state with tensors for its arrays, so that ``torch.load(weights_only=True)`` reads it.
+
+    Args:
+        state: Arrays, plain values, and dictionaries and lists of these.
+
+    Returns:
+        The same with a tensor for each array and a plain number for each NumPy number.
+    """
+    if isinstance(state, Mapping):
+        return {key: state_to_tensors(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [state_to_tensors(value) for value in state]
+    if isinstance(state, np.generic):
+        return state.item()
+    return to_tensor(state) if isinstance(state, np.ndarray) else state
+
+
+def state_to_arrays(state: Any) -> Any:
+    """Return a state with arrays for its tensors: the way back from :func:`state_to_tensors`.
+
+    Args:
+        state: Tensors, plain values, and dictionaries and lists of these.
+
+    Returns:
+        The same with a NumPy array for each tensor.
+    """
+    if isinstance(state, Mapping):
+        return {key: state_to_arrays(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [state_to_arrays(value) for value in state]
+    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+
+
+def _check_dense_float(tensor: torch.Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"a tensor of layout {tensor.layout} is not supported; make it dense (Embedding: sparse=False)")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"a tensor of dtype {tensor.dtype} is not supported; only floating-point weights are pruned")
+    if tensor.is_meta:
+        raise TypeError("a tensor on the meta device has no values; materialize the model before pruning")
+
+
+@cache
+def _array_device(index: int) -> Device | None:
+    try:
+        return resolve_device(f"cuda:{index}")
+    except DeviceError as error:
+        _logger.warning("tensors on cuda:%d are copied to host memory for the pruning step: %s", index, error)
+        return None
+
+
+@cache
+def _say_copied_once(device_type: str) -> None:
+    _logger.warning("tensors on %s are copied to host memory for the pruning step", device_type)

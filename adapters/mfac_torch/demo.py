@@ -1,0 +1,204 @@
+"""The main job, end to end: train a network on real data, prune it by M-FAC and by magnitude, compare."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mfac_core import report
+from mfac_core.recipe import load_recipe
+from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_torch.digits import Digits, accuracy, make_network, train
+from mfac_torch.manager import ScheduledModifierManager
+from mfac_torch.modifier import modifier_for
+from mfac_torch.sampling import GradSampler
+
+__all__ = ["Pruned", "compare", "run"]
+
+GRADUAL = "digits_gradual.yaml"
+ONE_SHOT = "digits_one_shot.yaml"
+DENSE_EPOCHS = 12
+DENSE_LEARNING_RATE = 0.05
+PRUNING_LEARNING_RATE = 0.02
+SAMPLE_BATCH_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruned:
+    """One pruned network.
+
+    Args:
+        record: What was measured.
+        model: The network, plain.
+        masks: Name and mask of each pruned weight; True keeps.
+    """
+
+    record: report.RunRecord
+    model: nn.Module
+    masks: dict[str, Tensor]
+
+
+def run(*, recipe: Path | None, output: Path, seed: int) -> None:
+    """Run the comparison, print its table, and write network, masks, numbers and picture.
+
+    Args:
+        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        output: Folder for the results; made if missing.
+        seed: Seed of the split, the weights, and the order of the batches.
+
+    Raises:
+        RecipeError: If the recipe is wrong.
+    """
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    gradual = recipe or recipe_path(GRADUAL)
+    console.print(f"Pruning a network for handwritten digits by [bold]{gradual}[/bold], beside magnitude pruning.")
+    started = time.perf_counter()
+    results = compare(gradual, recipe_path(ONE_SHOT), seed=seed, console=console)
+    best = results[0]
+    save_file(
+        {name: tensor.contiguous() for name, tensor in best.model.state_dict().items()}, output / "pruned.safetensors"
+    )
+    save_file({name: mask.contiguous() for name, mask in best.masks.items()}, output / "masks.safetensors")
+    records = [result.record for result in results]
+    report.write_json(
+        records, output / report.RUN_FILE, framework="torch", seed=seed, recipe=str(gradual), torch=torch.__version__
+    )
+    report.picture(records, output / "report.png")
+    console.print(report.table(records))
+    console.print(
+        f"In {time.perf_counter() - started:.0f} s. Written to [bold]{output}[/bold]: pruned.safetensors (the network "
+        f"pruned gradually by M-FAC), masks.safetensors, {report.RUN_FILE}, report.png."
+    )
+
+
+def compare(gradual: Path, one_shot: Path, *, seed: int, console: Console | None = None) -> list[Pruned]:
+    """Train a network once, then prune copies of it: gradually and in one shot, by M-FAC and by magnitude.
+
+    Args:
+        gradual: Recipe of the gradual runs.
+        one_shot: Recipe of the one-shot runs; its schedule is not used.
+        seed: Seed of the split, the weights, and the order of the batches.
+        console: Where progress bars are shown; ``None`` shows none.
+
+    Returns:
+        M-FAC gradual, magnitude gradual, M-FAC one-shot, magnitude one-shot.
+    """
+    digits = Digits.load(seed)
+    settings = {path: load_recipe(path) for path in (gradual, one_shot)}
+    epochs = round(settings[gradual].max_epochs)
+    with _progress(console) as progress:
+        task = progress.add_task("training the dense network", total=DENSE_EPOCHS)
+        dense = make_network(seed)
+        optimizer = torch.optim.SGD(dense.parameters(), lr=DENSE_LEARNING_RATE, momentum=0.9)
+        train(dense, optimizer, digits, epochs=DENSE_EPOCHS, seed=seed, after_epoch=lambda _: progress.advance(task))
+        results = []
+        for method in ("M-FAC", "magnitude"):
+            task = progress.add_task(f"{method} gradual: pruning while training", total=epochs)
+            manager = _manager(settings[gradual].modifiers, method)
+            results.append(
+                _gradual(manager, method, dense, digits, epochs, seed, lambda _, t=task: progress.advance(t))
+            )
+        for method in ("M-FAC", "magnitude"):
+            task = progress.add_task(f"{method} one-shot: pruning without training", total=1)
+            results.append(_one_shot(_manager(settings[one_shot].modifiers, method), method, dense, digits, seed))
+            progress.advance(task)
+    return results
+
+
+def recipe_path(name: str) -> Path:
+    """Return the path of one of the project's recipes.
+
+    Args:
+        name: File name of the recipe.
+
+    Returns:
+        Its path in the installed package, or in the source tree.
+    """
+    installed = Path(__file__).parent / "recipes" / name
+    return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
+
+
+def _manager(modifiers: tuple[object, ...], method: str) -> ScheduledModifierManager:
+    """Return a manager of these modifiers; for ``magnitude`` with the same schedule, masks and scope."""
+    settings = [m for m in modifiers if method == "M-FAC" or not isinstance(m, MFACSettings)]
+    if method == "magnitude":
+        names = [field.name for field in dataclasses.fields(PruningSettings)]
+        settings += [
+            MagnitudeSettings(**{name: getattr(modifier, name) for name in names})
+            for modifier in modifiers
+            if isinstance(modifier, MFACSettings)
+        ]
+    return ScheduledModifierManager([modifier_for(each) for each in settings])
+
+
+def _gradual(
+    manager: ScheduledModifierManager,
+    method: str,
+    dense: nn.Module,
+    digits: Digits,
+    epochs: int,
+    seed: int,
+    advance: Callable[[int], None],
+) -> Pruned:
+    started = time.perf_counter()
+    model = copy.deepcopy(dense)
+    optimizer = torch.optim.SGD(model.parameters(), lr=PRUNING_LEARNING_RATE, momentum=0.9)
+    optimizer = manager.modify(model, optimizer, digits.steps_per_epoch)
+    history = [(0.0, accuracy(model, digits), 0.0)]
+
+    def after_epoch(epoch: int) -> None:
+        history.append((float(epoch), accuracy(model, digits), manager.sparsity))
+        advance(epoch)
+
+    train(model, optimizer, digits, epochs=epochs, seed=seed + 1, after_epoch=after_epoch)
+    manager.finalize(model)
+    return _pruned(f"{method} gradual", manager, model, dense, digits, history, started)
+
+
+def _one_shot(manager: ScheduledModifierManager, method: str, dense: nn.Module, digits: Digits, seed: int) -> Pruned:
+    started = time.perf_counter()
+    model = copy.deepcopy(dense)
+    generator = torch.Generator().manual_seed(seed)
+    sampler = GradSampler(lambda: iter(digits.batches(generator, SAMPLE_BATCH_SIZE)), nn.functional.cross_entropy)
+    manager.apply(model, grad_sampler=sampler if method == "M-FAC" else None)
+    return _pruned(f"{method} one-shot", manager, model, dense, digits, [], started)
+
+
+def _pruned(
+    method: str,
+    manager: ScheduledModifierManager,
+    model: nn.Module,
+    dense: nn.Module,
+    digits: Digits,
+    history: list[tuple[float, float, float]],
+    started: float,
+) -> Pruned:
+    masks = manager.masks
+    record = report.RunRecord(
+        method=method,
+        sparsity=manager.sparsity,
+        accuracy_before=accuracy(dense, digits),
+        accuracy_after=accuracy(model, digits),
+        seconds=time.perf_counter() - started,
+        history=history,
+        layer_sparsity={name: float((~mask).float().mean()) for name, mask in masks.items()},
+    )
+    return Pruned(record, model, masks)
+
+
+@contextmanager
+def _progress(console: Console | None) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        yield progress

@@ -1,0 +1,140 @@
+"""A small convolutional network on scikit-learn's handwritten digits: the data, the model and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+__all__ = ["Digits", "accuracy", "make_network", "train"]
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Digits:
+    """1,797 images of 8 x 8 pixels, three tenths of them for testing.
+
+    Args:
+        train_images: Shape ``(n, 1, 8, 8)``, float32 in ``[0, 1]``.
+        train_labels: Shape ``(n,)``, integers from 0 to 9.
+        test_images: Shape ``(k, 1, 8, 8)``.
+        test_labels: Shape ``(k,)``.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, seed: int) -> Self:
+        """Return the digits as scikit-learn carries them, split by a seed with equal shares of each digit.
+
+        Args:
+            seed: Seed of the split.
+
+        Returns:
+            The data.
+        """
+        images, labels = load_digits(return_X_y=True)
+        images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+        parts = train_test_split(images, labels, test_size=0.3, random_state=seed, stratify=labels)
+        train_images, test_images, train_labels, test_labels = (torch.from_numpy(part) for part in parts)
+        return cls(train_images, train_labels, test_images, test_labels)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in one pass over the training images."""
+        return -(-len(self.train_images) // BATCH_SIZE)
+
+    def batches(self, generator: torch.Generator, size: int = BATCH_SIZE) -> list[tuple[Tensor, Tensor]]:
+        """Return one pass over the training images in random order.
+
+        Args:
+            generator: Source of the order.
+            size: Images per batch.
+
+        Returns:
+            Images and labels of each batch.
+        """
+        order = torch.randperm(len(self.train_images), generator=generator)
+        return [(self.train_images[part], self.train_labels[part]) for part in order.split(size)]
+
+
+def make_network(seed: int) -> nn.Sequential:
+    """Return the untrained network: three convolutions and two linear layers, 72,736 prunable weights.
+
+    Args:
+        seed: Seed of the weights.
+
+    Returns:
+        The network.
+    """
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(256, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+
+
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    digits: Digits,
+    *,
+    epochs: int,
+    seed: int,
+    after_epoch: Callable[[int], None] = lambda epoch: None,
+) -> None:
+    """Train with cross-entropy: the plain loop of any user.
+
+    Args:
+        model: The network; trained in place.
+        optimizer: A PyTorch optimizer over its parameters.
+        digits: The data.
+        epochs: Passes over the training images.
+        seed: Seed of the order of the batches.
+        after_epoch: Called with the number of completed epochs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        for images, labels in digits.batches(generator):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        after_epoch(epoch + 1)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, digits: Digits) -> float:
+    """Return the share of test images that the network names rightly.
+
+    Args:
+        model: The network.
+        digits: The data.
+
+    Returns:
+        A number in ``[0, 1]``.
+    """
+    was_training = model.training
+    model.eval()
+    right = (model(digits.test_images).argmax(dim=1) == digits.test_labels).float().mean().item()
+    model.train(was_training)
+    return float(right)

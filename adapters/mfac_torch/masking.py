@@ -1,0 +1,83 @@
+"""Hold masks: keep pruned weights at exactly zero while an optimizer moves the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mfac_core.backends import Array
+from mfac_torch.conversion import to_tensor
+
+__all__ = ["HeldMasks"]
+
+
+class HeldMasks:
+    """The masks of one pruning modifier, kept on the devices of the parameters they belong to.
+
+    Args:
+        parameters: The parameters in scope by name. They are changed in place, and only at pruned entries.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._pruned: dict[str, torch.Tensor] = {}
+
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The masks that are held by parameter name: boolean, True keeps; empty before the first pruning step."""
+        return {name: ~pruned for name, (_, pruned) in self._on_device().items()}
+
+    def hold(self, masks: Mapping[str, Array]) -> None:
+        """Take new masks in place of those held so far.
+
+        Args:
+            masks: Boolean arrays by parameter name, True keeps.
+        """
+        self._pruned = {
+            name: ~to_tensor(mask).to(self._parameters[name].device, torch.bool) for name, mask in masks.items()
+        }
+
+    def release(self) -> None:
+        """Hold no masks any more."""
+        self._pruned = {}
+
+    def zero_gradients(self) -> None:
+        """Set the gradients of pruned entries to zero, so that optimizers gather no momentum for them.
+
+        Raises:
+            TypeError: If a gradient is sparse.
+        """
+        for name, (parameter, pruned) in self._on_device().items():
+            if parameter.grad is None:
+                continue
+            if parameter.grad.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {name} is sparse, which is not supported; make its layer with sparse=False "
+                    "or take it out of params"
+                )
+            parameter.grad.detach().masked_fill_(pruned, 0.0)
+
+    def zero_weights(self) -> None:
+        """Set pruned weights to exactly ``+0.0``."""
+        for parameter, pruned in self._on_device().values():
+            parameter.detach().masked_fill_(pruned, 0.0)
+
+    def zero_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set what an optimizer remembers of pruned entries (momentum, moments) to zero.
+
+        Args:
+            optimizer: The optimizer; every state tensor of a parameter's own shape is changed in place.
+        """
+        for parameter, pruned in self._on_device().values():
+            for value in optimizer.state.get(parameter, {}).values():
+                # A zero-dimensional parameter cannot be told apart from a step counter.
+                if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape:
+                    value.detach().masked_fill_(pruned.to(value.device), 0)
+
+    def _on_device(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
+        # The model may have moved to another device since the last call.
+        for name, pruned in self._pruned.items():
+            self._pruned[name] = pruned.to(self._parameters[name].device)
+        return {name: (self._parameters[name], pruned) for name, pruned in self._pruned.items()}

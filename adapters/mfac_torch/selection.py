@@ -1,0 +1,139 @@
+"""Which parameters of a model a recipe's ``params`` mean."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+
+from mfac_core.errors import SettingError
+
+__all__ = ["prunable_parameters", "select_parameters"]
+
+ALL = "__ALL__"
+ALL_PRUNABLE = "__ALL_PRUNABLE__"
+PATTERN = "re:"
+
+_logger = logging.getLogger("mfac_torch")
+
+
+def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
+
+    A tied parameter counts once, under its first name, and is selected by any of its names. A frozen parameter
+    (``requires_grad`` is False) is left out with a log line, unless it is selected by its exact name.
+
+    Args:
+        model: The model to look into.
+        params: Exact names; ``re:`` patterns, matched from the start of the dotted name (``re.match``);
+            ``__ALL__``, every parameter; ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
+
+    Returns:
+        The selected parameters by name.
+
+    Raises:
+        SettingError: If an entry matches nothing, a parameter selected by its exact name is frozen,
+            a parameter has no values yet, or nothing is left to prune.
+
+    Example:
+        >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["re:0[.]"]))
+        ['0.weight', '0.bias']
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    selected: dict[int, bool] = {}  # id of the parameter -> whether its exact name was written
+    for entry in params:
+        for name in _names_of(entry, model, named):
+            key = id(named[name])
+            selected[key] = selected.get(key, False) or name == entry
+    chosen = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in selected and _is_usable(name, parameter, by_name=selected[id(parameter)]):
+            chosen[name] = parameter
+    if not chosen:
+        raise SettingError(
+            "params", f"{list(params)} leaves nothing to prune: every parameter that it selects is frozen"
+        )
+    return chosen
+
+
+def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what ``__ALL_PRUNABLE__`` means: the weights of all Linear and convolution layers.
+
+    These are the modules of type ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d``, ``nn.ConvTranspose1d`` to
+    ``nn.ConvTranspose3d``, their subclasses, and the linear layers inside other modules, such as the output projection
+    of ``nn.MultiheadAttention``. A weight that is tied to such a layer's weight is the same parameter, so it counts.
+
+    Everything else is pruned only where ``params`` names it: embeddings, biases, normalization layers, recurrent
+    layers, ``nn.Bilinear``, the packed ``in_proj_weight`` of ``nn.MultiheadAttention``, and parameters of your own
+    modules. A layer whose weight is computed from other parameters (``torch.nn.utils.parametrize``, weight norm) is
+    left out with a log line.
+
+    Args:
+        model: The model to look into.
+
+    Returns:
+        The parameters by name, in the order of ``model.named_parameters()``.
+
+    Example:
+        >>> list(prunable_parameters(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 3))))
+        ['0.weight', '2.weight']
+    """
+    weights: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | _ConvNd):
+            continue
+        # A parametrized layer shows `weight` as a property; registered parameters alone can be written to.
+        weight = module._parameters.get("weight")
+        if weight is None:
+            _logger.info("%s leaves out the layer %r: its weight is computed from other parameters", ALL_PRUNABLE, name)
+        else:
+            weights.add(id(weight))
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def _names_of(entry: str, model: nn.Module, named: dict[str, nn.Parameter]) -> list[str]:
+    if entry == ALL:
+        names = list(named)
+    elif entry == ALL_PRUNABLE:
+        names = list(prunable_parameters(model))
+    elif entry.startswith(PATTERN):
+        pattern = _compiled(entry)
+        names = [name for name in named if pattern.match(name)]
+    else:
+        names = [entry] if entry in named else []
+    if not names:
+        raise SettingError("params", f"{entry!r} matches no parameter of the model; {_suggestion(entry, list(named))}")
+    return names
+
+
+def _compiled(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry.removeprefix(PATTERN))
+    except re.error as error:
+        raise SettingError("params", f"{entry!r} is not a regular expression: {error}") from error
+
+
+def _suggestion(entry: str, names: list[str]) -> str:
+    if not names:
+        return "the model has no parameters"
+    nearest = get_close_matches(entry.removeprefix(PATTERN), names, n=3, cutoff=0.0)
+    return f"the nearest names are {', '.join(nearest)}"
+
+
+def _is_usable(name: str, parameter: nn.Parameter, *, by_name: bool) -> bool:
+    if is_lazy(parameter):
+        raise SettingError("params", f"{name!r} has no values yet; run one batch through the model first")
+    if parameter.requires_grad:
+        return True
+    if by_name:
+        raise SettingError(
+            "params",
+            f"{name!r} is frozen (requires_grad is False); unfreeze the parameter or take its name out of params",
+        )
+    _logger.info("%s is frozen (requires_grad is False) and is left out of pruning", name)
+    return False

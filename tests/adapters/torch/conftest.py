@@ -1,0 +1,61 @@
+"""A tiny training run that the tests of the manager share."""
+
+import pytest
+import torch
+from torch import nn
+
+torch.set_num_threads(1)
+
+STEPS_PER_EPOCH = 5
+
+
+class TinyTask:
+    """Fixed data of 5 batches per epoch, and the loop a user would write."""
+
+    steps_per_epoch = STEPS_PER_EPOCH
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(7)
+        self.batches = [
+            (torch.randn(16, 6, generator=generator), torch.randn(16, 3, generator=generator))
+            for _ in range(STEPS_PER_EPOCH)
+        ]
+
+    @staticmethod
+    def model(seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    @staticmethod
+    def loss(model, batch):
+        inputs, targets = batch
+        return nn.functional.mse_loss(model(inputs), targets)
+
+    def train(self, model, optimizer, *, start=0, stop=20, after_step=None):
+        """Make the optimizer steps from ``start`` to ``stop``, none of which knows of pruning."""
+        for step in range(start, stop):
+            optimizer.zero_grad()
+            self.loss(model, self.batches[step % STEPS_PER_EPOCH]).backward()
+            optimizer.step()
+            if after_step is not None:
+                after_step(step + 1)
+
+    @staticmethod
+    def recipe(modifier="MFACPruningModifier", **keys):
+        """A recipe that prunes in epochs 1, 2, 3 and 4, which are steps 5, 10, 15 and 20."""
+        schedule = {
+            "params": "__ALL_PRUNABLE__",
+            "init_sparsity": 0.2,
+            "final_sparsity": 0.75,
+            "start_epoch": 1.0,
+            "end_epoch": 4.0,
+            "update_frequency": 1.0,
+        }
+        of_mfac = {"num_grads": 4, "fisher_block_size": 16, "damp": 0.01} if "MFAC" in modifier else {}
+        lines = "".join(f"    {key}: {value}\n" for key, value in (schedule | of_mfac | keys).items())
+        return f"pruning_modifiers:\n  - !{modifier}\n{lines}"
+
+
+@pytest.fixture
+def task():
+    return TinyTask()

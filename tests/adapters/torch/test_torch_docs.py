@@ -1,0 +1,43 @@
+import doctest
+import importlib
+import logging
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import mfac_torch
+
+ROOT = Path(__file__).parents[3]
+PAGES = [page for page in (ROOT / "docs" / "pytorch.md", ROOT / "README.md") if page.exists()]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_torch.__path__, "mfac_torch.") if name != "mfac_torch.demo"]
+
+
+@pytest.fixture
+def log_levels_restored():
+    levels = {name: logging.getLogger(name).level for name in ("mfac_core", "mfac_torch")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("log_levels_restored")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_python_runs_as_it_stands(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text(encoding="utf-8")
+    namespace = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        above = text[: block.start(1)].count("\n")
+        exec(compile("\n" * above + block[1], page, "exec"), namespace)
+
+
+def test_the_page_has_blocks():
+    assert len(BLOCK.findall((ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8"))) >= 8
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

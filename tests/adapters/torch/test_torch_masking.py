@@ -1,0 +1,108 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mfac_torch.masking import HeldMasks
+
+KEEP = np.array([[True, False, True], [False, True, True]])
+
+
+@pytest.fixture
+def weight():
+    return nn.Parameter(torch.tensor([[1.0, -2.0, 3.0], [-4.0, 5.0, 6.0]]))
+
+
+@pytest.fixture
+def held(weight):
+    held = HeldMasks({"weight": weight})
+    held.hold({"weight": KEEP})
+    return held
+
+
+def test_pruned_weights_become_plus_zero_and_the_others_stay(held, weight):
+    held.zero_weights()
+    assert weight.tolist() == [[1, 0, 3], [0, 5, 6]]
+    assert [math.copysign(1, weight[0, 1].item()), math.copysign(1, weight[1, 0].item())] == [1, 1]
+
+
+def test_pruned_weights_become_zero_even_from_nan(held, weight):
+    weight.data.fill_(math.nan)
+    held.zero_weights()
+    assert torch.equal(weight == 0, torch.from_numpy(~KEEP))
+
+
+def test_gradients_are_zeroed_where_they_exist(held, weight):
+    held.zero_gradients()
+    assert weight.grad is None
+    weight.grad = torch.full_like(weight, math.inf)
+    held.zero_gradients()
+    assert torch.equal(weight.grad == 0, torch.from_numpy(~KEEP))
+
+
+def test_masks_keep_where_true_and_end_with_release(held, weight):
+    assert torch.equal(held.masks["weight"], torch.from_numpy(KEEP))
+    held.release()
+    assert held.masks == {}
+    held.zero_weights()
+    assert weight[0, 1] == -2
+
+
+def test_new_masks_replace_the_old(held, weight):
+    held.hold({"weight": np.ones((2, 3), bool)})
+    held.zero_weights()
+    assert weight[0, 1] == -2
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adam, torch.optim.Adagrad]
+)
+def test_optimizer_state_is_zeroed_at_pruned_entries_only(held, weight, make):
+    optimizer = make([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    state = optimizer.state[weight]
+    before = {key: value.clone() for key, value in state.items()}
+    held.zero_optimizer_state(optimizer)
+    keep = torch.from_numpy(KEEP)
+    shaped = [key for key, value in state.items() if value.shape == weight.shape]
+    assert shaped
+    for key in state:
+        if key in shaped:
+            assert torch.equal(state[key], before[key] * keep)
+        else:
+            assert torch.equal(state[key], before[key])
+
+
+def test_the_step_counter_of_a_scalar_parameter_is_not_taken_for_a_moment():
+    scale = nn.Parameter(torch.tensor(2.0))
+    optimizer = torch.optim.Adam([scale])
+    scale.grad = torch.tensor(1.0)
+    optimizer.step()
+    held = HeldMasks({"scale": scale})
+    held.hold({"scale": np.array(False)})
+    held.zero_optimizer_state(optimizer)
+    assert optimizer.state[scale]["step"] == 1
+
+
+@pytest.mark.gpu
+def test_masks_follow_a_parameter_to_another_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    layer = nn.Linear(3, 2, bias=False)
+    held = HeldMasks({"weight": layer.weight})
+    held.hold({"weight": KEEP})
+    layer.to("cuda")
+    held.zero_weights()
+    assert torch.equal(layer.weight.cpu() == 0, torch.from_numpy(~KEEP))
+
+
+def test_masks_follow_a_parameter_to_a_device_without_memory():
+    layer = nn.Linear(3, 2, bias=False)
+    held = HeldMasks({"weight": layer.weight})
+    held.hold({"weight": KEEP})
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(layer.weight.to("meta")))
+    held.zero_weights()
+    assert held.masks["weight"].device.type == "meta"

@@ -1,0 +1,196 @@
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from mfac_torch import GradSampler
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+
+
+@pytest.fixture
+def data():
+    torch.manual_seed(1)
+    return [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(3)]
+
+
+def weights(model):
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith("weight")}
+
+
+def expected(model, inputs, targets):
+    """Gradients in eval mode by the ordinary way, on a copy."""
+    copied = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 3))
+    copied.load_state_dict(model.state_dict())
+    copied.eval()
+    nn.functional.cross_entropy(copied(inputs), targets).backward()
+    return {name: parameter.grad for name, parameter in weights(copied).items()}
+
+
+def draw(sampler, model, count):
+    return list(sampler.gradients(model, weights(model), count))
+
+
+def assert_rows_equal(rows, model, batches):
+    assert len(rows) == len(batches)
+    for row, batch in zip(rows, batches, strict=True):
+        for name, gradient in expected(model, *batch).items():
+            torch.testing.assert_close(row[name], gradient, rtol=0, atol=0)
+
+
+def test_each_batch_gives_its_gradient_in_eval_mode(model, data):
+    rows = draw(GradSampler(data, nn.functional.cross_entropy), model, 3)
+    assert_rows_equal(rows, model, data)
+
+
+def test_the_model_is_left_as_it_was(model, data):
+    model[1].eval()
+    flags = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model[0].weight.grad = torch.full_like(model[0].weight, 7)
+    for _ in GradSampler(data, nn.functional.cross_entropy).gradients(model, weights(model), 2):
+        assert [module.training for module in model.modules()] == flags
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 7))
+    assert model[3].weight.grad is None
+
+
+def test_training_flags_are_restored_when_the_loss_raises(model, data):
+    def broken(output, target):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        draw(GradSampler(data, broken), model, 1)
+    assert model.training
+    assert model[2].training
+
+
+def test_sampling_works_where_gradients_are_off(model, data):
+    with torch.no_grad():
+        rows = draw(GradSampler(data, nn.functional.cross_entropy), model, 1)
+    assert_rows_equal(rows, model, data[:1])
+
+
+def test_data_that_end_early_are_started_again_with_one_line(model, data, caplog):
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        rows = draw(GradSampler(data, nn.functional.cross_entropy), model, 8)
+    assert_rows_equal(rows, model, [*data, *data, *data[:2]])
+    assert [record.getMessage() for record in caplog.records] == [
+        "the data ended after 3 of 8 gradient samples; starting them again"
+    ]
+
+
+def test_a_builder_is_called_again_when_its_iterator_is_exhausted(model, data):
+    calls = []
+
+    def builder():
+        calls.append(len(calls))
+        return (([inputs], {}, targets) for inputs, targets in data)
+
+    sampler = GradSampler(builder, nn.functional.cross_entropy)
+    assert_rows_equal(draw(sampler, model, 4), model, [*data, data[0]])
+    assert len(calls) == 2
+    assert_rows_equal(draw(sampler, model, 3), model, data)
+
+
+def test_a_data_loader_is_a_source(model):
+    inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=4)
+    rows = draw(GradSampler(loader, nn.functional.cross_entropy), model, 2)
+    assert_rows_equal(rows, model, [(inputs[:4], targets[:4]), (inputs[4:], targets[4:])])
+
+
+def test_the_older_dictionary_form_is_accepted(model, data):
+    sampler = GradSampler.of(
+        {
+            "data_loader_builder": lambda: (([inputs], {}, targets) for inputs, targets in data),
+            "loss_fn": nn.functional.cross_entropy,
+        }
+    )
+    assert_rows_equal(draw(sampler, model, 2), model, data[:2])
+    assert GradSampler.of(sampler) is sampler
+
+
+def test_arguments_and_keyword_arguments_reach_the_model(data):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, inputs, *, scale):
+            return self.linear(inputs) * scale
+
+    model = Scaled()
+    inputs, targets = data[0]
+    batches = [((inputs,), {"scale": torch.tensor(scale)}, targets) for scale in (0.0, 2.0)]
+    silent, loud = GradSampler(batches, nn.functional.cross_entropy).gradients(model, dict(model.named_parameters()), 2)
+    assert silent["linear.weight"].abs().sum() == 0
+    assert loud["linear.weight"].abs().sum() > 0
+
+
+def test_a_parameter_the_loss_does_not_touch_has_zero_gradient(model, data):
+    parameters = weights(model) | {"elsewhere": nn.Parameter(torch.ones(2))}
+    row = next(GradSampler(data, nn.functional.cross_entropy).gradients(model, parameters, 1))
+    assert row["elsewhere"].tolist() == [0, 0]
+
+
+def test_an_iterator_that_ends_early_yields_what_it_had_and_says_so(model, data, caplog):
+    sampler = GradSampler(iter(data), nn.functional.cross_entropy)
+    with caplog.at_level(logging.WARNING, logger="mfac_torch"):
+        assert len(draw(sampler, model, 5)) == 3
+    assert "after 3 of 5" in caplog.text
+    with pytest.raises(ValueError, match="yields no batch"):
+        draw(sampler, model, 5)
+
+
+def test_a_source_without_batches_is_an_error_that_names_it(model):
+    with pytest.raises(ValueError, match=r"a list of nothing\) yields no batch"):
+        draw(GradSampler([], nn.functional.cross_entropy), model, 1)
+
+
+@pytest.mark.parametrize(
+    ("batches", "loss_fn", "message"),
+    [
+        ([torch.ones(2, 4)], nn.functional.cross_entropy, "yields a Tensor"),
+        (
+            [(torch.ones(2, 4), torch.ones(2), torch.ones(2))],
+            nn.functional.cross_entropy,
+            "tuple of Tensor, Tensor, Tensor",
+        ),
+        ([(torch.ones(2, 4), None)], lambda output, target: output, r"shape \(2, 3\)"),
+        ([(torch.ones(2, 4), None)], lambda output, target: 1.0, "returned a float"),
+        ([(torch.ones(2, 4), None)], lambda output, target: output.detach().sum(), "does not depend"),
+        ([(torch.ones(2, 4), None)], lambda output, target: torch.ones((), requires_grad=True), "depends on none"),
+    ],
+)
+def test_what_is_not_a_batch_or_a_loss_is_refused_by_name(model, batches, loss_fn, message):
+    with pytest.raises(ValueError, match=message):
+        draw(GradSampler(batches, loss_fn), model, 1)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: GradSampler(3, nn.functional.mse_loss), "data_loader_or_builder is a int"),
+        (lambda: GradSampler([], "mse"), "loss_fn is a str"),
+        (lambda: GradSampler.of([]), "grad_sampler is a list"),
+        (lambda: GradSampler.of({"loader": []}), r"has the keys \['loader'\]"),
+    ],
+)
+def test_what_is_not_a_sampler_is_refused_by_name(build, message):
+    with pytest.raises(TypeError, match=message):
+        build()
+
+
+def test_progress_is_shown_only_on_request(model, data, capsys):
+    draw(GradSampler(data, nn.functional.cross_entropy), model, 2)
+    assert capsys.readouterr().out == ""
+    draw(GradSampler(data, nn.functional.cross_entropy, progress=True), model, 2)
+    assert "gradient samples" in capsys.readouterr().out
