@@ -85,9 +85,7 @@ def cut(
     column_bytes = max(num_gradients, 1) * itemsize
     chunks = _chunk_widths(width, max(1, chunk_bytes // column_bytes))
     per_group = max(1, group_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
-    groups = [
-        BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)
-    ]
+    groups = [BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)]
     if rest:
         groups.append(BlockGroup(whole * width, 1, _chunk_widths(rest, max(1, chunk_bytes // column_bytes))))
     return tuple(groups)

@@ -63,7 +63,7 @@ class GradientWindow:
     @property
     def num_bytes(self) -> int:
         """Memory of the rows in bytes."""
-        return self.num_weights * self.num_gradients * self.dtype.itemsize
+        return self.num_weights * self.num_gradients * int(self.dtype.itemsize)
 
     def push(self, gradient: Array) -> None:
         """Store one gradient sample; a full window drops its oldest.

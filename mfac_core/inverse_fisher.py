@@ -1,9 +1,9 @@
-"""The inverse of the damped empirical Fisher of one group of blocks.
+r"""The inverse of the damped empirical Fisher of one group of blocks.
 
 Notation: ``n`` blocks of ``B`` weights each, ``m`` gradient samples; a *chunk* is an array of shape ``(n, m, width)``
 that holds some columns of the blocks, and the chunks of a group together hold all ``B``. One Fisher per block,
 
-.. math:: F = \\lambda I + \\frac{1}{m} G^T G, \\qquad S = m \\lambda I + G G^T = L L^T, \\qquad W = L^{-1} G.
+.. math:: F = \lambda I + \frac{1}{m} G^T G, \qquad S = m \lambda I + G G^T = L L^T, \qquad W = L^{-1} G.
 
 The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used where it is smaller.
 
@@ -163,7 +163,7 @@ class _DualFactor:
         return parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
 
     def relative_error(self) -> float:
-        """Estimate the relative rounding error of the diagonal; NaN when the factor is not usable."""
+        """Return an estimate of the relative rounding error of the diagonal; not finite when it is not usable."""
         remainder = self._one_minus_sums()
         if not 0 < self._smallest:
             return float("inf")
@@ -180,23 +180,24 @@ class _DualFactor:
             for chunk in self._chunks:
                 solved = lower.solve(chunk)
                 parts.append(1 - xp.sum(solved * solved, axis=-2))
-            self._remainder = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
-            if self._remainder.dtype == xp.float64:
-                self._restore_cancelled()
+            remainder = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
+            if remainder.dtype == xp.float64:
+                self._restore_cancelled(remainder)
             else:
-                self._smallest = float(xp.min(self._remainder))
+                self._smallest = float(xp.min(remainder))
+            self._remainder = remainder
         return self._remainder
 
-    def _restore_cancelled(self) -> None:
+    def _restore_cancelled(self, remainder: Array) -> None:
         """Evaluate again the columns where ``1 - sum`` has cancelled.
 
         For the cancelled columns ``D`` and the others ``R``, the block inverse of ``F`` gives without cancellation
 
             damping [F^-1]_DD = (I + G_D^T S_R^-1 G_D)^-1,    S_R = m damping I + G_R G_R^T.
         """
-        xp = array_namespace(self._remainder)
-        cancelled = self._remainder < CANCELLED
-        self._smallest = float(xp.min(xp.where(cancelled, xp.ones_like(self._remainder), self._remainder)))
+        xp = array_namespace(remainder)
+        cancelled = remainder < CANCELLED
+        self._smallest = float(xp.min(xp.where(cancelled, xp.ones_like(remainder), remainder)))
         blocks = xp.any(cancelled, axis=-1)
         for block in range(blocks.shape[0]):
             if not bool(blocks[block]):
@@ -210,7 +211,7 @@ class _DualFactor:
             inverse = cholesky(xp.matrix_transpose(solved) @ solved, 1.0).inverse()
             values = xp.sum(inverse * inverse, axis=-2)
             for position in range(columns.shape[0]):
-                self._remainder[block, int(columns[position])] = values[0, position]
+                remainder[block, int(columns[position])] = values[0, position]
 
 
 class _PrimalFactor:
@@ -249,7 +250,7 @@ class _PrimalFactor:
         return self.apply(product / self._gradients.shape[-2])
 
     def relative_error(self) -> float:
-        """Estimate the relative rounding error of the diagonal; NaN when the factor is not usable."""
+        """Return an estimate of the relative rounding error of the diagonal; not finite when it is not usable."""
         xp = array_namespace(self._gradients)
         largest = float(xp.max(self.diagonal()))
         if not 0 < float(xp.min(self.diagonal())) <= largest <= 1 / self._damping * (1 + 1e-6):

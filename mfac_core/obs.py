@@ -83,9 +83,7 @@ def independent_update(
     return _change(fisher, weights, newly_pruned, update)
 
 
-def joint_update(
-    fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_]
-) -> tuple[Vector, float]:
+def joint_update(fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_]) -> tuple[Vector, float]:
     r"""Return the update of exact OBS for the whole set of newly pruned weights.
 
     .. math:: \delta w_K = G_K^T (m \lambda I + G_K G_K^T)^{-1} G_Q w_Q, \qquad \delta w_Q = -w_Q

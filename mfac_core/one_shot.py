@@ -145,7 +145,8 @@ def _gradient_parts(
         parts = [gradients.reshape(gradients.shape[0], -1)]
     else:
         raise ValueError(
-            f"gradients must have one row of {layout.num_weights} numbers per sample, got shape {tuple(gradients.shape)}"
+            f"gradients must have one row of {layout.num_weights} numbers per sample, "
+            f"got shape {tuple(gradients.shape)}"
         )
     if parts[0].shape[0] == 0:
         raise ValueError("gradients holds no sample; pass at least one row")

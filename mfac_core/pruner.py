@@ -171,9 +171,7 @@ class Pruner:
         self.layout.check_finite(vector, self._kept)
 
         def select(saliencies: Vector) -> npt.NDArray[np.bool_]:
-            return newly_pruned(
-                saliencies, self._kept, planned.sparsity, self.layout.segments, self.settings.scope
-            )
+            return newly_pruned(saliencies, self._kept, planned.sparsity, self.layout.segments, self.settings.scope)
 
         updated, chosen, increase = self._prune_unpruned(vector[self._kept], select)
         self._kept[self._kept] = ~chosen

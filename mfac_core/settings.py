@@ -66,15 +66,16 @@ class PruningSettings:
         if self.initial_sparsity > self.final_sparsity:
             raise SettingError(
                 "initial_sparsity",
-                f"{self.initial_sparsity} is above final_sparsity {self.final_sparsity}; pruned weights never come back, "
-                "so sparsity can only grow: swap the two or lower initial_sparsity",
+                f"{self.initial_sparsity} is above final_sparsity {self.final_sparsity}; pruned weights never come "
+                "back, so sparsity can only grow: swap the two or lower initial_sparsity",
             )
         _check_number("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
         _check_number("end_epoch", self.end_epoch, "end_epoch >= 0", lambda x: x >= 0)
         if self.end_epoch < self.start_epoch:
             raise SettingError(
                 "end_epoch",
-                f"{self.end_epoch} is before start_epoch {self.start_epoch}; write an end_epoch of at least {self.start_epoch}",
+                f"{self.end_epoch} is before start_epoch {self.start_epoch}; "
+                f"write an end_epoch of at least {self.start_epoch}",
             )
         _check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
         check_choice("interpolation", self.interpolation, get_args(Interpolation))
@@ -84,7 +85,9 @@ class PruningSettings:
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
         params = (self.params,) if isinstance(self.params, str) else tuple(self.params)
         if not params or not all(isinstance(name, str) and name for name in params):
-            raise SettingError("params", f"{self.params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__")
+            raise SettingError(
+                "params", f"{self.params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__"
+            )
         object.__setattr__(self, "params", params)
 
 
@@ -122,12 +125,16 @@ class MFACSettings(PruningSettings):
         check_choice("update", self.update, get_args(Update))
         devices = (self.devices,) if isinstance(self.devices, str) else tuple(self.devices)
         if not devices or not all(isinstance(name, str) and name for name in devices):
-            raise SettingError("devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]')
+            raise SettingError(
+                "devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]'
+            )
         if len(set(devices)) != len(devices):
             raise SettingError("devices", f"{list(devices)} names a device twice; list each device once")
         object.__setattr__(self, "devices", devices)
         if not isinstance(self.gradients_device, str) or not self.gradients_device:
-            raise SettingError("gradients_device", f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0"')
+            raise SettingError(
+                "gradients_device", f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0"'
+            )
 
 
 def check_block_size(block_size: object) -> None:
@@ -198,14 +205,15 @@ def _num_gradients(value: object) -> Mapping[float, int]:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
             raise SettingError("num_gradients", f"the key {threshold!r} is not a sparsity; keys must lie in [0, 1)")
         if not _is_integer(rows) or rows < 1:
-            raise SettingError("num_gradients", f"{rows!r} at sparsity {threshold} is not a number of rows; write a positive integer")
+            raise SettingError("num_gradients", f"{rows!r} at sparsity {threshold} is not a positive integer of rows")
         if float(threshold) in checked:
             raise SettingError("num_gradients", f"the sparsity {float(threshold)} is given twice; keep one of the two")
         checked[float(threshold)] = int(rows)
     if 0.0 not in checked:
         raise SettingError(
             "num_gradients",
-            f"{dict(value)} lacks the key 0.0, the rows to keep from the start; add it, such as {{0.0: {min(checked.values())}, ...}}",
+            f"{dict(value)} lacks the key 0.0, the rows to keep from the start; "
+            f"add it, such as {{0.0: {min(checked.values())}, ...}}",
         )
     return dict(sorted(checked.items()))
 

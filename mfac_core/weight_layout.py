@@ -60,7 +60,8 @@ class WeightLayout:
         unknown = [name for name in arrays if name not in self.shapes]
         if missing or unknown:
             raise ValueError(
-                f"{what} must have exactly the names of the weights; missing: {missing or 'none'}, unknown: {unknown or 'none'}"
+                f"{what} must have exactly the names of the weights; "
+                f"missing: {missing or 'none'}, unknown: {unknown or 'none'}"
             )
         for name, shape in self.shapes.items():
             if tuple(arrays[name].shape) != leading + shape:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -20,10 +21,19 @@ from mfac_core.recipe import load_recipe
 from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
-from mfac_torch.modifier import modifier_for
+from mfac_torch.modifier import Settings, modifier_for
 from mfac_torch.sampling import GradSampler
 
-__all__ = ["Pruned", "compare", "run"]
+__all__ = [
+    "Pruned",
+    "compare",
+    "manager_for",
+    "prune_gradually",
+    "prune_in_one_shot",
+    "recipe_path",
+    "run",
+    "train_dense",
+]
 
 GRADUAL = "digits_gradual.yaml"
 ONE_SHOT = "digits_one_shot.yaml"
@@ -99,58 +109,82 @@ def compare(gradual: Path, one_shot: Path, *, seed: int, console: Console | None
     epochs = round(settings[gradual].max_epochs)
     with _progress(console) as progress:
         task = progress.add_task("training the dense network", total=DENSE_EPOCHS)
-        dense = make_network(seed)
-        optimizer = torch.optim.SGD(dense.parameters(), lr=DENSE_LEARNING_RATE, momentum=0.9)
-        train(dense, optimizer, digits, epochs=DENSE_EPOCHS, seed=seed, after_epoch=lambda _: progress.advance(task))
+        dense = train_dense(digits, seed, partial(_advance, progress, task))
         results = []
         for method in ("M-FAC", "magnitude"):
             task = progress.add_task(f"{method} gradual: pruning while training", total=epochs)
-            manager = _manager(settings[gradual].modifiers, method)
-            results.append(
-                _gradual(manager, method, dense, digits, epochs, seed, lambda _, t=task: progress.advance(t))
-            )
+            manager = manager_for(settings[gradual].modifiers, method)
+            advance = partial(_advance, progress, task)
+            results.append(prune_gradually(manager, method, dense, digits, epochs=epochs, seed=seed, advance=advance))
         for method in ("M-FAC", "magnitude"):
             task = progress.add_task(f"{method} one-shot: pruning without training", total=1)
-            results.append(_one_shot(_manager(settings[one_shot].modifiers, method), method, dense, digits, seed))
+            manager = manager_for(settings[one_shot].modifiers, method)
+            results.append(prune_in_one_shot(manager, method, dense, digits, seed=seed))
             progress.advance(task)
     return results
 
 
-def recipe_path(name: str) -> Path:
-    """Return the path of one of the project's recipes.
+def train_dense(digits: Digits, seed: int, advance: Callable[[int], None] = lambda epoch: None) -> nn.Module:
+    """Return the network that all methods prune, trained without pruning.
 
     Args:
-        name: File name of the recipe.
+        digits: The data.
+        seed: Seed of the weights and of the order of the batches.
+        advance: Called with the number of completed epochs.
 
     Returns:
-        Its path in the installed package, or in the source tree.
+        The network.
     """
-    installed = Path(__file__).parent / "recipes" / name
-    return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
+    model = make_network(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=DENSE_LEARNING_RATE, momentum=0.9)
+    train(model, optimizer, digits, epochs=DENSE_EPOCHS, seed=seed, after_epoch=advance)
+    return model
 
 
-def _manager(modifiers: tuple[object, ...], method: str) -> ScheduledModifierManager:
-    """Return a manager of these modifiers; for ``magnitude`` with the same schedule, masks and scope."""
-    settings = [m for m in modifiers if method == "M-FAC" or not isinstance(m, MFACSettings)]
-    if method == "magnitude":
-        names = [field.name for field in dataclasses.fields(PruningSettings)]
-        settings += [
-            MagnitudeSettings(**{name: getattr(modifier, name) for name in names})
-            for modifier in modifiers
-            if isinstance(modifier, MFACSettings)
-        ]
+def manager_for(modifiers: Sequence[Settings], method: str) -> ScheduledModifierManager:
+    """Return a manager of a recipe's modifiers, for M-FAC or for magnitude with the same schedule, masks and scope.
+
+    Args:
+        modifiers: The settings of the recipe's modifiers.
+        method: ``"M-FAC"`` or ``"magnitude"``.
+
+    Returns:
+        The manager.
+    """
+    names = [field.name for field in dataclasses.fields(PruningSettings)]
+    settings = [
+        MagnitudeSettings(**{name: getattr(each, name) for name in names})
+        if method == "magnitude" and isinstance(each, MFACSettings)
+        else each
+        for each in modifiers
+    ]
     return ScheduledModifierManager([modifier_for(each) for each in settings])
 
 
-def _gradual(
+def prune_gradually(
     manager: ScheduledModifierManager,
     method: str,
     dense: nn.Module,
     digits: Digits,
+    *,
     epochs: int,
     seed: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
+    """Prune a copy of the dense network while it is trained further.
+
+    Args:
+        manager: What prunes.
+        method: Name of the method, for the record.
+        dense: The trained network; stays as it is.
+        digits: The data.
+        epochs: Epochs of training.
+        seed: Seed of the order of the batches.
+        advance: Called with the number of completed epochs.
+
+    Returns:
+        The pruned network and its record.
+    """
     started = time.perf_counter()
     model = copy.deepcopy(dense)
     optimizer = torch.optim.SGD(model.parameters(), lr=PRUNING_LEARNING_RATE, momentum=0.9)
@@ -166,13 +200,40 @@ def _gradual(
     return _pruned(f"{method} gradual", manager, model, dense, digits, history, started)
 
 
-def _one_shot(manager: ScheduledModifierManager, method: str, dense: nn.Module, digits: Digits, seed: int) -> Pruned:
+def prune_in_one_shot(
+    manager: ScheduledModifierManager, method: str, dense: nn.Module, digits: Digits, *, seed: int
+) -> Pruned:
+    """Prune a copy of the dense network in one step, without training.
+
+    Args:
+        manager: What prunes.
+        method: Name of the method, for the record.
+        dense: The trained network; stays as it is.
+        digits: The data.
+        seed: Seed of the gradient samples.
+
+    Returns:
+        The pruned network and its record.
+    """
     started = time.perf_counter()
     model = copy.deepcopy(dense)
     generator = torch.Generator().manual_seed(seed)
     sampler = GradSampler(lambda: iter(digits.batches(generator, SAMPLE_BATCH_SIZE)), nn.functional.cross_entropy)
-    manager.apply(model, grad_sampler=sampler if method == "M-FAC" else None)
+    manager.apply(model, grad_sampler=sampler)
     return _pruned(f"{method} one-shot", manager, model, dense, digits, [], started)
+
+
+def recipe_path(name: str) -> Path:
+    """Return the path of one of the project's recipes.
+
+    Args:
+        name: File name of the recipe.
+
+    Returns:
+        Its path in the installed package, or in the source tree.
+    """
+    installed = Path(__file__).parent / "recipes" / name
+    return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
 
 
 def _pruned(
@@ -195,6 +256,10 @@ def _pruned(
         layer_sparsity={name: float((~mask).float().mean()) for name, mask in masks.items()},
     )
     return Pruned(record, model, masks)
+
+
+def _advance(progress: Progress, task: TaskID, epoch: int) -> None:
+    progress.advance(task)
 
 
 @contextmanager

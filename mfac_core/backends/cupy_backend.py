@@ -47,11 +47,13 @@ class CupyBackend:
         if not isinstance(x, cupy.ndarray):
             return np.asarray(x)
         with x.device:
-            return cupy.asnumpy(x)
+            host: npt.NDArray[Any] = cupy.asnumpy(x)
+            return host
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return CuPy's device context; CuPy computes where the current device is."""
-        return cupy.cuda.Device(_index(device))  # type: ignore[no-any-return]
+        context: AbstractContextManager[Any] = cupy.cuda.Device(_index(device))
+        return context
 
     @contextmanager
     def workers(self, device: str, tasks: int) -> Iterator[int]:

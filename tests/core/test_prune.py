@@ -75,9 +75,7 @@ def test_matches_the_dense_oracle(m, block_size, masked, scope, update, dtype):
 def test_matches_the_dense_oracle_over_dampings_and_sparsities(sparsity, damping, update, dtype):
     weights, gradients = make_weights(dtype), make_gradients(12, dtype)
     options = dict(sparsity=sparsity, block_size=20, damping=damping, scope="global", update=update)
-    assert_same(
-        mfac_core.prune(weights, gradients, **options), reference.prune(weights, gradients, **options), dtype
-    )
+    assert_same(mfac_core.prune(weights, gradients, **options), reference.prune(weights, gradients, **options), dtype)
 
 
 def test_the_defaults():
