@@ -8,7 +8,7 @@ BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench results clean
 
 help:
 	@echo "make demo    prune a small network by M-FAC and by magnitude, and compare"
@@ -16,6 +16,7 @@ help:
 	@echo "make lint    the same without the tests"
 	@echo "make format  put the code into its standard form"
 	@echo "make bench   measure speed and memory"
+	@echo "make results measure accuracy on the digits over five seeds, and write docs/results.md"
 	@echo "make clean   remove .venv, caches and builds"
 	@echo "Another Python: make PYTHON=python3.12 test"
 
@@ -43,6 +44,9 @@ format: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	@test -n "$(BENCHMARKS)" || { echo "There is no tests/benchmarks/bench_*.py yet, so there is nothing to measure."; exit 1; }
 	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+results: $(VENV)/.installed-demo
+	@$(BIN)/python tests/benchmarks/digits_results.py
 
 clean:
 	@rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -167,10 +167,17 @@ class _DualFactor:
         remainder = self._one_minus_sums()
         if not 0 < self._smallest:
             return float("inf")
-        epsilon = float(array_namespace(remainder).finfo(remainder.dtype).eps)
+        xp = array_namespace(remainder)
+        epsilon = float(xp.finfo(remainder.dtype).eps)
         # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves
-        rounding = epsilon * (4 * self._largest / self._factor.smallest_pivot() + 8)
-        return rounding * (1 - self._smallest) / self._smallest
+        bound = (4 * self._largest / self._factor.smallest_pivot() + 8) * (1 - self._smallest) / self._smallest
+        if remainder.dtype != xp.float64 or epsilon * bound <= LARGEST_ERROR:
+            return epsilon * bound
+        # the bound is far too high where samples repeat: look at the solves themselves before refusing the block
+        solves = [self._factor.solve_transposed(self._factor.solve(chunk)) for chunk in self._chunks]
+        amplified = xp.concat([xp.sum(solve * solve, axis=-2) for solve in solves], axis=-1)
+        error = (4 * self._largest * amplified + 8) * (1 - remainder) / remainder
+        return epsilon * float(xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error)))
 
     def _one_minus_sums(self) -> Array:
         if self._remainder is None:

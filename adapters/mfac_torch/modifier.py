@@ -19,10 +19,12 @@ __all__ = [
     "Modifier",
     "PruningModifier",
     "SetLearningRateModifier",
+    "Settings",
     "modifier_for",
 ]
 
 Settings = PruningSettings | EpochRange | SetLearningRate
+"""What a modifier carries: one entry of a loaded recipe."""
 
 
 class Modifier:

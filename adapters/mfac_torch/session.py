@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -11,6 +13,9 @@ from mfac_core.recipe import SetLearningRate
 from mfac_torch.live_pruning import LivePruning
 
 __all__ = ["TrainingSession"]
+
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+"""The code that torch wraps around every ``step`` method of an optimizer class to call its hooks."""
 
 
 class TrainingSession:
@@ -92,6 +97,8 @@ class TrainingSession:
     def _before_step(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _is_inside_another_step(optimizer):
+            return None
         self._set_learning_rates()
         for pruning in self._prunings:
             pruning.prune_if_due(self.step, optimizer)
@@ -104,6 +111,8 @@ class TrainingSession:
         return None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _is_inside_another_step(optimizer):
+            return
         for pruning in self._prunings:
             pruning.hold_masks()
         if _is_skipped(optimizer):
@@ -141,6 +150,17 @@ class TrainingSession:
             for group in self._optimizer.param_groups:
                 group["lr"] = setting.learning_rate
             self._learning_rates_set += 1
+
+
+def _is_inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
+    # A subclass whose step() calls super().step() runs the hooks at both levels. The call stack tells them apart;
+    # a counter would go wrong for good once a step raises.
+    levels = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        levels += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return levels > 1
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -22,7 +22,7 @@ from mfac_torch import (
 
 
 class NoisySGD(torch.optim.SGD):
-    """An optimizer that moves every weight, whatever its gradient."""
+    """An optimizer that moves every weight, whatever its gradient, and whose step calls another with hooks."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -210,6 +210,23 @@ def test_one_closure_call_per_step_enters_the_window(task):
         optimizer.step(closure)
     assert len(calls) > 3
     assert manager.state_dict()["prunings"][0]["window"]["rows"].shape[0] == 3
+
+
+def test_a_step_that_raises_does_not_derail_the_steps_after_it(task):
+    model = task.model()
+    optimizer = NoisySGD(model.parameters(), lr=0.05)
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    manager.modify(model, optimizer, task.steps_per_epoch)
+
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(broken)
+    assert manager.state_dict()["step"] == 0
+    task.train(model, optimizer)
+    assert manager.state_dict()["step"] == 20
+    assert zeros(model) == 54
 
 
 def test_a_learning_rate_scheduler_goes_on_working(task):
