@@ -205,7 +205,9 @@ def _num_gradients(value: object) -> Mapping[float, int]:
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
             raise SettingError("num_gradients", f"the key {threshold!r} is not a sparsity; keys must lie in [0, 1)")
         if not _is_integer(rows) or rows < 1:
-            raise SettingError("num_gradients", f"{rows!r} at sparsity {threshold} is not a positive integer of rows")
+            raise SettingError(
+                "num_gradients", f"{rows!r} at sparsity {threshold} is not a number of rows; write a positive integer"
+            )
         if float(threshold) in checked:
             raise SettingError("num_gradients", f"the sparsity {float(threshold)} is given twice; keep one of the two")
         checked[float(threshold)] = int(rows)
