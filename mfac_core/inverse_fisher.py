@@ -60,7 +60,8 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
         damping: Added to the diagonal of the empirical Fisher, positive.
-        precise: Whether to evaluate in float64; ``None`` decides by the estimated rounding error.
+        precise: Whether to evaluate in float64, as an earlier call with these gradients has found; ``None`` decides
+            by the estimated rounding error.
 
     Returns:
         The factored group, in the dtype of the chunks or, where that is not accurate enough, in float64.
@@ -79,12 +80,11 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
                     return candidate
             except np.linalg.LinAlgError:
                 pass  # not positive definite in float32: evaluated again below
-            precise = True
-        if precise:
+        if precise is not False:
             chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
         try:
-            candidate = form(chunks, damping, precise=bool(precise))
-            if candidate.relative_error() <= LARGEST_ERROR:
+            candidate = form(chunks, damping, precise=precise is not False)
+            if precise is not None or candidate.relative_error() <= LARGEST_ERROR:
                 return candidate
         except np.linalg.LinAlgError:
             pass
@@ -142,9 +142,11 @@ class _DualFactor:
         for chunk in chunks:
             product = chunk @ xp.matrix_transpose(chunk)
             gram = product if gram is None else gram + product
-        self._largest = _largest_finite(diagonals(gram))
+        _largest_finite(diagonals(gram))
         shift = chunks[0].shape[-2] * damping
-        self._factor = cholesky(xp.asarray(gram, dtype=xp.float64, copy=True), shift)
+        gram = xp.asarray(gram, dtype=xp.float64, copy=True)
+        self._norms = diagonals(gram) + shift
+        self._factor = cholesky(gram, shift)
         self._remainder: Array | None = None
         self._smallest = 1.0
 
@@ -169,14 +171,17 @@ class _DualFactor:
             return float("inf")
         xp = array_namespace(remainder)
         epsilon = float(xp.finfo(remainder.dtype).eps)
-        # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves
-        bound = (4 * self._largest / self._factor.smallest_pivot() + 8) * (1 - self._smallest) / self._smallest
+        # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves;
+        # S is rounded relative to the norms of its own rows, so that a few large samples do no harm
+        amplification = float(xp.max(self._norms / self._factor.pivots()))
+        bound = (4 * amplification + 8) * (1 - self._smallest) / self._smallest
         if remainder.dtype != xp.float64 or epsilon * bound <= LARGEST_ERROR:
             return epsilon * bound
         # the bound is far too high where samples repeat: look at the solves themselves before refusing the block
         solves = [self._factor.solve_transposed(self._factor.solve(chunk)) for chunk in self._chunks]
-        amplified = xp.concat([xp.sum(solve * solve, axis=-2) for solve in solves], axis=-1)
-        error = (4 * self._largest * amplified + 8) * (1 - remainder) / remainder
+        norms = self._norms[:, :, None]
+        amplified = xp.concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
+        error = (4 * amplified + 8) / remainder
         return epsilon * float(xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error)))
 
     def _one_minus_sums(self) -> Array:

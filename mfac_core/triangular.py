@@ -34,12 +34,9 @@ class TriangularFactor:
             xp.asarray(self.lower, dtype=dtype), [xp.asarray(p, dtype=dtype) for p in self.panel_inverses]
         )
 
-    def smallest_pivot(self) -> float:
-        """Return the smallest squared diagonal entry of ``L`` over the batch."""
-        xp = array_namespace(self.lower)
-        # the diagonal of a triangular inverse holds the reciprocals of the diagonal
-        largest = max(float(xp.max(diagonals(panel))) for panel in self.panel_inverses)
-        return 1.0 / largest**2
+    def pivots(self) -> Array:
+        """Return the squared diagonal entries of ``L``, shape ``(n, k)``."""
+        return diagonals(self.lower) ** 2
 
     def solve(self, b: Array) -> Array:
         """Return ``L^-1 b``.

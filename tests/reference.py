@@ -1,11 +1,12 @@
 """The mathematics of M-FAC written densely in float64: an oracle that shares no code with the library.
 
 Everything here forms the d x d matrices that the library avoids. Where float64 itself is not enough to say what is
-right (a damping of 1e-8 beside gradients of 1e3), ``exact_inverse`` computes with 80 decimal digits.
+right (a damping of 1e-8 beside gradients of 1e3), ``exact_inverse`` computes in decimals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from decimal import Decimal, localcontext
 from typing import NamedTuple
@@ -54,7 +55,7 @@ def dense_inverse(gradients: ArrayLike, damping: float, block_size: int | None =
 
 
 def exact_inverse(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
-    """Inverse of the damped empirical Fisher with 80 decimal digits, rounded to float64 at the end, (d, d).
+    """Inverse of the damped empirical Fisher in decimals with digits to spare, rounded to float64 at the end, (d, d).
 
     The Fisher too is formed in decimals, since damping can be lost when it is added in float64.
     """
@@ -62,7 +63,7 @@ def exact_inverse(gradients: ArrayLike, damping: float, block_size: int | None =
     rows, size = g.shape
     inverse = np.zeros((size, size))
     with localcontext() as context:
-        context.prec = 80
+        context.prec = _digits(g, damping)
         for block in block_slices(size, block_size):
             columns = np.vectorize(Decimal, otypes=[object])(g[:, block])
             fisher = columns.T @ columns / Decimal(rows)
@@ -196,6 +197,14 @@ def _recursion(g: Matrix, damping: float) -> tuple[Matrix, Vector]:
         v[i] = g[i] / damping - (v[:i] @ g[i] / denominators[:i]) @ v[:i]
         denominators[i] = rows + g[i] @ v[i]
     return v, denominators
+
+
+def _digits(g: Matrix, damping: float) -> int:
+    # Elimination loses the digits of the condition number, and small entries stand beside entries of 1 / damping:
+    # so twice those digits, and 40 that are left.
+    largest = float(np.max(np.abs(g), initial=0.0))
+    condition = 2 * math.log10(largest) + math.log10(g.size) - math.log10(damping) if largest else 0.0
+    return 40 + 2 * max(math.ceil(condition), 0)
 
 
 def _gauss_jordan(matrix: NDArray[np.object_]) -> NDArray[np.object_]:

@@ -97,6 +97,15 @@ def test_matches_the_dense_inverse_in_factors_of_several_panels(m, d, block_size
     assert_matches(gradients, block_size, 1e-2, reference.dense_inverse(gradients, 1e-2, block_size))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e37])
+def test_the_exact_inverse_has_digits_to_spare(scale):
+    gradients = gaussian(5, 6, scale, np.float64)
+    # One of six directions has no gradient, so its eigenvalue of F^-1 is 1 / damping; the others follow from the SVD.
+    trace = np.trace(reference.exact_inverse(gradients, 1e-5)) * 1e-5
+    eigenvalues = np.linalg.svd(gradients / scale, compute_uv=False) ** 2 * scale * scale / 5
+    assert trace == pytest.approx(1 + np.sum(1e-5 / (1e-5 + eigenvalues)), rel=1e-12)
+
+
 @DTYPES
 @pytest.mark.parametrize("m, block_size", [(4, 3), (4, 4), (4, 9), (4, None)])
 def test_zero_gradients_give_exactly_one_over_damping(m, block_size, dtype):
@@ -124,6 +133,14 @@ def test_duplicated_rows(block_size, damping, dtype):
     rounding = 20 / damping * np.finfo(np.float64).eps
     inverse = reference.exact_inverse(gradients, damping, block_size)
     assert_matches(gradients, block_size, damping, inverse, tolerance=rounding)
+
+
+def test_a_repeated_sample_beside_weights_without_gradients_is_not_refused():
+    gradients = 30 * gaussian(6, 10, 1.0, np.float64)
+    gradients[:, [0, 3, 4, 7, 9]] = 0
+    gradients[3:] = gradients[0]
+    for m in (6, 5):
+        assert_matches(gradients[:m], None, 1e-6, reference.exact_inverse(gradients[:m], 1e-6))
 
 
 @DTYPES

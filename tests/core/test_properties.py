@@ -10,7 +10,7 @@ from tests.core.strict_backend import strict_devices
 
 SEEDS = st.integers(0, 2**32 - 1)
 BLOCK_SIZES = st.one_of(st.none(), st.integers(1, 45))
-DAMPINGS = st.sampled_from([1e-5, 1e-3, 1e-1, 1.0])
+DAMPINGS = st.sampled_from([1e-6, 1e-4, 1e-2, 1.0])
 SPARSITIES = st.floats(0.01, 0.99)
 UPDATES = st.sampled_from(["independent", "joint"])
 SCOPES = st.sampled_from(["layer", "global"])
@@ -22,7 +22,7 @@ few = settings(max_examples=50, deadline=None)
 def gradient_matrices(draw) -> np.ndarray:
     m, d = draw(st.integers(1, 30)), draw(st.integers(1, 40))
     rng = np.random.default_rng(draw(SEEDS))
-    gradients = rng.standard_normal((m, d)) * draw(st.sampled_from([1e-3, 1.0, 10.0]))
+    gradients = rng.standard_normal((m, d)) * draw(st.sampled_from([1e-3, 1.0, 30.0]))
     gradients[:, rng.random(d) < draw(st.sampled_from([0.0, 0.5, 1.0]))] = 0
     gradients[rng.random(m) < draw(st.sampled_from([0.0, 0.5]))] = gradients[0]
     return gradients

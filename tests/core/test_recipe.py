@@ -730,7 +730,8 @@ class TestShippedFiles:
             start_epoch=2.0,
             end_epoch=10.0,
             scope="global",
-            num_gradients={0.0: 64, 0.5: 128, 0.75: 256},
+            num_gradients={0.0: 80, 0.5: 120, 0.75: 160},
+            damping=1e-7,
         )
         assert recipe == Recipe((EpochRange(end_epoch=14.0), expected), str(ROOT / "recipes" / "digits_gradual.yaml"))
 

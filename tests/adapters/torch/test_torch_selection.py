@@ -87,10 +87,9 @@ def test_a_pattern_that_is_not_one_is_refused_by_name(zoo):
 
 def test_a_frozen_parameter_is_an_error_by_name_and_left_out_by_token(zoo, caplog):
     zoo.conv.weight.requires_grad_(False)
-    with pytest.raises(SettingError, match=r"'conv\.weight' is frozen"):
-        select_parameters(zoo, ["conv.weight"])
-    with pytest.raises(SettingError, match=r"'conv\.weight' is frozen"):
-        select_parameters(zoo, ["__ALL__", "conv.weight"])
+    for params in (["conv.weight"], ["__ALL__", "conv.weight"], ["conv.weight", "__ALL__"]):
+        with pytest.raises(SettingError, match=r"'conv\.weight' is frozen"):
+            select_parameters(zoo, params)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         assert "conv.weight" not in select_parameters(zoo, ["__ALL_PRUNABLE__"])
     assert "conv.weight is frozen" in caplog.text
