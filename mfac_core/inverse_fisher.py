@@ -142,7 +142,7 @@ class _DualFactor:
         for chunk in chunks:
             product = chunk @ xp.matrix_transpose(chunk)
             gram = product if gram is None else gram + product
-        _largest_finite(diagonals(gram))
+        _refuse_overflow(diagonals(gram))
         shift = chunks[0].shape[-2] * damping
         gram = xp.asarray(gram, dtype=xp.float64, copy=True)
         self._norms = diagonals(gram) + shift
@@ -191,7 +191,8 @@ class _DualFactor:
             parts = []
             for chunk in self._chunks:
                 solved = lower.solve(chunk)
-                parts.append(1 - xp.sum(solved * solved, axis=-2))
+                solved *= solved
+                parts.append(1 - xp.sum(solved, axis=-2))
             remainder = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
             if remainder.dtype == xp.float64:
                 self._restore_cancelled(remainder)
@@ -235,8 +236,10 @@ class _PrimalFactor:
         self._gradients = chunks[0] if len(chunks) == 1 else xp.concat(list(chunks), axis=-1)
         self._damping = damping
         fisher = xp.matrix_transpose(self._gradients) @ self._gradients / self._gradients.shape[-2]
-        self._largest = _largest_finite(diagonals(fisher))
-        self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64, copy=True), damping)
+        _refuse_overflow(diagonals(fisher))
+        fisher = xp.asarray(fisher, dtype=xp.float64, copy=True)
+        self._norms = diagonals(fisher) + damping
+        self._factor = cholesky(fisher, damping)
         self._diagonal: Array | None = None
 
     def diagonal(self) -> Array:
@@ -264,14 +267,13 @@ class _PrimalFactor:
     def relative_error(self) -> float:
         """Return an estimate of the relative rounding error of the diagonal; not finite when it is not usable."""
         xp = array_namespace(self._gradients)
-        largest = float(xp.max(self.diagonal()))
-        if not 0 < float(xp.min(self.diagonal())) <= largest <= 1 / self._damping * (1 + 1e-6):
+        diagonal = self.diagonal()
+        if not 0 < float(xp.min(diagonal)) <= float(xp.max(diagonal)) <= 1 / self._damping * (1 + 1e-6):
             return float("nan")
-        return float(xp.finfo(self._gradients.dtype).eps) * 8 * self._largest * largest
+        # F is rounded relative to its own diagonal, so that a few large columns do no harm
+        return float(xp.finfo(diagonal.dtype).eps) * 8 * float(xp.max(self._norms * diagonal))
 
 
-def _largest_finite(x: Array) -> float:
-    largest = float(array_namespace(x).max(x))
-    if not np.isfinite(largest):
+def _refuse_overflow(x: Array) -> None:
+    if not np.isfinite(float(array_namespace(x).max(x))):
         raise np.linalg.LinAlgError("the products of the gradients overflow")
-    return largest
