@@ -13,6 +13,10 @@ from mfac_core.backends import Array, array_namespace
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 
 PANEL = 64
+"""Rows that are solved at once, by an explicit inverse of their diagonal panel."""
+
+SMALLEST = 16
+"""Triangular matrices up to this size are inverted by the library, larger ones in halves."""
 
 
 class TriangularFactor:
@@ -119,7 +123,7 @@ def cholesky(matrices: Array, shift: float) -> TriangularFactor:
             matrices[:, rows.start :, rows] -= left @ xp.matrix_transpose(matrices[:, rows, :start])
         width = rows.stop - rows.start
         panel = xp.linalg.cholesky(matrices[:, rows, rows] + shift * identity[:, :width, :width])
-        inverses.append(xp.linalg.inv(panel))
+        inverses.append(_inverse_of_lower(panel))
         matrices[:, rows, rows] = panel
         if rows.stop < size:
             below = matrices[:, rows.stop :, rows]
@@ -139,6 +143,22 @@ def diagonals(matrices: Array) -> Array:
     xp = array_namespace(matrices)
     count, size = matrices.shape[:2]
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
+
+
+def _inverse_of_lower(panel: Array) -> Array:
+    # halves down to a size where the general inverse of the library is cheap
+    xp = array_namespace(panel)
+    size = panel.shape[-1]
+    if size <= SMALLEST:
+        return xp.linalg.inv(panel)
+    half = size // 2
+    upper = _inverse_of_lower(panel[:, :half, :half])
+    lower = _inverse_of_lower(panel[:, half:, half:])
+    out = xp.zeros_like(panel)
+    out[:, :half, :half] = upper
+    out[:, half:, half:] = lower
+    out[:, half:, :half] = -(lower @ (panel[:, half:, :half] @ upper))
+    return out
 
 
 def _identity_like(x: Array) -> Array:

@@ -726,7 +726,7 @@ class TestShippedFiles:
         recipe = load_recipe(ROOT / "recipes" / "digits_gradual.yaml")
         expected = MFACSettings(
             initial_sparsity=0.3,
-            final_sparsity=0.95,
+            final_sparsity=0.97,
             start_epoch=2.0,
             end_epoch=10.0,
             scope="global",
