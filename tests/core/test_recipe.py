@@ -726,14 +726,14 @@ class TestShippedFiles:
         recipe = load_recipe(ROOT / "recipes" / "digits_gradual.yaml")
         expected = MFACSettings(
             initial_sparsity=0.3,
-            final_sparsity=0.97,
-            start_epoch=2.0,
-            end_epoch=10.0,
+            final_sparsity=0.96,
+            start_epoch=1.0,
+            end_epoch=6.0,
             scope="global",
-            num_gradients={0.0: 80, 0.5: 120, 0.75: 160},
+            num_gradients={0.0: 40, 0.5: 80, 0.75: 120},
             damping=1e-7,
         )
-        assert recipe == Recipe((EpochRange(end_epoch=14.0), expected), str(ROOT / "recipes" / "digits_gradual.yaml"))
+        assert recipe == Recipe((EpochRange(end_epoch=8.0), expected), str(ROOT / "recipes" / "digits_gradual.yaml"))
 
     def test_examples_of_the_reference_page_load(self):
         page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
