@@ -138,10 +138,9 @@ class _DualFactor:
         self.precise = precise
         self._chunks = chunks
         self._damping = damping
-        gram = None
-        for chunk in chunks:
-            product = chunk @ xp.matrix_transpose(chunk)
-            gram = product if gram is None else gram + product
+        gram = chunks[0] @ xp.matrix_transpose(chunks[0])
+        for chunk in chunks[1:]:
+            gram += chunk @ xp.matrix_transpose(chunk)
         _refuse_overflow(diagonals(gram))
         shift = chunks[0].shape[-2] * damping
         gram = xp.asarray(gram, dtype=xp.float64, copy=True)

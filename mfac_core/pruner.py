@@ -152,7 +152,7 @@ class Pruner:
                 are passed over. ``None`` does the next one of the schedule.
 
         Returns:
-            The new weights and masks, on the devices of ``weights``.
+            The new weights, on the devices of ``weights``, and the new masks, in host memory.
 
         Raises:
             ValueError: If all pruning steps are done, none is planned up to ``step``, or the weights do not fit or
