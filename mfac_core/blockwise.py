@@ -301,5 +301,6 @@ def _refuse_bad_rows(chunks: list[Array]) -> None:
         bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}
     if bad:
         raise ValueError(
-            f"gradients hold NaN or Inf in row {', '.join(map(str, sorted(bad)))}; leave these samples out"
+            f"gradients hold NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
+            f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
         )

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mfac_core.recipe import Recipe
     from mfac_core.recipe.linting import ScheduleRow
 
 __all__ = ["app", "main"]
@@ -83,7 +84,7 @@ def check(
     try:
         loaded = load_recipe(recipe)
         rows = describe(loaded, steps_per_epoch)
-        warnings = lint(loaded, steps_per_epoch)
+        warnings = [*lint(loaded, steps_per_epoch), *_missing_devices(loaded)]
     except RecipeError as error:
         _fail(str(error))
     if rows:
@@ -123,6 +124,22 @@ def _demo_runner(framework: str) -> Callable[..., Any]:
         _fail(f'no demo for {framework!r} ({found}); the one for torch comes with: pip install "mfac-core[demo,torch]"')
     runner: Callable[..., Any] = demos[framework].load()
     return runner
+
+
+def _missing_devices(recipe: Recipe) -> list[str]:
+    from mfac_core.backends import resolve_device
+    from mfac_core.errors import DeviceError
+    from mfac_core.settings import MFACSettings
+
+    by_mfac = [each for each in recipe.pruning if isinstance(each, MFACSettings)]
+    listed = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
+    warnings = []
+    for name in dict.fromkeys(listed):
+        try:
+            resolve_device(name)
+        except DeviceError as error:
+            warnings.append(f"on this machine: {error}")
+    return warnings
 
 
 def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +52,6 @@ class GradientMatrix:
                 split = xp.reshape(columns, (self.count, group.count, -1))
                 chunks.append(xp.permute_dims(split, (1, 0, 2)))
             return chunks
-
-    def bad_rows(self) -> list[int]:
-        """Return the indices of the rows that hold NaN or Inf."""
-        bad: Any = np.zeros(self.count, bool)
-        for part in self._parts:
-            xp = array_namespace(part)
-            bad |= self._device.to_numpy(~xp.all(xp.isfinite(part), axis=1))
-        return [int(row) for row in np.flatnonzero(bad)]
 
     def _columns(self, start: int, stop: int) -> Array:
         if self._kept is None:

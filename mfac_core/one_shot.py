@@ -63,6 +63,7 @@ def prune(
         loss increase.
 
     Raises:
+        TypeError: If an argument is not an array.
         ValueError: If shapes or names do not fit, a setting is out of range, or a gradient holds NaN or Inf.
         DeviceError: If a device does not exist.
         IllConditionedError: If a block cannot be inverted accurately.
@@ -75,7 +76,7 @@ def prune(
         ([False, True, False, True], 0.5)
     """
     if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}")
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity!r}; 0.9 prunes nine weights of ten")
     check_choice("scope", scope, get_args(Scope))
     check_choice("update", update, get_args(Update))
     check_block_size(block_size)
@@ -83,6 +84,8 @@ def prune(
     check_mask_type(mask_type)
 
     named = _named(weights)
+    for array in (*named.values(), *_named(gradients).values(), *(() if masks is None else _named(masks).values())):
+        device_of(array)  # refuses what is not an array
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
     vector = layout.flatten(named)
     if vector.dtype not in (np.float32, np.float64):

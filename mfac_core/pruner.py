@@ -191,7 +191,12 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only."""
-        return {"masks": self.masks, "pruning_steps_done": self._done}
+        return {
+            "method": type(self).__name__,
+            "schedule": self._planned(),
+            "pruning_steps_done": self._done,
+            "masks": self.masks,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
@@ -202,15 +207,22 @@ class Pruner:
         Raises:
             ValueError: If masks or schedule do not fit; nothing is changed then.
         """
+        missing = {"method", "schedule", "pruning_steps_done", "masks"} - set(state)
+        if missing:
+            raise ValueError(f"this is not the state of a pruner: it lacks {', '.join(sorted(missing))}")
         self.layout.check(state["masks"], "masks")
         done = int(state["pruning_steps_done"])
-        if not 0 <= done <= len(self.schedule):
+        same_schedule = np.array_equal(np.asarray(state["schedule"]), self._planned())
+        if state["method"] != type(self).__name__ or not same_schedule or not 0 <= done <= len(self.schedule):
             raise ValueError(
-                f"the state has done {done} pruning steps, this schedule has {len(self.schedule)}; "
-                "resume with the recipe and steps_per_epoch that the state was saved with"
+                "the state was saved with another method or schedule of pruning; "
+                "resume with the recipe and steps_per_epoch that it was saved with"
             )
         self._kept = self.layout.flatten(state["masks"]).astype(bool)
         self._done = done
+
+    def _planned(self) -> Vector:
+        return np.array([(planned.step, planned.sparsity) for planned in self.schedule])
 
     def _latest(self, step: int) -> int:
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
@@ -411,10 +423,11 @@ class MFACPruner(Pruner):
                 f"({self.refused_rows} were refused for NaN or Inf)"
             )
         if not self._window.is_full:
+            cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
             self._tell_once(
                 "partial",
                 f"a pruning step uses {self._window.count} gradient samples where {self._window.num_gradients} are "
-                "wanted; start later, prune less often, or lower num_gradients",
+                f"wanted; {cure} num_gradients (num_grads in a recipe)",
             )
         return mfac_step(
             weights,

@@ -190,7 +190,7 @@ def check_mask_type(mask_type: object) -> None:
     """
     if mask_type not in get_args(MaskType):
         raise SettingError(
-            "mask_type", f"{mask_type!r} is not supported yet; the mask types are {', '.join(get_args(MaskType))}"
+            "mask_type", f"{mask_type!r} is not supported yet; supported is {', '.join(get_args(MaskType))}"
         )
 
 

@@ -117,7 +117,10 @@ class WeightLayout:
         bad = kept & ~np.isfinite(vector)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
-            raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}; prune from finite weights")
+            raise ValueError(
+                f"weights hold NaN or Inf in {', '.join(names)}: training has diverged; go back to finite weights, "
+                "and lower the learning rate or skip the optimizer steps whose gradients are not finite"
+            )
 
     def gather(self, arrays: Mapping[str, Array], kept: npt.NDArray[np.bool_], dtype: Any) -> Array:
         """Return the unpruned entries of the arrays as one vector, on the device of the first.

@@ -17,12 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mfac_core import report
+from mfac_core.backends import resolve_devices
 from mfac_core.recipe import load_recipe
 from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import Settings, modifier_for
 from mfac_torch.sampling import GradSampler
+from mfac_torch.selection import select_parameters
 
 __all__ = [
     "Pruned",
@@ -68,10 +70,16 @@ def run(*, recipe: Path | None, output: Path, seed: int) -> None:
 
     Raises:
         RecipeError: If the recipe is wrong.
+        SettingError: If a name in ``params`` matches nothing in the network.
+        DeviceError: If a listed device does not exist.
     """
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     gradual = recipe or recipe_path(GRADUAL)
+    for settings in load_recipe(gradual).pruning:  # refuse what cannot work before any training
+        select_parameters(make_network(seed), settings.params)
+        if isinstance(settings, MFACSettings):
+            resolve_devices(settings.devices)
     console.print(f"Pruning a network for handwritten digits by [bold]{gradual}[/bold], beside magnitude pruning.")
     started = time.perf_counter()
     results = compare(gradual, recipe_path(ONE_SHOT), seed=seed, console=console)

@@ -180,6 +180,11 @@ class LivePruning:
             self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
 
     @property
+    def refused_rows(self) -> int:
+        """Gradient samples that were left out because they held NaN or Inf."""
+        return self._pruner.refused_rows if isinstance(self._pruner, MFACPruner) else 0
+
+    @property
     def _num_rows(self) -> int:
         return self._pruner.num_rows if isinstance(self._pruner, MFACPruner) else 0
 

@@ -30,7 +30,7 @@ class ScheduledModifierManager:
         modifiers: The modifiers, such as ``[MFACPruningModifier(final_sparsity=0.85, end_epoch=10.0)]``.
 
     Raises:
-        TypeError: If an entry is not a modifier.
+        TypeError: If ``modifiers`` is a recipe, or an entry is not a modifier.
         ValueError: If there is none.
 
     Example:
@@ -55,6 +55,8 @@ class ScheduledModifierManager:
     """
 
     def __init__(self, modifiers: Iterable[Modifier]) -> None:
+        if isinstance(modifiers, str | os.PathLike):
+            raise TypeError("modifiers is a path or text; pass a recipe to ScheduledModifierManager.from_yaml")
         self.modifiers = tuple(modifiers)
         for modifier in self.modifiers:
             if not isinstance(modifier, Modifier):
@@ -286,16 +288,20 @@ class ScheduledModifierManager:
     def _warn_unfinished(self, session: TrainingSession) -> None:
         for pruning in self._prunings:
             if not pruning.is_finished:
+                refused = pruning.refused_rows
                 _logger.warning(
-                    "finalized at epoch %.2f, before the last pruning step at epoch %g: sparsity is %.4f, not %g",
+                    "finalized at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f, not %g%s",
                     session.step / session.steps_per_epoch,
                     pruning.settings.end_epoch,
                     self.sparsity,
                     pruning.settings.final_sparsity,
+                    f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
                 )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the model is a {type(module).__name__}; pass a torch.nn.Module")
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return _unwrapped(module.module)
     compiled = module._modules.get("_orig_mod")  # what torch.compile(module) wraps

@@ -79,6 +79,12 @@ class TrainingSession:
         Raises:
             ValueError: If the state does not belong to this run.
         """
+        missing = {"step", "steps_per_epoch", "learning_rates_set", "prunings"} - set(state)
+        if missing:
+            raise ValueError(
+                f"this is not the state of a manager: it lacks {', '.join(sorted(missing))}; "
+                "pass what manager.state_dict() returned"
+            )
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the state was saved with {state['steps_per_epoch']} steps per epoch and this run has "

@@ -126,4 +126,4 @@ def array_namespace(x: Array) -> Any:
     library = type(x).__module__.partition(".")[0]
     if library == "cupy":
         return sys.modules[library]
-    raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not an array; pass a NumPy or CuPy array")
+    raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first")

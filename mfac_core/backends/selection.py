@@ -67,7 +67,10 @@ def resolve_device(device: str | Device) -> Device:
         if name in backend.devices():
             return Device(backend, name)
         known.extend(backend.devices())
-    raise DeviceError(f"device {device!r} does not exist here; the devices are {', '.join(known)}")
+    raise DeviceError(
+        f"device {device!r} does not exist here; the devices are {', '.join(known)} "
+        "(GPUs are written cuda:0, cuda:1, ...)"
+    )
 
 
 def device_of(x: Array) -> Device:
@@ -86,7 +89,10 @@ def device_of(x: Array) -> Device:
         return resolve_device("cpu")
     if type(x).__module__.partition(".")[0] == "cupy":
         return resolve_device(f"cuda:{x.device.id}")
-    raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array")
+    raise TypeError(
+        f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first, "
+        "such as with numpy.asarray"
+    )
 
 
 @cache

@@ -54,6 +54,12 @@ def _final_sparsity(value: object) -> object:
     return _number(value)
 
 
+def _mask_type(value: object) -> object:
+    if isinstance(value, int):
+        raise ValueError('is not the name of a mask type; YAML reads 2:4 as a number, so write it as "2:4"')
+    return value
+
+
 def _names(value: object) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -88,7 +94,7 @@ PRUNING_KEYS: Mapping[str, Key] = {
     "update_frequency": Key("update_frequency", _number),
     "inter_func": Key("interpolation", _as_written),
     "leave_enabled": Key("leave_enabled", _as_written),
-    "mask_type": Key("mask_type", _as_written),
+    "mask_type": Key("mask_type", _mask_type),
     "log_types": Key(None, _as_written),
 }
 GLOBAL_KEYS: Mapping[str, Key] = {"global_sparsity": Key("scope", _scope)}

@@ -97,8 +97,8 @@ def _document(rows: dict[tuple[str, float], list[RunRecord]], final: float) -> s
             f"torch {torch.__version__.partition('+')[0]}, NumPy {np.__version__}, {platform.system()} "
             f"{platform.machine()}, Python {platform.python_version()}, on one thread of {_processor()}.",
             "",
-            "Differences well below the spread say nothing. Where most weights are still superfluous (here up to 70% in",
-            "one shot and 90% gradually), both methods remove only those, and M-FAC costs time and memory for nothing.",
+            "Differences well below the spread say nothing. Where most weights are still superfluous (here up to 70%",
+            "in one shot and 90% gradually), both methods remove only those, and M-FAC costs time and memory for nothing.",
             "",
             "## Gradual, while training",
             "",

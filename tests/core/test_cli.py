@@ -129,6 +129,22 @@ def test_check_prints_brackets_of_a_message_as_they_are(write_recipe: Callable[[
     assert "['cuda:0', 'cuda:0'] names a device twice" in result.stderr
 
 
+def test_check_warns_of_devices_that_are_not_here(write_recipe: Callable[[str], Path]) -> None:
+    path = write_recipe(
+        """
+pruning_modifiers:
+  - !MFACPruningModifier
+    final_sparsity: 0.8
+    start_epoch: 1.0
+    end_epoch: 4.0
+    available_gpus: ["gpu0"]
+"""
+    )
+    result = mfac("check", path)
+    assert result.exit_code == 0
+    assert "warning: on this machine: device 'gpu0' does not exist here" in result.output
+
+
 def test_check_of_a_missing_file_names_it(tmp_path: Path) -> None:
     result = mfac("check", tmp_path / "missing.yaml")
 

@@ -469,3 +469,16 @@ def test_saliency_refuses_a_diagonal_that_is_not_positive_and_finite(value):
 def test_saliency_refuses_weights_that_are_not_finite():
     with pytest.raises(ValueError, match="weights"):
         mfac_core.saliency(np.array([1.0, np.nan]), np.ones(2))
+
+
+def test_what_is_not_an_array_is_refused_by_type():
+    with pytest.raises(TypeError, match=r"list is not a NumPy or CuPy array; convert it first"):
+        mfac_core.prune([1.0, 2.0], np.ones((1, 2)), sparsity=0.5)
+    with pytest.raises(TypeError, match=r"list is not a NumPy or CuPy array"):
+        mfac_core.prune(np.ones(2), [[1.0, 2.0]], sparsity=0.5)
+
+
+def test_a_long_list_of_bad_rows_is_cut_short():
+    gradients = np.full((50, 4), np.nan)
+    with pytest.raises(ValueError, match=r"50 of their rows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.;"):
+        mfac_core.prune(np.ones(4), gradients, sparsity=0.5)

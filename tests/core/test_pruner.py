@@ -4,7 +4,7 @@ import copy
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -295,6 +295,23 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         np.testing.assert_equal(pruner.state_dict(), before)
     train(pruner, weights, first=12)
     assert pruner.is_finished
+
+
+def test_a_state_of_another_schedule_or_method_is_refused():
+    pruner = make_mfac()
+    train(pruner, make_weights(), last=12)
+    state = pruner.state_dict()
+    other = make_mfac(replace(SETTINGS, final_sparsity=SETTINGS.final_sparsity + 0.01))
+    magnitude = MagnitudePruner(
+        MagnitudeSettings(**{field.name: getattr(SETTINGS, field.name) for field in fields(MagnitudeSettings)}),
+        make_weights(),
+        steps_per_epoch=STEPS_PER_EPOCH,
+    )
+    for stranger in (other, magnitude):
+        with pytest.raises(ValueError, match="another method or schedule"):
+            stranger.load_state_dict(state)
+    with pytest.raises(ValueError, match="it lacks masks, method"):
+        pruner.load_state_dict({"schedule": state["schedule"], "pruning_steps_done": 1})
 
 
 def test_a_state_without_a_window_collects_rows_anew():

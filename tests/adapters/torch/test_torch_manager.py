@@ -690,7 +690,7 @@ def test_a_run_that_ends_before_its_last_pruning_step_says_so(task, caplog):
     _, manager = final_weights(task, task.recipe(), stop=12)
     with caplog.at_level(logging.WARNING, logger="mfac_torch"):
         manager.finalize()
-    assert "finalized at epoch 2.40, before the last pruning step at epoch 4" in caplog.text
+    assert "finalized at epoch 2.40 without the pruning step of epoch 4" in caplog.text
 
 
 # --- attaching and detaching
@@ -809,3 +809,17 @@ def test_distributed_training_is_refused(task):
     finally:
         torch.distributed.destroy_process_group()
     assert hooks(optimizer) == 0
+
+
+def test_arguments_of_the_wrong_kind_are_refused_by_name(task):
+    with pytest.raises(TypeError, match="ScheduledModifierManager.from_yaml"):
+        ScheduledModifierManager("recipe.yaml")
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="the model is a SGD"):
+        manager.apply(optimizer, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss))
+    manager.modify(model, optimizer, task.steps_per_epoch)
+    with pytest.raises(ValueError, match="this is not the state of a manager: it lacks learning_rates_set"):
+        manager.load_state_dict({"x": 1})
+    manager.finalize()
