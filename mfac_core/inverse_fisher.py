@@ -69,8 +69,12 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
     Raises:
         IllConditionedError: If the Fisher cannot be inverted even in float64.
     """
-    form = _PrimalFactor if sum(chunk.shape[-1] for chunk in chunks) <= chunks[0].shape[-2] else _DualFactor
     xp = array_namespace(chunks[0])
+    is_known = precise is not None
+    form: type[_DualFactor | _PrimalFactor] = _DualFactor
+    if sum(chunk.shape[-1] for chunk in chunks) <= chunks[0].shape[-2]:
+        # the product is the smaller part of this form, so that trying it in float32 first does not pay
+        form, precise = _PrimalFactor, True
     # overflow is found by looking at the result, and cured by float64 or refused
     with np.errstate(over="ignore", invalid="ignore"):
         if precise is None and chunks[0].dtype != xp.float64:
@@ -84,7 +88,7 @@ def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = No
             chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
         try:
             candidate = form(chunks, damping, precise=precise is not False)
-            if precise is not None or candidate.relative_error() <= LARGEST_ERROR:
+            if is_known or candidate.relative_error() <= LARGEST_ERROR:
                 return candidate
         except np.linalg.LinAlgError:
             pass
