@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from mfac_core.backends import Array, array_namespace, device_of, resolve_device
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.masks import newly_pruned
 from mfac_core.planning import check_memory
-from mfac_core.pruning_step import PruneResult, magnitude_step, mfac_step
+from mfac_core.pruning_step import PruneResult, Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at, pruning_schedule
 from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
 from mfac_core.weight_layout import WeightLayout
@@ -57,7 +58,7 @@ def make_pruner(
     raise TypeError(f"settings must be MFACSettings or MagnitudeSettings, got {type(settings).__name__}")
 
 
-class Pruner:
+class Pruner(ABC):
     """What all pruners share: the schedule, the masks, and the progress through both.
 
     ``step`` always counts completed optimizer steps.
@@ -178,7 +179,6 @@ class Pruner:
         self._done = latest + 1
         new_vector = np.zeros_like(vector)
         new_vector[self._kept] = updated[~chosen]
-        self._after_pruning(chosen, planned)
         return PruneResult(
             weights={
                 name: device_of(weights[name]).asarray(array)
@@ -228,11 +228,9 @@ class Pruner:
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
         return sum(planned.step <= step for planned in self.schedule) - 1
 
-    def _prune_unpruned(self, weights: Vector, select: Any) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
-        raise NotImplementedError
-
-    def _after_pruning(self, chosen: npt.NDArray[np.bool_], planned: PlannedStep) -> None:
-        pass
+    @abstractmethod
+    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
+        """Return the updated unpruned weights, which are newly pruned, and the predicted loss increase."""
 
 
 class MagnitudePruner(Pruner):
@@ -246,7 +244,7 @@ class MagnitudePruner(Pruner):
         [0.0, -4.0, 3.0, 0.0]
     """
 
-    def _prune_unpruned(self, weights: Vector, select: Any) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
         return *magnitude_step(weights, select), None
 
 
@@ -383,6 +381,29 @@ class MFACPruner(Pruner):
         full = self._window is not None and self._window.is_full
         return full or not self._waits or self.schedule[self._latest(step)].step == step
 
+    def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
+        """Do the pruning step that is due, and drop the pruned columns of the window.
+
+        Args:
+            weights: As in :meth:`Pruner.prune`.
+            step: As in :meth:`Pruner.prune`.
+
+        Returns:
+            As in :meth:`Pruner.prune`.
+
+        Raises:
+            ValueError: As in :meth:`Pruner.prune`, or if there is no gradient sample.
+            IllConditionedError: If a block of the Fisher cannot be inverted accurately.
+        """
+        kept_before = self._kept.copy()
+        result = super().prune(weights, step)
+        self._waits = False
+        if self.is_finished:
+            self._window = None
+        elif self._window is not None:
+            self._window.rebuild(self._kept[kept_before], self.num_gradients)
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, the gradient window included: arrays and plain numbers only."""
         window = None if self._window is None else self._window.state_dict()
@@ -416,7 +437,7 @@ class MFACPruner(Pruner):
         self._waits = bool(state.get("waits", False))
         self.refused_rows = int(state.get("refused_rows", 0))
 
-    def _prune_unpruned(self, weights: Vector, select: Any) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
         if self._window is None or not self._window.count:
             raise ValueError(
                 "there are no gradient samples to prune with; observe at least one before prune "
@@ -437,13 +458,6 @@ class MFACPruner(Pruner):
             update=self.settings.update,
             devices=self._devices,
         )
-
-    def _after_pruning(self, chosen: npt.NDArray[np.bool_], planned: PlannedStep) -> None:
-        self._waits = False
-        if self.is_finished:
-            self._window = None
-        elif self._window is not None:
-            self._window.rebuild(~chosen, self.num_gradients)
 
     def _note_waiting(self, step: int) -> None:
         if not self.num_rows and self._latest(step) >= self._done and not self._waits:
