@@ -213,6 +213,9 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
             *map(_line, rows),
             "",
+            "The second pass (update) factors each block again: keeping the factors would take up to as much memory as the",
+            "window. Small blocks are far from their floor, which counts operations and not the calls of LAPACK.",
+            "",
             "## Linear in d",
             "",
             f"m = {LINEAR_IN_D[0]}, B = {LINEAR_IN_D[1]}: a straight line through the seconds has slope "
