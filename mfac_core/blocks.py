@@ -13,7 +13,7 @@ from mfac_core.errors import MemoryBudgetError
 
 __all__ = ["BlockGroup", "cut", "deal", "working_bytes"]
 
-GROUP_BYTES = 8 * 2**20
+GROUP_BYTES = 2 * 2**20
 CHUNK_BYTES = 64 * 2**20
 
 

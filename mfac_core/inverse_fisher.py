@@ -147,7 +147,7 @@ class _DualFactor:
             gram += chunk @ xp.matrix_transpose(chunk)
         _refuse_overflow(diagonals(gram))
         shift = chunks[0].shape[-2] * damping
-        gram = xp.asarray(gram, dtype=xp.float64, copy=True)
+        gram = xp.asarray(gram, dtype=xp.float64)
         self._norms = diagonals(gram) + shift
         self._factor = cholesky(gram, shift)
         self._remainder: Array | None = None
@@ -238,9 +238,10 @@ class _PrimalFactor:
         self.precise = precise
         self._gradients = chunks[0] if len(chunks) == 1 else xp.concat(list(chunks), axis=-1)
         self._damping = damping
-        fisher = xp.matrix_transpose(self._gradients) @ self._gradients / self._gradients.shape[-2]
+        fisher = xp.matrix_transpose(self._gradients) @ self._gradients
+        fisher /= self._gradients.shape[-2]
         _refuse_overflow(diagonals(fisher))
-        fisher = xp.asarray(fisher, dtype=xp.float64, copy=True)
+        fisher = xp.asarray(fisher, dtype=xp.float64)
         self._norms = diagonals(fisher) + damping
         self._factor = cholesky(fisher, damping)
         self._diagonal: Array | None = None
@@ -249,7 +250,8 @@ class _PrimalFactor:
         if self._diagonal is None:
             xp = array_namespace(self._gradients)
             inverse = self._factor.inverse()
-            diagonal = xp.sum(inverse * inverse, axis=-2)
+            inverse *= inverse
+            diagonal = xp.sum(inverse, axis=-2)
             # the exact value is at most 1 / damping; only the last digits of the sum can exceed it
             ceiling = 1 / self._damping
             diagonal = xp.where((diagonal > ceiling) & (diagonal < ceiling * (1 + 1e-9)), ceiling, diagonal)
