@@ -330,6 +330,19 @@ def test_the_working_memory_is_a_few_blocks(update):
     assert peak < d * block_size * 4 / 50
 
 
+def test_memory_with_small_blocks_stays_below_one_inverse_per_block():
+    m, block_size, d = 64, 50, 300_000
+    rng = np.random.default_rng(0)
+    weights, gradients = rng.standard_normal(d, dtype=np.float32), rng.standard_normal((m, d), dtype=np.float32)
+    tracemalloc.start()
+    try:
+        mfac_core.prune(weights, gradients, sparsity=0.5, block_size=block_size)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < d * block_size * 4  # what dense float32 inverses of all blocks would take
+
+
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), 50])
 def test_sparsity_outside_its_range_is_refused(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
