@@ -1,19 +1,20 @@
 """How ``d`` weights are cut into Fisher blocks and dealt to devices: pure integers, no arrays.
 
 A *group* is what one kernel call works on: several small blocks of equal width side by side, or one block,
-which is cut into *chunks* of columns when it is large. Groups bound the working memory and keep calls large enough.
+which is cut into *chunks* of columns when it is large. A *slab* is a group of the size in which a window is stored;
+each device gets it in groups of the size that suits the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mfac_core.errors import MemoryBudgetError
 
-__all__ = ["BlockGroup", "cut", "deal", "working_bytes"]
+__all__ = ["BlockGroup", "DeviceShare", "cut", "deal", "working_bytes"]
 
-GROUP_BYTES = 2 * 2**20
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -52,30 +53,45 @@ class BlockGroup:
         return tuple(bounds)
 
 
+@dataclass(frozen=True)
+class DeviceShare:
+    """What decides how much of the work a device gets.
+
+    Args:
+        speed: Operations per second, or any number in proportion to it.
+        group_bytes: Gradients that one kernel call should work on.
+        free_bytes: Free memory; ``None`` where it is not known.
+    """
+
+    speed: float
+    group_bytes: int
+    free_bytes: int | None = None
+
+
 def cut(
     num_weights: int,
     block_size: int | None,
     *,
     num_gradients: int,
     itemsize: int,
-    group_bytes: int = GROUP_BYTES,
+    slab_bytes: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[BlockGroup, ...]:
-    """Cut the columns ``[0, num_weights)`` into blocks, and gather these into groups.
+    """Cut the columns ``[0, num_weights)`` into blocks, and gather these into slabs.
 
     Args:
         num_weights: Number of columns ``d``.
         block_size: Columns per block; the last block may be shorter. ``None`` means one block.
-        num_gradients: Rows ``m`` of the gradient window, for the size of a group in bytes.
+        num_gradients: Rows ``m`` of the gradient window, for the size of a slab in bytes.
         itemsize: Bytes per number.
-        group_bytes: Blocks are gathered until a group reaches this size.
+        slab_bytes: Blocks are gathered until a slab reaches this size.
         chunk_bytes: A block larger than this is cut into chunks.
 
     Returns:
-        Groups that tile the columns in order; empty when there are no columns.
+        Slabs that tile the columns in order; empty when there are no columns.
 
     Example:
-        >>> [(g.start, g.stop, g.count) for g in cut(10, 4, num_gradients=2, itemsize=4)]
+        >>> [(g.start, g.stop, g.count) for g in cut(10, 4, num_gradients=2, itemsize=4, slab_bytes=1000)]
         [(0, 8, 2), (8, 10, 1)]
     """
     width = num_weights if block_size is None else min(block_size, num_weights)
@@ -84,7 +100,7 @@ def cut(
     whole, rest = divmod(num_weights, width)
     column_bytes = max(num_gradients, 1) * itemsize
     chunks = _chunk_widths(width, max(1, chunk_bytes // column_bytes))
-    per_group = max(1, group_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
+    per_group = max(1, slab_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
     groups = [BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)]
     if rest:
         groups.append(BlockGroup(whole * width, 1, _chunk_widths(rest, max(1, chunk_bytes // column_bytes))))
@@ -92,40 +108,57 @@ def cut(
 
 
 def deal(
-    groups: Sequence[BlockGroup], free_bytes: Mapping[str, int | None], *, num_gradients: int, itemsize: int
-) -> dict[str, tuple[int, ...]]:
-    """Deal groups to devices so that each gets about the same number of columns.
+    slabs: Sequence[BlockGroup], shares: Mapping[str, DeviceShare], *, num_gradients: int, itemsize: int
+) -> dict[str, tuple[BlockGroup, ...]]:
+    """Deal blocks to devices in proportion to their speed, in groups that fit each device.
 
     Args:
-        groups: What has to be computed.
-        free_bytes: Free memory of each device; ``None`` where it is not known.
+        slabs: What has to be computed, in order.
+        shares: Name and share of each device.
         num_gradients: Rows of the gradient window.
         itemsize: Bytes per number.
 
     Returns:
-        For each device the indices of its groups, consecutive and in order.
+        For each device its groups, consecutive and in order; none for a device that has no room for a single block
+        while another has.
 
     Raises:
-        MemoryBudgetError: If a device has less free memory than its largest group needs.
+        MemoryBudgetError: If no device has room for a single block.
+
+    Example:
+        >>> slabs = cut(60, 10, num_gradients=2, itemsize=4, slab_bytes=1000)
+        >>> shares = {"cuda:0": DeviceShare(2.0, 160), "cuda:1": DeviceShare(1.0, 160)}
+        >>> dealt = deal(slabs, shares, num_gradients=2, itemsize=4)
+        >>> {name: [(g.start, g.stop) for g in groups] for name, groups in dealt.items()}
+        {'cuda:0': [(0, 20), (20, 40)], 'cuda:1': [(40, 60)]}
     """
-    total = sum(group.stop - group.start for group in groups)
-    names = list(free_bytes)
-    dealt: dict[str, list[int]] = {name: [] for name in names}
-    done = 0
-    for index, group in enumerate(groups):
-        columns = group.stop - group.start
-        middle = done + columns / 2
-        dealt[names[min(int(middle * len(names) / total), len(names) - 1)]].append(index)
-        done += columns
-    for name, indices in dealt.items():
-        needed = max((working_bytes(groups[i], num_gradients, itemsize) for i in indices), default=0)
-        free = free_bytes[name]
-        if free is not None and needed > free:
-            raise MemoryBudgetError(
-                f"device {name}: one block needs {needed:,} bytes of working memory and {free:,} are free; "
-                "choose a smaller block_size or fewer num_gradients"
-            )
-    return {name: tuple(indices) for name, indices in dealt.items()}
+    dealt: dict[str, list[BlockGroup]] = {name: [] for name in shares}
+    if not slabs:
+        return {name: () for name in dealt}
+    needed = max(working_bytes(_blocks_of(slab, 0, 1), num_gradients, itemsize) for slab in slabs)
+    able = {name: share for name, share in shares.items() if share.free_bytes is None or share.free_bytes >= needed}
+    if not able:
+        most = max(share.free_bytes or 0 for share in shares.values())
+        raise MemoryBudgetError(
+            f"device {', '.join(shares)}: one block needs {needed:,} bytes of working memory and {most:,} are free; "
+            "choose a smaller block_size or fewer num_gradients"
+        )
+    bounds = _bounds(slabs[-1].stop, able)
+    names = list(able)
+    current = 0
+    for slab in slabs:
+        first = 0
+        while first < slab.count:
+            while current < len(names) - 1 and slab.start + (first + 0.5) * slab.width >= bounds[current]:
+                current += 1
+            share = able[names[current]]
+            left = slab.count - first
+            if current < len(names) - 1:
+                left = min(left, math.ceil((bounds[current] - slab.start) / slab.width - 0.5) - first)
+            group = _blocks_of(slab, first, min(left, _blocks_at_once(slab, share, num_gradients, itemsize)))
+            dealt[names[current]].append(group)
+            first += group.count
+    return {name: tuple(groups) for name, groups in dealt.items()}
 
 
 def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
@@ -137,11 +170,32 @@ def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
         itemsize: Bytes per number of the window.
 
     Returns:
-        Bytes: the chunk and its solved copy, and the factor in float64.
+        Bytes: the chunk and its solved copy, and the factor in float64 with room to make it.
     """
     chunk = group.count * num_gradients * max(group.chunk_widths) * itemsize
     small = min(num_gradients, group.width)
-    return 2 * chunk + 2 * 8 * group.count * small * small
+    return 2 * chunk + 3 * 8 * group.count * small * small
+
+
+def _blocks_of(slab: BlockGroup, first: int, count: int) -> BlockGroup:
+    return BlockGroup(slab.start + first * slab.width, count, slab.chunk_widths)
+
+
+def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
+    total = sum(share.speed for share in shares.values())
+    bounds, reached = [], 0.0
+    for share in shares.values():
+        reached += share.speed
+        bounds.append(num_weights * reached / total)
+    return bounds
+
+
+def _blocks_at_once(slab: BlockGroup, share: DeviceShare, num_gradients: int, itemsize: int) -> int:
+    working = working_bytes(_blocks_of(slab, 0, 1), num_gradients, itemsize)
+    count = share.group_bytes // (working // 2)  # half of the working memory, or more, is the factor where it is large
+    if share.free_bytes is not None:
+        count = min(count, share.free_bytes // working)
+    return max(1, count)
 
 
 def _chunk_widths(width: int, widest: int) -> tuple[int, ...]:

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any, Protocol
+from functools import partial
+from threading import Lock
+from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, device_of, resolve_devices
-from mfac_core.blocks import BlockGroup, deal
+from mfac_core.blocks import BlockGroup, DeviceShare, deal
 from mfac_core.errors import IllConditionedError
 from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.inverse_fisher import Factor, factor
+from mfac_core.inverse_fisher import Factor, Precise, cache_parts, evaluate, factor
 from mfac_core.settings import check_block_size, check_damping
 
 __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher"]
 
-Vector = npt.NDArray[Any]
+KEPT_FRACTION = 0.25
+"""Share of a device's free memory that factors kept from the first pass to the second may take."""
+
+_logger = logging.getLogger("mfac_core")
 
 
 class GradientSource(Protocol):
     """Gradient samples that can be read block by block: a window, or plain arrays.
 
     Attributes:
-        groups: How the columns are cut.
+        slabs: How the columns are stored.
         count: Rows ``m``.
         num_weights: Columns ``d``.
         dtype: dtype of the rows.
     """
 
-    groups: tuple[BlockGroup, ...]
+    slabs: tuple[BlockGroup, ...]
     count: int
     num_weights: int
     dtype: np.dtype[Any]
 
-    def chunks(self, index: int) -> list[Array]:
-        """Return the chunks of group ``index``, each of shape ``(n, m, width)``."""
+    def chunks(self, group: BlockGroup) -> list[Array]:
+        """Return the chunks of a group, each of shape ``(n, m, width)``."""
 
 
 def inverse_fisher(
@@ -88,7 +93,7 @@ def inverse_fisher(
 
 
 class InverseFisher:
-    """The inverse Fisher of :func:`inverse_fisher`; factored anew for each call unless :meth:`apply` has kept it.
+    """The inverse Fisher of :func:`inverse_fisher`; each factor is made once, and kept where memory allows.
 
     Args:
         gradients: Shape ``(m, d)``.
@@ -106,7 +111,7 @@ class InverseFisher:
     ) -> None:
         self._home = device_of(gradients)
         self._fisher = BlockwiseFisher(
-            GradientMatrix([gradients], block_size=block_size), damping=damping, devices=devices
+            GradientMatrix([gradients], block_size=block_size), damping=damping, devices=devices, keep="always"
         )
         self.shape = (self._fisher.source.num_weights,) * 2
 
@@ -117,10 +122,10 @@ class InverseFisher:
             ValueError: If a row of the gradients holds NaN or Inf.
             IllConditionedError: If a block cannot be inverted accurately.
         """
-        return self._home.asarray(self._fisher.diagonal())
+        return self._fisher.home.move(self._fisher.diagonal(), self._home)
 
     def apply(self, x: Array) -> Array:
-        """Return ``F^-1 x``; the first call keeps the factors, up to as much memory as the gradients take.
+        """Return ``F^-1 x``.
 
         Args:
             x: Shape ``(d,)``, in the dtype and on the device of the gradients. Not modified.
@@ -134,127 +139,160 @@ class InverseFisher:
         """
         if tuple(x.shape) != self.shape[:1]:
             raise ValueError(f"x must have shape {self.shape[:1]}, got {tuple(x.shape)}")
-        self._fisher.keep_factors()
-        vector = device_of(x).to_numpy(x).astype(self._fisher.source.dtype, copy=False)
-        return self._home.asarray(self._fisher.apply(vector))
+        home = self._fisher.home
+        vector = home.asarray(device_of(x).move(x, home), self._fisher.source.dtype)
+        return home.move(self._fisher.apply(vector), self._home)
 
 
 class BlockwiseFisher:
     """The damped Fisher of a gradient source, computed group by group on several devices.
 
+    Vectors of ``d`` numbers live on one of them, the home. A pruning step makes two passes over the groups. The second
+    would have to factor each group again, which costs as much as the first, so factors of the size of the number of
+    gradients are kept in between, as far as :data:`KEPT_FRACTION` of the free memory allows; the rest is made again.
+    Factors of the size of a block are always made again: kept, they would be as large as all dense inverses.
+
     Args:
         source: The gradient samples.
         damping: Added to the diagonal of the empirical Fisher, positive.
-        devices: Where the groups are computed.
+        devices: Where the groups are computed; the first is the home.
+        keep: Whether factors are kept for one more use, ``always`` (for repeated products) or ``never``.
 
     Raises:
         DeviceError: If a device does not exist.
-        MemoryBudgetError: If one group does not fit on a device.
+        MemoryBudgetError: If one block fits on none of the devices.
     """
 
     def __init__(
-        self, source: GradientSource, *, damping: float, devices: Sequence[str | Device] | str | Device
+        self,
+        source: GradientSource,
+        *,
+        damping: float,
+        devices: Sequence[str | Device] | str | Device,
+        keep: Literal["once", "always", "never"] = "once",
     ) -> None:
         self.source = source
         self.damping = float(damping)
         self._devices = {device.name: device for device in resolve_devices(devices)}
-        self._dealt = deal(
-            source.groups,
-            {name: device.backend.free_bytes(name) for name, device in self._devices.items()},
-            num_gradients=source.count,
-            itemsize=source.dtype.itemsize,
-        )
-        # which groups needed float64; known once their diagonal has been computed
-        self._precise: list[bool | None] = [None] * len(source.groups)
-        self._factors: dict[int, Factor] | None = None
+        self.home = next(iter(self._devices.values()))
+        total = source.num_weights * source.count * source.dtype.itemsize
+        shares = {
+            name: DeviceShare(
+                device.backend.speed(name),
+                device.backend.group_bytes(name, total),
+                device.backend.free_bytes(name),
+            )
+            for name, device in self._devices.items()
+        }
+        dealt = deal(source.slabs, shares, num_gradients=source.count, itemsize=source.dtype.itemsize)
+        self._dealt: dict[str, range] = {}
+        self.groups: tuple[BlockGroup, ...] = ()
+        for name, groups in dealt.items():
+            if not groups:
+                _logger.info("device %s has no room for a block, or there are too few: it computes nothing", name)
+            self._dealt[name] = range(len(self.groups), len(self.groups) + len(groups))
+            self.groups += groups
+        # which blocks needed float64; known once the diagonal of their group has been computed
+        self._precise: list[Precise | None] = [None] * len(self.groups)
+        self._kept: dict[int, Factor] = {}
+        self._keep_mode = keep
+        self._room = {name: int(KEPT_FRACTION * (share.free_bytes or 0)) for name, share in shares.items()}
+        self._lock = Lock()
 
-    def keep_factors(self) -> None:
-        """Keep the factors of the groups from now on, for repeated products."""
-        if self._factors is None:
-            self._factors = {}
+    def diagonal(self) -> Array:
+        """Return ``diag(F^-1)`` on the home device, shape ``(d,)``.
 
-    def diagonal(self) -> Vector:
-        """Return ``diag(F^-1)`` in host memory, shape ``(d,)``."""
-        out = np.empty(self.source.num_weights, self.source.dtype)
+        Raises:
+            ValueError: If a row of the gradients holds NaN or Inf.
+            IllConditionedError: If a group cannot be inverted.
+        """
+        out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
-            group = self.source.groups[index]
-            out[group.start : group.stop] = device.to_numpy(self.factor(index, chunks).diagonal()).reshape(-1)
+            _, diagonal = self._evaluate(index, device, chunks)
+            self.put(out, index, device, diagonal)
 
         self.run(task)
         return out
 
-    def apply(self, x: Vector) -> Vector:
-        """Return ``F^-1 x`` in host memory.
+    def apply(self, x: Array) -> Array:
+        """Return ``F^-1 x`` on the home device.
 
         Args:
-            x: Shape ``(d,)``, in host memory.
+            x: Shape ``(d,)``, on the home device.
 
         Returns:
             Shape ``(d,)``.
         """
-        out = np.empty(self.source.num_weights, self.source.dtype)
+        out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
-            columns = self.columns(index)
-            out[columns] = self.on_group(index, device, self.factor(index, chunks).apply, x[columns])
+            right = self.take(x, index, device)
+            made = self.factor(index, device, chunks)
+            xp = array_namespace(right)
+            parts = [
+                made.part(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :])
+                for blocks in cache_parts(chunks)
+            ]
+            self.put(out, index, device, xp.concat(parts, axis=0))
 
         self.run(task)
         return out
 
-    def columns(self, index: int) -> slice:
-        """Return the columns of group ``index``."""
-        group = self.source.groups[index]
-        return slice(group.start, group.stop)
+    def take(self, x: Array, index: int, device: Device) -> Array:
+        """Return a group's part of a vector.
 
-    def on_group(self, index: int, device: Device, function: Callable[[Array], Array], x: Vector) -> Vector:
-        """Call ``function`` with a group's part of a vector, in the group's shape and precision.
+        Args:
+            x: Shape ``(d,)``, on the home device.
+            index: Which group.
+            device: Where the part is wanted.
+
+        Returns:
+            Shape ``(n, B)``, on ``device``.
+        """
+        group = self.groups[index]
+        part = self.home.move(x[group.start : group.stop], device)
+        return array_namespace(part).reshape(part, (group.count, group.width))
+
+    def put(self, out: Array, index: int, device: Device, part: Array) -> None:
+        """Write a group's part of a vector.
+
+        Args:
+            out: Shape ``(d,)``, on the home device.
+            index: Which group.
+            device: Where the part is.
+            part: Shape ``(n, B)``.
+        """
+        group = self.groups[index]
+        part = device.move(part, self.home)
+        with self.home.backend.on(self.home.name):
+            out[group.start : group.stop] = array_namespace(part).reshape(part, (-1,))
+
+    def factor(self, index: int, device: Device, chunks: list[Array]) -> Factor:
+        """Return the factor of a group: the one that was kept, or made again.
 
         Args:
             index: Which group.
             device: Where it is computed.
-            function: Takes an array of shape ``(n, B)`` on the device, and returns one.
-            x: The group's columns of the vector, in host memory.
-
-        Returns:
-            The result in host memory, as a vector.
-        """
-        dtype = np.float64 if self._precise[index] else self.source.dtype
-        count = self.source.groups[index].count
-        return device.to_numpy(function(device.asarray(x.reshape(count, -1), dtype))).reshape(-1)
-
-    def factor(self, index: int, chunks: list[Array]) -> Factor:
-        """Return the factor of group ``index``, and remember whether it needed float64.
-
-        Args:
-            index: Which group.
             chunks: Its gradients.
 
         Returns:
-            The factor, kept from an earlier call if :meth:`keep_factors` was called.
+            The factor.
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
             IllConditionedError: If the group cannot be inverted.
         """
-        if self._factors is not None and index in self._factors:
-            return self._factors[index]
-        try:
-            made = factor(chunks, self.damping, precise=self._precise[index])
-        except IllConditionedError:
-            _refuse_bad_rows(chunks)
-            raise
-        self._precise[index] = made.precise
-        if self._factors is not None:
-            self._factors[index] = made
+        kept = self._kept.get(index) if self._keep_mode == "always" else self._drop(index, device)
+        if kept is not None:
+            return kept
+        precise = self._precise[index]
+        if precise is None:
+            return self._evaluate(index, device, chunks)[0]
+        made = factor(chunks, self.damping, precise)
+        if self._keep_mode == "always":
+            self._keep(index, device, made)
         return made
-
-    def chunks_in_precision(self, index: int, chunks: list[Array]) -> list[Array]:
-        """Return the gradients of group ``index`` in the precision that it needs."""
-        if not self._precise[index]:
-            return chunks
-        xp = array_namespace(chunks[0])
-        return [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
 
     def run(self, task: Callable[[int, Device, list[Array]], None], groups: Iterable[int] | None = None) -> None:
         """Run ``task(index, device, chunks)`` for groups, each on the device that it was dealt to.
@@ -264,6 +302,7 @@ class BlockwiseFisher:
             groups: Which groups; ``None`` means all.
         """
         wanted = None if groups is None else set(groups)
+        self.home.backend.synchronize(self.home.name)
         with ExitStack() as stack:
             jobs = []
             for name, indices in self._dealt.items():
@@ -280,27 +319,60 @@ class BlockwiseFisher:
                     future.result()
 
     def _work(self, task: Callable[[int, Device, list[Array]], None], device: Device, queue: deque[int]) -> None:
-        with device.backend.on(device.name):
+        taken: deque[int] = deque()
+
+        def loads() -> Iterator[Callable[[], list[Array]]]:
             while queue:
                 try:
                     index = queue.popleft()
                 except IndexError:  # another worker took the last one
                     return
-                try:
-                    task(index, device, [device.asarray(chunk) for chunk in self.source.chunks(index)])
-                except BaseException:
-                    queue.clear()  # the others stop after the group at hand
-                    raise
+                taken.append(index)
+                yield partial(self.source.chunks, self.groups[index])
 
+        with device.backend.on(device.name):
+            try:
+                for chunks in device.backend.stream(device.name, loads()):
+                    task(taken.popleft(), device, chunks)
+            except BaseException:
+                queue.clear()  # the others stop after the group at hand
+                raise
+            device.backend.synchronize(device.name)
 
-def _refuse_bad_rows(chunks: list[Array]) -> None:
-    xp = array_namespace(chunks[0])
-    bad: set[int] = set()
-    for chunk in chunks:
-        finite = xp.all(xp.all(xp.isfinite(chunk), axis=-1), axis=0)
-        bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}
-    if bad:
-        raise ValueError(
-            f"gradients hold NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
-            f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
-        )
+    def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
+        try:
+            made, diagonal = evaluate(chunks, self.damping)
+        except IllConditionedError:
+            self._refuse_bad_rows()
+            raise
+        self._precise[index] = made.precise
+        self._keep(index, device, made)
+        return made, diagonal
+
+    def _keep(self, index: int, device: Device, made: Factor) -> None:
+        if self._keep_mode == "never" or (self._keep_mode == "once" and self.groups[index].width <= self.source.count):
+            return
+        with self._lock:
+            if index not in self._kept and made.num_bytes <= self._room[device.name]:
+                self._room[device.name] -= made.num_bytes
+                self._kept[index] = made
+
+    def _drop(self, index: int, device: Device) -> Factor | None:
+        with self._lock:
+            kept = self._kept.pop(index, None)
+            if kept is not None:
+                self._room[device.name] += kept.num_bytes
+            return kept
+
+    def _refuse_bad_rows(self) -> None:
+        bad: set[int] = set()
+        for group in self.groups:
+            for chunk in self.source.chunks(group):
+                xp = array_namespace(chunk)
+                finite = xp.all(xp.all(xp.isfinite(chunk), axis=-1), axis=0)
+                bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}
+        if bad:
+            raise ValueError(
+                f"gradients hold NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
+                f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
+            )

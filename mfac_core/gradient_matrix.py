@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
-from mfac_core.blocks import cut
+from mfac_core.blocks import BlockGroup, cut
 
 __all__ = ["GradientMatrix"]
 
@@ -32,18 +32,24 @@ class GradientMatrix:
         self.dtype = np.dtype(parts[0].dtype)
         self.count = int(parts[0].shape[0])
         self.num_weights = int(self._starts[-1]) if self._kept is None else len(self._kept)
-        self.groups = cut(self.num_weights, block_size, num_gradients=self.count, itemsize=self.dtype.itemsize)
+        # nothing is stored here, so that a slab may be as large as the arrays
+        self.slabs = cut(
+            self.num_weights,
+            block_size,
+            num_gradients=self.count,
+            itemsize=self.dtype.itemsize,
+            slab_bytes=max(1, self.num_weights * self.count * self.dtype.itemsize),
+        )
 
-    def chunks(self, index: int) -> list[Array]:
+    def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the rows of one group.
 
         Args:
-            index: Position of the group in :attr:`groups`.
+            group: Consecutive blocks of one of the :attr:`slabs`.
 
         Returns:
             For each chunk an array of shape ``(count, m, width)``; a view where the columns lie side by side.
         """
-        group = self.groups[index]
         with self._device.backend.on(self._device.name):
             chunks = []
             for start, stop in group.chunk_bounds:

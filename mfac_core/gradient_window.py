@@ -1,12 +1,14 @@
 """The ``m`` most recent gradient samples over the unpruned weights, stored block by block.
 
-Each chunk of a block group is one contiguous array of shape ``(count, m, width)``, so that a pruning step reads
-every block as one piece, and several small blocks in one call.
+Each chunk of a slab of blocks is one contiguous array of shape ``(count, m, width)``, so that a pruning step reads
+every block as one piece, and many small blocks in one call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ class GradientWindow:
         num_gradients: Rows ``m`` that are kept; a further row replaces the oldest.
         block_size: Weights per Fisher block; ``None`` means one block.
         device: Where the rows are kept, a name or a device.
+        feeds: Devices that the rows will be computed on: rows in host memory are stored so that copies there are fast.
         dtype: dtype of the rows.
 
     Example:
@@ -43,6 +46,7 @@ class GradientWindow:
         *,
         block_size: int | None,
         device: str | Device = "cpu",
+        feeds: Sequence[Device] = (),
         dtype: Any = np.float32,
     ) -> None:
         self.num_weights = num_weights
@@ -52,8 +56,10 @@ class GradientWindow:
         self.dtype = np.dtype(dtype)
         self.count = 0
         self._position = 0
-        self.groups = self._cut(num_weights, num_gradients)
-        self._storage = [self._allocate(group, num_gradients) for group in self.groups]
+        self._feeds = tuple(feeds)
+        self._slab_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
+        self.slabs = self._cut(num_weights, num_gradients)
+        self._storage = [self._allocate(slab, num_gradients) for slab in self.slabs]
 
     @property
     def is_full(self) -> bool:
@@ -81,22 +87,24 @@ class GradientWindow:
         with self.device.backend.on(self.device.name):
             row = self.device.asarray(gradient, self.dtype)
             xp = array_namespace(row)
-            for group, chunks in zip(self.groups, self._storage, strict=True):
-                for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
-                    chunk[:, self._position, :] = xp.reshape(row[start:stop], (group.count, -1))
+            for slab, chunks in zip(self.slabs, self._storage, strict=True):
+                for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
+                    chunk[:, self._position, :] = xp.reshape(row[start:stop], (slab.count, -1))
         self._position = (self._position + 1) % self.num_gradients
         self.count = min(self.count + 1, self.num_gradients)
 
-    def chunks(self, index: int) -> list[Array]:
+    def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the rows stored so far of one group.
 
         Args:
-            index: Position of the group in :attr:`groups`.
+            group: Consecutive blocks of one of the :attr:`slabs`.
 
         Returns:
             For each chunk an array of shape ``(count, rows, width)``: views, in ring order.
         """
-        return [chunk[:, : self.count, :] for chunk in self._storage[index]]
+        index = bisect_right(self.slabs, group.start, key=lambda slab: slab.start) - 1
+        first = (group.start - self.slabs[index].start) // group.width
+        return [chunk[first : first + group.count, : self.count, :] for chunk in self._storage[index]]
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -112,23 +120,23 @@ class GradientWindow:
         """
         rows = self._chronological()[-num_gradients:]
         num_weights = int(np.count_nonzero(kept))
-        groups = self._cut(num_weights, num_gradients)
+        slabs = self._cut(num_weights, num_gradients)
         with self.device.backend.on(self.device.name):
             pieces = self._drain(kept, rows)
             storage = []
             left: Array | None = None
-            for group in groups:
-                chunks = self._allocate(group, num_gradients)
-                for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+            for slab in slabs:
+                chunks = self._allocate(slab, num_gradients)
+                for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
                     columns, left = _take_columns(pieces, left, stop - start)
                     xp = array_namespace(columns)
                     chunk[:, : len(rows), :] = xp.permute_dims(
-                        xp.reshape(columns, (len(rows), group.count, chunk.shape[2])), (1, 0, 2)
+                        xp.reshape(columns, (len(rows), slab.count, chunk.shape[2])), (1, 0, 2)
                     )
                 storage.append(chunks)
         self.num_weights = num_weights
         self.num_gradients = num_gradients
-        self.groups = groups
+        self.slabs = slabs
         self._storage = storage
         self.count = len(rows)
         self._position = self.count % num_gradients
@@ -136,8 +144,8 @@ class GradientWindow:
     def to_rows(self) -> npt.NDArray[Any]:
         """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""
         rows = np.empty((self.count, self.num_weights), self.dtype)
-        for group, chunks in zip(self.groups, self._storage, strict=True):
-            for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+        for slab, chunks in zip(self.slabs, self._storage, strict=True):
+            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
                 part = self.device.to_numpy(chunk[:, : self.count, :])
                 rows[:, start:stop] = part.transpose(1, 0, 2).reshape(self.count, stop - start)
         return rows
@@ -167,10 +175,19 @@ class GradientWindow:
         self._position = int(state["position"])
 
     def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
-        return cut(num_weights, self.block_size, num_gradients=num_gradients, itemsize=self.dtype.itemsize)
+        return cut(
+            num_weights,
+            self.block_size,
+            num_gradients=num_gradients,
+            itemsize=self.dtype.itemsize,
+            slab_bytes=self._slab_bytes,
+        )
 
-    def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
-        return [self.device.zeros((group.count, num_gradients, width), self.dtype) for width in group.chunk_widths]
+    def _allocate(self, slab: BlockGroup, num_gradients: int) -> list[Array]:
+        shapes = [(slab.count, num_gradients, width) for width in slab.chunk_widths]
+        if self.device.backend.name == "numpy" and self._feeds:
+            return [self._feeds[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
+        return [self.device.zeros(shape, self.dtype) for shape in shapes]
 
     def _chronological(self) -> npt.NDArray[np.intp]:
         first = self._position if self.is_full else 0
@@ -178,11 +195,11 @@ class GradientWindow:
 
     def _drain(self, kept: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
         """Yield the kept columns of chunk after chunk, shape ``(rows, columns)``, freeing each chunk on the way."""
-        for group, chunks in zip(self.groups, self._storage, strict=True):
-            for (start, stop), width in zip(group.chunk_bounds, group.chunk_widths, strict=True):
+        for slab, chunks in zip(self.slabs, self._storage, strict=True):
+            for (start, stop), width in zip(slab.chunk_bounds, slab.chunk_widths, strict=True):
                 chunk = chunks.pop(0)
                 xp = array_namespace(chunk)
-                wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], group.count * width))
+                wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], slab.count * width))
                 del chunk
                 columns = self.device.asarray(np.flatnonzero(kept[start:stop]))
                 yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)

@@ -14,16 +14,17 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, overload
 
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
+from mfac_core.backends.fused import column_sums_of_squares
 from mfac_core.errors import IllConditionedError
 from mfac_core.triangular import cholesky, diagonals
 
-__all__ = ["Factor", "factor", "fisher_quadratic", "gradients_times"]
+__all__ = ["Factor", "Precise", "cache_parts", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
 RELATIVE_ERROR = 2e-5
 """Estimated relative rounding error of ``diag(F^-1)`` above which float32 blocks are evaluated in float64."""
@@ -34,68 +35,114 @@ LARGEST_ERROR = 1e-4
 CANCELLED = 1e-4
 """Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel."""
 
+CACHE_BYTES = 2 * 2**20
+"""Gradients that are worked on at once on the CPU, so that what is made of them stays in the cache."""
+
+Precise = Array | bool
+"""Which blocks of a group need float64: all, none, or those where a mask of shape ``(n,)`` is true."""
+
 
 class Factor(Protocol):
-    """The factored Fisher of one group; both forms answer the same questions.
+    """The factored Fisher of one group; the gradients themselves are passed in again where they are needed.
 
     Attributes:
-        precise: Whether the group had to be evaluated in float64.
+        precise: Which blocks were factored in float64.
     """
 
-    precise: bool
+    precise: Precise
 
-    def diagonal(self) -> Array:
-        """Return ``diag(F^-1)``, shape ``(n, B)``."""
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the factor in bytes."""
 
-    def apply(self, x: Array) -> Array:
-        """Return ``F^-1 x`` for ``x`` of shape ``(n, B)``."""
+    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
+        """Return ``F^-1 x`` for ``x`` of shape ``(n, B)``, in the dtype of ``x``."""
 
-    def apply_to_rows(self, coefficients: Array) -> Array:
-        """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``; shape ``(n, B)``."""
+    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
+        """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``; shape ``(n, B)``, in the dtype of ``c``."""
+
+    def part(self, blocks: slice) -> Factor:
+        """Return the factor of some of the blocks."""
 
 
-def factor(chunks: Sequence[Array], damping: float, *, precise: bool | None = None) -> Factor:
-    """Factor the Fisher of one group of blocks.
+def evaluate(chunks: Sequence[Array], damping: float) -> tuple[Factor, Array]:
+    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block as precisely as it needs.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
         damping: Added to the diagonal of the empirical Fisher, positive.
-        precise: Whether to evaluate in float64, as an earlier call with these gradients has found; ``None`` decides
-            by the estimated rounding error.
 
     Returns:
-        The factored group, in the dtype of the chunks or, where that is not accurate enough, in float64.
+        The factor, and ``diag(F^-1)`` of shape ``(n, B)`` in the dtype of the chunks.
 
     Raises:
-        IllConditionedError: If the Fisher cannot be inverted even in float64.
+        IllConditionedError: If a Fisher cannot be inverted even in float64.
     """
     xp = array_namespace(chunks[0])
-    is_known = precise is not None
-    form: type[_DualFactor | _PrimalFactor] = _DualFactor
-    if sum(chunk.shape[-1] for chunk in chunks) <= chunks[0].shape[-2]:
-        # the product is the smaller part of this form, so that trying it in float32 first does not pay
-        form, precise = _PrimalFactor, True
+    precise: Precise = True
     # overflow is found by looking at the result, and cured by float64 or refused
-    with np.errstate(over="ignore", invalid="ignore"):
-        if precise is None and chunks[0].dtype != xp.float64:
-            try:
-                candidate = form(chunks, damping)
-                if candidate.relative_error() <= RELATIVE_ERROR:
-                    return candidate
-            except np.linalg.LinAlgError:
-                pass  # not positive definite in float32: evaluated again below
-        if precise is not False:
-            chunks = [xp.asarray(chunk, dtype=xp.float64) for chunk in chunks]
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        tried = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
+        if tried is not None:
+            base, diagonal, error = tried
+            precise = ~(error <= RELATIVE_ERROR)
+            if not bool(xp.any(precise)):
+                return base, diagonal
+            if bool(xp.all(precise)):
+                precise = True
         try:
-            candidate = form(chunks, damping, precise=precise is not False)
-            if is_known or candidate.relative_error() <= LARGEST_ERROR:
-                return candidate
+            doubtful = chunks if precise is True else _take(chunks, precise)
+            exact = _form(chunks)(doubtful, damping, xp.float64)
+            refined, error = exact.diagonal(doubtful)
+            is_accurate = bool(xp.all(error <= LARGEST_ERROR))
         except np.linalg.LinAlgError:
-            pass
-    raise IllConditionedError(
-        f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside it, "
-        "or too alike; choose a larger damping"
-    )
+            is_accurate = False
+    if not is_accurate:
+        raise IllConditionedError(
+            f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside "
+            "it, or too alike; choose a larger damping"
+        )
+    refined = xp.asarray(refined, dtype=chunks[0].dtype)
+    if tried is None or precise is True:
+        return exact, refined
+    return _MixedFactor(base, exact, precise), _choose(precise, diagonal, refined)
+
+
+def factor(chunks: Sequence[Array], damping: float, precise: Precise) -> Factor:
+    """Factor the Fisher of one group of blocks again.
+
+    Args:
+        chunks: The same gradients as in :func:`evaluate`.
+        damping: Added to the diagonal of the empirical Fisher, positive.
+        precise: Which blocks need float64, as :func:`evaluate` has found.
+
+    Returns:
+        The factor.
+    """
+    xp = array_namespace(chunks[0])
+    form = _form(chunks)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if isinstance(precise, bool):
+            return form(chunks, damping, xp.float64 if precise else chunks[0].dtype)
+        base = form(chunks, damping, chunks[0].dtype)
+        return _MixedFactor(base, form(_take(chunks, precise), damping, xp.float64), precise)
+
+
+def cache_parts(chunks: Sequence[Array]) -> list[slice]:
+    """Return the blocks of a group in pieces that stay in a CPU's cache; elsewhere all of them at once.
+
+    Args:
+        chunks: Gradients, each of shape ``(n, m, width)``.
+
+    Returns:
+        Slices of the first axis.
+    """
+    count, rows, _ = chunks[0].shape
+    if array_namespace(chunks[0]) is not np:
+        return [slice(0, count)]
+    block = sum(rows * chunk.shape[-1] * chunk.dtype.itemsize for chunk in chunks)
+    at_once = max(1, CACHE_BYTES // block)
+    return [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
 def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: float) -> Array:
@@ -103,7 +150,7 @@ def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: float) -> Array
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``.
-        x: Shape ``(n, B)``, same dtype and device.
+        x: Shape ``(n, B)``, same device; its dtype is computed in.
         damping: Added to the diagonal of the empirical Fisher.
 
     Returns:
@@ -119,16 +166,17 @@ def gradients_times(chunks: Sequence[Array], x: Array) -> Array:
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``.
-        x: Shape ``(n, B)``, same dtype and device.
+        x: Shape ``(n, B)``, same device; its dtype is computed in.
 
     Returns:
         Shape ``(n, m)``.
     """
+    xp = array_namespace(x)
     total = None
     start = 0
     for chunk in chunks:
         stop = start + chunk.shape[-1]
-        product = (chunk @ x[:, start:stop, None])[..., 0]
+        product = (xp.asarray(chunk, dtype=x.dtype) @ x[:, start:stop, None])[..., 0]
         total = product if total is None else total + product
         start = stop
     return total
@@ -137,75 +185,75 @@ def gradients_times(chunks: Sequence[Array], x: Array) -> Array:
 class _DualFactor:
     """Factors ``S``, of the size of the number of gradients."""
 
-    def __init__(self, chunks: Sequence[Array], damping: float, *, precise: bool = False) -> None:
+    def __init__(self, chunks: Sequence[Array], damping: float, dtype: Any) -> None:
         xp = array_namespace(chunks[0])
-        self.precise = precise
-        self._chunks = chunks
+        gram = _over_parts(chunks, dtype, _gram)
+        norms = diagonals(gram) + chunks[0].shape[-2] * damping
+        _refuse_overflow(norms)
+        self._factor = cholesky(gram, chunks[0].shape[-2] * damping)
+        self.precise: Precise = dtype == xp.float64
         self._damping = damping
-        gram = chunks[0] @ xp.matrix_transpose(chunks[0])
-        for chunk in chunks[1:]:
-            gram += chunk @ xp.matrix_transpose(chunk)
-        _refuse_overflow(diagonals(gram))
-        shift = chunks[0].shape[-2] * damping
-        gram = xp.asarray(gram, dtype=xp.float64)
-        self._norms = diagonals(gram) + shift
-        self._factor = cholesky(gram, shift)
-        self._remainder: Array | None = None
-        self._smallest = 1.0
-
-    def diagonal(self) -> Array:
-        return self._one_minus_sums() / self._damping
-
-    def apply(self, x: Array) -> Array:
-        rows = gradients_times(self._chunks, x)
-        return (x - self.apply_to_rows(rows)) / self._damping
-
-    def apply_to_rows(self, coefficients: Array) -> Array:
-        xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=xp.float64)[..., None]
-        solved = xp.asarray(self._factor.solve_transposed(self._factor.solve(right)), dtype=coefficients.dtype)
-        parts = [(xp.matrix_transpose(chunk) @ solved)[..., 0] for chunk in self._chunks]
-        return parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
-
-    def relative_error(self) -> float:
-        """Return an estimate of the relative rounding error of the diagonal; not finite when it is not usable."""
-        remainder = self._one_minus_sums()
-        if not 0 < self._smallest:
-            return float("inf")
-        xp = array_namespace(remainder)
-        epsilon = float(xp.finfo(remainder.dtype).eps)
-        # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves;
+        self._dtype = dtype
         # S is rounded relative to the norms of its own rows, so that a few large samples do no harm
-        amplification = float(xp.max(self._norms / self._factor.pivots()))
-        bound = (4 * amplification + 8) * (1 - self._smallest) / self._smallest
-        if remainder.dtype != xp.float64 or epsilon * bound <= LARGEST_ERROR:
-            return epsilon * bound
-        # the bound is far too high where samples repeat: look at the solves themselves before refusing the block
-        solves = [self._factor.solve_transposed(self._factor.solve(chunk)) for chunk in self._chunks]
-        norms = self._norms[:, :, None]
-        amplified = xp.concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
-        error = (4 * amplified + 8) / remainder
-        return epsilon * float(xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error)))
+        self._amplification = xp.max(norms / self._factor.pivots, axis=-1)
 
-    def _one_minus_sums(self) -> Array:
-        if self._remainder is None:
-            xp = array_namespace(self._chunks[0])
-            lower = self._factor.astype(self._chunks[0].dtype)
-            parts = []
-            for chunk in self._chunks:
-                solved = lower.solve(chunk)
-                solved *= solved
-                parts.append(1 - xp.sum(solved, axis=-2))
-            remainder = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
-            if remainder.dtype == xp.float64:
-                self._restore_cancelled(remainder)
-            else:
-                self._smallest = float(xp.min(remainder))
-            self._remainder = remainder
-        return self._remainder
+    @property
+    def num_bytes(self) -> int:
+        return self._factor.num_bytes
 
-    def _restore_cancelled(self, remainder: Array) -> None:
-        """Evaluate again the columns where ``1 - sum`` has cancelled.
+    def is_hopeless(self, width: int) -> bool:
+        """Return whether the error is sure to be too large, as far as can be told before the solve."""
+        xp = array_namespace(self._amplification)
+        rows = self._factor.pivots.shape[-1]
+        error = float(xp.finfo(self._dtype).eps) * self._amplification * (rows / width)
+        return not bool(xp.any(error <= RELATIVE_ERROR))
+
+    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
+        """Return ``diag(F^-1)`` and an estimate of its relative error in each block, not finite if not usable."""
+        xp = array_namespace(chunks[0])
+
+        def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
+            lower = self._factor.part(blocks)
+            return 1 - _concat([lower.column_sums(chunk) for chunk in part], axis=-1)
+
+        remainder = _over_parts(chunks, self._dtype, one_minus_sums)
+        smallest = xp.min(remainder, axis=-1)
+        if self.precise and bool(xp.any(smallest < CANCELLED)):
+            smallest = self._restore_cancelled(chunks, remainder)
+        # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves
+        epsilon = float(xp.finfo(self._dtype).eps)
+        error = epsilon * (4 * self._amplification + 8) * (1 - smallest) / smallest
+        error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
+        if self.precise and not bool(xp.all(error <= LARGEST_ERROR)):
+            # the bound is far too high where samples repeat: look at the solves themselves before refusing
+            error = epsilon * self._error_of_solves(chunks, remainder)
+        return remainder / self._damping, error
+
+    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
+        xp = array_namespace(x)
+        right = xp.asarray(x, dtype=self._dtype)
+        out = right - self._apply_to_rows(chunks, gradients_times(chunks, right))
+        out /= self._damping
+        return xp.asarray(out, dtype=x.dtype)
+
+    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
+        xp = array_namespace(coefficients)
+        out = self._apply_to_rows(chunks, xp.asarray(coefficients, dtype=self._dtype))
+        return xp.asarray(out, dtype=coefficients.dtype)
+
+    def part(self, blocks: slice) -> _DualFactor:
+        part: _DualFactor = object.__new__(_DualFactor)
+        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
+        return part
+
+    def _apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
+        xp = array_namespace(coefficients)
+        solved = self._factor.solve_transposed(self._factor.solve(coefficients[..., None]))
+        products = [xp.matrix_transpose(xp.asarray(chunk, dtype=self._dtype)) @ solved for chunk in chunks]
+        return _concat(products, axis=-2)[..., 0]
+
+    def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> Array:
+        """Return the smallest ``1 - sum`` that has not cancelled, having evaluated again in place those that have.
 
         For the cancelled columns ``D`` and the others ``R``, the block inverse of ``F`` gives without cancellation
 
@@ -213,70 +261,207 @@ class _DualFactor:
         """
         xp = array_namespace(remainder)
         cancelled = remainder < CANCELLED
-        self._smallest = float(xp.min(xp.where(cancelled, xp.ones_like(remainder), remainder)))
+        smallest = xp.min(xp.where(cancelled, xp.ones_like(remainder), remainder), axis=-1)
         blocks = xp.any(cancelled, axis=-1)
         for block in range(blocks.shape[0]):
             if not bool(blocks[block]):
                 continue
-            parts = [chunk[block : block + 1, :, :] for chunk in self._chunks]
-            gradients = parts[0] if len(parts) == 1 else xp.concat(parts, axis=-1)
+            gradients = _concat([chunk[block : block + 1, :, :] for chunk in chunks], axis=-1)
+            gradients = xp.asarray(gradients, dtype=xp.float64)
             columns = xp.nonzero(cancelled[block, :])[0]
             others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
             gram = others @ xp.matrix_transpose(others)
             solved = cholesky(gram, gradients.shape[-2] * self._damping).solve(xp.take(gradients, columns, axis=-1))
             inverse = cholesky(xp.matrix_transpose(solved) @ solved, 1.0).inverse()
-            values = xp.sum(inverse * inverse, axis=-2)
+            values = column_sums_of_squares(inverse)
             for position in range(columns.shape[0]):
                 remainder[block, int(columns[position])] = values[0, position]
+        return smallest
+
+    def _error_of_solves(self, chunks: Sequence[Array], remainder: Array) -> Array:
+        xp = array_namespace(remainder)
+
+        def amplified(part: Sequence[Array], blocks: slice) -> Array:
+            lower = self._factor.part(blocks)
+            gram = _gram(part, blocks)
+            norms = (diagonals(gram) + part[0].shape[-2] * self._damping)[:, :, None]
+            solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in part]
+            return _concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
+
+        error = (4 * _over_parts(chunks, self._dtype, amplified) + 8) / remainder
+        return xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error), axis=-1)
 
 
 class _PrimalFactor:
     """Factors ``F`` itself, of the size of a block."""
 
-    def __init__(self, chunks: Sequence[Array], damping: float, *, precise: bool = False) -> None:
+    def __init__(self, chunks: Sequence[Array], damping: float, dtype: Any) -> None:
         xp = array_namespace(chunks[0])
-        self.precise = precise
-        self._gradients = chunks[0] if len(chunks) == 1 else xp.concat(list(chunks), axis=-1)
+        fisher = _over_parts(chunks, dtype, _primal_product)
+        norms = diagonals(fisher) + damping
+        _refuse_overflow(norms)
+        # the factor is small where float32 is tried at all, and keeps the digits that the product has
+        self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64), damping)
+        self._norms = norms
+        self.precise: Precise = dtype == xp.float64
         self._damping = damping
-        fisher = xp.matrix_transpose(self._gradients) @ self._gradients
-        fisher /= self._gradients.shape[-2]
-        _refuse_overflow(diagonals(fisher))
-        fisher = xp.asarray(fisher, dtype=xp.float64)
-        self._norms = diagonals(fisher) + damping
-        self._factor = cholesky(fisher, damping)
-        self._diagonal: Array | None = None
+        self._dtype = dtype
 
-    def diagonal(self) -> Array:
-        if self._diagonal is None:
-            xp = array_namespace(self._gradients)
-            inverse = self._factor.inverse()
-            inverse *= inverse
-            diagonal = xp.sum(inverse, axis=-2)
-            # the exact value is at most 1 / damping; only the last digits of the sum can exceed it
-            ceiling = 1 / self._damping
-            diagonal = xp.where((diagonal > ceiling) & (diagonal < ceiling * (1 + 1e-9)), ceiling, diagonal)
-            self._diagonal = xp.asarray(diagonal, dtype=self._gradients.dtype)
-        return self._diagonal
+    @property
+    def num_bytes(self) -> int:
+        return self._factor.num_bytes
 
-    def apply(self, x: Array) -> Array:
+    def is_hopeless(self, width: int) -> bool:
+        """Return False: the solve is the smaller part here."""
+        return False
+
+    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
+        """Return ``diag(F^-1)`` and an estimate of its relative error in each block, not finite if not usable."""
+        xp = array_namespace(chunks[0])
+        diagonal = column_sums_of_squares(self._factor.inverse())
+        # the exact value is at most 1 / damping; only the last digits of the sum can exceed it
+        ceiling = 1 / self._damping
+        diagonal = xp.where((diagonal > ceiling) & (diagonal < ceiling * (1 + 1e-9)), ceiling, diagonal)
+        usable = xp.all((diagonal > 0) & (diagonal <= ceiling * (1 + 1e-6)), axis=-1)
+        # F is rounded relative to its own diagonal, so that a few large columns do no harm
+        error = float(xp.finfo(self._dtype).eps) * 8 * xp.max(self._norms * diagonal, axis=-1)
+        error = xp.where(usable, error, xp.full_like(error, float("inf")))
+        return xp.asarray(diagonal, dtype=self._dtype), error
+
+    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
         right = xp.asarray(x, dtype=xp.float64)[..., None]
         solved = self._factor.solve_transposed(self._factor.solve(right))[..., 0]
         return xp.asarray(solved, dtype=x.dtype)
 
-    def apply_to_rows(self, coefficients: Array) -> Array:
+    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
-        product = (xp.matrix_transpose(self._gradients) @ coefficients[..., None])[..., 0]
-        return self.apply(product / self._gradients.shape[-2])
+        right = xp.asarray(coefficients, dtype=self._dtype)[..., None]
+        products = [xp.matrix_transpose(xp.asarray(chunk, dtype=self._dtype)) @ right for chunk in chunks]
+        product = _concat(products, axis=-2)[..., 0]
+        return xp.asarray(self.apply(chunks, product / coefficients.shape[-1]), dtype=coefficients.dtype)
 
-    def relative_error(self) -> float:
-        """Return an estimate of the relative rounding error of the diagonal; not finite when it is not usable."""
-        xp = array_namespace(self._gradients)
-        diagonal = self.diagonal()
-        if not 0 < float(xp.min(diagonal)) <= float(xp.max(diagonal)) <= 1 / self._damping * (1 + 1e-6):
-            return float("nan")
-        # F is rounded relative to its own diagonal, so that a few large columns do no harm
-        return float(xp.finfo(diagonal.dtype).eps) * 8 * float(xp.max(self._norms * diagonal))
+    def part(self, blocks: slice) -> _PrimalFactor:
+        part: _PrimalFactor = object.__new__(_PrimalFactor)
+        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
+        return part
+
+
+class _MixedFactor:
+    """Some blocks of the group in float32 and some in float64."""
+
+    def __init__(self, base: _DualFactor | _PrimalFactor, exact: _DualFactor | _PrimalFactor, precise: Array) -> None:
+        self.precise: Precise = precise
+        self._mask = precise
+        self._base = base
+        self._exact = exact
+
+    @property
+    def num_bytes(self) -> int:
+        return self._base.num_bytes + self._exact.num_bytes
+
+    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
+        refined = self._exact.apply(_take(chunks, self._mask), _take([x], self._mask)[0])
+        return _choose(self._mask, self._base.apply(chunks, x), refined)
+
+    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
+        taken = _take([coefficients], self._mask)[0]
+        refined = self._exact.apply_to_rows(_take(chunks, self._mask), taken)
+        return _choose(self._mask, self._base.apply_to_rows(chunks, coefficients), refined)
+
+    def part(self, blocks: slice) -> Factor:
+        xp = array_namespace(self._mask)
+        first, count = (int(xp.count_nonzero(self._mask[part])) for part in (slice(0, blocks.start), blocks))
+        if not count:
+            return self._base.part(blocks)
+        exact = self._exact.part(slice(first, first + count))
+        if count == blocks.stop - blocks.start:
+            return exact
+        return _MixedFactor(self._base.part(blocks), exact, self._mask[blocks])
+
+
+_Form = type[_DualFactor] | type[_PrimalFactor]
+
+
+def _form(chunks: Sequence[Array]) -> _Form:
+    return _PrimalFactor if _width(chunks) <= chunks[0].shape[-2] else _DualFactor
+
+
+def _try_in_float32(chunks: Sequence[Array], damping: float) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
+    """Return factor, diagonal and estimated errors; ``None`` where float64 is needed for sure, or as quick."""
+    form, width = _form(chunks), _width(chunks)
+    if form is _PrimalFactor and 4 * width > chunks[0].shape[-2]:
+        return None  # the product, which float32 would speed up, is the smaller part
+    try:
+        made = form(chunks, damping, chunks[0].dtype)
+    except np.linalg.LinAlgError:
+        return None
+    return None if made.is_hopeless(width) else (made, *made.diagonal(chunks))
+
+
+def _width(chunks: Sequence[Array]) -> int:
+    return sum(int(chunk.shape[-1]) for chunk in chunks)
+
+
+def _over_parts(chunks: Sequence[Array], dtype: Any, function: Callable[[Sequence[Array], slice], Array]) -> Array:
+    """Return what ``function(part of the chunks in dtype, blocks)`` gives for parts that stay in the cache, joined."""
+    results = [function(_Converted(chunks, blocks, dtype), blocks) for blocks in cache_parts(chunks)]
+    return _concat(results, axis=0)
+
+
+class _Converted(Sequence[Array]):
+    """Some blocks of some chunks in another dtype, each made when it is asked for."""
+
+    def __init__(self, chunks: Sequence[Array], blocks: slice, dtype: Any) -> None:
+        self._chunks = chunks
+        self._blocks = blocks
+        self._dtype = dtype
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    @overload
+    def __getitem__(self, index: int) -> Array: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Array]: ...
+    def __getitem__(self, index: int | slice) -> Array | Sequence[Array]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        chunk = self._chunks[index]
+        return array_namespace(chunk).asarray(chunk[self._blocks, :, :], dtype=self._dtype)
+
+
+def _gram(chunks: Sequence[Array], blocks: slice) -> Array:
+    total = None
+    for chunk in chunks:
+        product = chunk @ array_namespace(chunk).matrix_transpose(chunk)
+        total = product if total is None else total + product
+    return total
+
+
+def _primal_product(chunks: Sequence[Array], blocks: slice) -> Array:
+    gradients = _concat(list(chunks), axis=-1)
+    product = array_namespace(gradients).matrix_transpose(gradients) @ gradients
+    product /= gradients.shape[-2]
+    return product
+
+
+def _take(chunks: Sequence[Array], mask: Array) -> list[Array]:
+    xp = array_namespace(mask)
+    indices = xp.nonzero(mask)[0]
+    return [xp.take(chunk, indices, axis=0) for chunk in chunks]
+
+
+def _choose(mask: Array, others: Array, chosen: Array) -> Array:
+    """Return ``others`` with its rows where ``mask`` is true replaced, in order, by the rows of ``chosen``."""
+    xp = array_namespace(mask)
+    rank = xp.cumulative_sum(xp.astype(mask, xp.int64)) - 1
+    ordinal = xp.cumulative_sum(xp.ones_like(rank)) - 1
+    return xp.take(xp.concat([others, chosen], axis=0), xp.where(mask, others.shape[0] + rank, ordinal), axis=0)
+
+
+def _concat(parts: list[Array], axis: int) -> Array:
+    return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=axis)
 
 
 def _refuse_overflow(x: Array) -> None:

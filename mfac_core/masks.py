@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.backends import Array, array_namespace
 from mfac_core.settings import Scope
 
 __all__ = ["least_salient", "newly_pruned"]
 
 
 def newly_pruned(
-    saliencies: npt.NDArray[Any],
+    saliencies: Array,
     kept: npt.NDArray[np.bool_],
     sparsity: float,
     segments: Mapping[str, tuple[int, int]],
     scope: Scope,
-) -> npt.NDArray[np.bool_]:
+) -> Array:
     """Choose the weights to prune so that exactly ``round(n * sparsity)`` of ``n`` are pruned.
 
     Args:
-        saliencies: Of the unpruned weights, shape ``(d,)``.
-        kept: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries.
+        saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
+        kept: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
         sparsity: Pruned fraction to reach, in ``[0, 1]``.
         segments: First and one-past-last position of each layer among the ``n`` weights.
         scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
 
     Returns:
-        Which of the unpruned weights are pruned now, shape ``(d,)``; none where the sparsity is reached already.
+        Which of the unpruned weights are pruned now, shape ``(d,)``, on the device of the saliencies; none where the
+        sparsity is reached already.
 
     Raises:
         ValueError: If a saliency is NaN.
@@ -44,37 +45,41 @@ def newly_pruned(
     """
     if scope == "global":
         segments = {"all": (0, len(kept))}
-    chosen = np.zeros(len(saliencies), bool)
+    chosen = []
     position = 0
     for start, stop in segments.values():
         unpruned = int(np.count_nonzero(kept[start:stop]))
         already = (stop - start) - unpruned
-        part = slice(position, position + unpruned)
-        chosen[part] = least_salient(saliencies[part], round((stop - start) * sparsity) - already)
+        part = saliencies[position : position + unpruned]
+        chosen.append(least_salient(part, round((stop - start) * sparsity) - already))
         position += unpruned
-    return chosen
+    return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
 
-def least_salient(saliencies: npt.NDArray[Any], count: int) -> npt.NDArray[np.bool_]:
+def least_salient(saliencies: Array, count: int) -> Array:
     """Choose exactly ``count`` entries with the smallest saliency; of equal ones, those that come first.
 
     Args:
-        saliencies: Shape ``(d,)``.
+        saliencies: Shape ``(d,)``, on any device.
         count: How many; a count below 1 chooses none.
 
     Returns:
-        Boolean, shape ``(d,)``.
+        Boolean, shape ``(d,)``, on the same device.
 
     Raises:
         ValueError: If a saliency is NaN.
     """
-    chosen = np.zeros(len(saliencies), bool)
-    if np.isnan(saliencies).any():
+    xp = array_namespace(saliencies)
+    nowhere = xp.isnan(saliencies)
+    if bool(xp.any(nowhere)):
         raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
     if count <= 0:
-        return chosen
-    threshold = np.partition(saliencies, count - 1)[count - 1]
-    chosen[saliencies < threshold] = True
-    ties = np.flatnonzero(saliencies == threshold)
-    chosen[ties[: count - int(np.count_nonzero(chosen))]] = True
+        return nowhere
+    ordered = xp.partition(saliencies, count - 1) if hasattr(xp, "partition") else xp.sort(saliencies)
+    threshold = ordered[count - 1]
+    chosen = saliencies < threshold
+    ties = saliencies == threshold
+    wanted = count - int(xp.count_nonzero(chosen))
+    last = int(xp.nonzero(ties)[0][wanted - 1]) + 1
+    chosen[:last] |= ties[:last]
     return chosen

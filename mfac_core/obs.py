@@ -8,19 +8,16 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace
+from mfac_core.backends import Array, Device, array_namespace, fused
 from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.inverse_fisher import factor, fisher_quadratic, gradients_times
+from mfac_core.inverse_fisher import cache_parts, evaluate, fisher_quadratic, gradients_times
 
 __all__ = ["independent_update", "joint_update", "saliency"]
-
-Vector = npt.NDArray[Any]
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
@@ -56,84 +53,108 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"
         )
-    return weights * weights / (2 * inverse_diagonal)
+    return fused.saliency(weights, inverse_diagonal)
 
 
 def independent_update(
-    fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_], inverse_diagonal: Vector
-) -> tuple[Vector, float]:
+    fisher: BlockwiseFisher, weights: Array, newly_pruned: Array, inverse_diagonal: Array
+) -> tuple[Array, float]:
     r"""Return the paper's update: the sum of the updates that prune each weight alone.
 
     .. math:: \delta w = - \sum_{q \in Q} \frac{w_q}{[F^{-1}]_{qq}} F^{-1} e_q, \qquad \delta w_Q = -w_Q
 
     Args:
         fisher: The Fisher over the unpruned weights.
-        weights: Unpruned weights, shape ``(d,)``, host memory. Not modified.
-        newly_pruned: Which of them are pruned now, shape ``(d,)``.
-        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``.
+        weights: Unpruned weights, shape ``(d,)``, on the home device of the Fisher. Not modified.
+        newly_pruned: Which of them are pruned now, shape ``(d,)``, same device.
+        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, same device.
 
     Returns:
         The change of each weight, shape ``(d,)``, and the predicted loss increase.
     """
-    shares = np.where(newly_pruned, weights / inverse_diagonal, 0)
+    xp = array_namespace(weights)
+    shares = xp.where(newly_pruned, weights / inverse_diagonal, xp.zeros_like(weights))
 
-    def update(index: int, device: Device, chunks: list[Array]) -> Vector:
-        return -fisher.on_group(index, device, fisher.factor(index, chunks).apply, shares[fisher.columns(index)])
+    def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
+        made = fisher.factor(index, device, chunks)
+        share = fisher.take(shares, index, device)
+        for blocks in cache_parts(chunks):
+            part, factored = [chunk[blocks, :, :] for chunk in chunks], made.part(blocks)
+            yield _Update(blocks, part, -factored.apply(part, share[blocks, :]), factored.precise is not False)
 
-    return _change(fisher, weights, newly_pruned, update)
+    return _change(fisher, weights, newly_pruned, updates)
 
 
-def joint_update(fisher: BlockwiseFisher, weights: Vector, newly_pruned: npt.NDArray[np.bool_]) -> tuple[Vector, float]:
+def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -> tuple[Array, float]:
     r"""Return the update of exact OBS for the whole set of newly pruned weights.
 
     .. math:: \delta w_K = G_K^T (m \lambda I + G_K G_K^T)^{-1} G_Q w_Q, \qquad \delta w_Q = -w_Q
 
     Args:
         fisher: The Fisher over the unpruned weights.
-        weights: Unpruned weights, shape ``(d,)``, host memory. Not modified.
-        newly_pruned: Which of them are pruned now, shape ``(d,)``.
+        weights: Unpruned weights, shape ``(d,)``, on the home device of the Fisher. Not modified.
+        newly_pruned: Which of them are pruned now, shape ``(d,)``, same device.
 
     Returns:
         The change of each weight, shape ``(d,)``, and the predicted loss increase.
     """
-    pruned = np.where(newly_pruned, weights, 0)
+    xp = array_namespace(weights)
+    pruned_weights = xp.where(newly_pruned, weights, xp.zeros_like(weights))
 
-    def update(index: int, device: Device, chunks: list[Array]) -> Vector:
-        chunks = fisher.chunks_in_precision(index, chunks)
-        kept = device.asarray(~newly_pruned[fisher.columns(index)].reshape(fisher.source.groups[index].count, -1))
-        restricted = factor(_zero_columns(chunks, kept), fisher.damping)
+    def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
+        pruned = fisher.take(pruned_weights, index, device)
+        kept = ~fisher.take(newly_pruned, index, device)
+        for blocks in cache_parts(chunks):
+            part = [chunk[blocks, :, :] for chunk in chunks]
+            restricted = _zero_columns(part, kept[blocks, :])
+            factored, _ = evaluate(restricted, fisher.damping)
+            precise = factored.precise is not False
+            rows = gradients_times(part, _in_precision(pruned[blocks, :], precise))
+            yield _Update(blocks, part, factored.apply_to_rows(restricted, rows), precise)
 
-        def kept_update(pruned_weights: Array) -> Array:
-            return restricted.apply_to_rows(gradients_times(chunks, pruned_weights))
+    return _change(fisher, weights, newly_pruned, updates)
 
-        return fisher.on_group(index, device, kept_update, pruned[fisher.columns(index)])
 
-    return _change(fisher, weights, newly_pruned, update)
+@dataclass(frozen=True)
+class _Update:
+    """The change of the kept weights of some blocks of a group, and whether their Fisher needed float64."""
+
+    blocks: slice
+    chunks: list[Array]
+    change: Array
+    precise: bool
 
 
 def _change(
     fisher: BlockwiseFisher,
-    weights: Vector,
-    newly_pruned: npt.NDArray[np.bool_],
-    update: Callable[[int, Device, list[Array]], Vector],
-) -> tuple[Vector, float]:
-    out = np.zeros_like(weights)
-    increases = np.zeros(len(fisher.source.groups))
+    weights: Array,
+    newly_pruned: Array,
+    updates: Callable[[int, Device, list[Array]], Iterator[_Update]],
+) -> tuple[Array, float]:
+    out = fisher.home.zeros((fisher.source.num_weights,), fisher.source.dtype)
+    increases = np.zeros(len(fisher.groups))
 
     def task(index: int, device: Device, chunks: list[Array]) -> None:
-        columns = fisher.columns(index)
-        change = np.where(newly_pruned[columns], -weights[columns], update(index, device, chunks))
-        out[columns] = change
-        chunks = fisher.chunks_in_precision(index, chunks)
+        xp = array_namespace(chunks[0])
+        pruned = fisher.take(newly_pruned, index, device)
+        negated = -fisher.take(weights, index, device)
+        changes = []
+        for update in updates(index, device, chunks):
+            kept_change = xp.asarray(update.change, dtype=negated.dtype)
+            change = xp.where(pruned[update.blocks, :], negated[update.blocks, :], kept_change)
+            quadratic = fisher_quadratic(update.chunks, _in_precision(change, update.precise), fisher.damping)
+            increases[index] += float(xp.sum(quadratic))
+            changes.append(change)
+        fisher.put(out, index, device, changes[0] if len(changes) == 1 else xp.concat(changes, axis=0))
 
-        def quadratic(x: Array) -> Array:
-            return fisher_quadratic(chunks, x, fisher.damping)
-
-        increases[index] = fisher.on_group(index, device, quadratic, change).sum()
-
-    groups = fisher.source.groups
-    fisher.run(task, [i for i, group in enumerate(groups) if newly_pruned[group.start : group.stop].any()])
+    chosen = fisher.home.to_numpy(newly_pruned)
+    fisher.run(task, [i for i, group in enumerate(fisher.groups) if chosen[group.start : group.stop].any()])
     return out, float(increases.sum())
+
+
+def _in_precision(x: Array, precise: bool) -> Array:
+    xp = array_namespace(x)
+    return xp.asarray(x, dtype=xp.float64) if precise else x
 
 
 def _zero_columns(chunks: list[Array], kept: Array) -> list[Array]:

@@ -59,9 +59,10 @@ def check_memory(settings: MFACSettings, num_weights: int, schedule: Sequence[Pl
     rows, columns = peak_window(settings, num_weights, schedule)
 
     def bytes_for(rows: int) -> int:
-        groups = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE)
-        working = 2 * max((working_bytes(group, rows, WINDOW_ITEMSIZE) for group in groups), default=0)
-        return rows * columns * WINDOW_ITEMSIZE + working
+        window = rows * columns * WINDOW_ITEMSIZE
+        blocks = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
+        working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
+        return window + working
 
     needed = bytes_for(rows)
     device = resolve_device(settings.gradients_device)

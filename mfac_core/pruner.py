@@ -171,7 +171,7 @@ class Pruner(ABC):
         vector = self.layout.flatten(weights)
         self.layout.check_finite(vector, self._kept)
 
-        def select(saliencies: Vector) -> npt.NDArray[np.bool_]:
+        def select(saliencies: Array) -> Array:
             return newly_pruned(saliencies, self._kept, planned.sparsity, self.layout.segments, self.settings.scope)
 
         updated, chosen, increase = self._prune_unpruned(vector[self._kept], select)

@@ -17,8 +17,8 @@ from mfac_core.settings import Update
 __all__ = ["PruneResult", "Selection", "magnitude_step", "mfac_step"]
 
 Vector = npt.NDArray[Any]
-Selection = Callable[[Vector], npt.NDArray[np.bool_]]
-"""From the saliencies of the unpruned weights to which of them are pruned now."""
+Selection = Callable[[Array], Array]
+"""From the saliencies of the unpruned weights to which of them are pruned now, a boolean array on the same device."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +61,19 @@ def mfac_step(
     Returns:
         The updated weights, which of them are newly pruned, and the predicted loss increase.
     """
-    working = weights.astype(source.dtype, copy=False)
-    fisher = BlockwiseFisher(source, damping=damping, devices=devices)
-    inverse_diagonal = fisher.diagonal()
-    chosen = select(saliency(working, inverse_diagonal))
-    if update == "joint":
-        change, increase = joint_update(fisher, working, chosen)
-    else:
-        change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
-    updated = (weights + change).astype(weights.dtype, copy=False)
-    updated[chosen] = 0
-    return updated, chosen, increase
+    fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
+    with fisher.home.backend.on(fisher.home.name):
+        working = fisher.home.asarray(weights, source.dtype)
+        inverse_diagonal = fisher.diagonal()
+        chosen = select(saliency(working, inverse_diagonal))
+        if update == "joint":
+            change, increase = joint_update(fisher, working, chosen)
+        else:
+            change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
+        pruned = fisher.home.to_numpy(chosen)
+        updated = (weights + fisher.home.to_numpy(change)).astype(weights.dtype, copy=False)
+    updated[pruned] = 0
+    return updated, pruned, increase
 
 
 def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:

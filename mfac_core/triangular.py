@@ -8,39 +8,56 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from mfac_core.backends import Array, array_namespace
+from mfac_core.backends.fused import column_sums_of_squares
 
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 
-PANEL = 64
+PANEL = 128
 """Rows that are solved at once, by an explicit inverse of their diagonal panel."""
 
-SMALLEST = 16
-"""Triangular matrices up to this size are inverted by the library, larger ones in halves."""
+LEAF = 16
+"""Largest matrix that is left to the library on the CPU, where its factorisation is quick only up to this size."""
+
+LEAF_ON_A_GPU = 64
+"""The same on a GPU, where each call costs a launch."""
 
 
 class TriangularFactor:
-    """Lower-triangular factors ``L`` of a batch of matrices ``L L^T``; made by :func:`cholesky`.
+    """Lower-triangular factors ``L`` of a batch of matrices ``L L^T``, in panels of rows; made by :func:`cholesky`.
 
     Args:
-        lower: Shape ``(n, k, k)``; entries above the panel diagonal are ignored.
-        panel_inverses: Inverses of the diagonal panels, each of shape ``(n, p, p)``.
+        left: For each panel what stands left of its diagonal panel, negated, shape ``(n, p, start)``.
+        inverses: Inverses of the diagonal panels, each of shape ``(n, p, p)``.
+        pivots: The squared diagonal entries of ``L``, shape ``(n, k)``.
     """
 
-    def __init__(self, lower: Array, panel_inverses: list[Array]) -> None:
-        self.lower = lower
-        self.panel_inverses = panel_inverses
+    def __init__(self, left: list[Array], inverses: list[Array], pivots: Array) -> None:
+        self.left = left
+        self.inverses = inverses
+        self.pivots = pivots
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the panels in bytes."""
+        return sum(int(np.prod(x.shape)) * array_namespace(x).finfo(x.dtype).bits // 8 for x in self._panels())
 
     def astype(self, dtype: Any) -> TriangularFactor:
-        """Return the factor in another floating dtype."""
-        xp = array_namespace(self.lower)
+        """Return the factor in another floating dtype; the pivots stay as they are."""
+        xp = array_namespace(self.pivots)
         return TriangularFactor(
-            xp.asarray(self.lower, dtype=dtype), [xp.asarray(p, dtype=dtype) for p in self.panel_inverses]
+            [xp.asarray(x, dtype=dtype) for x in self.left],
+            [xp.asarray(x, dtype=dtype) for x in self.inverses],
+            self.pivots,
         )
 
-    def pivots(self) -> Array:
-        """Return the squared diagonal entries of ``L``, shape ``(n, k)``."""
-        return diagonals(self.lower) ** 2
+    def part(self, blocks: slice) -> TriangularFactor:
+        """Return the factors of some of the matrices, as views."""
+        return TriangularFactor(
+            [x[blocks, :, :] for x in self.left], [x[blocks, :, :] for x in self.inverses], self.pivots[blocks, :]
+        )
 
     def solve(self, b: Array) -> Array:
         """Return ``L^-1 b``.
@@ -51,15 +68,49 @@ class TriangularFactor:
         Returns:
             A new array of the same shape.
         """
-        xp = array_namespace(b)
-        out = xp.empty_like(b)
-        for i, inverse in enumerate(self.panel_inverses):
-            rows = slice(i * PANEL, i * PANEL + inverse.shape[-1])
+        if len(self.inverses) == 1:
+            return self.inverses[0] @ b
+        out = array_namespace(b).empty_like(b)
+        start = 0
+        for left, inverse in zip(self.left, self.inverses, strict=True):
+            rows = slice(start, start + inverse.shape[-1])
             right = b[:, rows, :]
-            if i:
-                right = right - self.lower[:, rows, : rows.start] @ out[:, : rows.start, :]
+            if start:
+                solved = left @ out[:, :start, :]
+                solved += right
+                right = solved
             out[:, rows, :] = inverse @ right
+            start = rows.stop
         return out
+
+    def column_sums(self, b: Array) -> Array:
+        """Return the column sums of the squares of ``L^-1 b``, without holding all of it.
+
+        Args:
+            b: Shape ``(n, k, c)``, dtype of the factor.
+
+        Returns:
+            Shape ``(n, c)``.
+        """
+        xp = array_namespace(b)
+        above: Array = xp.empty_like(b) if len(self.inverses) > 2 else None
+        sums: Array = None
+        start = 0
+        for left, inverse in zip(self.left, self.inverses, strict=True):
+            rows = slice(start, start + inverse.shape[-1])
+            right = b[:, rows, :]
+            if start:
+                product = left @ above[:, :start, :]
+                product += right
+                right = product
+            solved = inverse @ right
+            sums = column_sums_of_squares(solved) if sums is None else sums + column_sums_of_squares(solved)
+            if len(self.inverses) == 2:
+                above = solved
+            elif above is not None:
+                above[:, rows, :] = solved
+            start = rows.stop
+        return sums
 
     def solve_transposed(self, b: Array) -> Array:
         """Return ``L^-T b``.
@@ -71,34 +122,44 @@ class TriangularFactor:
             A new array of the same shape.
         """
         xp = array_namespace(b)
-        out = xp.empty_like(b)
-        for i in range(len(self.panel_inverses) - 1, -1, -1):
-            inverse = self.panel_inverses[i]
-            rows = slice(i * PANEL, i * PANEL + inverse.shape[-1])
-            right = b[:, rows, :]
-            if rows.stop < b.shape[-2]:
-                right = right - xp.matrix_transpose(self.lower[:, rows.stop :, rows]) @ out[:, rows.stop :, :]
-            out[:, rows, :] = xp.matrix_transpose(inverse) @ right
+        if len(self.inverses) == 1:
+            return xp.matrix_transpose(self.inverses[0]) @ b
+        out = xp.asarray(b, copy=True)
+        stop = b.shape[-2]
+        for left, inverse in zip(reversed(self.left), reversed(self.inverses), strict=True):
+            rows = slice(stop - inverse.shape[-1], stop)
+            solved = xp.matrix_transpose(inverse) @ out[:, rows, :]
+            out[:, rows, :] = solved
+            if rows.start:
+                out[:, : rows.start, :] += xp.matrix_transpose(left) @ solved
+            stop = rows.start
         return out
 
     def inverse(self) -> Array:
         """Return ``L^-1``, shape ``(n, k, k)``, lower triangular."""
-        xp = array_namespace(self.lower)
-        out = xp.zeros_like(self.lower)
-        for i, inverse in enumerate(self.panel_inverses):
-            rows = slice(i * PANEL, i * PANEL + inverse.shape[-1])
+        if len(self.inverses) == 1:
+            return self.inverses[0]
+        xp = array_namespace(self.pivots)
+        count, size = self.pivots.shape
+        out = xp.zeros_like(xp.broadcast_to(self.inverses[0][:1, :1, :1], (count, size, size)))
+        start = 0
+        for left, inverse in zip(self.left, self.inverses, strict=True):
+            rows = slice(start, start + inverse.shape[-1])
             out[:, rows, rows] = inverse
-            if i:
-                left = self.lower[:, rows, : rows.start] @ out[:, : rows.start, : rows.start]
-                out[:, rows, : rows.start] = -(inverse @ left)
+            if start:
+                out[:, rows, :start] = inverse @ (left @ out[:, :start, :start])
+            start = rows.stop
         return out
+
+    def _panels(self) -> list[Array]:
+        return [*self.left, *self.inverses]
 
 
 def cholesky(matrices: Array, shift: float) -> TriangularFactor:
     """Factor ``matrices + shift * I``.
 
     Args:
-        matrices: Symmetric, shape ``(n, k, k)``; only the lower triangle is read. Overwritten.
+        matrices: Symmetric, shape ``(n, k, k)``, float32 or float64; only the lower triangle is read. Overwritten.
         shift: Added to the diagonal.
 
     Returns:
@@ -109,26 +170,28 @@ def cholesky(matrices: Array, shift: float) -> TriangularFactor:
 
     Example:
         >>> import numpy as np
-        >>> cholesky(np.array([[[3.0]]]), shift=1.0).lower
-        array([[[2.]]])
+        >>> cholesky(np.array([[[3.0]]]), shift=1.0).solve(np.array([[[6.0]]]))
+        array([[[3.]]])
     """
     xp = array_namespace(matrices)
     size = matrices.shape[-1]
-    identity = _identity_like(matrices[:1, : min(PANEL, size), : min(PANEL, size)])
-    inverses = []
+    leaf = _bordered(matrices, min(size, LEAF_ON_A_GPU if xp.__name__ == "cupy" else LEAF))
+    left, inverses, pivots = [], [], []
     for start in range(0, size, PANEL):
         rows = slice(start, min(start + PANEL, size))
         if start:
-            left = matrices[:, rows.start :, :start]
-            matrices[:, rows.start :, rows] -= left @ xp.matrix_transpose(matrices[:, rows, :start])
-        width = rows.stop - rows.start
-        panel = xp.linalg.cholesky(matrices[:, rows, rows] + shift * identity[:, :width, :width])
-        inverses.append(_inverse_of_lower(panel))
-        matrices[:, rows, rows] = panel
+            negated = -matrices[:, rows, :start]
+            matrices[:, start:, rows] += matrices[:, start:, :start] @ xp.matrix_transpose(negated)
+            left.append(negated)
+        inverse, diagonal = _inverse_factor(matrices[:, rows, rows], shift, leaf)
+        if not start:
+            left.append(inverse[:, :, :0])
+        inverses.append(inverse)
+        pivots.append(diagonal**2)
         if rows.stop < size:
             below = matrices[:, rows.stop :, rows]
-            matrices[:, rows.stop :, rows] = below @ xp.matrix_transpose(inverses[-1])
-    return TriangularFactor(matrices, inverses)
+            matrices[:, rows.stop :, rows] = below @ xp.matrix_transpose(inverse)
+    return TriangularFactor(left, inverses, pivots[0] if len(pivots) == 1 else xp.concat(pivots, axis=-1))
 
 
 def diagonals(matrices: Array) -> Array:
@@ -145,24 +208,47 @@ def diagonals(matrices: Array) -> Array:
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
 
 
-def _inverse_of_lower(panel: Array) -> Array:
-    # halves down to a size where the general inverse of the library is cheap
-    xp = array_namespace(panel)
-    size = panel.shape[-1]
-    if size <= SMALLEST:
-        return xp.linalg.inv(panel)
-    half = size // 2
-    upper = _inverse_of_lower(panel[:, :half, :half])
-    lower = _inverse_of_lower(panel[:, half:, half:])
-    out = xp.zeros_like(panel)
-    out[:, :half, :half] = upper
-    out[:, half:, half:] = lower
-    out[:, half:, :half] = -(lower @ (panel[:, half:, :half] @ upper))
-    return out
+def _bordered(matrices: Array, size: int) -> Array:
+    """Return ``[[0, I], [I, c I]]`` with a large ``c``, shape ``(n, 2 size, 2 size)``.
 
-
-def _identity_like(x: Array) -> Array:
+    Libraries have no batched triangular inverse, and their general inverse is slow. But the Cholesky factor of
+    ``[[A, I], [I, c I]]`` holds ``L^-T`` below ``L``.
+    """
+    xp = array_namespace(matrices)
     # xp.eye would need the device by name, in a spelling that differs between libraries
+    ones = xp.ones_like(matrices[:, :size, :size])
+    identity = xp.tril(ones) - xp.tril(ones, k=-1)
+    large = float(xp.finfo(ones.dtype).max) ** 0.75
+    top = xp.concat([xp.zeros_like(identity), identity], axis=-1)
+    return xp.concat([top, xp.concat([identity, large * identity], axis=-1)], axis=-2)
+
+
+def _inverse_factor(matrices: Array, shift: float, leaf: Array) -> tuple[Array, Array]:
+    """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``, by halves."""
+    xp = array_namespace(matrices)
+    size, largest = matrices.shape[-1], leaf.shape[-1] // 2
+    if size <= largest:
+        if size < largest:
+            leaf = _bordered(matrices, size)
+        leaf[:, :size, :size] = matrices
+        leaf[:, :size, :size] += shift * leaf[:, size:, :size]
+        both = xp.linalg.cholesky(leaf)
+        return _transposed(both[:, size:, :size]), diagonals(both[:, :size, :size])
+    half = largest
+    while 2 * half < size:
+        half *= 2
+    upper, upper_diagonal = _inverse_factor(matrices[:, :half, :half], shift, leaf)
+    corner = matrices[:, half:, :half] @ _transposed(upper)
+    rest = matrices[:, half:, half:] - corner @ _transposed(corner)
+    lower, lower_diagonal = _inverse_factor(rest, shift, leaf)
+    inverse = xp.zeros_like(matrices)
+    inverse[:, :half, :half] = upper
+    inverse[:, half:, :half] = -lower @ (corner @ upper)
+    inverse[:, half:, half:] = lower
+    return inverse, xp.concat([upper_diagonal, lower_diagonal], axis=-1)
+
+
+def _transposed(x: Array) -> Array:
+    # a copy: small products of a matrix with a transposed view, above all its own, are several times slower
     xp = array_namespace(x)
-    ones = xp.ones_like(x)
-    return xp.tril(ones) - xp.tril(ones, k=-1)
+    return xp.concat([xp.matrix_transpose(x)], axis=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,14 +34,32 @@ class Backend(Protocol):
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
         """Return a new array of zeros on ``device``."""
 
+    def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Return zeros in host memory, of the kind from which copies to the devices are fast."""
+
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """Return ``x`` in host memory; no copy where none is needed."""
+
+    def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
+        """Begin to copy ``x`` into host memory, and return a function that waits for the copy and returns it."""
+
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+        """Yield the arrays of each load on ``device``, copying the next ones meanwhile.
+
+        What is yielded is valid until the next item is asked for.
+        """
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return a context in which this thread's work runs on ``device``."""
 
     def workers(self, device: str, tasks: int) -> AbstractContextManager[int]:
         """Return a context that gives how many threads should work on ``tasks`` at once, without oversubscription."""
+
+    def speed(self, device: str) -> float:
+        """Return the estimated float32 operations per second, the same at every call."""
+
+    def group_bytes(self, device: str, total: int) -> int:
+        """Return how many bytes of gradients one kernel call should work on, of ``total`` that have to be."""
 
     def free_bytes(self, device: str) -> int | None:
         """Return the free memory of ``device`` in bytes, or ``None`` when it cannot be known."""
@@ -101,6 +120,26 @@ class Device:
             A NumPy array; no copy where none is needed.
         """
         return self.backend.to_numpy(x)
+
+    def move(self, x: Array, to: Device) -> Array:
+        """Return an array of this device on another one, ready to be used there.
+
+        Args:
+            x: An array on this device.
+            to: The device where it is wanted.
+
+        Returns:
+            The array on ``to``; ``x`` itself when nothing has to change.
+        """
+        if self == to:
+            return x
+        if self.backend is not to.backend:
+            return to.asarray(self.to_numpy(x))
+        # one device's queue knows nothing of the other's
+        self.backend.synchronize(self.name)
+        moved = to.asarray(x)
+        to.backend.synchronize(to.name)
+        return moved
 
 
 def array_namespace(x: Array) -> Any:

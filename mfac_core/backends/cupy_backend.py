@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import cupy
@@ -12,7 +17,9 @@ import numpy.typing as npt
 
 from mfac_core.backends.base import Array
 
-__all__ = ["CupyBackend"]
+__all__ = ["CupyBackend", "column_sums_of_squares", "saliency"]
+
+_logger = logging.getLogger("mfac_core")
 
 
 class CupyBackend:
@@ -42,6 +49,15 @@ class CupyBackend:
         with self.on(device):
             return cupy.zeros(shape, dtype)
 
+    def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Return zeros in page-locked host memory, from which copies to a GPU run beside its work."""
+        # CuPy's pool would keep these large arrays page-locked for good after they are dropped
+        zeros = _page_locked(shape, dtype, _outside_the_pool)
+        if zeros is None:
+            return np.zeros(shape, dtype)
+        zeros.fill(0)
+        return zeros
+
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """Return a copy of ``x`` in host memory."""
         if not isinstance(x, cupy.ndarray):
@@ -49,6 +65,63 @@ class CupyBackend:
         with x.device:
             host: npt.NDArray[Any] = cupy.asnumpy(x)
             return host
+
+    def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
+        """Return a function that waits for a copy of ``x`` in host memory, begun now, behind the work on its GPU."""
+        if not isinstance(x, cupy.ndarray):
+            array = np.asarray(x)
+            return lambda: array
+        with x.device:
+            pinned = _page_locked(x.shape, x.dtype, cupy.cuda.alloc_pinned_memory)
+            host = np.empty(x.shape, x.dtype) if pinned is None else pinned
+            work = cupy.cuda.get_current_stream()
+            x.get(stream=work, out=host, blocking=False)
+            done = _event()
+            done.record(work)
+        source = [x]
+
+        def wait() -> npt.NDArray[Any]:
+            done.synchronize()
+            source.clear()
+            return host
+
+        # nobody may be given the memory of a copy that is still under way, also when nobody waits for it
+        weakref.finalize(wait, done.synchronize)
+        return wait
+
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+        """Yield the arrays of each load on the GPU ``device``; while one item is worked on, the next is copied.
+
+        The work on an item belongs on the stream that was current when the first item was asked for. A yielded array
+        may be memory that the item after the next is copied to: it is valid until the next item is asked for. Arrays
+        that are on the GPU already are yielded themselves.
+
+        Args:
+            device: The GPU.
+            loads: Functions that return NumPy arrays, or CuPy arrays on any GPU; called in order, one item ahead.
+
+        Yields:
+            The arrays of one load; new ones have the dtype and shape of their source and are C-contiguous.
+        """
+        with self.on(device):
+            work = cupy.cuda.get_current_stream()
+            copies = cupy.cuda.Stream(non_blocking=True)
+            slots = (_Slot(work, copies), _Slot(work, copies))
+        waiting: tuple[_Slot, list[Array]] | None = None
+        try:
+            for slot, load in zip(itertools.cycle(slots), loads, strict=False):
+                with self.on(device):
+                    arrays = slot.fill(load)
+                if waiting:
+                    yield from self._lend(device, *waiting)
+                waiting = slot, arrays
+            if waiting:
+                yield from self._lend(device, *waiting)
+        finally:
+            # the memory of the slots goes back to pools that know nothing of the copies
+            with self.on(device):
+                copies.synchronize()
+                work.synchronize()
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return CuPy's device context; CuPy computes where the current device is."""
@@ -59,6 +132,24 @@ class CupyBackend:
     def workers(self, device: str, tasks: int) -> Iterator[int]:
         """Give one worker: a GPU runs one queue at full speed."""
         yield 1
+
+    def speed(self, device: str) -> float:
+        """Return the float32 operations per second that the GPU's lanes and clock allow."""
+        index = _index(device)
+        runtime = cupy.cuda.runtime
+        multiprocessors = int(runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, index))
+        kilohertz = int(runtime.deviceGetAttribute(runtime.cudaDevAttrClockRate, index))
+        lanes = 64 if cupy.cuda.Device(index).compute_capability in _CAPABILITIES_WITH_64_LANES else 128
+        return 2e3 * multiprocessors * lanes * kilohertz  # a multiplication and an addition per lane and cycle
+
+    def group_bytes(self, device: str, total: int) -> int:
+        """Return a sixteenth of the GPU's memory, at most 2 GiB, and less where four groups are more than there are.
+
+        Copies overlap only the work on other groups. Less than 64 MiB would not keep a GPU busy.
+        """
+        with self.on(device):
+            _, memory = cupy.cuda.runtime.memGetInfo()
+        return max(64 * 2**20, min(int(memory) // 16, 2 * 2**30, total // 4))
 
     def free_bytes(self, device: str) -> int | None:
         """Return the GPU's free memory, together with what CuPy's pool holds unused."""
@@ -75,6 +166,207 @@ class CupyBackend:
         """Give the unused blocks of CuPy's pool back to the GPU."""
         with self.on(device):
             cupy.get_default_memory_pool().free_all_blocks()
+
+    def _lend(self, device: str, slot: _Slot, arrays: list[Array]) -> Iterator[list[Array]]:
+        with self.on(device):
+            slot.work.wait_event(slot.copied)
+        yield arrays
+        with self.on(device):
+            slot.consumed.record(slot.work)
+
+
+def column_sums_of_squares(x: Array) -> Array:
+    """Return the sums of the squares over the rows of a batch of matrices, in one pass.
+
+    Args:
+        x: Shape ``(n, rows, columns)``, float32 or float64, with any strides. Not modified.
+
+    Returns:
+        Shape ``(n, columns)``, same dtype and device.
+    """
+    count, rows, columns = x.shape
+    with x.device:
+        sums = cupy.empty((count, columns), x.dtype)
+        if sums.size:
+            # neighbouring threads read neighbouring columns; where these are few, more of the threads take rows
+            width = min(32, 1 << (columns - 1).bit_length())
+            tiles = -(-columns // width)
+            strides = (stride // x.itemsize for stride in x.strides)
+            kernel = _column_sums_of_squares({"f": "float", "d": "double"}[x.dtype.char])
+            kernel((count * tiles,), (width, _THREADS // width), (x, sums, rows, columns, tiles, *strides))
+    return sums
+
+
+def saliency(weights: Array, inverse_diagonal: Array) -> Array:
+    """Return ``w^2 / (2 [F^-1]_qq)``, in one pass.
+
+    Args:
+        weights: Shape ``(d,)``, float32 or float64. Not modified.
+        inverse_diagonal: Same shape, dtype and device. Not modified.
+
+    Returns:
+        Shape ``(d,)``, same dtype and device.
+    """
+    with weights.device:
+        return _saliency(weights, inverse_diagonal)
+
+
+_CAPABILITIES_WITH_64_LANES = ("60", "70", "72", "75", "80")
+
+_ALIGNMENT = 256  # bytes, as CUDA aligns its own allocations
+
+_THREADS = 256
+
+_refusals = itertools.count()
+
+_COLUMN_SUMS_OF_SQUARES = r"""
+extern "C" __global__ void column_sums_of_squares(
+    const REAL* __restrict__ x, REAL* __restrict__ sums,
+    long long rows, long long columns, long long tiles,
+    long long matrix_stride, long long row_stride, long long column_stride)
+{
+    __shared__ double partial[THREADS];
+    const long long matrix = blockIdx.x / tiles;
+    const long long column = blockIdx.x % tiles * blockDim.x + threadIdx.x;
+    double total = 0;
+    if (column < columns) {
+        const REAL* top = x + matrix * matrix_stride + column * column_stride;
+        // eight loads are under way at once, and only every eighth addition is one of the slow double ones
+        for (long long first = threadIdx.y; first < rows; first += 8 * blockDim.y) {
+            REAL part = 0;
+            #pragma unroll
+            for (int step = 0; step < 8; ++step) {
+                const long long row = first + step * blockDim.y;
+                if (row < rows) {
+                    const REAL value = top[row * row_stride];
+                    part += value * value;
+                }
+            }
+            total += part;
+        }
+    }
+    const int place = threadIdx.y * blockDim.x + threadIdx.x;
+    partial[place] = total;
+    for (int upper = blockDim.y / 2; upper > 0; upper /= 2) {
+        __syncthreads();
+        if (threadIdx.y < upper) {
+            partial[place] += partial[place + upper * blockDim.x];
+        }
+    }
+    if (threadIdx.y == 0 && column < columns) {
+        sums[matrix * columns + column] = partial[place];
+    }
+}
+"""
+
+_saliency = cupy.ElementwiseKernel("T w, T d", "T s", "s = w * w / (2 * d)", "mfac_saliency")
+
+
+@cache
+def _column_sums_of_squares(real: str) -> Any:
+    options = (f"-DREAL={real}", f"-DTHREADS={_THREADS}")
+    return cupy.RawKernel(_COLUMN_SUMS_OF_SQUARES, "column_sums_of_squares", options)
+
+
+class _Slot:
+    """Memory for one item on the current device, and in the host where the item has to be gathered first.
+
+    Args:
+        work: The stream that works on the items.
+        copies: The stream that copies them.
+    """
+
+    def __init__(self, work: Any, copies: Any) -> None:
+        self.work = work
+        self.copies = copies
+        self.copied = _event()
+        self.consumed = _event()
+        self._num_bytes = 0
+        self._memory: Any = None
+        self._host: npt.NDArray[Any] = np.empty(0, np.uint8)
+        self._sources: list[Array] = []
+
+    def fill(self, load: Callable[[], list[Array]]) -> list[Array]:
+        """Return what ``load`` returns, on this device: copies are begun, and come after the work on the last item."""
+        # until the last copy is done, its sources and the host memory must stay as they are
+        self.copied.synchronize()
+        self._sources.clear()
+        arrays = load()
+        here = cupy.cuda.Device().id
+        stays = [isinstance(x, cupy.ndarray) and x.device.id == here for x in arrays]
+        sizes = [0 if stay else _padded(x.nbytes) for x, stay in zip(arrays, stays, strict=True)]
+        self._reserve(sum(sizes))
+        self.copies.wait_event(self.consumed)
+        offsets = itertools.accumulate(sizes, initial=0)
+        filled = [x if stay else self._copy(x, offset) for x, stay, offset in zip(arrays, stays, offsets, strict=False)]
+        self.copied.record(self.copies)
+        return filled
+
+    def _reserve(self, num_bytes: int) -> None:
+        if num_bytes <= self._num_bytes:
+            return
+        self.consumed.synchronize()
+        self._memory = None
+        self._memory = cupy.cuda.alloc(num_bytes)
+        self._num_bytes = num_bytes
+        # the pool lends memory that work queued before may still use: the copies have to come after it
+        self.consumed.record(self.work)
+
+    def _copy(self, x: Array, offset: int) -> Array:
+        target = cupy.ndarray(x.shape, x.dtype, memptr=self._memory + offset)
+        if isinstance(x, np.ndarray):
+            source = x if x.flags.c_contiguous and _is_page_locked(x) else self._gather(x, offset)
+            target.set(source, stream=self.copies)
+        else:
+            with x.device:
+                source = cupy.ascontiguousarray(x)
+                ready = _event()
+                ready.record(cupy.cuda.get_current_stream())
+            self.copies.wait_event(ready)
+            target.data.copy_from_device_async(source.data, source.nbytes, self.copies)
+        self._sources.append(source)
+        return target
+
+    def _gather(self, x: npt.NDArray[Any], offset: int) -> npt.NDArray[Any]:
+        if self._host.nbytes < self._num_bytes:
+            pinned = _page_locked((self._num_bytes,), np.uint8, _outside_the_pool)
+            self._host = np.empty(self._num_bytes, np.uint8) if pinned is None else pinned
+        gathered: npt.NDArray[Any] = np.ndarray(x.shape, x.dtype, buffer=self._host, offset=offset)
+        np.copyto(gathered, x)
+        return gathered
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _event() -> Any:
+    return cupy.cuda.Event(block=True, disable_timing=True)
+
+
+def _is_page_locked(x: npt.NDArray[Any]) -> bool:
+    runtime = cupy.cuda.runtime
+    return bool(runtime.pointerGetAttributes(x.ctypes.data).type == runtime.memoryTypeHost)
+
+
+def _page_locked(shape: tuple[int, ...], dtype: Any, allocate: Callable[[int], Any]) -> npt.NDArray[Any] | None:
+    """Return uninitialized page-locked memory, or ``None`` where CUDA refuses it."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    try:
+        memory = allocate(max(num_bytes, 1))
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if next(_refusals) == 0:
+            _logger.warning(
+                "CUDA refuses page-locked host memory (%s): ordinary memory is used, and copies to the GPU wait for it",
+                error,
+            )
+        return None
+    return np.ndarray(shape, dtype, buffer=memory)
+
+
+def _outside_the_pool(num_bytes: int) -> Any:
+    memory = cupy.cuda.PinnedMemory(num_bytes, cupy.cuda.runtime.hostAllocPortable)
+    return cupy.cuda.PinnedMemoryPointer(memory, 0)
 
 
 def _index(device: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,8 @@ import numpy.typing as npt
 from mfac_core.backends.base import Array
 
 __all__ = ["NumpyBackend"]
+
+GROUP_BYTES = 8 * 2**20
 
 _logger = logging.getLogger("mfac_core")
 
@@ -37,9 +39,22 @@ class NumpyBackend:
         """Return a new array of zeros; its memory is taken when it is written to."""
         return np.zeros(shape, dtype)
 
+    def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Return a new array of zeros; its memory is taken when it is written to."""
+        return np.zeros(shape, dtype)
+
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """Return ``x`` itself."""
         return np.asarray(x)
+
+    def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
+        """Return a function that gives ``x`` itself."""
+        return lambda: np.asarray(x)
+
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+        """Yield the arrays of one load after another: they are where they should be."""
+        for load in loads:
+            yield [np.asarray(x) for x in load()]
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return a context that changes nothing."""
@@ -47,17 +62,25 @@ class NumpyBackend:
 
     @contextmanager
     def workers(self, device: str, tasks: int) -> Iterator[int]:
-        """Give one worker per core with BLAS held to one thread each, or one worker when BLAS should use all cores.
+        """Give as many workers as there are cores or tasks, and each its share of the cores for BLAS.
 
         Many small tasks run best side by side; a single task is left to the threads of BLAS.
         """
-        cores = _cores()
+        workers = min(tasks, _cores())
         limits = _thread_limits()
-        if min(tasks, cores) < 2 or limits is None:
+        if workers < 2 or limits is None:
             yield 1
             return
-        with limits(limits=1, user_api="blas"):
-            yield min(tasks, cores)
+        with limits(limits=_cores() // workers, user_api="blas"):
+            yield workers
+
+    def speed(self, device: str) -> float:
+        """Return what the cores would do with two AVX2 multiply-adds per cycle at 2.5 GHz."""
+        return _cores() * 32 * 2.5e9
+
+    def group_bytes(self, device: str, total: int) -> int:
+        """Return a few megabytes, and less where each core would get fewer than four groups."""
+        return max(1, min(GROUP_BYTES, total // (4 * _cores())))
 
     def free_bytes(self, device: str) -> int | None:
         """Return the memory that this process may still take: what the system or its control group has left."""

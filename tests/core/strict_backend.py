@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ class StrictBackend:
 
     Args:
         free_bytes: Free memory to report for every device; None for "not known".
+        group_bytes: Gradients that one kernel call works on; the least makes every block a group.
+        speeds: Speed of each device by name; 1 for those that are not named.
 
     Attributes:
         uploads: Device name and shape of each array that was brought there from another place.
@@ -28,9 +30,13 @@ class StrictBackend:
 
     name = "strict"
 
-    def __init__(self, free_bytes: int | None = None) -> None:
+    def __init__(
+        self, free_bytes: int | None = None, group_bytes: int = 1, speeds: dict[str, float] | None = None
+    ) -> None:
         self.uploads: list[tuple[str, tuple[int, ...]]] = []
         self._free_bytes = free_bytes
+        self._group_bytes = group_bytes
+        self._speeds = speeds or {}
         self._lock = threading.Lock()
 
     def devices(self) -> tuple[str, ...]:
@@ -55,6 +61,22 @@ class StrictBackend:
         if isinstance(x, np.ndarray | np.generic):
             return np.asarray(x)
         return np.array(x.to_device(xp.Device("CPU_DEVICE")))
+
+    def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        return np.zeros(shape, dtype)
+
+    def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
+        return lambda: self.to_numpy(x)
+
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+        for load in loads:
+            yield [self.asarray(x, device) for x in load()]
+
+    def speed(self, device: str) -> float:
+        return self._speeds.get(device, 1.0)
+
+    def group_bytes(self, device: str, total: int) -> int:
+        return self._group_bytes
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         return nullcontext(xp.Device(device))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.blocks import BlockGroup, cut, deal, working_bytes
+from mfac_core.blocks import BlockGroup, DeviceShare, cut, deal, working_bytes
 from mfac_core.errors import MemoryBudgetError
 
 SIZES = st.integers(0, 1200)
@@ -15,83 +15,114 @@ BYTES = st.integers(1, 200_000)
 
 
 @given(SIZES, BLOCK_SIZES, ROWS, ITEMSIZES, BYTES, BYTES)
-def test_blocks_tile_the_weights_exactly(d, block_size, m, itemsize, group_bytes, chunk_bytes):
-    groups = cut(d, block_size, num_gradients=m, itemsize=itemsize, group_bytes=group_bytes, chunk_bytes=chunk_bytes)
+def test_blocks_tile_the_weights_exactly(d, block_size, m, itemsize, slab_bytes, chunk_bytes):
+    slabs = cut(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
     blocks = [
         (group.start + i * group.width, group.start + (i + 1) * group.width)
-        for group in groups
+        for group in slabs
         for i in range(group.count)
     ]
     step = max(d if block_size is None else block_size, 1)
     assert blocks == [(start, min(start + step, d)) for start in range(0, d, step)]
-    assert all(group.stop == group.start + group.count * group.width for group in groups)
+    assert all(group.stop == group.start + group.count * group.width for group in slabs)
 
 
 @given(SIZES, BLOCK_SIZES, ROWS, ITEMSIZES, BYTES, BYTES)
-def test_groups_and_chunks_keep_to_their_bytes(d, block_size, m, itemsize, group_bytes, chunk_bytes):
-    groups = cut(d, block_size, num_gradients=m, itemsize=itemsize, group_bytes=group_bytes, chunk_bytes=chunk_bytes)
+def test_slabs_and_chunks_keep_to_their_bytes(d, block_size, m, itemsize, slab_bytes, chunk_bytes):
+    slabs = cut(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
     column_bytes = max(m, 1) * itemsize
-    for group in groups:
-        assert group.count == 1 or group.count * group.width * column_bytes <= group_bytes
+    for group in slabs:
+        assert group.count == 1 or group.count * group.width * column_bytes <= slab_bytes
         assert max(group.chunk_widths) == 1 or max(group.chunk_widths) * column_bytes <= chunk_bytes
         assert max(group.chunk_widths) - min(group.chunk_widths) <= 1
 
 
 @given(SIZES, BLOCK_SIZES, ROWS, BYTES, BYTES)
-def test_chunks_tile_their_group(d, block_size, m, group_bytes, chunk_bytes):
-    for group in cut(d, block_size, num_gradients=m, itemsize=4, group_bytes=group_bytes, chunk_bytes=chunk_bytes):
+def test_chunks_tile_their_slab(d, block_size, m, slab_bytes, chunk_bytes):
+    for group in cut(d, block_size, num_gradients=m, itemsize=4, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes):
         bounds = group.chunk_bounds
         assert bounds[0][0] == group.start and bounds[-1][1] == group.stop
         assert all(end == start for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False))
         assert all(stop > start for start, stop in bounds)
 
 
-def test_no_group_of_several_blocks_is_cut_into_chunks():
-    groups = cut(1000, 10, num_gradients=4, itemsize=4, group_bytes=100_000, chunk_bytes=32)
-    assert all(group.count == 1 or len(group.chunk_widths) == 1 for group in groups)
+def test_no_slab_of_several_blocks_is_cut_into_chunks():
+    slabs = cut(1000, 10, num_gradients=4, itemsize=4, slab_bytes=100_000, chunk_bytes=32)
+    assert all(group.count == 1 or len(group.chunk_widths) == 1 for group in slabs)
 
 
-def test_small_blocks_share_a_group_and_a_large_block_is_cut_into_chunks():
-    small = cut(95, 10, num_gradients=5, itemsize=4, group_bytes=800, chunk_bytes=10_000)
+def test_small_blocks_share_a_slab_and_a_large_block_is_cut_into_chunks():
+    small = cut(95, 10, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=10_000)
     assert [(g.start, g.count, g.chunk_widths) for g in small] == [
         (0, 4, (10,)), (40, 4, (10,)), (80, 1, (10,)), (90, 1, (5,))
     ]  # fmt: skip
-    large = cut(95, None, num_gradients=5, itemsize=4, group_bytes=800, chunk_bytes=600)
+    large = cut(95, None, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=600)
     assert [(g.start, g.count, g.chunk_widths) for g in large] == [(0, 1, (24, 24, 24, 23))]
 
 
-@given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 5), BYTES)
-def test_every_group_is_dealt_once_and_in_order(d, block_size, count, group_bytes):
-    groups = cut(d, block_size, num_gradients=3, itemsize=4, group_bytes=group_bytes)
-    names = [f"cuda:{i}" for i in range(count)]
-    dealt = deal(groups, dict.fromkeys(names), num_gradients=3, itemsize=4)
-    assert list(dealt) == names
-    assert [i for indices in dealt.values() for i in indices] == list(range(len(groups)))
+def shares(speeds, group_bytes=1, free_bytes=None):
+    return {f"cuda:{i}": DeviceShare(speed, group_bytes, free_bytes) for i, speed in enumerate(speeds)}
 
 
-@given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 5))
-def test_devices_get_about_the_same_number_of_columns(d, block_size, count):
-    groups = cut(d, block_size, num_gradients=3, itemsize=4, group_bytes=1)
-    dealt = deal(groups, {f"cuda:{i}": None for i in range(count)}, num_gradients=3, itemsize=4)
-    columns = [sum(groups[i].stop - groups[i].start for i in indices) for indices in dealt.values()]
-    widest = max(group.stop - group.start for group in groups)
-    assert max(abs(share - d / count) for share in columns) <= widest
+@given(
+    st.integers(1, 3000),
+    st.integers(1, 300),
+    st.lists(st.floats(0.1, 10), min_size=1, max_size=5),
+    BYTES,
+    BYTES,
+)
+def test_every_block_is_dealt_once_and_in_order(d, block_size, speeds, slab_bytes, group_bytes):
+    slabs = cut(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
+    dealt = deal(slabs, shares(speeds, group_bytes), num_gradients=3, itemsize=4)
+    assert list(dealt) == [f"cuda:{i}" for i in range(len(speeds))]
+    groups = [group for each in dealt.values() for group in each]
+    assert [group.start for group in groups] == [0, *(group.stop for group in groups[:-1])]
+    assert groups[-1].stop == d
+    widths = {slab.start: slab for slab in slabs}
+    for group in groups:
+        slab = widths[max(start for start in widths if start <= group.start)]
+        assert group.chunk_widths == slab.chunk_widths
+        assert group.stop <= slab.stop and (group.start - slab.start) % slab.width == 0
+        assert group.count == 1 or group.count * group.width * 12 <= group_bytes
 
 
-def test_no_groups_are_dealt_to_nobody():
-    assert deal((), {"cpu": None, "cuda:0": 0}, num_gradients=3, itemsize=4) == {"cpu": (), "cuda:0": ()}
+@given(st.integers(1, 3000), st.integers(1, 300), st.lists(st.floats(0.1, 10), min_size=1, max_size=5), BYTES)
+def test_devices_get_columns_in_proportion_to_their_speed(d, block_size, speeds, slab_bytes):
+    slabs = cut(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
+    dealt = deal(slabs, shares(speeds), num_gradients=3, itemsize=4)
+    for speed, groups in zip(speeds, dealt.values(), strict=True):
+        columns = sum(group.stop - group.start for group in groups)
+        assert abs(columns - d * speed / sum(speeds)) <= slabs[0].width
 
 
-def test_a_device_without_room_for_its_largest_group_is_refused_by_name():
-    groups = cut(100, 10, num_gradients=6, itemsize=4, group_bytes=1)
-    needed = working_bytes(groups[0], 6, 4)
-    assert deal(groups, {"cuda:0": needed, "cuda:1": needed}, num_gradients=6, itemsize=4)
-    with pytest.raises(MemoryBudgetError, match=f"cuda:1.*{needed:,}.*{needed - 1:,}"):
-        deal(groups, {"cuda:0": needed, "cuda:1": needed - 1}, num_gradients=6, itemsize=4)
+def test_no_blocks_are_dealt_to_nobody():
+    assert deal((), shares([1, 1]), num_gradients=3, itemsize=4) == {"cuda:0": (), "cuda:1": ()}
+
+
+def test_a_device_without_room_for_a_block_gets_none_and_one_with_little_room_small_groups():
+    slabs = cut(1000, 10, num_gradients=6, itemsize=4, slab_bytes=10**6)
+    needed = working_bytes(BlockGroup(0, 1, (10,)), 6, 4)
+    mixed = {
+        "cuda:0": DeviceShare(1.0, 10**6, needed - 1),
+        "cuda:1": DeviceShare(1.0, 10**6, 3 * needed),
+        "cuda:2": DeviceShare(1.0, 10**6, None),
+    }
+    dealt = deal(slabs, mixed, num_gradients=6, itemsize=4)
+    assert dealt["cuda:0"] == ()
+    assert {group.count for group in dealt["cuda:1"]} <= {3, 2, 1} and dealt["cuda:1"][0].count == 3
+    assert [group.count for group in dealt["cuda:2"]] == [50]
+
+
+def test_without_room_for_a_block_anywhere_the_error_names_devices_and_bytes():
+    slabs = cut(100, 10, num_gradients=6, itemsize=4, slab_bytes=1)
+    needed = working_bytes(slabs[0], 6, 4)
+    assert deal(slabs, shares([1, 1], free_bytes=needed), num_gradients=6, itemsize=4)["cuda:1"]
+    with pytest.raises(MemoryBudgetError, match=f"cuda:0, cuda:1.*{needed:,}.*{needed - 1:,}"):
+        deal(slabs, shares([1, 1], free_bytes=needed - 1), num_gradients=6, itemsize=4)
 
 
 def test_working_bytes_grow_with_everything_that_is_held():
     group = BlockGroup(0, 2, (50,))
-    assert working_bytes(group, 10, 4) == 2 * (2 * 10 * 50 * 4) + 2 * 8 * 2 * 10 * 10
+    assert working_bytes(group, 10, 4) == 2 * (2 * 10 * 50 * 4) + 3 * 8 * 2 * 10 * 10
     assert working_bytes(BlockGroup(0, 1, (50, 50)), 10, 4) < working_bytes(BlockGroup(0, 1, (100,)), 10, 4)
-    assert working_bytes(BlockGroup(0, 1, (5,)), 10, 4) == 2 * (10 * 5 * 4) + 2 * 8 * 5 * 5
+    assert working_bytes(BlockGroup(0, 1, (5,)), 10, 4) == 2 * (10 * 5 * 4) + 3 * 8 * 5 * 5
