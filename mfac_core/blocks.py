@@ -127,7 +127,7 @@ def deal(
 
     Example:
         >>> slabs = cut(60, 10, num_gradients=2, itemsize=4, slab_bytes=1000)
-        >>> shares = {"cuda:0": DeviceShare(2.0, 160), "cuda:1": DeviceShare(1.0, 160)}
+        >>> shares = {"cuda:0": DeviceShare(2.0, 300), "cuda:1": DeviceShare(1.0, 300)}
         >>> dealt = deal(slabs, shares, num_gradients=2, itemsize=4)
         >>> {name: [(g.start, g.stop) for g in groups] for name, groups in dealt.items()}
         {'cuda:0': [(0, 20), (20, 40)], 'cuda:1': [(40, 60)]}

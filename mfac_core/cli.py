@@ -134,7 +134,7 @@ def _missing_devices(recipe: Recipe) -> list[str]:
     by_mfac = [each for each in recipe.pruning if isinstance(each, MFACSettings)]
     listed = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
     warnings = []
-    for name in dict.fromkeys(listed):
+    for name in dict.fromkeys(name for name in listed if name != "auto"):
         try:
             resolve_device(name)
         except DeviceError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, fused
+from mfac_core.backends import Array, Device, array_namespace, kernels
 from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.inverse_fisher import cache_parts, evaluate, fisher_quadratic, gradients_times
 
@@ -53,7 +53,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"
         )
-    return fused.saliency(weights, inverse_diagonal)
+    return kernels.saliency(weights, inverse_diagonal)
 
 
 def independent_update(

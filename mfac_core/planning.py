@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from mfac_core.backends import resolve_device
+from mfac_core.backends import Device, resolve_device
 from mfac_core.blocks import cut, working_bytes
 from mfac_core.errors import MemoryBudgetError
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 
-__all__ = ["WINDOW_ITEMSIZE", "check_memory", "peak_window"]
+__all__ = ["WINDOW_ITEMSIZE", "check_memory", "choose_window_device", "peak_window"]
 
 WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
+
+WORKING_GROUPS = 6
+"""Groups of blocks that a GPU needs room for beside the window: the group, what is made of it, kept factors."""
+
+_logger = logging.getLogger("mfac_core")
 
 
 def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> tuple[int, int]:
@@ -42,11 +48,44 @@ def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[Pla
     return max(windows, key=lambda window: window[0] * window[1])
 
 
-def check_memory(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> int:
+def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
+    """Return where the gradient window is kept.
+
+    Args:
+        wanted: The name of a device, or ``"auto"`` for the first GPU with room for the window, else host memory.
+        devices: Where the blocks are computed.
+        num_bytes: Bytes of the largest gradient window of the run.
+
+    Returns:
+        The device.
+
+    Raises:
+        DeviceError: If the wanted device does not exist.
+    """
+    if wanted != "auto":
+        return resolve_device(wanted)
+    elsewhere = [device for device in devices if device.backend.name != "numpy"]
+    for device in elsewhere:
+        free = device.backend.free_bytes(device.name)
+        room = WORKING_GROUPS * device.backend.group_bytes(device.name, num_bytes)
+        if free is not None and num_bytes + room <= free:
+            return device
+    if elsewhere:
+        _logger.warning(
+            "the gradient window (%s bytes) has no room on %s: it is kept in host memory and copied there block by "
+            "block at each pruning step",
+            f"{num_bytes:,}",
+            ", ".join(map(str, elsewhere)),
+        )
+    return resolve_device("cpu")
+
+
+def check_memory(settings: MFACSettings, device: Device, num_weights: int, schedule: Sequence[PlannedStep]) -> int:
     """Refuse a run that would not fit, before it starts.
 
     Args:
         settings: What is pruned and how.
+        device: Where the gradient window is kept.
         num_weights: Number of weights in scope.
         schedule: The planned pruning steps.
 
@@ -65,7 +104,6 @@ def check_memory(settings: MFACSettings, num_weights: int, schedule: Sequence[Pl
         return window + working
 
     needed = bytes_for(rows)
-    device = resolve_device(settings.gradients_device)
     free = device.backend.free_bytes(device.name)
     if free is None or needed <= free:
         return needed

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, device_of, resolve_device, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, device_of, resolve_devices
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.masks import newly_pruned
-from mfac_core.planning import check_memory
+from mfac_core.planning import WINDOW_ITEMSIZE, check_memory, choose_window_device, peak_window
 from mfac_core.pruning_step import PruneResult, Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at, pruning_schedule
 from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
@@ -292,14 +292,20 @@ class MFACPruner(Pruner):
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
         self._devices = resolve_devices(settings.devices)
-        self._window_device = resolve_device(settings.gradients_device)
+        rows, columns = peak_window(settings, self.layout.num_weights, self.schedule)
+        self._window_device = choose_window_device(
+            settings.gradients_device, self._devices, rows * columns * WINDOW_ITEMSIZE
+        )
         self._live = live_gradients
         self._window: GradientWindow | None = None
+        # gives the sample that was observed last, once its copy has arrived
+        self._arriving: Callable[[], Array] | None = None
+        self._unpruned: tuple[Device, dict[str, Array]] | None = None
         # a pruning step fell due before there was any row: it waits until the first window is full
         self._waits = False
         self._told: set[str] = set()
         self.refused_rows = 0
-        check_memory(settings, self.layout.num_weights, self.schedule)
+        check_memory(settings, self._window_device, self.layout.num_weights, self.schedule)
 
     @property
     def num_gradients(self) -> int:
@@ -310,6 +316,7 @@ class MFACPruner(Pruner):
     @property
     def num_rows(self) -> int:
         """Rows that the window holds now."""
+        self._store_arriving()
         return 0 if self._window is None else self._window.count
 
     def needs_gradients(self, step: int) -> bool:
@@ -329,33 +336,38 @@ class MFACPruner(Pruner):
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Store one gradient sample in the window.
 
+        A sample on a GPU is copied asynchronously, and looked at when the next one comes or the window is needed.
+
         Args:
             gradients: Name and array of the gradient of each weight in scope, unscaled; NumPy or CuPy. Copied.
 
         Returns:
-            Whether it was stored: a sample with NaN or Inf is refused and counted in ``refused_rows``.
+            False for a sample with NaN or Inf: it is refused and counted in ``refused_rows``. A sample on a GPU may be
+            refused later.
 
         Raises:
             ValueError: If names or shapes do not fit the weights.
         """
         self.layout.check(gradients, "gradients")
-        row = self.layout.gather(gradients, self._kept, np.float32)
-        if not bool(array_namespace(row).isfinite(row).all()):
-            self.refused_rows += 1
-            self._tell_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
-            return False
-        if self._window is None:
-            self._window = GradientWindow(
-                int(row.shape[0]),
-                self.num_gradients,
-                block_size=self.settings.block_size,
-                device=self._window_device,
-            )
-        self._window.push(row)
+        self._store_arriving()
+        device = device_of(gradients[self.layout.names[0]])
+        if self._unpruned is None or self._unpruned[0] != device:
+            self._unpruned = device, self.layout.unpruned(self._kept, device)
+        with device.backend.on(device.name):
+            row = device.asarray(self.layout.gather(gradients, self._unpruned[1]), np.float32)
+            if device.backend.name == "numpy":
+                return self._store(row)
+            if device.backend is self._window_device.backend:
+                xp = array_namespace(row)
+                finite = device.backend.fetch(xp.all(xp.isfinite(row)))
+                self._arriving = lambda: row if bool(finite()) else None
+            else:
+                self._arriving = device.backend.fetch(row)
         return True
 
     def forget_gradients(self) -> None:
         """Empty the window, before fresh samples are taken."""
+        self._arriving = None
         if self._window is not None:
             self._window.clear()
 
@@ -398,6 +410,7 @@ class MFACPruner(Pruner):
         kept_before = self._kept.copy()
         result = super().prune(weights, step)
         self._waits = False
+        self._unpruned = None
         if self.is_finished:
             self._window = None
         elif self._window is not None:
@@ -406,6 +419,7 @@ class MFACPruner(Pruner):
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, the gradient window included: arrays and plain numbers only."""
+        self._store_arriving()
         window = None if self._window is None else self._window.state_dict()
         return {**super().state_dict(), "waits": self._waits, "refused_rows": self.refused_rows, "window": window}
 
@@ -422,22 +436,20 @@ class MFACPruner(Pruner):
         super().load_state_dict(state)
         window = None
         if state.get("window") is not None:
-            window = GradientWindow(
-                int(np.count_nonzero(self._kept)),
-                self.num_gradients,
-                block_size=self.settings.block_size,
-                device=self._window_device,
-            )
+            window = self._new_window(int(np.count_nonzero(self._kept)))
             try:
                 window.load_state_dict(state["window"])
             except ValueError:
                 self._kept, self._done = before
                 raise
         self._window = window
+        self._arriving = None
+        self._unpruned = None
         self._waits = bool(state.get("waits", False))
         self.refused_rows = int(state.get("refused_rows", 0))
 
     def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_], float | None]:
+        self._store_arriving()
         if self._window is None or not self._window.count:
             raise ValueError(
                 "there are no gradient samples to prune with; observe at least one before prune "
@@ -459,8 +471,32 @@ class MFACPruner(Pruner):
             devices=self._devices,
         )
 
+    def _store_arriving(self) -> None:
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            self._store(arriving())
+
+    def _store(self, row: Array | None) -> bool:
+        if row is None or (isinstance(row, np.ndarray) and not np.isfinite(row).all()):
+            self.refused_rows += 1
+            self._tell_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
+            return False
+        if self._window is None:
+            self._window = self._new_window(int(row.shape[0]))
+        self._window.push(row)
+        return True
+
+    def _new_window(self, num_weights: int) -> GradientWindow:
+        return GradientWindow(
+            num_weights,
+            self.num_gradients,
+            block_size=self.settings.block_size,
+            device=self._window_device,
+            feeds=[device for device in self._devices if device.backend.name != "numpy"],
+        )
+
     def _note_waiting(self, step: int) -> None:
-        if not self.num_rows and self._latest(step) >= self._done and not self._waits:
+        if not self._waits and self._latest(step) >= self._done and not self.num_rows:
             self._waits = True
             self._tell_once(
                 "waits",

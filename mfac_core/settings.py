@@ -106,7 +106,8 @@ class MFACSettings(PruningSettings):
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``.
         devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``.
-        gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``.
+        gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
+            GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
     """
 
@@ -114,7 +115,7 @@ class MFACSettings(PruningSettings):
     block_size: int | None = 2000
     damping: float = 1e-5
     devices: tuple[str, ...] = ("cpu",)
-    gradients_device: str = "cpu"
+    gradients_device: str = "auto"
     update: Update = "independent"
 
     def __post_init__(self) -> None:
@@ -133,7 +134,8 @@ class MFACSettings(PruningSettings):
         object.__setattr__(self, "devices", devices)
         if not isinstance(self.gradients_device, str) or not self.gradients_device:
             raise SettingError(
-                "gradients_device", f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0"'
+                "gradients_device",
+                f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0", or "auto"',
             )
 
 

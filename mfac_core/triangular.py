@@ -6,23 +6,15 @@ of the matrix product; panels turn nearly all of the work into matrix products o
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
+import math
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.fused import column_sums_of_squares
+from mfac_core.backends.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
 
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 
 PANEL = 128
 """Rows that are solved at once, by an explicit inverse of their diagonal panel."""
-
-LEAF = 16
-"""Largest matrix that is left to the library on the CPU, where its factorisation is quick only up to this size."""
-
-LEAF_ON_A_GPU = 64
-"""The same on a GPU, where each call costs a launch."""
 
 
 class TriangularFactor:
@@ -42,16 +34,8 @@ class TriangularFactor:
     @property
     def num_bytes(self) -> int:
         """Memory of the panels in bytes."""
-        return sum(int(np.prod(x.shape)) * array_namespace(x).finfo(x.dtype).bits // 8 for x in self._panels())
-
-    def astype(self, dtype: Any) -> TriangularFactor:
-        """Return the factor in another floating dtype; the pivots stay as they are."""
-        xp = array_namespace(self.pivots)
-        return TriangularFactor(
-            [xp.asarray(x, dtype=dtype) for x in self.left],
-            [xp.asarray(x, dtype=dtype) for x in self.inverses],
-            self.pivots,
-        )
+        itemsize: int = array_namespace(self.pivots).finfo(self.pivots.dtype).bits // 8
+        return itemsize * sum(math.prod(x.shape) for x in (*self.left, *self.inverses))
 
     def part(self, blocks: slice) -> TriangularFactor:
         """Return the factors of some of the matrices, as views."""
@@ -69,17 +53,17 @@ class TriangularFactor:
             A new array of the same shape.
         """
         if len(self.inverses) == 1:
-            return self.inverses[0] @ b
+            return matmul(self.inverses[0], b)
         out = array_namespace(b).empty_like(b)
         start = 0
         for left, inverse in zip(self.left, self.inverses, strict=True):
             rows = slice(start, start + inverse.shape[-1])
             right = b[:, rows, :]
             if start:
-                solved = left @ out[:, :start, :]
+                solved = matmul(left, out[:, :start, :])
                 solved += right
                 right = solved
-            out[:, rows, :] = inverse @ right
+            out[:, rows, :] = matmul(inverse, right)
             start = rows.stop
         return out
 
@@ -100,10 +84,10 @@ class TriangularFactor:
             rows = slice(start, start + inverse.shape[-1])
             right = b[:, rows, :]
             if start:
-                product = left @ above[:, :start, :]
+                product = matmul(left, above[:, :start, :])
                 product += right
                 right = product
-            solved = inverse @ right
+            solved = matmul(inverse, right)
             sums = column_sums_of_squares(solved) if sums is None else sums + column_sums_of_squares(solved)
             if len(self.inverses) == 2:
                 above = solved
@@ -123,15 +107,15 @@ class TriangularFactor:
         """
         xp = array_namespace(b)
         if len(self.inverses) == 1:
-            return xp.matrix_transpose(self.inverses[0]) @ b
+            return matmul(xp.matrix_transpose(self.inverses[0]), b)
         out = xp.asarray(b, copy=True)
         stop = b.shape[-2]
         for left, inverse in zip(reversed(self.left), reversed(self.inverses), strict=True):
             rows = slice(stop - inverse.shape[-1], stop)
-            solved = xp.matrix_transpose(inverse) @ out[:, rows, :]
+            solved = matmul(xp.matrix_transpose(inverse), out[:, rows, :])
             out[:, rows, :] = solved
             if rows.start:
-                out[:, : rows.start, :] += xp.matrix_transpose(left) @ solved
+                out[:, : rows.start, :] += matmul(xp.matrix_transpose(left), solved)
             stop = rows.start
         return out
 
@@ -147,12 +131,9 @@ class TriangularFactor:
             rows = slice(start, start + inverse.shape[-1])
             out[:, rows, rows] = inverse
             if start:
-                out[:, rows, :start] = inverse @ (left @ out[:, :start, :start])
+                out[:, rows, :start] = matmul(inverse, matmul(left, out[:, :start, :start]))
             start = rows.stop
         return out
-
-    def _panels(self) -> list[Array]:
-        return [*self.left, *self.inverses]
 
 
 def cholesky(matrices: Array, shift: float) -> TriangularFactor:
@@ -175,22 +156,22 @@ def cholesky(matrices: Array, shift: float) -> TriangularFactor:
     """
     xp = array_namespace(matrices)
     size = matrices.shape[-1]
-    leaf = _bordered(matrices, min(size, LEAF_ON_A_GPU if xp.__name__ == "cupy" else LEAF))
+    small = small_factors(matrices)
     left, inverses, pivots = [], [], []
     for start in range(0, size, PANEL):
         rows = slice(start, min(start + PANEL, size))
         if start:
             negated = -matrices[:, rows, :start]
-            matrices[:, start:, rows] += matrices[:, start:, :start] @ xp.matrix_transpose(negated)
+            matrices[:, start:, rows] += matmul(matrices[:, start:, :start], xp.matrix_transpose(negated))
             left.append(negated)
-        inverse, diagonal = _inverse_factor(matrices[:, rows, rows], shift, leaf)
+        inverse, diagonal = _inverse_factor(matrices[:, rows, rows], shift, small)
         if not start:
             left.append(inverse[:, :, :0])
         inverses.append(inverse)
         pivots.append(diagonal**2)
         if rows.stop < size:
             below = matrices[:, rows.stop :, rows]
-            matrices[:, rows.stop :, rows] = below @ xp.matrix_transpose(inverse)
+            matrices[:, rows.stop :, rows] = matmul(below, xp.matrix_transpose(inverse))
     return TriangularFactor(left, inverses, pivots[0] if len(pivots) == 1 else xp.concat(pivots, axis=-1))
 
 
@@ -208,42 +189,22 @@ def diagonals(matrices: Array) -> Array:
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
 
 
-def _bordered(matrices: Array, size: int) -> Array:
-    """Return ``[[0, I], [I, c I]]`` with a large ``c``, shape ``(n, 2 size, 2 size)``.
-
-    Libraries have no batched triangular inverse, and their general inverse is slow. But the Cholesky factor of
-    ``[[A, I], [I, c I]]`` holds ``L^-T`` below ``L``.
-    """
-    xp = array_namespace(matrices)
-    # xp.eye would need the device by name, in a spelling that differs between libraries
-    ones = xp.ones_like(matrices[:, :size, :size])
-    identity = xp.tril(ones) - xp.tril(ones, k=-1)
-    large = float(xp.finfo(ones.dtype).max) ** 0.75
-    top = xp.concat([xp.zeros_like(identity), identity], axis=-1)
-    return xp.concat([top, xp.concat([identity, large * identity], axis=-1)], axis=-2)
-
-
-def _inverse_factor(matrices: Array, shift: float, leaf: Array) -> tuple[Array, Array]:
+def _inverse_factor(matrices: Array, shift: float, small: SmallFactors) -> tuple[Array, Array]:
     """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``, by halves."""
     xp = array_namespace(matrices)
-    size, largest = matrices.shape[-1], leaf.shape[-1] // 2
-    if size <= largest:
-        if size < largest:
-            leaf = _bordered(matrices, size)
-        leaf[:, :size, :size] = matrices
-        leaf[:, :size, :size] += shift * leaf[:, size:, :size]
-        both = xp.linalg.cholesky(leaf)
-        return _transposed(both[:, size:, :size]), diagonals(both[:, :size, :size])
-    half = largest
+    size = matrices.shape[-1]
+    if size <= small.largest:
+        return small(matrices, shift)
+    half = small.largest
     while 2 * half < size:
         half *= 2
-    upper, upper_diagonal = _inverse_factor(matrices[:, :half, :half], shift, leaf)
-    corner = matrices[:, half:, :half] @ _transposed(upper)
-    rest = matrices[:, half:, half:] - corner @ _transposed(corner)
-    lower, lower_diagonal = _inverse_factor(rest, shift, leaf)
+    upper, upper_diagonal = _inverse_factor(matrices[:, :half, :half], shift, small)
+    corner = matmul(matrices[:, half:, :half], _transposed(upper))
+    rest = matrices[:, half:, half:] - matmul(corner, _transposed(corner))
+    lower, lower_diagonal = _inverse_factor(rest, shift, small)
     inverse = xp.zeros_like(matrices)
     inverse[:, :half, :half] = upper
-    inverse[:, half:, :half] = -lower @ (corner @ upper)
+    inverse[:, half:, :half] = -matmul(lower, matmul(corner, upper))
     inverse[:, half:, half:] = lower
     return inverse, xp.concat([upper_diagonal, lower_diagonal], axis=-1)
 

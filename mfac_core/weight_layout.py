@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.backends import Array, Device, array_namespace, device_of
 
 __all__ = ["WeightLayout"]
 
@@ -122,23 +122,43 @@ class WeightLayout:
                 "and lower the learning rate or skip the optimizer steps whose gradients are not finite"
             )
 
-    def gather(self, arrays: Mapping[str, Array], kept: npt.NDArray[np.bool_], dtype: Any) -> Array:
-        """Return the unpruned entries of the arrays as one vector, on the device of the first.
+    def unpruned(self, kept: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
+        """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.
 
         Args:
-            arrays: Name and array of each weight, in scope order; all on one device.
             kept: Which of the ``n`` weights are unpruned, shape ``(n,)``, in host memory.
-            dtype: dtype of the result.
+            device: Where the arrays are that will be gathered.
 
         Returns:
-            A new vector of shape ``(number of unpruned,)``.
+            For each array ``None`` for all entries, a mask in host memory, or indices elsewhere.
         """
-        first = arrays[self.names[0]]
-        xp = array_namespace(first)
-        device = device_of(first)
-        parts = []
+        found: dict[str, Array] = {}
         for name, (start, stop) in self.segments.items():
-            values = xp.asarray(arrays[name]).reshape(-1)
             segment = kept[start:stop]
-            parts.append(values if segment.all() else values[device.asarray(segment)])
-        return xp.concatenate(parts).astype(dtype, copy=False)
+            if segment.all():
+                found[name] = None
+            elif device.backend.name == "numpy":
+                found[name] = segment
+            else:  # the length of what a mask selects would have to be waited for
+                found[name] = device.asarray(np.flatnonzero(segment).astype(np.int32))
+        return found
+
+    def gather(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> Array:
+        """Return the unpruned entries of the arrays as one vector.
+
+        Args:
+            arrays: Name and array of each weight; all on one device.
+            unpruned: What :meth:`unpruned` has returned for this device.
+
+        Returns:
+            A new vector of shape ``(number of unpruned,)``, on the device of the arrays, in their common dtype.
+        """
+        xp = array_namespace(arrays[self.names[0]])
+        parts = []
+        for name in self.names:
+            values = xp.reshape(xp.asarray(arrays[name]), (-1,))
+            entries = unpruned[name]
+            if entries is not None:
+                values = values[entries] if isinstance(entries, np.ndarray) else xp.take(values, entries)
+            parts.append(values)
+        return xp.concat(parts)

@@ -7,13 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mfac_core.backends import resolve_device
 from mfac_core.weight_layout import WeightLayout
+from tests.core.strict_backend import strict_devices
 
 NAMES = st.text("abc.", min_size=1, max_size=4)
 SHAPES = st.dictionaries(NAMES, st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=5).filter(
     lambda shapes: any(math.prod(shape) for shape in shapes.values())
 )
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
+
+
+def gather(layout, arrays, kept):
+    return layout.gather(arrays, layout.unpruned(kept, resolve_device("cpu")))
 
 
 def numbered(shapes, dtype=np.float64) -> dict[str, np.ndarray]:
@@ -51,7 +57,7 @@ def test_flatten_and_unflatten_are_inverse(shapes):
 def test_gather_equals_masking_the_flattened_vector(shapes, random):
     layout, arrays = WeightLayout(shapes), numbered(shapes)
     kept = np.array([random.random() < 0.5 for _ in range(layout.num_weights)], dtype=bool)
-    np.testing.assert_array_equal(layout.gather(arrays, kept, np.float64), np.arange(layout.num_weights)[kept])
+    np.testing.assert_array_equal(gather(layout, arrays, kept), np.arange(layout.num_weights)[kept])
 
 
 @given(SHAPES)
@@ -60,7 +66,7 @@ def test_the_order_of_the_arrays_is_irrelevant(shapes):
     backwards = dict(reversed(arrays.items()))
     kept = np.arange(layout.num_weights) % 3 > 0
     np.testing.assert_array_equal(layout.flatten(backwards), layout.flatten(arrays))
-    np.testing.assert_array_equal(layout.gather(backwards, kept, np.float64), layout.gather(arrays, kept, np.float64))
+    np.testing.assert_array_equal(gather(layout, backwards, kept), gather(layout, arrays, kept))
     layout.check(backwards, "weights")
 
 
@@ -71,13 +77,11 @@ def test_flatten_gives_a_new_vector():
 
 
 @pytest.mark.parametrize("kept", [[True] * 4, [False] * 4, [True, False, True, True]])
-def test_gather_gives_a_new_vector_of_the_wanted_dtype(kept):
+def test_gather_gives_a_new_vector(kept):
     arrays = {"a": np.arange(4, dtype=np.float32)}
-    gathered = WeightLayout({"a": (4,)}).gather(arrays, np.array(kept), np.float64)
-    assert gathered.dtype == np.float64
-    same = WeightLayout({"a": (4,)}).gather(arrays, np.array(kept), np.float32)
-    same[:] = -1
-    assert same.dtype == np.float32
+    gathered = gather(WeightLayout({"a": (4,)}), arrays, np.array(kept))
+    assert gathered.dtype == np.float32
+    gathered[:] = -1
     np.testing.assert_array_equal(arrays["a"], [0, 1, 2, 3])
 
 
@@ -85,7 +89,7 @@ def test_a_strided_array_is_read_in_its_logical_order():
     array = np.arange(6.0).reshape(2, 3)
     layout = WeightLayout({"a": (3, 2)})
     np.testing.assert_array_equal(layout.flatten({"a": array.T}), [0, 3, 1, 4, 2, 5])
-    np.testing.assert_array_equal(layout.gather({"a": array.T}, np.arange(6) > 1, np.float64), [1, 4, 2, 5])
+    np.testing.assert_array_equal(gather(layout, {"a": array.T}, np.arange(6) > 1), [1, 4, 2, 5])
 
 
 @DTYPES
@@ -115,3 +119,12 @@ def test_missing_and_unknown_names_are_refused():
 def test_no_weights_at_all_are_refused(shapes):
     with pytest.raises(ValueError, match="weights"):
         WeightLayout(shapes)
+
+
+@given(st.lists(st.booleans(), min_size=12, max_size=12))
+def test_gathering_on_another_device_equals_gathering_in_host_memory(kept):
+    layout, (device, _) = WeightLayout({"a": (2, 3), "b": (6,)}), strict_devices(2)
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.arange(6.0, 12.0)}
+    there = {name: device.asarray(array) for name, array in arrays.items()}
+    row = layout.gather(there, layout.unpruned(np.array(kept), device))
+    np.testing.assert_array_equal(device.to_numpy(row), gather(layout, arrays, np.array(kept)))

@@ -1,0 +1,236 @@
+"""Groups of blocks: which of them need float64, what is kept between the passes, and who computes what."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import mfac_core
+import mfac_core.blockwise as blockwise
+from mfac_core.backends import Device
+from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.blockwise import BlockwiseFisher
+from mfac_core.gradient_matrix import GradientMatrix
+from mfac_core.gradient_window import GradientWindow
+from mfac_core.pruning_step import mfac_step
+from tests import reference
+from tests.core.strict_backend import NAMES, StrictBackend, strict_devices
+
+inverse_fisher = sys.modules["mfac_core.inverse_fisher"]
+
+M, B, BLOCKS, DAMPING = 12, 30, 6, 1e-4
+
+
+class RoomyBackend(NumpyBackend):
+    """Host memory with groups of several blocks, whatever the size, and a chosen amount of free memory."""
+
+    def __init__(self, free_bytes: int | None = 10**9) -> None:
+        self._free_bytes = free_bytes
+
+    def group_bytes(self, device, total):
+        return 10**9
+
+    def free_bytes(self, device):
+        return self._free_bytes
+
+
+def gradients_of_both_kinds(m: int = M, width: int = B) -> np.ndarray:
+    """Return gradients of which the second and the last block need float64."""
+    rows = np.random.default_rng(0).standard_normal((m, BLOCKS * width)).astype(np.float32)
+    for block in (1, BLOCKS - 1):
+        columns = slice(block * width, (block + 1) * width)
+        rows[:, columns] = rows[:1, columns] + 1e-3 * rows[:, columns]
+    return rows
+
+
+def chunks_of(rows: np.ndarray, width: int = B) -> list[np.ndarray]:
+    return [np.ascontiguousarray(rows.reshape(len(rows), -1, width).transpose(1, 0, 2))]
+
+
+@pytest.mark.parametrize("m, width", [(M, B), (200, B)])
+@pytest.mark.parametrize("device", [None, *strict_devices(2, StrictBackend(group_bytes=10**9))])
+def test_only_the_blocks_that_need_float64_get_it(m, width, device):
+    rows = gradients_of_both_kinds(m, width)
+    chunks = chunks_of(rows, width)
+    if device is not None:
+        chunks = [device.asarray(chunk) for chunk in chunks]
+    made, diagonal = inverse_fisher.evaluate(chunks, DAMPING)
+    host = np.asarray if device is None else device.to_numpy
+    assert host(made.precise).tolist() == [False, True, False, False, False, True]
+    exact = reference.exact_inverse(rows, DAMPING, width)
+    np.testing.assert_allclose(host(diagonal).reshape(-1), np.diag(exact), rtol=1e-4)
+    x = np.random.default_rng(1).standard_normal((BLOCKS, width)).astype(np.float32)
+    given = x if device is None else device.asarray(x)
+    wanted = exact @ x.reshape(-1)
+    for again in (made, inverse_fisher.factor(chunks, DAMPING, made.precise)):
+        found = host(again.apply(chunks, given)).reshape(-1)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+        for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
+            found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :]))
+            within = wanted.reshape(BLOCKS, width)[part]
+            np.testing.assert_allclose(found, within, rtol=0, atol=1e-4 * np.abs(within).max())
+
+
+def test_rows_are_applied_to_in_the_precision_of_each_block():
+    rows = gradients_of_both_kinds()
+    made, _ = inverse_fisher.evaluate(chunks_of(rows), DAMPING)
+    coefficients = np.random.default_rng(1).standard_normal((BLOCKS, M)).astype(np.float32)
+    found = made.apply_to_rows(chunks_of(rows), coefficients)
+    for block in range(BLOCKS):
+        columns = slice(block * B, (block + 1) * B)
+        exact = reference.exact_inverse(rows[:, columns], DAMPING, None)
+        wanted = exact @ rows[:, columns].T.astype(np.float64) @ coefficients[block] / M
+        np.testing.assert_allclose(found[block], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_hopeless_try_in_float32_ends_before_its_solve(monkeypatch):
+    solved = []
+    original = inverse_fisher._DualFactor.diagonal
+
+    def counting(self, chunks):
+        solved.append(self.precise)
+        return original(self, chunks)
+
+    monkeypatch.setattr(inverse_fisher._DualFactor, "diagonal", counting)
+    rows = np.random.default_rng(0).standard_normal((M, B)).astype(np.float32)
+    inverse_fisher.evaluate([rows[None]], DAMPING)
+    inverse_fisher.evaluate([(rows[:1] + 1e-4 * rows)[None]], 1e-8)
+    assert solved == [False, True]
+
+
+def steps_with(backend, monkeypatch, rows, width, update="independent"):
+    """Return what a pruning step gives, and how often a group was factored."""
+    made = []
+    for name in ("evaluate", "factor"):
+        original = getattr(blockwise, name)
+
+        def counting(*arguments, original=original):
+            made.append(1)
+            return original(*arguments)
+
+        monkeypatch.setattr(blockwise, name, counting)
+    weights = np.random.default_rng(2).standard_normal(rows.shape[1]).astype(np.float32)
+    source = GradientMatrix([rows], block_size=width)
+    result = mfac_step(
+        weights, source, lambda s: s < np.median(s), damping=DAMPING, update=update, devices=Device(backend, "cpu")
+    )
+    monkeypatch.undo()
+    return result, len(made)
+
+
+def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypatch):
+    rows = gradients_of_both_kinds()
+    kept, once = steps_with(RoomyBackend(), monkeypatch, rows, B)
+    working = mfac_core.blocks.working_bytes(mfac_core.blocks.BlockGroup(0, 1, (B,)), M, 4)
+    for backend in (RoomyBackend(None), RoomyBackend(BLOCKS * working)):
+        monkeypatch.setattr(blockwise, "KEPT_FRACTION", 1e-6)
+        again, twice = steps_with(backend, monkeypatch, rows, B)
+        assert (once, twice) == (1, 2)
+        for left, right in zip(again, kept, strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_factors_as_large_as_dense_inverses_are_not_kept(monkeypatch):
+    _, made = steps_with(RoomyBackend(), monkeypatch, gradients_of_both_kinds(40), B)
+    assert made == 2
+
+
+def test_kept_factors_are_given_back_when_they_have_been_used():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"))
+    room = dict(fisher._room)
+    fisher.diagonal()
+    assert fisher._room["cpu"] < room["cpu"]
+    fisher.apply(np.ones(BLOCKS * B, np.float32))
+    assert fisher._room == room and not fisher._kept
+
+
+def test_repeated_products_factor_once(monkeypatch):
+    made = []
+    original = blockwise.evaluate
+    monkeypatch.setattr(blockwise, "evaluate", lambda *arguments: made.append(1) or original(*arguments))
+    fisher = mfac_core.inverse_fisher(gradients_of_both_kinds(), block_size=B, damping=DAMPING)
+    first = fisher.apply(np.ones(BLOCKS * B, np.float32))
+    count = len(made)
+    np.testing.assert_array_equal(fisher.apply(np.ones(BLOCKS * B, np.float32)), first)
+    assert len(made) == count
+
+
+def test_groups_of_a_window_are_parts_of_its_slabs():
+    window = GradientWindow(BLOCKS * B + 7, M, block_size=B, device=Device(RoomyBackend(), "cpu"))
+    rows = np.concatenate([gradients_of_both_kinds(), np.ones((M, 7), np.float32)], axis=1)
+    for row in rows:
+        window.push(row)
+    assert [slab.count for slab in window.slabs] == [BLOCKS, 1]
+    devices = strict_devices(3, StrictBackend(group_bytes=1))
+    fisher = BlockwiseFisher(window, damping=DAMPING, devices=devices)
+    assert len(fisher.groups) == BLOCKS + 1
+    for group in fisher.groups:
+        (chunk,) = window.chunks(group)
+        np.testing.assert_array_equal(chunk[0], rows[:, group.start : group.stop])
+    exact = reference.exact_inverse(rows, DAMPING, B)
+    np.testing.assert_allclose(fisher.home.to_numpy(fisher.diagonal()), np.diag(exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize("speeds", [{}, {"device1": 3.0}, {"CPU_DEVICE": 0.01, "device2": 5.0}])
+def test_the_speed_of_devices_decides_who_computes_and_not_what(speeds):
+    backend = StrictBackend(speeds=speeds)
+    rows = gradients_of_both_kinds()
+    fisher = mfac_core.inverse_fisher(rows, block_size=B, damping=DAMPING, devices=strict_devices(3, backend))
+    alone = mfac_core.inverse_fisher(rows, block_size=B, damping=DAMPING, devices=strict_devices(1))
+    np.testing.assert_array_equal(fisher.diagonal(), alone.diagonal())
+    blocks = [device for device, shape in backend.uploads if len(shape) == 3]
+    share = {name: speeds.get(name, 1.0) / sum(speeds.get(each, 1.0) for each in NAMES) for name in NAMES}
+    for name in NAMES:
+        assert abs(blocks.count(name) - BLOCKS * share[name]) <= 1
+
+
+def test_a_device_that_computes_nothing_is_named_in_the_log(caplog):
+    class Small(StrictBackend):
+        def free_bytes(self, device):
+            return 100 if device == "device1" else None
+
+    with caplog.at_level("INFO", logger="mfac_core"):
+        mfac_core.inverse_fisher(gradients_of_both_kinds(), block_size=B, devices=strict_devices(3, Small()))
+    assert "device1" in caplog.text and "device2" not in caplog.text
+
+
+def test_cores_are_shared_between_workers_and_blas(monkeypatch):
+    limits = []
+
+    class Limits:
+        def __init__(self, limits, user_api):
+            self.limits = limits
+
+        def __enter__(self):
+            limits.append(self.limits)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 16)
+    monkeypatch.setattr("mfac_core.backends.numpy_backend._thread_limits", lambda: Limits)
+    for tasks, workers in [(1, 1), (3, 3), (16, 16), (100, 16)]:
+        with NumpyBackend().workers("cpu", tasks) as found:
+            assert found == workers
+    assert limits == [5, 1, 1]  # a single task has all the threads of BLAS
+
+
+def test_blocks_are_enough_for_all_cores(monkeypatch):
+    monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 4)
+    threads = set()
+    rows = np.random.default_rng(0).standard_normal((8, 64 * 20)).astype(np.float32)
+    fisher = BlockwiseFisher(GradientMatrix([rows], block_size=20), damping=1.0, devices="cpu")
+    assert len(fisher.groups) >= 16
+    barrier = threading.Barrier(4)
+
+    def task(index, device, chunks):
+        if threading.get_ident() not in threads:
+            threads.add(threading.get_ident())
+            barrier.wait(timeout=20)
+
+    fisher.run(task)
+    assert len(threads) == 4

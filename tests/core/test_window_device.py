@@ -1,0 +1,140 @@
+"""Where the gradient window is kept, and gradients that arrive from another device while training goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mfac_core import DeviceError, MFACPruner, MFACSettings
+from mfac_core.backends import Device, device_of, resolve_device, selection
+from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.planning import choose_window_device
+from tests.core.strict_backend import StrictBackend, strict_devices
+
+SETTINGS = MFACSettings(
+    final_sparsity=0.8, start_epoch=1, end_epoch=3, num_gradients={0.0: 5, 0.5: 8}, block_size=7, damping=1e-3
+)
+STEPS = 8
+SHAPES = {"a": (5, 6), "b": (11,)}
+
+
+class Accelerator(StrictBackend):
+    """Virtual devices that training happens on; counts what is waited for and what host memory is asked of it."""
+
+    def __init__(self, free_bytes=10**9):
+        super().__init__(free_bytes=free_bytes)
+        self.waited = 0
+        self.pinned = 0
+
+    def fetch(self, x):
+        def wait():
+            self.waited += 1
+            return self.to_numpy(x)
+
+        return wait
+
+    def host_zeros(self, shape, dtype):
+        self.pinned += 1
+        return super().host_zeros(shape, dtype)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    backend = Accelerator()
+
+    def of(x):
+        return device_of(x) if isinstance(x, np.ndarray) else Device(backend, str(x.device).split("'")[1])
+
+    monkeypatch.setattr(selection, "_backends", lambda: (NumpyBackend(), backend))
+    for module in ("pruner", "weight_layout"):
+        monkeypatch.setattr(f"mfac_core.{module}.device_of", of)
+    return backend
+
+
+def gradient_at(step):
+    rng = np.random.default_rng(step)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def pruner_for(**changes):
+    settings = MFACSettings(**{**SETTINGS.__dict__, **changes})
+    return MFACPruner(settings, gradient_at(1000), steps_per_epoch=STEPS)
+
+
+def train(pruner, place, refused=()):
+    """Return the weights after a run in which each gradient lies where ``place`` puts it."""
+    weights = gradient_at(1000)
+    for step in range(3 * STEPS):
+        if pruner.needs_gradients(step):
+            gradients = gradient_at(step)
+            if step in refused:
+                gradients["b"][3] = np.nan
+            pruner.observe({name: place(array) for name, array in gradients.items()})
+        if pruner.is_due(step + 1):
+            weights = pruner.prune(weights, step + 1).weights
+    return weights
+
+
+@pytest.mark.parametrize("gradients_device", ["auto", "cpu", "device1", "device2"])
+@pytest.mark.parametrize("refused", [(), (7, 18)])
+def test_a_run_on_devices_ends_as_one_in_host_memory(gradients_device, refused, accelerator):
+    in_host_memory = pruner_for(devices=("cpu",))
+    here = train(in_host_memory, np.asarray, refused)
+    pruner = pruner_for(devices=("device1", "device2"), gradients_device=gradients_device)
+    there = train(pruner, Device(accelerator, "device1").asarray, refused)
+    assert pruner.refused_rows == in_host_memory.refused_rows
+    assert bool(pruner.refused_rows) == bool(refused)
+    assert pruner.is_finished
+    for name in SHAPES:
+        np.testing.assert_array_equal(there[name] == 0, here[name] == 0)
+        np.testing.assert_allclose(there[name], here[name], rtol=1e-4, atol=1e-5)
+    assert bool(accelerator.pinned) == (gradients_device == "cpu")
+
+
+@pytest.mark.parametrize("gradients_device", ["cpu", "device1"])
+def test_a_gradient_is_waited_for_only_when_the_next_one_comes(gradients_device, accelerator):
+    pruner = pruner_for(devices=("device1",), gradients_device=gradients_device)
+    place = Device(accelerator, "device1").asarray
+    for count in range(3):
+        assert accelerator.waited == max(0, count - 1)
+        assert pruner.needs_gradients(STEPS - 3 + count)
+        assert not pruner.is_due(STEPS - 3 + count)
+        assert pruner.observe({name: place(array) for name, array in gradient_at(count).items()})
+    assert accelerator.waited == 2
+    assert pruner.num_rows == 3
+    assert accelerator.waited == 3
+
+
+def test_a_gradient_that_is_arriving_is_part_of_the_state_and_can_be_forgotten(accelerator):
+    pruner = pruner_for(devices=("device1",))
+    place = Device(accelerator, "device1").asarray
+    pruner.observe({name: place(array) for name, array in gradient_at(0).items()})
+    assert pruner.state_dict()["window"]["rows"].shape == (1, 41)
+    pruner.observe({name: place(array) for name, array in gradient_at(1).items()})
+    pruner.forget_gradients()
+    assert pruner.num_rows == 0
+
+
+def test_the_first_device_with_room_keeps_the_window():
+    class Tight(StrictBackend):
+        def free_bytes(self, device):
+            return 10_000 if device == "CPU_DEVICE" else 1_000_000
+
+    backend = Tight()
+    devices = (resolve_device("cpu"), *strict_devices(3, backend))
+    assert choose_window_device("auto", devices, 5_000).name == "CPU_DEVICE"
+    assert choose_window_device("auto", devices, 50_000).name == "device1"
+
+
+def test_without_room_the_window_stays_in_host_memory_and_says_so(caplog):
+    assert choose_window_device("auto", strict_devices(2, StrictBackend(1000)), 50_000).name == "cpu"
+    assert "50,000" in caplog.text and "CPU_DEVICE, device1" in caplog.text
+    caplog.clear()
+    assert choose_window_device("auto", (resolve_device("cpu"),), 50_000).name == "cpu"
+    assert not caplog.text
+
+
+def test_a_device_that_is_named_is_taken():
+    assert choose_window_device("cpu", strict_devices(1, StrictBackend(10**9)), 10).name == "cpu"
+    with pytest.raises(DeviceError, match="gpu7"):
+        choose_window_device("gpu7", strict_devices(1), 10)
