@@ -217,7 +217,8 @@ class _DualFactor:
 
         def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
             lower = self._factor.part(blocks)
-            return 1 - _concat([lower.column_sums(chunk) for chunk in part], axis=-1)
+            sums = [lower.column_sums(columns) for chunk in part for columns in _cache_columns(chunk)]
+            return 1 - _concat(sums, axis=-1)
 
         remainder = _over_parts(chunks, self._dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
@@ -410,6 +411,17 @@ def _over_parts(chunks: Sequence[Array], dtype: Any, function: Callable[[Sequenc
     """Return what ``function(part of the chunks in dtype, blocks)`` gives for parts that stay in the cache, joined."""
     results = [function(_Converted(chunks, blocks, dtype), blocks) for blocks in cache_parts(chunks)]
     return _concat(results, axis=0)
+
+
+def _cache_columns(chunk: Array) -> list[Array]:
+    """Return the columns of a chunk in pieces that stay in a CPU's cache; elsewhere all of them at once."""
+    count, rows, width = chunk.shape
+    if array_namespace(chunk) is not np:
+        return [chunk]
+    at_once = max(1, CACHE_BYTES // (count * rows * chunk.dtype.itemsize))
+    pieces = -(-width // at_once)
+    bounds = [width * piece // pieces for piece in range(pieces + 1)]
+    return [chunk[:, :, start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 class _Converted(Sequence[Array]):

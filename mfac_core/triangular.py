@@ -34,8 +34,8 @@ class TriangularFactor:
     @property
     def num_bytes(self) -> int:
         """Memory of the panels in bytes."""
-        itemsize: int = array_namespace(self.pivots).finfo(self.pivots.dtype).bits // 8
-        return itemsize * sum(math.prod(x.shape) for x in (*self.left, *self.inverses))
+        itemsize = array_namespace(self.pivots).finfo(self.pivots.dtype).bits // 8
+        return int(itemsize * sum(math.prod(x.shape) for x in (*self.left, *self.inverses)))
 
     def part(self, blocks: slice) -> TriangularFactor:
         """Return the factors of some of the matrices, as views."""

@@ -17,7 +17,7 @@ from mfac_core.backends.base import Array
 
 __all__ = ["NumpyBackend"]
 
-GROUP_BYTES = 8 * 2**20
+GROUP_BYTES = 16 * 2**20
 
 _logger = logging.getLogger("mfac_core")
 

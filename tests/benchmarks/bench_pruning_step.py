@@ -40,6 +40,7 @@ SHAPES = [  # m, B, d; None is one block
 LINEAR_IN_D = (64, 2000, (125_000, 250_000, 500_000, 1_000_000, 2_000_000))
 TEXTBOOK_SECONDS = 5  # the textbook variants run on as many blocks as this allows, and are scaled up
 SPARSITY = 0.5
+DAMPING = 1e-5
 OUTPUT = Path("docs/benchmarks.md")
 
 
@@ -49,17 +50,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT}")
     parser.add_argument("--shape", nargs=3, help="measure one shape in this process: m B d")
     parser.add_argument("--no-textbook", action="store_true", help="leave the textbook variants out")
+    parser.add_argument("--made-again", action="store_true", help="with --shape: keep no factors between the passes")
     arguments = parser.parse_args()
     if arguments.shape:
         m, width, d = (None if value == "None" else int(value) for value in arguments.shape)
-        print(json.dumps(measure(m, width, d, textbook=not arguments.no_textbook)))
+        if arguments.made_again:
+            print(json.dumps(measure_without_kept_factors(m, width, d)))
+        else:
+            print(json.dumps(measure(m, width, d, textbook=not arguments.no_textbook)))
         return
     rows = []
     for shape in SHAPES:
-        rows.append(_in_a_process(shape, textbook=not arguments.no_textbook))
+        row = _in_a_process(shape, *(["--no-textbook"] if arguments.no_textbook else []))
+        row["made_again"] = _in_a_process(shape, "--made-again")
+        rows.append(row)
         print(_line(rows[-1]), flush=True)
     m, width, sizes = LINEAR_IN_D
-    scaling = [_in_a_process((m, width, d), textbook=False) for d in sizes]
+    scaling = [_in_a_process((m, width, d), "--no-textbook") for d in sizes]
     document = _document(rows, scaling)
     if arguments.write:
         OUTPUT.write_text(document, encoding="utf-8")
@@ -80,43 +87,95 @@ def measure(m: int, width: int | None, d: int, *, textbook: bool) -> dict:
     Returns:
         The measurements by name.
     """
-    from mfac_core.blockwise import BlockwiseFisher
+    window, weights = _problem(m, width, d)
+    before = _resident()
+    whole = [_timed_beside_products(lambda: _step(window, weights))]
+    memory = _peak() - before
+    whole += [_timed_beside_products(lambda: _step(window, weights)) for _ in range(6 if whole[0][0] < 10 else 2)]
+    seconds, rates = zip(*whole, strict=True)
+    ratios = sorted(second * rate / (2 * m * m * d) for second, rate in whole)
+    result = {
+        "m": m, "B": width, "d": d, "seconds": statistics.median(seconds), "rate": statistics.median(rates),
+        "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1], "memory": memory,
+        "window": window.num_bytes, "parts": _parts(window, weights), "textbook": {},
+    }  # fmt: skip
+    if textbook:
+        result["textbook"] = _textbook(_some_blocks(window), d)
+    return result
+
+
+def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
+    """Return seconds and memory of one shape when the second pass factors every block again.
+
+    Args:
+        m: Rows of the window.
+        width: Weights per block, or ``None``.
+        d: Number of weights.
+
+    Returns:
+        The measurements by name.
+    """
+    from mfac_core import blockwise
+
+    blockwise.KEPT_FRACTION = 0.0
+    window, weights = _problem(m, width, d)
+    before = _resident()
+    seconds = [_timed(lambda: _step(window, weights))]
+    memory = _peak() - before
+    seconds += [_timed(lambda: _step(window, weights)) for _ in range(2 if seconds[0] < 10 else 0)]
+    return {"seconds": statistics.median(seconds), "memory": memory}
+
+
+def _problem(m: int, width: int | None, d: int):
     from mfac_core.gradient_window import GradientWindow
-    from mfac_core.masks import least_salient
-    from mfac_core.pruning_step import mfac_step
 
     rng = np.random.default_rng(0)
     window = GradientWindow(d, m, block_size=width)
     for _ in range(m):
         window.push(rng.standard_normal(d, dtype=np.float32))
-    weights = rng.standard_normal(d, dtype=np.float32)
+    return window, rng.standard_normal(d, dtype=np.float32)
 
-    def step() -> None:
-        mfac_step(
-            weights,
-            window,
-            lambda saliencies: least_salient(saliencies, round(d * SPARSITY)),
-            damping=1e-5,
-            update="independent",
-            devices="cpu",
-        )
 
-    before = _resident()
-    whole = [_timed(step)]
-    memory = _peak() - before
-    whole += [_timed(step) for _ in range(2 if whole[0] < 30 else 0)]
-    fisher = BlockwiseFisher(window, damping=1e-5, devices="cpu")
-    diagonal = min(_timed(fisher.diagonal) for _ in range(2))
-    rate = _product_rate()
-    result = {
-        "m": m, "B": width, "d": d, "seconds": min(whole), "spread": max(whole) - min(whole), "diagonal": diagonal,
-        "rate": rate, "floor": 2 * m * m * d / rate, "memory": memory, "window": window.num_bytes,
-        "textbook": {},
-    }  # fmt: skip
-    if textbook and width is not None:
-        whole_groups = [i for i, group in enumerate(window.groups[:4]) if group.width == window.groups[0].width]
-        result["textbook"] = _textbook(np.concatenate([window.chunks(i)[0] for i in whole_groups]), d)
-    return result
+def _step(window, weights) -> None:
+    from mfac_core.masks import least_salient
+    from mfac_core.pruning_step import mfac_step
+
+    def select(saliencies):
+        return least_salient(saliencies, round(len(weights) * SPARSITY))
+
+    mfac_step(weights, window, select, damping=DAMPING, update="independent", devices="cpu")
+
+
+def _parts(window, weights) -> dict[str, float]:
+    """Return the seconds of each part of a step, by name."""
+    from mfac_core.blockwise import BlockwiseFisher
+    from mfac_core.masks import least_salient
+    from mfac_core.obs import independent_update, saliency
+
+    seconds = {}
+
+    def part(name, function):
+        started = time.perf_counter()
+        value = function()
+        seconds[name] = time.perf_counter() - started
+        return value
+
+    fisher = BlockwiseFisher(window, damping=DAMPING, devices="cpu")
+    diagonal = part("diagonal", fisher.diagonal)
+    saliencies = part("saliency", lambda: saliency(weights, diagonal))
+    chosen = part("mask", lambda: least_salient(saliencies, round(len(weights) * SPARSITY)))
+    change, _ = part("update", lambda: independent_update(fisher, weights, chosen, diagonal))
+    part("writing", lambda: np.where(chosen, 0, weights + change))
+    return seconds
+
+
+def _some_blocks(window) -> np.ndarray:
+    """Return up to 32 of the first blocks of a window, shape ``(n, m, B)``."""
+    from mfac_core.blocks import BlockGroup
+
+    slab = window.slabs[0]
+    chunks = window.chunks(BlockGroup(slab.start, min(slab.count, 32), slab.chunk_widths))
+    return np.concatenate(chunks, axis=-1)
 
 
 def _textbook(blocks: np.ndarray, d: int) -> dict[str, float]:
@@ -140,13 +199,18 @@ def _textbook(blocks: np.ndarray, d: int) -> dict[str, float]:
     return seconds
 
 
+def _timed_beside_products(function) -> tuple[float, float]:
+    """Return the seconds of a call, and the mean float32 rate of matrix products right before and after it."""
+    before = _product_rate()
+    seconds = _timed(function)
+    return seconds, (before + _product_rate()) / 2
+
+
 def _product_rate(size: int = 2048) -> float:
     """Return the machine's float32 matrix-product rate on all cores, in operations per second."""
-    a = np.ones((size, size), np.float32)
-    b = np.ones((size, size), np.float32)
+    a, b = np.ones((2, size, size), np.float32)
     out = np.empty_like(a)
-    np.matmul(a, b, out=out)
-    return 2 * size**3 / min(_timed(lambda: np.matmul(a, b, out=out)) for _ in range(7))
+    return 2 * size**3 / min(_timed(lambda: np.matmul(a, b, out=out)) for _ in range(3))
 
 
 def _timed(function) -> float:
@@ -165,8 +229,8 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _in_a_process(shape: tuple, *, textbook: bool) -> dict:
-    command = [sys.executable, __file__, "--shape", *map(str, shape)] + ([] if textbook else ["--no-textbook"])
+def _in_a_process(shape: tuple, *options: str) -> dict:
+    command = [sys.executable, __file__, "--shape", *map(str, shape), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -174,11 +238,14 @@ def _in_a_process(shape: tuple, *, textbook: bool) -> dict:
 def _line(row: dict) -> str:
     best = min(row["textbook"].values(), default=None)
     name = min(row["textbook"], key=row["textbook"].get, default="")
+    parts = row["parts"]
     cells = [
-        row["m"], row["B"] or "all", f"{row['d']:,}", f"{row['seconds']:.2f}", f"{row['diagonal']:.2f}",
-        f"{row['rate'] / 1e9:.0f}", f"{row['seconds'] / row['floor']:.2f}",
-        f"{best / row['diagonal']:.0f} ({name.replace('_', ' ')})" if best else "",
+        row["m"], row["B"] or "all", f"{row['d']:,}", f"{row['seconds']:.2f}",
+        *(f"{parts[name]:.2f}" for name in ("diagonal", "mask", "update")),
+        f"{row['rate'] / 1e9:.0f}", f"{row['ratio']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})",
+        f"{best / parts['diagonal']:.0f} ({name.replace('_', ' ')})" if best else "",
         f"{row['memory'] / 2**20:.0f}", f"{row['window'] / 2**20:.0f}",
+        f"{row['made_again']['seconds']:.2f}", f"{row['made_again']['memory'] / 2**20:.0f}",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -202,19 +269,29 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {_processor()}, "
             f"{len(os.sched_getaffinity(0))} cores; its matrix product runs at {rate:.0f} GFLOP/s (median over rows).",
             "",
-            "* *step*: seconds, the best of three; *diagonal*: of that, the inverse diagonal alone",
-            "* *product*: the rate of a 2048 x 2048 matrix product in the same process, in GFLOP/s",
-            "* *floor ratio*: seconds over `2 m^2 d` operations at that rate",
+            "* *step*: seconds, the median of seven runs (of three for steps over ten seconds); *diagonal*, *mask*,",
+            "  *update*: these parts of one step (saliency and writing back take what is left)",
+            "* *product*: the rate of 2048 x 2048 matrix products right before and after each run, in GFLOP/s",
+            "* *floor ratio*: seconds over `2 m^2 d` operations at that rate: median (lowest to highest)",
             "* *textbook ratio*: the diagonal by the fastest textbook variant of the paper's recursion over ours",
-            "  (`tests/benchmarks/textbook.py`; measured on up to four groups of blocks and scaled to `d`)",
+            "  (`tests/benchmarks/textbook.py`; measured on up to 32 blocks and scaled to `d`)",
             "* *memory*: peak resident memory of the step beyond the window, in MiB; *window*: the window itself",
+            "* *again*, *memory again*: seconds and memory when no factor is kept and the second pass makes them again",
             "",
-            "| m | B | d | step | diagonal | product | floor ratio | textbook ratio | memory | window |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| m | B | d | step | diagonal | mask | update | product | floor ratio | textbook ratio | memory | window "
+            "| again | memory again |",
+            "| --- " * 14 + "|",
             *map(_line, rows),
             "",
-            "The second pass (update) factors each block again: keeping the factors would take up to as much memory as",
-            "the window. Small blocks are far from their floor, which counts operations and not the calls of LAPACK.",
+            "The second pass (update) needs the factor of each block again. Factors of the size of the number of",
+            "gradients are kept from the first pass, because making them again costs as much as the first pass but for",
+            "its solve; they take `m / B` of the window at most, and never more than a quarter of the free memory.",
+            "Factors of the size of a block (`B <= m`) are made again: kept, they would be as large as all dense",
+            "inverses.",
+            "",
+            "What keeps a step from its floor: BLAS runs thin products (64 rows) at half of its speed, and a product",
+            "of a matrix with its own transpose takes not half, but two thirds or more of the time of a full one;",
+            "small factorisations are many small calls. At `m = 64` these outweigh the products themselves.",
             "",
             "## Linear in d",
             "",
