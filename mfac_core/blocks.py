@@ -170,11 +170,13 @@ def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
         itemsize: Bytes per number of the window.
 
     Returns:
-        Bytes: the chunk and its solved copy, and the factor in float64 with room to make it.
+        Bytes: the chunk and its solved copy, and the factor in float64 with room to make it, and its inverse where it
+        has the size of a block.
     """
     chunk = group.count * num_gradients * max(group.chunk_widths) * itemsize
     small = min(num_gradients, group.width)
-    return 2 * chunk + 3 * 8 * group.count * small * small
+    copies = 3 if num_gradients < group.width else 8
+    return 2 * chunk + copies * 8 * group.count * small * small
 
 
 def _blocks_of(slab: BlockGroup, first: int, count: int) -> BlockGroup:

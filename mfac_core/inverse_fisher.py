@@ -20,7 +20,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import column_sums_of_squares, matmul
+from mfac_core.backends.kernels import column_sums_of_squares, lower_gram, matmul
 from mfac_core.errors import IllConditionedError
 from mfac_core.triangular import cholesky, diagonals
 
@@ -274,7 +274,7 @@ class _DualFactor:
             gradients = xp.asarray(gradients, dtype=xp.float64)
             columns = xp.nonzero(cancelled[block, :])[0]
             others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
-            gram = matmul(others, xp.matrix_transpose(others))
+            gram = lower_gram(others)
             solved = cholesky(gram, gradients.shape[-2] * self._damping).solve(xp.take(gradients, columns, axis=-1))
             inverse = cholesky(matmul(xp.matrix_transpose(solved), solved), 1.0).inverse()
             values = column_sums_of_squares(inverse)
@@ -449,7 +449,7 @@ class _Converted(Sequence[Array]):
 def _gram(chunks: Sequence[Array], blocks: slice) -> Array:
     total = None
     for chunk in chunks:
-        product = matmul(chunk, array_namespace(chunk).matrix_transpose(chunk))
+        product = lower_gram(chunk)
         total = product if total is None else total + product
     return total
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.utils.dlpack
 from mfac_core.backends import Array, Device, resolve_device
 from mfac_core.errors import DeviceError
 
-__all__ = ["state_to_arrays", "state_to_tensors", "to_array", "to_tensor", "write_back"]
+__all__ = ["state_to_arrays", "state_to_tensors", "to_array", "to_tensor", "wait_until_read", "write_back"]
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -49,6 +49,21 @@ def to_array(tensor: torch.Tensor) -> Array:
     elif tensor.device.type != "cpu":
         _say_copied_once(tensor.device.type)
     return tensor.cpu().numpy()
+
+
+def wait_until_read(devices: Iterable[torch.device]) -> None:
+    """Wait until the core has read the tensors that it was given, where torch would not wait by itself.
+
+    The core reads asynchronously on CUDA's default stream. Work that torch queues there comes after it; a loop that
+    trains on a stream of its own could write to the tensors again too early.
+
+    Args:
+        devices: Where the tensors are.
+    """
+    for index in {device.index for device in devices if device.type == "cuda"}:
+        device = _array_device(index)
+        if device is not None and torch.cuda.current_stream(index) != torch.cuda.default_stream(index):
+            device.backend.synchronize(device.name)
 
 
 def to_tensor(array: Array) -> torch.Tensor:

@@ -15,7 +15,7 @@ from mfac_core.backends import Array
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.settings import PruningSettings
-from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, write_back
+from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler
 from mfac_torch.selection import select_parameters
@@ -110,6 +110,7 @@ class LivePruning:
             return
         gradients = {name: to_array(_gradient(parameter, scale)) for name, parameter in self.parameters.items()}
         self._pruner.observe(gradients)
+        wait_until_read(parameter.device for parameter in self.parameters.values())
 
     def zero_gradients(self) -> None:
         """Set the gradients of pruned weights to zero."""
@@ -178,6 +179,7 @@ class LivePruning:
         self._pruner.forget_gradients()
         for gradients in self._sampler.gradients(self._model, self.parameters, self._pruner.num_gradients):
             self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
+            wait_until_read(gradient.device for gradient in gradients.values())
 
     @property
     def refused_rows(self) -> int:

@@ -8,7 +8,10 @@ import numpy as np
 
 from mfac_core.backends.base import Array, array_namespace
 
-__all__ = ["SmallFactors", "column_sums_of_squares", "matmul", "saliency", "small_factors"]
+__all__ = ["SmallFactors", "column_sums_of_squares", "lower_gram", "matmul", "saliency", "small_factors"]
+
+GRAM_PANEL = 256
+"""Rows of a symmetric product that are made at once where the library does not use the symmetry."""
 
 LARGEST_FACTOR = 16
 """Matrices up to this size are left to the library, whose factorisation is quick on the CPU only up to this size."""
@@ -30,6 +33,30 @@ def matmul(a: Array, b: Array) -> Array:
                 [3.]]])
     """
     return _of_cupy().matmul(a, b) if _is_cupy(a) else a @ b
+
+
+def lower_gram(x: Array) -> Array:
+    """Return the lower triangles of ``x x^T``; what stands above them is not defined.
+
+    Args:
+        x: Shape ``(n, rows, columns)``. Not modified.
+
+    Returns:
+        Shape ``(n, rows, rows)``, same dtype and device.
+
+    Example:
+        >>> lower_gram(np.array([[[1.0], [2.0]]]))[0, 1]
+        array([2., 4.])
+    """
+    xp = array_namespace(x)
+    count, size, _ = x.shape
+    if xp is np or size <= GRAM_PANEL:  # NumPy sees that the product is symmetric
+        return matmul(x, xp.matrix_transpose(x))
+    out = xp.zeros_like(xp.broadcast_to(x[:1, :1, :1], (count, size, size)))
+    for start in range(0, size, GRAM_PANEL):
+        stop = min(start + GRAM_PANEL, size)
+        out[:, start:stop, :stop] = matmul(x[:, start:stop, :], xp.matrix_transpose(x[:, :stop, :]))
+    return out
 
 
 def column_sums_of_squares(x: Array) -> Array:

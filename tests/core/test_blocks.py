@@ -125,4 +125,4 @@ def test_working_bytes_grow_with_everything_that_is_held():
     group = BlockGroup(0, 2, (50,))
     assert working_bytes(group, 10, 4) == 2 * (2 * 10 * 50 * 4) + 3 * 8 * 2 * 10 * 10
     assert working_bytes(BlockGroup(0, 1, (50, 50)), 10, 4) < working_bytes(BlockGroup(0, 1, (100,)), 10, 4)
-    assert working_bytes(BlockGroup(0, 1, (5,)), 10, 4) == 2 * (10 * 5 * 4) + 3 * 8 * 5 * 5
+    assert working_bytes(BlockGroup(0, 1, (5,)), 10, 4) == 2 * (10 * 5 * 4) + 8 * 8 * 5 * 5

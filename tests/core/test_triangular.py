@@ -3,7 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mfac_core.backends.kernels import LARGEST_FACTOR, column_sums_of_squares, matmul, small_factors
+from mfac_core.backends.kernels import (
+    GRAM_PANEL,
+    LARGEST_FACTOR,
+    column_sums_of_squares,
+    lower_gram,
+    matmul,
+    small_factors,
+)
 from mfac_core.triangular import PANEL, TriangularFactor, cholesky, diagonals
 from tests.core.strict_backend import strict_devices
 
@@ -99,3 +106,12 @@ def test_kernels_on_a_virtual_device_equal_those_of_numpy():
     product = matmul(device.asarray(a), device.asarray(b))
     np.testing.assert_allclose(device.to_numpy(product), matmul(a, b), rtol=1e-12)
     np.testing.assert_allclose(device.to_numpy(column_sums_of_squares(product)), (matmul(a, b) ** 2).sum(axis=1))
+
+
+@pytest.mark.parametrize("rows", [1, GRAM_PANEL, GRAM_PANEL + 1, 2 * GRAM_PANEL + 3])
+def test_the_lower_triangle_of_a_symmetric_product(rows):
+    x = np.random.default_rng(0).standard_normal((2, rows, 5))
+    device = strict_devices(2)[1]
+    wanted = np.tril(x @ x.transpose(0, 2, 1))
+    np.testing.assert_allclose(np.tril(lower_gram(x)), wanted, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(np.tril(device.to_numpy(lower_gram(device.asarray(x)))), wanted, rtol=1e-12, atol=1e-12)

@@ -5,6 +5,7 @@ import pytest
 
 import mfac_core
 from mfac_core.backends import resolve_device
+from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.gradient_window import GradientWindow
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +43,7 @@ def test_prune_takes_and_gives_cupy_arrays(update):
     np.testing.assert_allclose(cupy.asnumpy(device.weights)[same], host.weights[same], rtol=0.02, atol=1e-3)
 
 
-@pytest.mark.parametrize("gradients_device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("gradients_device", ["cpu", "cuda:0", "auto"])
 def test_a_gradual_run_with_the_window_on_either_side(gradients_device):
     rng = np.random.default_rng(0)
     weights = {"w": rng.standard_normal((40, 50)).astype(np.float32)}
@@ -65,6 +66,55 @@ def test_a_gradual_run_with_the_window_on_either_side(gradients_device):
     assert pruner.is_finished
     assert np.count_nonzero(weights["w"]) == 400
     assert np.isfinite(weights["w"]).all()
+
+
+@pytest.mark.parametrize(
+    ("m", "d", "block_size"), [(300, 4000, 1000), (520, 1500, 700), (70, 4096, 64), (1024, 500, 50)]
+)
+@pytest.mark.parametrize("update", ["independent", "joint"])
+def test_a_pruning_step_on_cuda_equals_one_on_the_cpu(m, d, block_size, update):
+    gradients, weights = problem(m, d)
+    options = dict(sparsity=0.6, block_size=block_size, damping=1e-3, update=update)
+    host = mfac_core.prune(weights, gradients, **options)
+    device = mfac_core.prune(weights, gradients, **options, devices=("cuda:0",))
+    assert np.mean(device.masks == host.masks) > 0.999
+    same = device.masks & host.masks
+    np.testing.assert_allclose(device.weights[same], host.weights[same], rtol=0.02, atol=2e-3)
+    assert device.predicted_loss_increase == pytest.approx(host.predicted_loss_increase, rel=0.02)
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("keep", ["once", "never"])
+def test_blocks_that_need_float64_get_it_on_cuda_with_the_window_on_either_side(place, keep):
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((40, 6 * 100)).astype(np.float32)
+    rows[:, 100:200] = rows[:1, 100:200] + 1e-3 * rows[:, 100:200]
+    devices = (resolve_device("cuda:0"),)
+    window = GradientWindow(600, 40, block_size=100, device=place, feeds=devices if place == "cpu" else ())
+    for row in rows:
+        window.push(row)
+    fisher = BlockwiseFisher(window, damping=1e-4, devices=devices, keep=keep)
+    host = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=100, damping=1e-4)
+    np.testing.assert_allclose(cupy.asnumpy(fisher.diagonal()), host.diagonal(), rtol=1e-4)
+    x = rng.standard_normal(600)
+    wanted = host.apply(x)
+    found = cupy.asnumpy(fisher.apply(cupy.asarray(x, dtype=cupy.float32)))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
+def test_the_window_of_a_run_is_kept_on_the_gpu_when_it_fits():
+    weights = {"w": np.ones((40, 50), np.float32)}
+    settings = mfac_core.MFACSettings(final_sparsity=0.5, end_epoch=1, num_gradients=4, devices=("cuda:0",))
+    pruner = mfac_core.MFACPruner(settings, weights, steps_per_epoch=4)
+    row = cupy.ones((40, 50), cupy.float32)
+    assert pruner.observe({"w": row})
+    row[:] = cupy.nan  # the sample before was copied
+    assert pruner.observe({"w": row})
+    assert pruner.num_rows == 1
+    assert pruner.refused_rows == 1
+    (chunk,) = pruner._window.chunks(pruner._window.slabs[0])
+    assert isinstance(chunk, cupy.ndarray)
+    assert bool((chunk == 1).all())
 
 
 def test_the_window_on_cuda_holds_the_same_rows():
