@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-BENCHMARKS := $(wildcard tests/benchmarks/bench_*.py)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -15,7 +14,7 @@ help:
 	@echo "make test    lint, types, import rules and tests"
 	@echo "make lint    the same without the tests"
 	@echo "make format  put the code into its standard form"
-	@echo "make bench   measure speed and memory"
+	@echo "make bench   measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
 	@echo "make results measure accuracy on the digits over five seeds, and write docs/results.md"
 	@echo "make clean   remove .venv, caches and builds"
 	@echo "Another Python: make PYTHON=python3.12 test"
@@ -42,8 +41,7 @@ format: $(VENV)/.installed-test
 	@$(BIN)/ruff format
 
 bench: $(VENV)/.installed-test
-	@test -n "$(BENCHMARKS)" || { echo "There is no tests/benchmarks/bench_*.py yet, so there is nothing to measure."; exit 1; }
-	@for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@$(BIN)/python tests/benchmarks/bench_pruning_step.py
 
 results: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/digits_results.py

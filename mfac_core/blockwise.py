@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from threading import Lock
 from typing import Any, Literal, Protocol
@@ -23,7 +23,8 @@ from mfac_core.settings import check_block_size, check_damping
 __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher"]
 
 KEPT_FRACTION = 0.25
-"""Share of a device's free memory that factors kept from the first pass to the second may take."""
+"""Share of a device's free memory that factors kept from the first pass to the second may take; and no more than
+half of what the gradients take."""
 
 _logger = logging.getLogger("mfac_core")
 
@@ -149,7 +150,7 @@ class BlockwiseFisher:
 
     Vectors of ``d`` numbers live on one of them, the home. A pruning step makes two passes over the groups. The second
     would have to factor each group again, which costs as much as the first, so factors of the size of the number of
-    gradients are kept in between, as far as :data:`KEPT_FRACTION` of the free memory allows; the rest is made again.
+    gradients are kept in between, as far as :data:`KEPT_FRACTION` allows; the rest is made again.
     Factors of the size of a block are always made again: kept, they would be as large as all dense inverses.
 
     Args:
@@ -196,7 +197,10 @@ class BlockwiseFisher:
         self._precise: list[Precise | None] = [None] * len(self.groups)
         self._kept: dict[int, Factor] = {}
         self._keep_mode = keep
-        self._room = {name: int(KEPT_FRACTION * (share.free_bytes or 0)) for name, share in shares.items()}
+        self._room = {
+            name: int(min(KEPT_FRACTION * (share.free_bytes or 0), total / 2 / len(shares)))
+            for name, share in shares.items()
+        }
         self._lock = Lock()
 
     def diagonal(self) -> Array:
@@ -332,8 +336,9 @@ class BlockwiseFisher:
 
         with device.backend.on(device.name):
             try:
-                for chunks in device.backend.stream(device.name, loads()):
-                    task(taken.popleft(), device, chunks)
+                with closing(device.backend.stream(device.name, loads())) as items:
+                    for chunks in items:
+                        task(taken.popleft(), device, chunks)
             except BaseException:
                 queue.clear()  # the others stop after the group at hand
                 raise

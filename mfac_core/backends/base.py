@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ class Backend(Protocol):
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         """Begin to copy ``x`` into host memory, and return a function that waits for the copy and returns it."""
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on ``device``, copying the next ones meanwhile.
 
         What is yielded is valid until the next item is asked for.

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
@@ -92,7 +92,7 @@ class CupyBackend:
         weakref.finalize(wait, done.synchronize)
         return wait
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on the GPU ``device``; while one item is worked on, the next is copied.
 
         The work on an item belongs on the stream that was current when the first item was asked for. A yielded array

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ class NumpyBackend:
         """Return a function that gives ``x`` itself."""
         return lambda: np.asarray(x)
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of one load after another: they are where they should be."""
         for load in loads:
             yield [np.asarray(x) for x in load()]

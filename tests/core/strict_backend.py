@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -68,7 +68,7 @@ class StrictBackend:
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         return lambda: self.to_numpy(x)
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Iterator[list[Array]]:
+    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         for load in loads:
             yield [self.asarray(x, device) for x in load()]
 

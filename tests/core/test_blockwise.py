@@ -122,12 +122,12 @@ def steps_with(backend, monkeypatch, rows, width, update="independent"):
 
 
 def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypatch):
-    rows = gradients_of_both_kinds()
-    kept, once = steps_with(RoomyBackend(), monkeypatch, rows, B)
-    working = mfac_core.blocks.working_bytes(mfac_core.blocks.BlockGroup(0, 1, (B,)), M, 4)
+    rows = gradients_of_both_kinds(M, 2 * B)
+    kept, once = steps_with(RoomyBackend(), monkeypatch, rows, 2 * B)
+    working = mfac_core.blocks.working_bytes(mfac_core.blocks.BlockGroup(0, 1, (2 * B,)), M, 4)
     for backend in (RoomyBackend(None), RoomyBackend(BLOCKS * working)):
         monkeypatch.setattr(blockwise, "KEPT_FRACTION", 1e-6)
-        again, twice = steps_with(backend, monkeypatch, rows, B)
+        again, twice = steps_with(backend, monkeypatch, rows, 2 * B)
         assert (once, twice) == (1, 2)
         for left, right in zip(again, kept, strict=True):
             np.testing.assert_array_equal(left, right)
@@ -139,13 +139,21 @@ def test_factors_as_large_as_dense_inverses_are_not_kept(monkeypatch):
 
 
 def test_kept_factors_are_given_back_when_they_have_been_used():
-    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"))
     room = dict(fisher._room)
     fisher.diagonal()
     assert fisher._room["cpu"] < room["cpu"]
-    fisher.apply(np.ones(BLOCKS * B, np.float32))
+    fisher.apply(np.ones(BLOCKS * 2 * B, np.float32))
     assert fisher._room == room and not fisher._kept
+
+
+def test_kept_factors_take_no_more_than_half_of_the_window():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(10**12), "cpu"))
+    assert fisher._room["cpu"] == M * BLOCKS * B * 4 // 2
+    fisher.diagonal()
+    assert not fisher._kept
 
 
 def test_repeated_products_factor_once(monkeypatch):
