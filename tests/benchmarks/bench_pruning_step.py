@@ -268,6 +268,7 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             f"Made by `tests/benchmarks/bench_pruning_step.py --write` with mfac-core {mfac_core.__version__}, NumPy "
             f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {_processor()}, "
             f"{len(os.sched_getaffinity(0))} cores; its matrix product runs at {rate:.0f} GFLOP/s (median over rows).",
+            f"Measured at commit {_commit()}.",
             "",
             "* *step*: seconds, the median of seven runs (of three for steps over ten seconds); *diagonal*, *mask*,",
             "  *update*: these parts of one step (saliency and writing back take what is left)",
@@ -310,6 +311,11 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             "",
         ]
     )
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
