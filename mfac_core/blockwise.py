@@ -141,8 +141,8 @@ class InverseFisher:
         if tuple(x.shape) != self.shape[:1]:
             raise ValueError(f"x must have shape {self.shape[:1]}, got {tuple(x.shape)}")
         home = self._fisher.home
-        vector = home.asarray(device_of(x).move(x, home), self._fisher.source.dtype)
-        return home.move(self._fisher.apply(vector), self._home)
+        vector = home.asarray(device_of(x).move(x, home), np.float64)
+        return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)
 
 
 class BlockwiseFisher:
@@ -197,10 +197,8 @@ class BlockwiseFisher:
         self._precise: list[Precise | None] = [None] * len(self.groups)
         self._kept: dict[int, Factor] = {}
         self._keep_mode = keep
-        self._room = {
-            name: int(min(KEPT_FRACTION * (share.free_bytes or 0), total / 2 / len(shares)))
-            for name, share in shares.items()
-        }
+        most = float("inf") if keep == "always" else total / 2 / len(shares)
+        self._room = {name: int(min(KEPT_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()}
         self._lock = Lock()
 
     def diagonal(self) -> Array:
@@ -223,12 +221,12 @@ class BlockwiseFisher:
         """Return ``F^-1 x`` on the home device.
 
         Args:
-            x: Shape ``(d,)``, on the home device.
+            x: Shape ``(d,)``, on the home device; float64 for an answer in float64.
 
         Returns:
-            Shape ``(d,)``.
+            Shape ``(d,)``, in the dtype of ``x``.
         """
-        out = self.home.zeros((self.source.num_weights,), self.source.dtype)
+        out = array_namespace(x).zeros_like(x)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
             right = self.take(x, index, device)

@@ -38,6 +38,9 @@ LARGEST_ERROR = 1e-4
 CANCELLED = 1e-4
 """Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel."""
 
+REFINEMENTS = 2
+"""Steps that refine a solve with a float32 factor to float64; each gains about five digits."""
+
 CACHE_BYTES = 2 * 2**20
 """Gradients that are worked on at once on the CPU, so that what is made of them stays in the cache."""
 
@@ -59,7 +62,11 @@ class Factor(Protocol):
         """Memory of the factor in bytes."""
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        """Return ``F^-1 x`` for ``x`` of shape ``(n, B)``, in the dtype of ``x``."""
+        """Return ``F^-1 x`` for ``x`` of shape ``(n, B)``, in the dtype of ``x``.
+
+        A float64 ``x`` is answered in float64 by a float32 factor too: its solves are refined. That matters where ``x``
+        is close to a combination of the gradients, of which ``F^-1`` leaves a small part.
+        """
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``; shape ``(n, B)``, in the dtype of ``c``."""
@@ -234,26 +241,33 @@ class _DualFactor:
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
-        right = xp.asarray(x, dtype=self._dtype)
-        out = right - self._apply_to_rows(chunks, gradients_times(chunks, right))
-        out /= self._damping
+        right = xp.asarray(x, dtype=xp.float64) if self.precise else x
+        rows = gradients_times(chunks, right)
+        solved = self._solve(rows)
+        if right.dtype != self._dtype:
+            for _ in range(REFINEMENTS):
+                product = gradients_times(chunks, _columns_times(chunks, solved))
+                product += chunks[0].shape[-2] * self._damping * solved
+                solved = solved + self._solve(rows - product)
+        out = (right - _columns_times(chunks, solved)) / self._damping
         return xp.asarray(out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
-        out = self._apply_to_rows(chunks, xp.asarray(coefficients, dtype=self._dtype))
-        return xp.asarray(out, dtype=coefficients.dtype)
+        right = xp.asarray(coefficients, dtype=self._dtype)
+        return xp.asarray(_columns_times(chunks, self._solve(right)), dtype=coefficients.dtype)
 
     def part(self, blocks: slice) -> _DualFactor:
         part: _DualFactor = object.__new__(_DualFactor)
         part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
         return part
 
-    def _apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
-        xp = array_namespace(coefficients)
-        solved = self._factor.solve_transposed(self._factor.solve(coefficients[..., None]))
-        products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=self._dtype)), solved) for chunk in chunks]
-        return _concat(products, axis=-2)[..., 0]
+    def _solve(self, rows: Array) -> Array:
+        """Return ``S^-1 rows`` for rows of shape ``(n, m)``, in their dtype."""
+        xp = array_namespace(rows)
+        right = xp.asarray(rows, dtype=self._dtype)[..., None]
+        solved = self._factor.solve_transposed(self._factor.solve(right))
+        return xp.asarray(solved[..., 0], dtype=rows.dtype)
 
     def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> Array:
         """Return the smallest ``1 - sum`` that has not cancelled, having evaluated again in place those that have.
@@ -333,21 +347,29 @@ class _PrimalFactor:
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
-        right = xp.asarray(x, dtype=xp.float64)[..., None]
-        solved = self._factor.solve_transposed(self._factor.solve(right))[..., 0]
-        return xp.asarray(solved, dtype=x.dtype)
+        right = xp.asarray(x, dtype=xp.float64)
+        out = self._solve(right)
+        if x.dtype != self._dtype and not self.precise:
+            for _ in range(REFINEMENTS):
+                product = _columns_times(chunks, gradients_times(chunks, out))
+                product /= chunks[0].shape[-2]
+                product += self._damping * out
+                out = out + self._solve(right - product)
+        return xp.asarray(out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self._dtype)[..., None]
-        products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=self._dtype)), right) for chunk in chunks]
-        product = _concat(products, axis=-2)[..., 0]
-        return xp.asarray(self.apply(chunks, product / coefficients.shape[-1]), dtype=coefficients.dtype)
+        right = xp.asarray(coefficients, dtype=self._dtype)
+        product = _columns_times(chunks, right) / coefficients.shape[-1]
+        return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64)), dtype=coefficients.dtype)
 
     def part(self, blocks: slice) -> _PrimalFactor:
         part: _PrimalFactor = object.__new__(_PrimalFactor)
         part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
         return part
+
+    def _solve(self, right: Array) -> Array:
+        return self._factor.solve_transposed(self._factor.solve(right[..., None]))[..., 0]
 
 
 class _MixedFactor:
@@ -458,6 +480,14 @@ def _primal_product(chunks: Sequence[Array], blocks: slice) -> Array:
     product = matmul(array_namespace(gradients).matrix_transpose(gradients), gradients)
     product /= gradients.shape[-2]
     return product
+
+
+def _columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
+    """Return ``G^T c`` of each block for ``c`` of shape ``(n, m)``, in its dtype; shape ``(n, B)``."""
+    xp = array_namespace(coefficients)
+    right = coefficients[..., None]
+    products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=right.dtype)), right) for chunk in chunks]
+    return _concat(products, axis=-2)[..., 0]
 
 
 def _take(chunks: Sequence[Array], mask: Array) -> list[Array]:

@@ -324,3 +324,12 @@ def test_a_device_that_does_not_exist_is_refused_with_those_that_do(device):
 def test_no_devices_at_all_are_refused():
     with pytest.raises(ValueError, match="device"):
         mfac_core.inverse_fisher(np.ones((3, 4)), devices=()).diagonal()
+
+
+@pytest.mark.parametrize("m, d, block_size", [(24, 400, 200), (24, 90, None), (200, 40, 20)])
+def test_products_with_gradients_themselves_lose_no_digits(m, d, block_size):
+    # F^-1 leaves about damping / |g|^2 of a gradient: what is left is the small difference of large numbers
+    gradients = gaussian(m, d, 1.0, np.float32)
+    fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=1e-5)
+    expected = reference.exact_inverse(gradients, 1e-5, block_size) @ gradients[0].astype(np.float64)
+    np.testing.assert_allclose(fisher.apply(gradients[0]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
