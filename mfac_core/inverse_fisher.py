@@ -20,7 +20,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import column_sums_of_squares, lower_gram, matmul
+from mfac_core.backends.kernels import column_sums_of_squares, columns_for_threads, lower_gram, matmul, spread
 from mfac_core.errors import IllConditionedError
 from mfac_core.triangular import cholesky, diagonals
 
@@ -223,7 +223,7 @@ class _DualFactor:
 
         def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
             lower = self._factor.part(blocks)
-            sums = [lower.column_sums(columns) for chunk in part for columns in _cache_columns(chunk)]
+            sums = [total for chunk in part for total in spread(lower.column_sums, _cache_columns(chunk))]
             return 1 - _concat(sums, axis=-1)
 
         remainder = _over_parts(chunks, self._dtype, one_minus_sums)
@@ -470,8 +470,8 @@ class _Converted(Sequence[Array]):
 def _gram(chunks: Sequence[Array], blocks: slice) -> Array:
     total = None
     for chunk in chunks:
-        product = lower_gram(chunk)
-        total = product if total is None else total + product
+        for product in spread(lower_gram, columns_for_threads(chunk)):
+            total = product if total is None else total + product
     return total
 
 

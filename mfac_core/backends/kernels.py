@@ -2,19 +2,92 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import numpy as np
 
 from mfac_core.backends.base import Array, array_namespace
 
-__all__ = ["SmallFactors", "column_sums_of_squares", "lower_gram", "matmul", "saliency", "small_factors"]
+__all__ = [
+    "SmallFactors",
+    "column_sums_of_squares",
+    "columns_for_threads",
+    "lower_gram",
+    "matmul",
+    "saliency",
+    "small_factors",
+    "spare_threads",
+    "spread",
+]
 
 GRAM_PANEL = 256
 """Rows of a symmetric product that are made at once where the library does not use the symmetry."""
 
 LARGEST_FACTOR = 16
 """Matrices up to this size are left to the library, whose factorisation is quick on the CPU only up to this size."""
+
+
+_threads: ContextVar[int] = ContextVar("threads", default=1)
+
+
+@contextmanager
+def spare_threads(count: int) -> Iterator[None]:
+    """Let :func:`spread` use threads within this context, in the thread that opens it.
+
+    Args:
+        count: How many threads.
+    """
+    token = _threads.set(count)
+    try:
+        yield
+    finally:
+        _threads.reset(token)
+
+
+def spread(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[Array]:
+    """Return what a function gives for each piece, computed on the spare threads.
+
+    The threads of BLAS are no substitute: for thin products they can wait for each other far longer than they work.
+
+    Args:
+        function: Takes a piece.
+        pieces: Arrays of any kind.
+
+    Returns:
+        The results in order.
+
+    Example:
+        >>> with spare_threads(2):
+        ...     spread(float, [np.array(1), np.array(2)])
+        [1.0, 2.0]
+    """
+    threads = min(_threads.get(), len(pieces))
+    if threads < 2:
+        return [function(piece) for piece in pieces]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, pieces))
+
+
+def columns_for_threads(x: Array) -> list[Array]:
+    """Return the columns of a batch of matrices in one piece for each spare thread.
+
+    Args:
+        x: Shape ``(n, rows, columns)``.
+
+    Returns:
+        Views.
+
+    Example:
+        >>> [piece.shape for piece in columns_for_threads(np.zeros((1, 2, 5)))]
+        [(1, 2, 5)]
+    """
+    count, width = min(_threads.get(), x.shape[-1]), x.shape[-1]
+    bounds = [width * piece // count for piece in range(count + 1)]
+    return [x[:, :, start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
 
 
 def matmul(a: Array, b: Array) -> Array:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends.base import Array
+from mfac_core.backends.kernels import spare_threads
 
 __all__ = ["NumpyBackend"]
 
@@ -64,15 +65,18 @@ class NumpyBackend:
     def workers(self, device: str, tasks: int) -> Iterator[int]:
         """Give as many workers as there are cores or tasks, and each its share of the cores for BLAS.
 
-        Many small tasks run best side by side; a single task is left to the threads of BLAS.
+        Many small tasks run best side by side; a single one spreads its columns over the cores.
         """
         workers = min(tasks, _cores())
         limits = _thread_limits()
-        if workers < 2 or limits is None:
+        if limits is None:
             yield 1
-            return
-        with limits(limits=_cores() // workers, user_api="blas"):
-            yield workers
+        elif workers < 2:
+            with limits(limits=1, user_api="blas"), spare_threads(_cores()):
+                yield 1
+        else:
+            with limits(limits=_cores() // workers, user_api="blas"):
+                yield workers
 
     def speed(self, device: str) -> float:
         """Return what the cores would do with two AVX2 multiply-adds per cycle at 2.5 GHz."""

@@ -224,7 +224,7 @@ def test_cores_are_shared_between_workers_and_blas(monkeypatch):
     for tasks, workers in [(1, 1), (3, 3), (16, 16), (100, 16)]:
         with NumpyBackend().workers("cpu", tasks) as found:
             assert found == workers
-    assert limits == [5, 1, 1]  # a single task has all the threads of BLAS
+    assert limits == [1, 5, 1, 1]
 
 
 def test_blocks_are_enough_for_all_cores(monkeypatch):
@@ -242,3 +242,24 @@ def test_blocks_are_enough_for_all_cores(monkeypatch):
 
     fisher.run(task)
     assert len(threads) == 4
+
+
+@pytest.mark.parametrize("m, width", [(12, 7000), (300, 4000)])
+def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch):
+    monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 3)
+    monkeypatch.setattr(inverse_fisher, "CACHE_BYTES", 100_000)
+    threads = set()
+    original = inverse_fisher.lower_gram
+
+    def counting(x):
+        threads.add(threading.get_ident())
+        barrier.wait(timeout=20)
+        return original(x)
+
+    barrier = threading.Barrier(3)
+    rows = np.random.default_rng(0).standard_normal((m, width)).astype(np.float32)
+    alone = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=None, damping=1e-2).diagonal()
+    monkeypatch.setattr(inverse_fisher, "lower_gram", counting)
+    spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
+    assert len(threads) == 3
+    np.testing.assert_allclose(spread, alone, rtol=1e-4)
