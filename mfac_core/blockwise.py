@@ -135,11 +135,14 @@ class InverseFisher:
             Shape ``(d,)``, same dtype and device.
 
         Raises:
-            ValueError: If the shape differs, or a row of the gradients holds NaN or Inf.
+            ValueError: If the shape differs, or ``x`` or a row of the gradients holds NaN or Inf.
             IllConditionedError: If a block cannot be inverted accurately.
         """
         if tuple(x.shape) != self.shape[:1]:
             raise ValueError(f"x must have shape {self.shape[:1]}, got {tuple(x.shape)}")
+        xp = array_namespace(x)
+        if not bool(xp.all(xp.isfinite(x))):
+            raise ValueError("x must be finite, but holds NaN or Inf; leave these entries out or set them to zero")
         home = self._fisher.home
         vector = home.asarray(device_of(x).move(x, home), np.float64)
         return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)
@@ -348,6 +351,12 @@ class BlockwiseFisher:
         except IllConditionedError:
             self._refuse_bad_rows()
             raise
+        xp = array_namespace(diagonal)
+        if not bool(xp.all(xp.isfinite(diagonal) & (diagonal > 0))):
+            raise IllConditionedError(
+                f"damping {self.damping:g} gives an inverse Fisher that {self.source.dtype} cannot hold; "
+                "choose a damping closer to 1, or float64 gradients"
+            )
         self._precise[index] = made.precise
         self._keep(index, device, made)
         return made, diagonal

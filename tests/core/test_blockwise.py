@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 
@@ -263,3 +264,28 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
     spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
     assert len(threads) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("damping", [1e-300, 1e-45, 1e300])
+def test_an_inverse_that_the_dtype_cannot_hold_is_refused_by_name(damping):
+    fisher = mfac_core.inverse_fisher(np.ones((1, 8), np.float32), damping=damping)
+    with np.errstate(all="ignore"), pytest.raises(mfac_core.IllConditionedError, match=re.escape(f"{damping:g}")):
+        fisher.diagonal()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_product_with_what_is_not_finite_is_refused(value):
+    x = np.ones(8, np.float32)
+    x[3] = value
+    with pytest.raises(ValueError, match="finite"):
+        mfac_core.inverse_fisher(np.ones((1, 8), np.float32)).apply(x)
+
+
+def test_repeated_products_with_narrow_blocks_factor_once(monkeypatch):
+    made = []
+    original = blockwise.factor
+    monkeypatch.setattr(blockwise, "factor", lambda *arguments: made.append(1) or original(*arguments))
+    fisher = mfac_core.inverse_fisher(gradients_of_both_kinds(40), block_size=B, damping=DAMPING)
+    for _ in range(3):
+        fisher.apply(np.ones(BLOCKS * B, np.float32))
+    assert not made
