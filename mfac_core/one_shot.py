@@ -18,7 +18,7 @@ from mfac_core.settings import (
     check_block_size,
     check_choice,
     check_damping,
-    check_mask_type,
+    checked_mask_type,
 )
 from mfac_core.weight_layout import WeightLayout
 
@@ -81,7 +81,7 @@ def prune(
     check_choice("update", update, get_args(Update))
     check_block_size(block_size)
     check_damping(damping)
-    check_mask_type(mask_type)
+    checked_mask_type(mask_type, [sparsity])
 
     named = _named(weights)
     for array in (*named.values(), *_named(gradients).values(), *(() if masks is None else _named(masks).values())):

@@ -16,7 +16,7 @@ from mfac_core.masks import newly_pruned
 from mfac_core.planning import WINDOW_ITEMSIZE, check_memory, choose_window_device, peak_window
 from mfac_core.pruning_step import PruneResult, Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at, pruning_schedule
-from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_core.weight_layout import WeightLayout
 
 __all__ = ["MFACPruner", "MagnitudePruner", "Pruner", "make_pruner"]
@@ -27,7 +27,7 @@ Vector = npt.NDArray[Any]
 
 
 def make_pruner(
-    settings: PruningSettings,
+    settings: GradualSettings,
     weights: Mapping[str, Array],
     *,
     steps_per_epoch: int,
@@ -75,7 +75,7 @@ class Pruner(ABC):
 
     def __init__(
         self,
-        settings: PruningSettings,
+        settings: GradualSettings,
         weights: Mapping[str, Array],
         *,
         steps_per_epoch: int,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mfac_core.errors import SettingError
-from mfac_core.settings import Interpolation, PruningSettings
+from mfac_core.settings import GradualSettings, Interpolation
 
 __all__ = ["PlannedStep", "interpolate", "num_gradients_at", "planned_epochs", "pruning_schedule", "sparsity_at"]
 
@@ -86,7 +86,7 @@ def sparsity_at(fraction: float, *, initial: float, final: float, interpolation:
     return min(final, initial + (final - initial) * interpolate(fraction, interpolation))
 
 
-def pruning_schedule(settings: PruningSettings, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+def pruning_schedule(settings: GradualSettings, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
     """Return the pruning steps of a whole run as exact optimizer steps.
 
     Step k is due at ``round((start_epoch + k * update_frequency) * steps_per_epoch)``. The step of ``end_epoch`` is
@@ -105,7 +105,7 @@ def pruning_schedule(settings: PruningSettings, steps_per_epoch: int) -> tuple[P
             pruning steps.
 
     Example:
-        >>> settings = PruningSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=2.0, update_frequency=0.5)
+        >>> settings = GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=2.0, update_frequency=0.5)
         >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
         [(10, 1.0, 0.0), (15, 1.5, 0.7000000000000001), (20, 2.0, 0.8)]
     """
@@ -127,7 +127,7 @@ def pruning_schedule(settings: PruningSettings, steps_per_epoch: int) -> tuple[P
     return (*between, PlannedStep(last, end, settings.final_sparsity))
 
 
-def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
+def planned_epochs(settings: GradualSettings) -> tuple[float, ...]:
     """Return the epochs at which pruning steps are due: every ``update_frequency`` from the start, and the end.
 
     Args:
@@ -140,7 +140,7 @@ def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
         SettingError: If there would be more than a million.
 
     Example:
-        >>> planned_epochs(PruningSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
+        >>> planned_epochs(GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
         (1.0, 3.0, 4.0)
     """
     start, end, frequency = float(settings.start_epoch), float(settings.end_epoch), settings.update_frequency
@@ -188,7 +188,7 @@ def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) 
     return num_gradients[max(reached)]
 
 
-def _sparsity_between(settings: PruningSettings, step: int, first: int, last: int) -> float:
+def _sparsity_between(settings: GradualSettings, step: int, first: int, last: int) -> float:
     return sparsity_at(
         (step - first) / (last - first),
         initial=float(settings.initial_sparsity),

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeGuard, get_args
+import numbers
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self, TypeGuard, get_args
 
 from mfac_core.errors import SettingError
 
 __all__ = [
+    "FROM_PARAM",
+    "ACDCSettings",
+    "ConstantSettings",
+    "GradientOrigin",
+    "GradualSettings",
     "Interpolation",
     "MFACSettings",
     "MagnitudeSettings",
@@ -20,103 +27,166 @@ __all__ = [
     "check_block_size",
     "check_choice",
     "check_damping",
-    "check_mask_type",
+    "check_number",
+    "checked_mask_type",
 ]
 
 Interpolation = Literal["linear", "cubic", "inverse_cubic"]
 Scope = Literal["layer", "global"]
 Update = Literal["independent", "joint"]
-MaskType = Literal["unstructured"]
+GradientOrigin = Literal["auto", "training"]
+MaskType = str | tuple[int, int]
+"""``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` such as ``2:4``, or the shape of a block."""
+
+FROM_PARAM = "__FROM_PARAM__"
+"""In place of an initial sparsity: the sparsity that the weights have when pruning is attached to them."""
+
+_N_OF_M = re.compile(r"(?P<n>[1-9][0-9]*):(?P<m>[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSettings:
-    """Schedule and mask of one gradual pruning run.
+    """What every modifier that holds masks has: the weights, and the time.
 
     Args:
-        final_sparsity: Pruned fraction of the weights in scope at ``end_epoch``, in ``(0, 1)``.
-        initial_sparsity: Pruned fraction at ``start_epoch``, in ``[0, 1)``, at most ``final_sparsity``.
-        start_epoch: Epoch of the first pruning step, fractions allowed, ``>= 0``.
         end_epoch: Epoch of the last pruning step, ``>= start_epoch``.
-        update_frequency: Epochs between pruning steps, ``> 0``.
-        interpolation: How sparsity goes from initial to final: ``linear``, ``cubic`` or ``inverse_cubic``.
+        start_epoch: Epoch of the first pruning step, fractions allowed, ``>= 0``.
         params: Names of the weights to prune: exact names, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
-        scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights in scope.
-        mask_type: Pattern of the zeros; ``unstructured``.
         leave_enabled: Whether masks go on being held after ``end_epoch``.
 
     Raises:
         SettingError: If a value breaks its rule; the message names the setting, the value and the rule.
     """
 
-    final_sparsity: float
     end_epoch: float
-    initial_sparsity: float = 0.0
     start_epoch: float = 0.0
-    update_frequency: float = 1.0
-    interpolation: Interpolation = "cubic"
     params: tuple[str, ...] = ("__ALL_PRUNABLE__",)
-    scope: Scope = "layer"
-    mask_type: MaskType = "unstructured"
     leave_enabled: bool = True
 
     def __post_init__(self) -> None:
-        _check_number("final_sparsity", self.final_sparsity, "0 < final_sparsity < 1", lambda x: 0 < x < 1)
-        _check_number("initial_sparsity", self.initial_sparsity, "0 <= initial_sparsity < 1", lambda x: 0 <= x < 1)
-        if self.initial_sparsity > self.final_sparsity:
-            raise SettingError(
-                "initial_sparsity",
-                f"{self.initial_sparsity} is above final_sparsity {self.final_sparsity}; pruned weights never come "
-                "back, so sparsity can only grow: swap the two or lower initial_sparsity",
-            )
-        _check_number("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
-        _check_number("end_epoch", self.end_epoch, "end_epoch >= 0", lambda x: x >= 0)
+        check_number("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
+        if self.end_epoch != math.inf or not isinstance(self, ConstantSettings):
+            check_number("end_epoch", self.end_epoch, "end_epoch >= 0", lambda x: x >= 0)
         if self.end_epoch < self.start_epoch:
             raise SettingError(
                 "end_epoch",
                 f"{self.end_epoch} is before start_epoch {self.start_epoch}; "
                 f"write an end_epoch of at least {self.start_epoch}",
             )
-        _check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
-        check_choice("interpolation", self.interpolation, get_args(Interpolation))
-        check_choice("scope", self.scope, get_args(Scope))
-        check_mask_type(self.mask_type)
         if not isinstance(self.leave_enabled, bool):
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
-        params = (self.params,) if isinstance(self.params, str) else tuple(self.params)
-        if not params or not all(isinstance(name, str) and name for name in params):
-            raise SettingError(
-                "params", f"{self.params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__"
-            )
-        object.__setattr__(self, "params", params)
+        object.__setattr__(self, "params", _checked_params(self.params))
+
+    def by_final_sparsity(self) -> tuple[Self, ...]:
+        """Return the settings of each group of weights that has a final sparsity of its own.
+
+        Returns:
+            These settings alone, unless ``final_sparsity`` is a mapping: then one of each of its entries, with the
+            entry's sparsity as ``final_sparsity`` and its names as ``params``.
+        """
+        return (self,)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MagnitudeSettings(PruningSettings):
+class GradualSettings(PruningSettings):
+    """Schedule and mask of one gradual pruning run.
+
+    Args (beside those of :class:`PruningSettings`):
+        final_sparsity: Pruned fraction of the weights in scope at ``end_epoch``, in ``(0, 1)``; or a mapping from such
+            fractions to names of weights, in place of ``params``.
+        initial_sparsity: Pruned fraction at ``start_epoch``, in ``[0, 1)``, at most ``final_sparsity``; or
+            :data:`FROM_PARAM` for the zeros that are there.
+        update_frequency: Epochs between pruning steps, ``> 0``.
+        interpolation: How sparsity goes from initial to final: ``linear``, ``cubic`` or ``inverse_cubic``.
+        scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights in scope.
+        mask_type: Pattern of the zeros, see :data:`MaskType`.
+    """
+
+    final_sparsity: float | Mapping[float, tuple[str, ...]]
+    initial_sparsity: float | str = 0.0
+    update_frequency: float = 1.0
+    interpolation: Interpolation = "cubic"
+    scope: Scope = "layer"
+    mask_type: MaskType = "unstructured"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.final_sparsity, Mapping):
+            object.__setattr__(self, "final_sparsity", _checked_groups(self.final_sparsity))
+        finals = list(self.final_sparsity) if isinstance(self.final_sparsity, Mapping) else [self.final_sparsity]
+        for final in finals:
+            check_number("final_sparsity", final, "0 < final_sparsity < 1", lambda x: 0 < x < 1)
+        if self.initial_sparsity != FROM_PARAM:
+            check_number(
+                "initial_sparsity",
+                self.initial_sparsity,
+                f"0 <= initial_sparsity < 1, or {FROM_PARAM}",
+                lambda x: 0 <= x < 1,
+            )
+            if self.initial_sparsity > min(finals):  # type: ignore[operator]  # a number by now
+                raise SettingError(
+                    "initial_sparsity",
+                    f"{self.initial_sparsity} is above final_sparsity {min(finals)}; pruned weights never come "
+                    "back, so sparsity can only grow: swap the two or lower initial_sparsity",
+                )
+        check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
+        check_choice("interpolation", self.interpolation, get_args(Interpolation))
+        check_choice("scope", self.scope, get_args(Scope))
+        object.__setattr__(self, "mask_type", checked_mask_type(self.mask_type, finals))
+
+    def by_final_sparsity(self) -> tuple[Self, ...]:
+        """Return the settings of each group of weights that has a final sparsity of its own.
+
+        Returns:
+            As in :meth:`PruningSettings.by_final_sparsity`.
+
+        Example:
+            >>> settings = GradualSettings(final_sparsity={0.8: ("a",), 0.9: ("b", "c")}, end_epoch=1)
+            >>> [(each.final_sparsity, each.params) for each in settings.by_final_sparsity()]
+            [(0.8, ('a',)), (0.9, ('b', 'c'))]
+        """
+        if not isinstance(self.final_sparsity, Mapping):
+            return (self,)
+        return tuple(
+            replace(self, final_sparsity=final, params=params) for final, params in self.final_sparsity.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeSettings(GradualSettings):
     """Pruning by magnitude: the smallest ``|w|`` go first, the others stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MFACSettings(PruningSettings):
+class MFACSettings(GradualSettings):
     """Pruning by M-FAC: OBS saliencies and weight updates from a window of recent gradients.
 
-    Args (beside those of :class:`PruningSettings`):
+    Args (beside those of :class:`GradualSettings`):
         num_gradients: Rows of the gradient window: an integer, or a mapping from sparsity to rows that
             holds from that sparsity on; a mapping must have the key 0.
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``.
-        devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``.
+        devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``; ``("auto",)`` is where
+            the weights are.
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
             GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
+        num_recomputations: How many times the Fisher is computed anew within one pruning step, whose sparsity is then
+            reached in as many equal parts.
+        gradient_origin: ``auto`` takes gradient samples from the sampler where there is one, and those of training
+            otherwise; ``training`` takes those of training in any case.
+        sampler_options: Keyword arguments for the function that makes the sampler's batches.
     """
 
     num_gradients: int | Mapping[float, int] = field(default=64)
     block_size: int | None = 2000
     damping: float = 1e-5
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] = ("auto",)
     gradients_device: str = "auto"
     update: Update = "independent"
+    num_recomputations: int = 1
+    gradient_origin: GradientOrigin = "auto"
+    sampler_options: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,11 +194,21 @@ class MFACSettings(PruningSettings):
         check_block_size(self.block_size)
         check_damping(self.damping)
         check_choice("update", self.update, get_args(Update))
+        if not _is_integer(self.num_recomputations) or self.num_recomputations < 1:
+            raise SettingError(
+                "num_recomputations", f"{self.num_recomputations!r} must be a positive integer; 1 computes it once"
+            )
+        check_choice("gradient_origin", self.gradient_origin, get_args(GradientOrigin))
+        options = self.sampler_options
+        if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
+            raise SettingError("sampler_options", f"{options!r} must be a mapping from argument to value")
         devices = (self.devices,) if isinstance(self.devices, str) else tuple(self.devices)
         if not devices or not all(isinstance(name, str) and name for name in devices):
             raise SettingError(
                 "devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]'
             )
+        if "auto" in devices and len(devices) > 1:
+            raise SettingError("devices", f"{list(devices)} holds auto beside others; write auto alone, or names only")
         if len(set(devices)) != len(devices):
             raise SettingError("devices", f"{list(devices)} names a device twice; list each device once")
         object.__setattr__(self, "devices", devices)
@@ -137,6 +217,50 @@ class MFACSettings(PruningSettings):
                 "gradients_device",
                 f'{self.gradients_device!r} must be a device name, such as "cpu" or "cuda:0", or "auto"',
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantSettings(PruningSettings):
+    """Hold the zeros that the weights have at ``start_epoch``; nothing more is pruned.
+
+    Args (beside those of :class:`PruningSettings`):
+        end_epoch: Epoch at which the masks are released; infinity holds them to the end.
+    """
+
+    end_epoch: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ACDCSettings(PruningSettings):
+    """Alternating compressed and decompressed training (AC/DC), by magnitude.
+
+    Args (beside those of :class:`PruningSettings`):
+        compression_sparsity: Pruned fraction in the compressed phases, in ``(0, 1)``.
+        update_frequency: Epochs per phase, ``> 0``.
+        scope: Where magnitudes compete.
+        mask_type: Pattern of the zeros, see :data:`MaskType`.
+        reset_momentum: Whether what the optimizer remembers of the weights is set to zero when a phase begins.
+
+    References:
+        Peste et al. (2021), AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks.
+    """
+
+    compression_sparsity: float
+    update_frequency: float = 1.0
+    scope: Scope = "global"
+    mask_type: MaskType = "unstructured"
+    reset_momentum: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(
+            "compression_sparsity", self.compression_sparsity, "0 < compression_sparsity < 1", lambda x: 0 < x < 1
+        )
+        check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
+        check_choice("scope", self.scope, get_args(Scope))
+        object.__setattr__(self, "mask_type", checked_mask_type(self.mask_type, [self.compression_sparsity]))
+        if not isinstance(self.reset_momentum, bool):
+            raise SettingError("reset_momentum", f"{self.reset_momentum!r} is not a boolean; write true or false")
 
 
 def check_block_size(block_size: object) -> None:
@@ -163,7 +287,7 @@ def check_damping(damping: object) -> None:
     Raises:
         SettingError: If it is not.
     """
-    _check_number("damping", damping, "damping > 0", lambda x: x > 0)
+    check_number("damping", damping, "damping > 0", lambda x: x > 0)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -181,19 +305,82 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise SettingError(name, f"{value!r} is not one of {', '.join(choices)}")
 
 
-def check_mask_type(mask_type: object) -> None:
-    """Refuse a mask type that is not supported.
+def checked_mask_type(mask_type: object, final_sparsities: Sequence[float] = ()) -> MaskType:
+    """Return a mask type in its one spelling.
 
     Args:
-        mask_type: The value to check.
+        mask_type: ``unstructured``, ``channel``, ``filter``, ``block4`` (or ``block``), ``N:M`` (``tensorrt`` is
+            ``2:4``), or two numbers of outputs and inputs, of which -1 means all.
+        final_sparsities: The sparsities to reach, which ``N:M`` must allow.
+
+    Returns:
+        The mask type; a block shape as a tuple.
 
     Raises:
-        SettingError: If ``mask_type`` is not ``"unstructured"``.
+        SettingError: If it is none of these, or ``N:M`` can never have that sparsity.
+
+    Example:
+        >>> checked_mask_type("tensorrt", [0.5]), checked_mask_type([1, 4])
+        ('2:4', (1, 4))
     """
-    if mask_type not in get_args(MaskType):
+    mask_type = (
+        {"tensorrt": "2:4", "block": "block4"}.get(mask_type, mask_type) if isinstance(mask_type, str) else mask_type
+    )
+    if mask_type in ("unstructured", "channel", "filter", "block4"):
+        return str(mask_type)
+    pattern = _N_OF_M.fullmatch(mask_type) if isinstance(mask_type, str) else None
+    if pattern is not None and int(pattern["n"]) < int(pattern["m"]):
+        most = 1 - int(pattern["n"]) / int(pattern["m"])
+        for final in final_sparsities:
+            if final > most + 0.01:
+                raise SettingError(
+                    "mask_type", f"{mask_type} leaves at most a sparsity of {most:g}, and {final:g} is to be reached"
+                )
+        return str(mask_type)
+    if isinstance(mask_type, list | tuple) and len(mask_type) == 2:  # noqa: PLR2004
+        if all(_is_integer(size) and (size > 0 or size == -1) for size in mask_type):
+            return (int(mask_type[0]), int(mask_type[1]))
+    raise SettingError(
+        "mask_type",
+        f'{mask_type!r} is not a mask type; write unstructured, channel, filter, block4, N:M such as "2:4", or the '
+        "shape of a block such as [1, 4] (outputs, inputs; -1 for all)",
+    )
+
+
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """Refuse a value that is not a finite number or breaks a rule.
+
+    Args:
+        name: Name of the setting.
+        value: The value to check.
+        rule: The rule in words, for the message.
+        holds: Whether a number obeys it.
+
+    Raises:
+        SettingError: If it does not.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
+    if not holds(float(value)):
+        raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")
+
+
+def _checked_params(params: object) -> tuple[str, ...]:
+    names = (params,) if isinstance(params, str) else params
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
         raise SettingError(
-            "mask_type", f"{mask_type!r} is not supported yet; supported is {', '.join(get_args(MaskType))}"
+            "params", f"{params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__"
         )
+    return tuple(names)
+
+
+def _checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ...]]:
+    if not groups:
+        raise SettingError("final_sparsity", "{} is empty; write a sparsity, or sparsities with lists of names")
+    try:
+        return {final: _checked_params(params) for final, params in groups.items()}
+    except SettingError as error:
+        raise SettingError("final_sparsity", error.message) from error
 
 
 def _num_gradients(value: object) -> Mapping[float, int]:
@@ -222,12 +409,5 @@ def _num_gradients(value: object) -> Mapping[float, int]:
     return dict(sorted(checked.items()))
 
 
-def _check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
-    if not holds(value):
-        raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")
-
-
 def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mfac_core import report
 from mfac_core.backends import resolve_devices
 from mfac_core.recipe import load_recipe
-from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.settings import MagnitudeSettings, MFACSettings, GradualSettings
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import Settings, modifier_for
@@ -160,7 +160,7 @@ def manager_for(modifiers: Sequence[Settings], method: str) -> ScheduledModifier
     Returns:
         The manager.
     """
-    names = [field.name for field in dataclasses.fields(PruningSettings)]
+    names = [field.name for field in dataclasses.fields(GradualSettings)]
     settings = [
         MagnitudeSettings(**{name: getattr(each, name) for name in names})
         if method == "magnitude" and isinstance(each, MFACSettings)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import EpochRange
 from mfac_core.schedule import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.settings import GradualSettings, MFACSettings
 
 __all__ = ["ScheduleRow", "describe", "lint"]
 
@@ -107,7 +107,7 @@ def _windows_not_full(recipe: Recipe, steps_per_epoch: int | None) -> Iterator[s
         )
 
 
-def _short_windows(settings: PruningSettings, steps_per_epoch: int) -> Iterator[tuple[PlannedStep, int, int]]:
+def _short_windows(settings: GradualSettings, steps_per_epoch: int) -> Iterator[tuple[PlannedStep, int, int]]:
     """Yield the pruning steps whose window is not full, with the rows it has and wants."""
     reached, rows, before = 0.0, 0, 0
     for planned in pruning_schedule(settings, steps_per_epoch):
@@ -141,7 +141,7 @@ def _same_params(recipe: Recipe) -> Iterator[str]:
             yield f"{first} and {second} prune the same params ({params}); give each weight to one modifier"
 
 
-def _named(recipe: Recipe) -> list[tuple[str, PruningSettings]]:
+def _named(recipe: Recipe) -> list[tuple[str, GradualSettings]]:
     """Return the modifiers that prune with a name for each, numbered where there are several."""
     several = len(recipe.pruning) > 1
     return [
@@ -150,13 +150,13 @@ def _named(recipe: Recipe) -> list[tuple[str, PruningSettings]]:
     ]
 
 
-def _modifier_name(settings: PruningSettings) -> str:
+def _modifier_name(settings: GradualSettings) -> str:
     if isinstance(settings, MFACSettings):
         return "MFACPruningModifier"
     return "GMPruningModifier" if settings.scope == "global" else "MagnitudePruningModifier"
 
 
-def _timeline(settings: PruningSettings, steps_per_epoch: int | None) -> list[tuple[float, int | None, float]]:
+def _timeline(settings: GradualSettings, steps_per_epoch: int | None) -> list[tuple[float, int | None, float]]:
     """Return epoch, step and sparsity of every pruning step."""
     if steps_per_epoch is not None:
         return [
@@ -178,6 +178,6 @@ def _timeline(settings: PruningSettings, steps_per_epoch: int | None) -> list[tu
     ]
 
 
-def _window(settings: PruningSettings, reached: float) -> int | None:
+def _window(settings: GradualSettings, reached: float) -> int | None:
     """Return the rows that the next pruning step draws on; ``None`` if it needs no gradients."""
     return num_gradients_at(settings.num_gradients, reached) if isinstance(settings, MFACSettings) else None

@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
 from mfac_core.schedule import interpolate, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import PruningSettings
+from mfac_core.settings import GradualSettings
 
 KINDS = ("linear", "cubic", "inverse_cubic")
 
 
-def settings(**changes: object) -> PruningSettings:
-    return PruningSettings(**{"final_sparsity": 0.8, "end_epoch": 10.0, **changes})
+def settings(**changes: object) -> GradualSettings:
+    return GradualSettings(**{"final_sparsity": 0.8, "end_epoch": 10.0, **changes})
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> tuple[PruningSettings, int]:
+def schedules(draw: st.DrawFn) -> tuple[GradualSettings, int]:
     start = draw(st.floats(0, 20))
     end = start + draw(st.one_of(st.just(0.0), st.floats(0, 20)))
     initial = draw(st.floats(0, 0.98))
