@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, device_of, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.blocks import BlockGroup, DeviceShare, deal
 from mfac_core.errors import IllConditionedError
 from mfac_core.gradient_matrix import GradientMatrix
@@ -84,8 +84,7 @@ def inverse_fisher(
         raise ValueError(
             f"gradients must be a matrix with one sample per row, got shape {tuple(getattr(gradients, 'shape', ()))}"
         )
-    if np.dtype(gradients.dtype) not in (np.float32, np.float64):
-        raise ValueError(f"gradients must be float32 or float64, got {gradients.dtype}; convert them first")
+    check_float("gradients", gradients)
     if 0 in gradients.shape:
         raise ValueError(f"gradients must have at least one row and one column, got shape {tuple(gradients.shape)}")
     check_block_size(block_size)

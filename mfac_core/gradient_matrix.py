@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.backends import Array, array_namespace, check_float, device_of
 from mfac_core.blocks import BlockGroup, cut
 
 __all__ = ["GradientMatrix"]
@@ -20,11 +20,16 @@ class GradientMatrix:
         parts: Arrays of shape ``(m, columns)`` that stand side by side, float32 or float64, all on one device.
         kept: Which of all columns take part, in host memory; ``None`` means all.
         block_size: Weights per Fisher block; ``None`` means one block.
+
+    Raises:
+        ValueError: If an array is neither float32 nor float64.
     """
 
     def __init__(
         self, parts: Sequence[Array], kept: npt.NDArray[np.bool_] | None = None, *, block_size: int | None
     ) -> None:
+        for part in parts:
+            check_float("gradients", part)
         self._parts = list(parts)
         self._device = device_of(parts[0])
         self._starts = np.concatenate([[0], np.cumsum([part.shape[1] for part in parts])])

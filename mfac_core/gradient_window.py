@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, resolve_device
+from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
 from mfac_core.blocks import BlockGroup, cut
 
 __all__ = ["GradientWindow"]
@@ -71,25 +71,28 @@ class GradientWindow:
         """Memory of the rows in bytes."""
         return self.num_weights * self.num_gradients * int(self.dtype.itemsize)
 
-    def push(self, gradient: Array) -> None:
+    def push(self, *parts: Array) -> None:
         """Store one gradient sample; a full window drops its oldest.
 
         Args:
-            gradient: Shape ``(d,)``, on the window's device or in host memory. Copied.
+            parts: The sample as one array of shape ``(d,)``, or as several that make it up one after the other, which
+                need not be concatenated then; float32 or float64, on the window's device or in host memory. Copied.
 
         Raises:
-            ValueError: If the shape differs.
+            ValueError: If there are not ``d`` numbers in all, or a part has another dtype.
         """
-        if tuple(gradient.shape) != (self.num_weights,):
+        for part in parts:
+            check_float("gradients", part)
+        if any(part.ndim != 1 for part in parts) or sum(part.shape[0] for part in parts) != self.num_weights:
             raise ValueError(
-                f"a gradient sample of this window has shape ({self.num_weights},), got {tuple(gradient.shape)}"
+                f"a gradient sample of this window has shape ({self.num_weights},), got "
+                f"{' and '.join(str(tuple(part.shape)) for part in parts)}"
             )
         with self.device.backend.on(self.device.name):
-            row = self.device.asarray(gradient, self.dtype)
-            xp = array_namespace(row)
-            for slab, chunks in zip(self.slabs, self._storage, strict=True):
-                for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
-                    chunk[:, self._position, :] = xp.reshape(row[start:stop], (slab.count, -1))
+            first = 0
+            for part in parts:
+                self._write(first, self.device.asarray(part, self.dtype))
+                first += part.shape[0]
         self._position = (self._position + 1) % self.num_gradients
         self.count = min(self.count + 1, self.num_gradients)
 
@@ -174,6 +177,18 @@ class GradientWindow:
             self.push(row)
         self._position = int(state["position"])
 
+    def _write(self, first: int, part: Array) -> None:
+        """Write a part of the row at the position of the ring, from column ``first`` on."""
+        last = first + part.shape[0]
+        begin = max(bisect_right(self.slabs, first, key=lambda slab: slab.start) - 1, 0)
+        for slab, chunks in zip(self.slabs[begin:], self._storage[begin:], strict=True):
+            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
+                if start >= last:
+                    return
+                if first < stop:
+                    here = part[max(start, first) - first : min(stop, last) - first]
+                    _write_blocks(chunk, self._position, max(first - start, 0), here)
+
     def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
         return cut(
             num_weights,
@@ -203,6 +218,23 @@ class GradientWindow:
                 del chunk
                 columns = self.device.asarray(np.flatnonzero(kept[start:stop]))
                 yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)
+
+
+def _write_blocks(chunk: Array, position: int, first: int, values: Array) -> None:
+    """Write consecutive columns of one row, from column ``first`` on: the end of a block, whole blocks, a beginning."""
+    width = chunk.shape[2]
+    block, column = divmod(first, width)
+    if column:
+        left = min(width - column, values.shape[0])
+        chunk[block, position, column : column + left] = values[:left]
+        values = values[left:]
+        block += 1
+    whole, rest = divmod(values.shape[0], width)
+    xp = array_namespace(values)
+    if whole:
+        chunk[block : block + whole, position, :] = xp.reshape(values[: whole * width], (whole, width))
+    if rest:
+        chunk[block + whole, position, :rest] = values[whole * width :]
 
 
 def _take_columns(pieces: Iterator[Array], left: Array | None, count: int) -> tuple[Array, Array]:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Backend", "Device", "array_namespace"]
+__all__ = ["Array", "Backend", "Device", "array_namespace", "check_float"]
 
 Array = Any
 """A NumPy or CuPy array, or any other array that follows the array API standard."""
@@ -166,3 +166,25 @@ def array_namespace(x: Array) -> Any:
     if library == "cupy":
         return sys.modules[library]
     raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first")
+
+
+def check_float(name: str, x: Array) -> None:
+    """Refuse an array that is neither float32 nor float64.
+
+    Args:
+        name: What it is, for the message.
+        x: The array.
+
+    Raises:
+        ValueError: If it has another dtype.
+
+    Example:
+        >>> check_float("gradients", np.zeros(2, np.int64))
+        Traceback (most recent call last):
+        ValueError: gradients must be float32 or float64, got int64; convert them first, such as with astype("float32")
+    """
+    xp = array_namespace(x)
+    if x.dtype not in (xp.float32, xp.float64):
+        raise ValueError(
+            f'{name} must be float32 or float64, got {x.dtype}; convert them first, such as with astype("float32")'
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from mfac_core.backends.base import Array, array_namespace
 __all__ = [
     "SmallFactors",
     "column_sums_of_squares",
-    "columns_for_threads",
     "lower_gram",
     "matmul",
     "saliency",
     "small_factors",
     "spare_threads",
+    "split_columns",
+    "split_for_threads",
     "spread",
 ]
 
@@ -72,7 +74,7 @@ def spread(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[
         return list(pool.map(function, pieces))
 
 
-def columns_for_threads(x: Array) -> list[Array]:
+def split_for_threads(x: Array) -> list[Array]:
     """Return the columns of a batch of matrices in one piece for each spare thread.
 
     Args:
@@ -82,12 +84,28 @@ def columns_for_threads(x: Array) -> list[Array]:
         Views.
 
     Example:
-        >>> [piece.shape for piece in columns_for_threads(np.zeros((1, 2, 5)))]
+        >>> [piece.shape for piece in split_for_threads(np.zeros((1, 2, 5)))]
         [(1, 2, 5)]
     """
-    count, width = min(_threads.get(), x.shape[-1]), x.shape[-1]
-    bounds = [width * piece // count for piece in range(count + 1)]
-    return [x[:, :, start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return split_columns(x, min(_threads.get(), x.shape[-1]))
+
+
+def split_columns(x: Array, count: int) -> list[Array]:
+    """Return the columns of a batch of matrices in pieces that are as even as can be.
+
+    Args:
+        x: Shape ``(n, rows, columns)``.
+        count: How many pieces.
+
+    Returns:
+        Views.
+
+    Example:
+        >>> [piece.shape for piece in split_columns(np.zeros((1, 2, 5)), 2)]
+        [(1, 2, 2), (1, 2, 3)]
+    """
+    bounds = [x.shape[-1] * piece // count for piece in range(count + 1)]
+    return [x[:, :, start:stop] for start, stop in itertools.pairwise(bounds)]
 
 
 def matmul(a: Array, b: Array) -> Array:

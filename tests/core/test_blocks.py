@@ -121,6 +121,15 @@ def test_without_room_for_a_block_anywhere_the_error_names_devices_and_bytes():
         deal(slabs, shares([1, 1], free_bytes=needed - 1), num_gradients=6, itemsize=4)
 
 
+@pytest.mark.parametrize("m, larger", [(2, 0), (6, 1)])
+def test_room_is_needed_for_the_block_that_takes_most(m, larger):
+    slabs = cut(15, 10, num_gradients=m, itemsize=4, slab_bytes=1)
+    needed = working_bytes(slabs[larger], m, 4)
+    assert working_bytes(slabs[1 - larger], m, 4) < needed
+    with pytest.raises(MemoryBudgetError, match=f"{needed:,}"):
+        deal(slabs, shares([1], free_bytes=needed - 1), num_gradients=m, itemsize=4)
+
+
 def test_working_bytes_grow_with_everything_that_is_held():
     group = BlockGroup(0, 2, (50,))
     assert working_bytes(group, 10, 4) == 2 * (2 * 10 * 50 * 4) + 3 * 8 * 2 * 10 * 10

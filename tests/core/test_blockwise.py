@@ -98,7 +98,9 @@ def test_a_hopeless_try_in_float32_ends_before_its_solve(monkeypatch):
     monkeypatch.setattr(inverse_fisher._DualFactor, "diagonal", counting)
     rows = np.random.default_rng(0).standard_normal((M, B)).astype(np.float32)
     inverse_fisher.evaluate([rows[None]], DAMPING)
-    inverse_fisher.evaluate([(rows[:1] + 1e-4 * rows)[None]], 1e-8)
+    alike = [(rows[:1] + 1e-3 * rows)[None]]
+    inverse_fisher._DualFactor(alike, 1e-5, np.float32)  # can be factored in float32
+    inverse_fisher.evaluate(alike, 1e-5)
     assert solved == [False, True]
 
 
@@ -135,8 +137,16 @@ def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypat
 
 
 def test_factors_as_large_as_dense_inverses_are_not_kept(monkeypatch):
-    _, made = steps_with(RoomyBackend(), monkeypatch, gradients_of_both_kinds(40), B)
+    # small enough to have room: what is kept is at most half of the window
+    _, made = steps_with(RoomyBackend(), monkeypatch, gradients_of_both_kinds(200), B)
     assert made == 2
+
+
+def test_no_factor_is_kept_where_none_is_asked_for():
+    source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"), keep="never")
+    fisher.diagonal()
+    assert not fisher._kept
 
 
 def test_kept_factors_are_given_back_when_they_have_been_used():
@@ -155,6 +165,18 @@ def test_kept_factors_take_no_more_than_half_of_the_window():
     assert fisher._room["cpu"] == M * BLOCKS * B * 4 // 2
     fisher.diagonal()
     assert not fisher._kept
+
+
+def test_devices_share_what_kept_factors_may_take():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=strict_devices(3, StrictBackend(10**9)))
+    assert list(fisher._room.values()) == [M * BLOCKS * B * 4 // 2 // 3] * 3
+
+
+def test_kept_factors_take_no_more_than_a_quarter_of_the_free_memory():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(8000), "cpu"))
+    assert fisher._room["cpu"] == 2000
 
 
 def test_repeated_products_factor_once(monkeypatch):
@@ -289,3 +311,14 @@ def test_repeated_products_with_narrow_blocks_factor_once(monkeypatch):
     for _ in range(3):
         fisher.apply(np.ones(BLOCKS * B, np.float32))
     assert not made
+
+
+def test_the_error_of_solves_is_that_of_each_block_also_where_the_cache_holds_one(monkeypatch):
+    monkeypatch.setattr(inverse_fisher, "CACHE_BYTES", 1)
+    chunks = [chunk.astype(np.float64) for chunk in chunks_of(gradients_of_both_kinds())]
+    made = inverse_fisher._DualFactor(chunks, DAMPING, np.float64)
+    shifted = chunks[0] @ chunks[0].transpose(0, 2, 1) + M * DAMPING * np.eye(M)
+    norms = np.einsum("nii->ni", shifted)[:, :, None]
+    wanted = (4 * norms * np.linalg.solve(shifted, chunks[0]) ** 2).sum(axis=1) + 8
+    found = made._error_of_solves(chunks, np.ones((BLOCKS, B)))
+    np.testing.assert_allclose(found, wanted.max(axis=-1), rtol=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mfac_core
-from mfac_core.backends import Backend, Device, base, resolve_devices
+from mfac_core.backends import Backend, Device, base, numpy_backend, resolve_devices
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.gradient_window import GradientWindow
@@ -185,3 +185,38 @@ def test_the_cupy_backend_has_the_contracts_methods_with_their_arguments():
         assert [argument.arg for argument in methods[name].args] == list(parameters)
         defaults = [p.default for p in parameters.values() if p.default is not inspect.Parameter.empty]
         assert [ast.literal_eval(default) for default in methods[name].defaults] == defaults
+
+
+@pytest.mark.parametrize(
+    "system, group, free", [(500, 300, 300), (200, 300, 200), (200, None, 200), (None, None, None)]
+)
+def test_free_host_memory_is_what_the_system_and_the_control_group_both_have(system, group, free, monkeypatch):
+    monkeypatch.setattr(numpy_backend, "_system_free_bytes", lambda: system)
+    monkeypatch.setattr(numpy_backend, "_control_group_free_bytes", lambda: group)
+    assert NumpyBackend().free_bytes("cpu") == free
+
+
+@pytest.mark.parametrize("limit, used, free", [("1000\n", "300\n", 700), ("1000", "1300", 0), ("max", "300", None)])
+def test_a_control_group_has_its_limit_less_what_is_used(limit, used, free, monkeypatch, tmp_path):
+    monkeypatch.setattr(numpy_backend, "Path", lambda _: tmp_path)
+    assert numpy_backend._control_group_free_bytes() is None
+    (tmp_path / "memory.max").write_text(limit)
+    (tmp_path / "memory.current").write_text(used)
+    assert numpy_backend._control_group_free_bytes() == free
+
+
+def test_groups_in_host_memory_stay_small_however_much_there_is(monkeypatch):
+    monkeypatch.setattr(numpy_backend, "_cores", lambda: 4)
+    sizes = [NumpyBackend().group_bytes("cpu", total) for total in (0, 1600, 2**50)]
+    assert sizes == [1, 100, numpy_backend.GROUP_BYTES]
+
+
+def test_a_device_may_load_groups_ahead_of_the_one_that_is_worked_on():
+    class Eager(StrictBackend):
+        def stream(self, device, loads):
+            yield from list(super().stream(device, loads))
+
+    gradients = make_gradients(4, 60)
+    here = mfac_core.inverse_fisher(gradients, block_size=5, damping=1e-2).diagonal()
+    there = mfac_core.inverse_fisher(gradients, block_size=5, damping=1e-2, devices=strict_devices(2, Eager()))
+    np.testing.assert_allclose(there.diagonal(), here, rtol=1e-12)

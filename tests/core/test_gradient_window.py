@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mfac_core.backends import Device
+from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.blocks import BlockGroup, cut
+from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.gradient_window import GradientWindow
 from tests.core.strict_backend import strict_devices
 
@@ -22,6 +27,7 @@ def cutting(request, monkeypatch):
     """Run each test also with slabs of few blocks and blocks of several chunks, which otherwise take megabytes."""
     if request.param == "cut to pieces":
         monkeypatch.setattr("mfac_core.gradient_window.cut", _cut_to_pieces)
+        monkeypatch.setattr("mfac_core.gradient_matrix.cut", _cut_to_pieces)
 
 
 def _cut_to_pieces(num_weights, block_size, *, num_gradients, itemsize, slab_bytes) -> tuple[BlockGroup, ...]:
@@ -50,7 +56,7 @@ def in_order(rows: np.ndarray) -> np.ndarray:
     return rows[np.argsort(rows[:, 0])] if rows.size else rows
 
 
-def through_chunks(window: GradientWindow) -> np.ndarray:
+def through_chunks(window: GradientWindow | GradientMatrix) -> np.ndarray:
     rows = np.full((window.count, window.num_weights), np.nan)
     for group in window.slabs:
         for (start, stop), chunk in zip(group.chunk_bounds, window.chunks(group), strict=True):
@@ -177,3 +183,41 @@ def test_a_window_on_another_device_holds_the_same(d, m, block_size, pushes, row
     expected.rebuild(kept, rows)
     np.testing.assert_array_equal(window.to_rows(), expected.to_rows())
     assert all(str(chunk.device).count("device2") for slab in window.slabs for chunk in window.chunks(slab))
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float16, np.bool_, np.complex64])
+def test_gradients_that_are_no_real_floats_are_refused_with_a_cure(dtype):
+    window = GradientWindow(4, 2, block_size=2)
+    with pytest.raises(ValueError, match=f"gradients.*{np.dtype(dtype)}.*astype"):
+        window.push(np.ones(4, dtype))
+    assert window.count == 0
+    with pytest.raises(ValueError, match=f"gradients.*{np.dtype(dtype)}.*astype"):
+        GradientMatrix([np.ones((2, 3)), np.ones((2, 4), dtype)], block_size=2)
+
+
+def test_rebuilding_needs_no_second_window():
+    class SmallSlabs(NumpyBackend):
+        def group_bytes(self, device, total):
+            return 20_000
+
+    tracemalloc.start()
+    try:
+        window = filled(4000, 20, 100, 20, device=Device(SmallSlabs(), "cpu"))
+        held, before = tracemalloc.get_traced_memory()[0], window.num_bytes
+        tracemalloc.reset_peak()
+        window.rebuild(np.arange(4000) % 2 == 0, 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert window.num_bytes == before // 2
+    assert peak - held < before // 4
+
+
+@few_with_fixture
+@given(st.lists(WIDTHS, min_size=1, max_size=4), BLOCK_SIZES, st.data())
+def test_arrays_side_by_side_are_read_as_one_without_the_columns_that_are_left_out(widths, block_size, data):
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=sum(widths), max_size=sum(widths))))
+    rows = np.arange(3.0 * sum(widths)).reshape(3, -1)
+    matrix = GradientMatrix(np.split(rows, np.cumsum(widths)[:-1], axis=1), kept, block_size=block_size)
+    assert (matrix.count, matrix.num_weights) == (3, kept.sum())
+    np.testing.assert_array_equal(through_chunks(matrix), rows[:, kept])

@@ -135,11 +135,20 @@ def test_duplicated_rows(block_size, damping, dtype):
     assert_matches(gradients, block_size, damping, inverse, tolerance=rounding)
 
 
-def test_a_repeated_sample_beside_weights_without_gradients_is_not_refused():
-    gradients = 30 * np.random.default_rng(0).standard_normal((6, 10))
-    gradients[:, 5:] = 0
+@pytest.mark.parametrize("scale, damping", [(30, 1e-6), (1000, 1e-5)])
+def test_a_repeated_sample_beside_weights_without_gradients_is_not_refused(scale, damping, monkeypatch):
+    monkeypatch.setattr(sys.modules["mfac_core.inverse_fisher"], "CACHE_BYTES", 1)
+    gradients = scale * np.random.default_rng(0).standard_normal((6, 40))
+    gradients[:, 10:20] = gradients[:, 30:] = 0
+    gradients[:, 20:] /= 100
     gradients[4:] = gradients[0]
-    assert_matches(gradients, None, 1e-6, reference.exact_inverse(gradients, 1e-6))
+    assert_matches(gradients, 20, damping, reference.exact_inverse(gradients, damping, 20))
+
+
+def test_a_sum_that_rounds_to_one_or_above_does_not_refuse_its_block():
+    gradients = np.random.default_rng(0).standard_normal((1, 600)).astype(np.float32)
+    gradients[:, ::3] *= 1e5
+    assert_matches(gradients, 3, 1e-5, reference.exact_inverse(gradients, 1e-5, 3))
 
 
 @DTYPES
@@ -326,10 +335,43 @@ def test_no_devices_at_all_are_refused():
         mfac_core.inverse_fisher(np.ones((3, 4)), devices=()).diagonal()
 
 
-@pytest.mark.parametrize("m, d, block_size", [(24, 400, 200), (24, 90, None), (200, 40, 20)])
+@pytest.mark.parametrize("m, d, block_size", [(24, 200, 100), (24, 90, None), (200, 40, 20)])
 def test_products_with_gradients_themselves_lose_no_digits(m, d, block_size):
     # F^-1 leaves about damping / |g|^2 of a gradient: what is left is the small difference of large numbers
     gradients = gaussian(m, d, 1.0, np.float32)
     fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=1e-5)
     expected = reference.exact_inverse(gradients, 1e-5, block_size) @ gradients[0].astype(np.float64)
     np.testing.assert_allclose(fisher.apply(gradients[0]), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_products_with_gradients_that_are_alike_lose_no_digits():
+    rows = gaussian(64, 2000, 1.0, np.float64)
+    gradients = (rows[:1] + 0.1 * rows).astype(np.float32)
+    expected = mfac_core.inverse_fisher(gradients.astype(np.float64)).apply(gradients[0].astype(np.float64))
+    product = mfac_core.inverse_fisher(gradients).apply(gradients[0])
+    np.testing.assert_allclose(product, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_float32_is_left_before_it_loses_digits(seed):
+    rng = np.random.default_rng(seed)
+    m, d = [(12, 40), (40, 60), (200, 40), (20, 200)][seed % 4]
+    rows, damping = rng.standard_normal((m, d)), 10 ** rng.uniform(-5, 0)
+    alike, graded = rows[:1] + 10 ** rng.uniform(-3, 0) * rows, rows * np.logspace(0, rng.uniform(0, 3), d)
+    gradients = (alike if seed % 3 else graded).astype(np.float32)
+    diagonal = mfac_core.inverse_fisher(gradients, block_size=None, damping=damping).diagonal()
+    np.testing.assert_allclose(diagonal, np.diag(reference.dense_inverse(gradients, damping)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("kind", ["graded columns", "alike rows"])
+def test_what_float64_cannot_hold_is_refused_rather_than_wrong(kind, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((5, 8))
+    graded, alike = rows * np.logspace(0, rng.uniform(5.5, 7), 8), rows[:1] + 10 ** rng.uniform(-7, -5) * rows
+    gradients, damping = graded if kind == "graded columns" else alike, 10 ** rng.uniform(-12, -11)
+    try:
+        diagonal = mfac_core.inverse_fisher(gradients, block_size=None, damping=damping).diagonal()
+    except mfac_core.IllConditionedError:
+        return
+    np.testing.assert_allclose(diagonal, np.diag(reference.exact_inverse(gradients, damping)), rtol=1e-4)

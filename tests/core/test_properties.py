@@ -125,17 +125,9 @@ def test_successive_pruning_only_shrinks_the_kept_set_and_counts_exactly(problem
     weights, gradients = problem
     masks = None
     before = {name: np.ones(array.shape, dtype=bool) for name, array in weights.items()}
+    options = dict(block_size=block_size, damping=1e-2, scope=scope, update=update)
     for sparsity in targets:
-        result = mfac_core.prune(
-            weights,
-            gradients,
-            sparsity=sparsity,
-            masks=masks,
-            block_size=block_size,
-            damping=1e-2,
-            scope=scope,
-            update=update,
-        )
+        result = mfac_core.prune(weights, gradients, sparsity=sparsity, masks=masks, **options)
         for name, mask in result.masks.items():
             assert not np.any(mask & ~before[name])
             assert np.all(np.isfinite(result.weights[name]))
@@ -186,16 +178,8 @@ def test_pruning_leaves_its_inputs_alone(problem, block_size, sparsity, update, 
     masks = {name: array < 1 for name, array in weights.items()}
     inputs = [*weights.values(), *masks.values(), gradients]
     before = [array.tobytes() for array in inputs]
-    mfac_core.prune(
-        weights,
-        gradients,
-        sparsity=sparsity,
-        masks=masks,
-        block_size=block_size,
-        damping=1e-2,
-        scope=scope,
-        update=update,
-    )
+    options = dict(sparsity=sparsity, block_size=block_size, damping=1e-2, scope=scope, update=update)
+    mfac_core.prune(weights, gradients, masks=masks, **options)
     assert [array.tobytes() for array in inputs] == before
 
 
@@ -234,3 +218,28 @@ def test_the_problems_do_reach_ties_and_zeros():
 
     look()
     assert any(tie for tie, _ in found) and any(zero for _, zero in found)
+
+
+@few
+@given(
+    pruning_problems(),
+    BLOCK_SIZES,
+    SPARSITIES,
+    UPDATES,
+    SCOPES,
+    st.sampled_from([(np.float32, -70), (np.float32, 66), (np.float32, 100), (np.float64, -600), (np.float64, 600)]),
+)
+def test_weights_of_any_scale_are_pruned_alike(problem, block_size, sparsity, update, scope, dtype_and_power):
+    weights, gradients = problem
+    dtype, power = dtype_and_power
+    weights, gradients = {name: array.astype(dtype) for name, array in weights.items()}, gradients.astype(dtype)
+    scaled = {name: np.ldexp(array, power) for name, array in weights.items()}
+    options = dict(sparsity=sparsity, block_size=block_size, damping=1e-2, update=update, scope=scope)
+    result = mfac_core.prune(weights, gradients, **options)
+    same = mfac_core.prune(scaled, gradients, **options)
+    for name in weights:
+        np.testing.assert_array_equal(same.masks[name], result.masks[name])
+        unscaled = np.ldexp(same.weights[name], -power)
+        np.testing.assert_allclose(unscaled, result.weights[name], rtol=1e-6, atol=1e-15)
+    with np.errstate(over="ignore"):
+        assert same.predicted_loss_increase == np.ldexp(result.predicted_loss_increase, 2 * power)

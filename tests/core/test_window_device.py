@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mfac_core import DeviceError, MFACPruner, MFACSettings
+from mfac_core import DeviceError, MemoryBudgetError, MFACPruner, MFACSettings
 from mfac_core.backends import Device, device_of, resolve_device, selection
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.planning import choose_window_device
+from mfac_core.blocks import BlockGroup, working_bytes
+from mfac_core.planning import check_memory, choose_window_device, peak_window
+from mfac_core.schedule import pruning_schedule
 from tests.core.strict_backend import StrictBackend, strict_devices
 
 SETTINGS = MFACSettings(
@@ -46,7 +48,7 @@ def accelerator(monkeypatch):
         return device_of(x) if isinstance(x, np.ndarray) else Device(backend, str(x.device).split("'")[1])
 
     monkeypatch.setattr(selection, "_backends", lambda: (NumpyBackend(), backend))
-    for module in ("pruner", "weight_layout"):
+    for module in ("pruners.base", "pruners.mfac", "weight_layout"):
         monkeypatch.setattr(f"mfac_core.{module}.device_of", of)
     return backend
 
@@ -115,6 +117,26 @@ def test_a_gradient_that_is_arriving_is_part_of_the_state_and_can_be_forgotten(a
     assert pruner.num_rows == 0
 
 
+def test_a_gradient_that_is_arriving_takes_part_in_the_pruning_step(accelerator):
+    in_host_memory, pruner = (pruner_for(initial_sparsity=0.5, devices=(name,)) for name in ("cpu", "device1"))
+    place = Device(accelerator, "device1").asarray
+    for step in range(2):
+        in_host_memory.observe(gradient_at(step))
+        pruner.observe({name: place(array) for name, array in gradient_at(step).items()})
+    here, there = in_host_memory.prune(gradient_at(1000)).weights, pruner.prune(gradient_at(1000)).weights
+    for name in SHAPES:
+        np.testing.assert_allclose(there[name], here[name], rtol=1e-4, atol=1e-5)
+    assert pruner.num_rows == 2
+
+
+def test_a_gradient_that_was_arriving_is_no_part_of_a_state_that_is_loaded(accelerator):
+    pruner = pruner_for(devices=("device1",))
+    state = pruner.state_dict()
+    pruner.observe({name: Device(accelerator, "device1").asarray(array) for name, array in gradient_at(0).items()})
+    pruner.load_state_dict(state)
+    assert pruner.num_rows == 0
+
+
 def test_the_first_device_with_room_keeps_the_window():
     class Tight(StrictBackend):
         def free_bytes(self, device):
@@ -124,6 +146,16 @@ def test_the_first_device_with_room_keeps_the_window():
     devices = (resolve_device("cpu"), *strict_devices(3, backend))
     assert choose_window_device("auto", devices, 5_000).name == "CPU_DEVICE"
     assert choose_window_device("auto", devices, 50_000).name == "device1"
+
+
+def test_the_window_leaves_room_to_work_in():
+    (device,) = strict_devices(1, StrictBackend(free_bytes=10_000, group_bytes=1000))
+    assert choose_window_device("auto", [device], 4_000) == device
+    assert choose_window_device("auto", [device], 4_001).name == "cpu"
+
+
+def test_a_device_whose_free_memory_is_not_known_does_not_keep_the_window():
+    assert choose_window_device("auto", strict_devices(1, StrictBackend(None)), 10).name == "cpu"
 
 
 def test_without_room_the_window_stays_in_host_memory_and_says_so(caplog):
@@ -138,3 +170,13 @@ def test_a_device_that_is_named_is_taken():
     assert choose_window_device("cpu", strict_devices(1, StrictBackend(10**9)), 10).name == "cpu"
     with pytest.raises(DeviceError, match="gpu7"):
         choose_window_device("gpu7", strict_devices(1), 10)
+
+
+def test_a_run_needs_its_largest_window_and_room_to_work_in():
+    schedule = pruning_schedule(SETTINGS, STEPS)
+    rows, columns = peak_window(SETTINGS, 41, schedule)
+    needed = 4 * rows * columns + 2 * working_bytes(BlockGroup(0, 1, (7,)), rows, 4)
+    (enough,), (too_little,) = (strict_devices(1, StrictBackend(free)) for free in (needed, needed - 1))
+    assert check_memory(SETTINGS, enough, 41, schedule) == needed
+    with pytest.raises(MemoryBudgetError, match=f"{needed:,}"):
+        check_memory(SETTINGS, too_little, 41, schedule)

@@ -64,6 +64,20 @@ def sources(kind, count, backend):
     return arrays, values
 
 
+def copied_behind_slow_work(backend, loads, milliseconds=10):
+    """Return copies of what a stream yields, one array per load, each queued behind a kernel that takes its time."""
+    copies = []
+    for (x,) in backend.stream(GPU, loads):
+        spin(milliseconds)
+        copies.append(x.copy())
+    return copies
+
+
+def assert_all_equal(arrays, values):
+    for array, value in zip(arrays, values, strict=True):
+        np.testing.assert_array_equal(cupy.asnumpy(array), value)
+
+
 KINDS = ["pageable", "strided", "pinned", "pinned and strided", "cuda"]
 
 # views of a given shape, of new arrays of random numbers; ``make`` takes a shape
@@ -189,24 +203,15 @@ def test_stream_yields_the_arrays_of_each_load(backend, kind, count):
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_overwritten_while_slow_work_is_queued(backend, kind):
     arrays, values = sources(kind, 9, backend)
-    copies = []
-    for (x,) in backend.stream(GPU, [lambda x=x: [x] for x in arrays]):
-        spin(20)
-        copies.append(x.copy())
-    for copy, value in zip(copies, values, strict=True):
-        np.testing.assert_array_equal(cupy.asnumpy(copy), value)
+    assert_all_equal(copied_behind_slow_work(backend, [lambda x=x: [x] for x in arrays], milliseconds=20), values)
 
 
 def test_the_work_may_be_on_a_stream_of_its_own(backend):
     arrays, values = sources("strided", 6, backend)
-    copies = []
     with cupy.cuda.Stream(non_blocking=True) as work:
-        for (x,) in backend.stream(GPU, [lambda x=x: [x] for x in arrays]):
-            spin(20)
-            copies.append(x.copy())
+        copies = copied_behind_slow_work(backend, [lambda x=x: [x] for x in arrays], milliseconds=20)
         work.synchronize()
-    for copy, value in zip(copies, values, strict=True):
-        np.testing.assert_array_equal(cupy.asnumpy(copy), value)
+    assert_all_equal(copies, values)
 
 
 def test_large_copies_out_of_gathered_memory_are_done_before_it_is_used_again(backend):
@@ -233,21 +238,12 @@ def test_a_load_may_give_several_arrays_and_those_on_the_gpu_are_yielded_themsel
 
 def test_memory_is_grown_while_the_smaller_one_is_in_use(backend):
     values = [numbers((1 << min(i, 12), 64), seed=i) for i in range(16)]
-    copies = []
-    for (x,) in backend.stream(GPU, [lambda x=x: [x] for x in values]):
-        spin(10)
-        copies.append(x.copy())
-    for copy, value in zip(copies, values, strict=True):
-        np.testing.assert_array_equal(cupy.asnumpy(copy), value)
+    assert_all_equal(copied_behind_slow_work(backend, [lambda x=x: [x] for x in values]), values)
 
 
 def test_a_source_may_be_dropped_once_it_is_loaded(backend):
-    copies = []
-    for (x,) in backend.stream(GPU, [lambda i=i: [pinned(backend, numbers((500, 1000), seed=i))] for i in range(6)]):
-        spin(10)
-        copies.append(x.copy())
-    for i, copy in enumerate(copies):
-        np.testing.assert_array_equal(cupy.asnumpy(copy), numbers((500, 1000), seed=i))
+    loads = [lambda i=i: [pinned(backend, numbers((500, 1000), seed=i))] for i in range(6)]
+    assert_all_equal(copied_behind_slow_work(backend, loads), [numbers((500, 1000), seed=i) for i in range(6)])
 
 
 def test_memory_that_earlier_and_later_work_uses_is_left_alone(backend):
