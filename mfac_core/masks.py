@@ -1,33 +1,54 @@
-"""Which weights are pruned next: the least salient, unstructured, per layer or over all weights in scope."""
+"""Which weights are pruned next: the least salient, alone or in groups, per layer or over all weights in scope."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace
+from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.mask_patterns import MaskPattern
 from mfac_core.settings import Scope
 
-__all__ = ["least_salient", "newly_pruned"]
+__all__ = ["Sparsity", "least_salient", "newly_pruned", "out_of_reach", "part_of_the_way", "sparsity_of_zeros"]
+
+Sparsity = float | Mapping[str, float]
+"""Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
+
+Vector = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_]
 
 
 def newly_pruned(
     saliencies: Array,
-    kept: npt.NDArray[np.bool_],
-    sparsity: float,
+    kept: Mask,
+    sparsity: Sparsity,
     segments: Mapping[str, tuple[int, int]],
     scope: Scope,
+    patterns: Mapping[str, MaskPattern] | None = None,
 ) -> Array:
-    """Choose the weights to prune so that exactly ``round(n * sparsity)`` of ``n`` are pruned.
+    """Choose the weights to prune so that a sparsity is reached.
+
+    Without patterns exactly ``round(n * sparsity)`` of ``n`` are pruned. Groups are ranked by the mean saliency of
+    their weights: that is the loss per weight that is gained, and so groups of different sizes can compete; where all
+    have one size it is the order of their sums. What is pruned already has saliency 0 and counts.
+
+    * Groups pruned as a whole: in each layer exactly ``round(groups * sparsity)``; over all weights as many of the
+      least salient groups as come closest to ``n * sparsity`` weights, of two equally close numbers the smaller.
+    * ``N:M``: in each group the ``M - N`` least salient are candidates, and of them the least salient are pruned until
+      ``round(n * sparsity)`` weights are, or all candidates: at ``1 - N/M`` exactly ``N`` of each ``M`` stay.
 
     Args:
         saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
         kept: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
-        sparsity: Pruned fraction to reach, in ``[0, 1]``.
+        sparsity: Pruned fraction to reach, in ``[0, 1]``; one per layer only where the scope is ``layer``.
         segments: First and one-past-last position of each layer among the ``n`` weights.
         scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
+        patterns: How the weights of each layer are grouped; ``None`` where each stands alone. Groups are ranked in
+            host memory.
 
     Returns:
         Which of the unpruned weights are pruned now, shape ``(d,)``, on the device of the saliencies; none where the
@@ -42,16 +63,21 @@ def newly_pruned(
         [False, True, False, True]
         >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 2), "b": (2, 4)}, "global").tolist()
         [False, True, False, True]
+        >>> pairs = {"a": MaskPattern((4,), (0,), outputs=1, inputs=2)}
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 4)}, "layer", pairs).tolist()
+        [False, False, True, True]
     """
+    if patterns is not None:
+        return _newly_pruned_groups(saliencies, kept, sparsity, segments, scope, patterns)
     if scope == "global":
         segments = {"all": (0, len(kept))}
     chosen = []
     position = 0
-    for start, stop in segments.values():
+    for name, (start, stop) in segments.items():
         unpruned = int(np.count_nonzero(kept[start:stop]))
         already = (stop - start) - unpruned
         part = saliencies[position : position + unpruned]
-        chosen.append(least_salient(part, round((stop - start) * sparsity) - already))
+        chosen.append(least_salient(part, round((stop - start) * _of(sparsity, name)) - already))
         position += unpruned
     return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
@@ -83,3 +109,169 @@ def least_salient(saliencies: Array, count: int) -> Array:
     last = int(xp.nonzero(ties)[0][wanted - 1]) + 1
     chosen[:last] |= ties[:last]
     return chosen
+
+
+def sparsity_of_zeros(
+    zeros: Mask,
+    segments: Mapping[str, tuple[int, int]],
+    scope: Scope,
+    patterns: Mapping[str, MaskPattern] | None = None,
+) -> float | dict[str, float]:
+    """Return the sparsity that zeros make, in the terms in which :func:`newly_pruned` is asked for one.
+
+    Args:
+        zeros: Which of all weights are zero, shape ``(n,)``.
+        segments: First and one-past-last position of each layer.
+        scope: ``layer`` for one sparsity per layer, ``global`` for one over all.
+        patterns: How the weights of each layer are grouped: then only zeros that fit the pattern count, which are
+            groups of zeros, or up to ``M - N`` zeros of each ``M``.
+
+    Returns:
+        The fraction of zeros, or of groups of zeros, in ``[0, 1]``; per layer a mapping by name.
+
+    Example:
+        >>> sparsity_of_zeros(np.array([True, False, False]), {"a": (0, 2), "b": (2, 3)}, "layer")
+        {'a': 0.5, 'b': 0.0}
+    """
+    fitting: dict[str, tuple[int, int]] = {}  # weights that fit, of how many; or groups
+    for name, (start, stop) in segments.items():
+        fitting[name] = (int(np.count_nonzero(zeros[start:stop])), stop - start)
+        if patterns is not None:
+            fitting[name] = _fitting_zeros(zeros[start:stop], patterns[name], by_groups=scope == "layer")
+    if scope == "layer":
+        return {name: count / total if total else 0.0 for name, (count, total) in fitting.items()}
+    return sum(count for count, _ in fitting.values()) / max(sum(total for _, total in fitting.values()), 1)
+
+
+def out_of_reach(sparsity: float, scope: Scope, patterns: Mapping[str, MaskPattern] | None) -> dict[str, float]:
+    """Return what keeps a sparsity from being reached: arrays whose inputs ``M`` of ``N:M`` does not divide.
+
+    Args:
+        sparsity: The sparsity wanted.
+        scope: As in :func:`newly_pruned`.
+        patterns: As in :func:`newly_pruned`.
+
+    Returns:
+        Name and largest sparsity of each array that cannot have the wanted one; none where, with scope ``global``, the
+        others make up for it.
+
+    Example:
+        >>> patterns = {"a": MaskPattern((2, 3), (0, 1), outputs=1, inputs=4, kept_of_each=2)}
+        >>> out_of_reach(0.5, "layer", patterns)
+        {'a': 0.3333333333333333}
+    """
+    most = {name: (pattern.most_pruned, math.prod(pattern.shape)) for name, pattern in (patterns or {}).items()}
+    can, total = (sum(column) for column in zip((0, 0), *most.values(), strict=True))
+    if scope == "global" and can >= round(total * sparsity):
+        return {}
+    return {name: can / size for name, (can, size) in most.items() if can < round(size * sparsity)}
+
+
+def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int) -> Sparsity:
+    """Return the sparsity of the next of several equal parts of a pruning step.
+
+    Args:
+        reached: Sparsity now, as :func:`sparsity_of_zeros` gives it.
+        wanted: Sparsity of the pruning step.
+        parts_left: Parts to go, the next one included.
+
+    Returns:
+        A sparsity for :func:`newly_pruned`; with one part left exactly ``wanted``.
+
+    Example:
+        >>> part_of_the_way({"a": 0.0, "b": 0.5}, 0.75, 3)
+        {'a': 0.25, 'b': 0.5833333333333334}
+    """
+    if parts_left == 1:
+        return wanted
+    if isinstance(reached, Mapping):
+        return {name: now + (_of(wanted, name) - now) / parts_left for name, now in reached.items()}
+    return reached + (_of(wanted, "all") - reached) / parts_left
+
+
+def _of(sparsity: Sparsity, name: str) -> float:
+    return sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+
+
+def _newly_pruned_groups(
+    saliencies: Array,
+    kept: Mask,
+    sparsity: Sparsity,
+    segments: Mapping[str, tuple[int, int]],
+    scope: Scope,
+    patterns: Mapping[str, MaskPattern],
+) -> Array:
+    device = device_of(saliencies)
+    values = np.zeros(len(kept))
+    values[kept] = device.to_numpy(saliencies)
+    if np.isnan(values).any():
+        raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
+    chosen = np.zeros(len(kept), bool)
+    if scope == "layer":
+        for name, (start, stop) in segments.items():
+            here = slice(start, stop)
+            chosen[here] = _choose(values[here], kept[here], [patterns[name]], _of(sparsity, name), by_groups=True)
+    else:
+        in_order = [patterns[name] for name in segments]
+        chosen = _choose(values, kept, in_order, _of(sparsity, "all"), by_groups=False)
+    return device.asarray(chosen[kept])
+
+
+def _choose(values: Vector, kept: Mask, patterns: Sequence[MaskPattern], sparsity: float, *, by_groups: bool) -> Mask:
+    # the arrays of the patterns stand one after the other
+    if not len(kept):
+        return np.zeros(0, bool)
+    kept_of_each = patterns[0].kept_of_each  # the same for all arrays, as all have one mask type
+    if kept_of_each is None:
+        firsts = np.cumsum([0, *(pattern.num_groups for pattern in patterns)])
+        groups = [pattern.groups() + first for pattern, first in zip(patterns, firsts, strict=False)]
+        return _choose_groups(values, kept, np.concatenate(groups), sparsity, by_groups=by_groups)
+    firsts = np.cumsum([0, *(math.prod(pattern.shape) for pattern in patterns)])
+    members = [
+        np.where(found < 0, -1, found + first)
+        for found, first in zip((pattern.members() for pattern in patterns), firsts, strict=False)
+    ]
+    return _choose_n_of_m(values, kept, np.concatenate(members), sparsity, kept_of_each)
+
+
+def _choose_groups(values: Vector, kept: Mask, groups: Vector, sparsity: float, *, by_groups: bool) -> Mask:
+    sizes = np.bincount(groups)
+    means = np.bincount(groups, weights=values) / sizes
+    pruned_already = np.bincount(groups, weights=kept) == 0
+    means[pruned_already] = -1.0
+    order = np.argsort(means, kind="stable")
+    if by_groups:
+        count = round(len(sizes) * sparsity)
+    else:
+        missed = np.abs(np.cumsum([0, *sizes[order]]) - len(kept) * sparsity)
+        count = int(np.argmin(missed))
+    pruned = np.zeros(len(sizes), bool)
+    pruned[order[:count]] = True
+    return np.asarray(pruned[groups])
+
+
+def _choose_n_of_m(values: Vector, kept: Mask, members: Vector, sparsity: float, kept_of_each: int) -> Mask:
+    ranked = np.where(kept, values, -1.0)[members]
+    ranked[members < 0] = -2.0  # inputs that are lacking go first, then those that are pruned already
+    first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - kept_of_each]
+    candidates = np.take_along_axis(members, first, axis=1)
+    candidates = np.sort(candidates[candidates >= 0])
+    candidates = candidates[kept[candidates]]
+    wanted = round(len(kept) * sparsity) - int(np.count_nonzero(~kept))
+    chosen = np.zeros(len(kept), bool)
+    chosen[candidates] = least_salient(values[candidates], min(wanted, len(candidates)))
+    return chosen
+
+
+def _fitting_zeros(zeros: Mask, pattern: MaskPattern, *, by_groups: bool) -> tuple[int, int]:
+    if not len(zeros):
+        return 0, 0
+    if pattern.kept_of_each is not None:
+        members = pattern.members()
+        lacking = members < 0
+        most = np.maximum((~lacking).sum(axis=1) - pattern.kept_of_each, 0)
+        return int(np.minimum((zeros[members] & ~lacking).sum(axis=1), most).sum()), len(zeros)
+    groups = pattern.groups()
+    sizes = np.bincount(groups)
+    whole = np.bincount(groups, weights=zeros) == sizes
+    return (int(whole.sum()), len(sizes)) if by_groups else (int(sizes[whole].sum()), len(zeros))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device
+from mfac_core.backends import Array, Device, array_namespace
 from mfac_core.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.obs import independent_update, joint_update, saliency
 from mfac_core.settings import Update
@@ -31,12 +32,14 @@ class PruneResult:
         sparsity: Pruned fraction of all weights in scope.
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
             of the loss.
+        resets_optimizer: Whether what the optimizer remembers of all these weights is to be set to zero.
     """
 
     weights: Array | Mapping[str, Array]
     masks: Array | Mapping[str, Array]
     sparsity: float
     predicted_loss_increase: float | None
+    resets_optimizer: bool = False
 
 
 def mfac_step(
@@ -64,6 +67,9 @@ def mfac_step(
     fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
     with fisher.home.backend.on(fisher.home.name):
         working = fisher.home.asarray(weights, source.dtype)
+        # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
+        scale = _power_of_two(working)
+        working = working / scale
         inverse_diagonal = fisher.diagonal()
         chosen = select(saliency(working, inverse_diagonal))
         if update == "joint":
@@ -71,9 +77,9 @@ def mfac_step(
         else:
             change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
         pruned = fisher.home.to_numpy(chosen)
-        updated = (weights + fisher.home.to_numpy(change)).astype(weights.dtype, copy=False)
+        updated = (weights + fisher.home.to_numpy(change * scale)).astype(weights.dtype, copy=False)
     updated[pruned] = 0
-    return updated, pruned, increase
+    return updated, pruned, increase * scale * scale
 
 
 def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:
@@ -88,3 +94,10 @@ def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDAr
     """
     chosen = select(np.abs(weights))
     return np.where(chosen, np.zeros_like(weights), weights), chosen
+
+
+def _power_of_two(x: Array) -> float:
+    """Return the power of two below the largest absolute value: divided by it, numbers keep their digits."""
+    xp = array_namespace(x)
+    largest = float(xp.max(xp.abs(x))) if x.shape[0] else 0.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1)

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mfac_core.errors import SettingError
-from mfac_core.settings import GradualSettings, Interpolation
+from mfac_core.settings import (
+    FROM_PARAM,
+    ACDCSettings,
+    ConstantSettings,
+    GradualSettings,
+    Interpolation,
+    PruningSettings,
+)
 
 __all__ = ["PlannedStep", "interpolate", "num_gradients_at", "planned_epochs", "pruning_schedule", "sparsity_at"]
 
@@ -86,55 +93,70 @@ def sparsity_at(fraction: float, *, initial: float, final: float, interpolation:
     return min(final, initial + (final - initial) * interpolate(fraction, interpolation))
 
 
-def pruning_schedule(settings: GradualSettings, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+def pruning_schedule(
+    settings: PruningSettings, steps_per_epoch: int, *, sparsities: tuple[float, float] | None = None
+) -> tuple[PlannedStep, ...]:
     """Return the pruning steps of a whole run as exact optimizer steps.
 
-    Step k is due at ``round((start_epoch + k * update_frequency) * steps_per_epoch)``. The step of ``end_epoch`` is
-    always among them and has exactly ``final_sparsity``. Planned epochs that fall on the same optimizer step are one
-    pruning step.
+    The step of a planned epoch is ``round(epoch * steps_per_epoch)``; of planned epochs that fall on the same optimizer
+    step only one is left: the first, except that the last of a run, and the latest phase of AC/DC, win.
+
+    * Gradual pruning: the step of ``end_epoch`` is always among them and has exactly the final sparsity.
+    * AC/DC: a phase begins every ``update_frequency`` from ``start_epoch`` on: a decompressed one (sparsity 0) first,
+      then a compressed one, and so on. A decompressed phase is not begun where none is left to follow it, so that the
+      run ends compressed, and the step of ``end_epoch`` is always a compressed one.
+    * Constant: masks are taken at ``start_epoch`` and, unless ``end_epoch`` is infinite, released there (sparsity 0).
 
     Args:
         settings: Start, end, frequency and sparsities of the run.
         steps_per_epoch: Optimizer steps per epoch, at least 1.
+        sparsities: First and last sparsity, measured from the weights, in place of those of the settings; ``None``
+            where there are no weights yet: then ``__FROM_PARAM__`` and the sparsity that ``Constant`` holds are 0.
 
     Returns:
-        The pruning steps in rising order of ``step``; sparsity never falls.
+        The pruning steps in rising order of ``step``; with gradual pruning sparsity never falls.
 
     Raises:
         SettingError: If ``steps_per_epoch`` is not a positive integer, or the settings ask for more than a million
-            pruning steps.
+            pruning steps, or for more than one final sparsity.
+        TypeError: If the settings are of no kind that has pruning steps.
 
     Example:
         >>> settings = GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=2.0, update_frequency=0.5)
         >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
         [(10, 1.0, 0.0), (15, 1.5, 0.7000000000000001), (20, 2.0, 0.8)]
+        >>> settings = ACDCSettings(compression_sparsity=0.9, end_epoch=5.0)
+        >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
+        [(0, 0.0, 0.0), (10, 1.0, 0.9), (20, 2.0, 0.0), (30, 3.0, 0.9), (50, 5.0, 0.9)]
     """
     if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
         raise SettingError(
             "steps_per_epoch",
             f"{steps_per_epoch!r} must be a positive integer, such as len(loader) for one step per batch",
         )
-    first = round(settings.start_epoch * steps_per_epoch)
-    last = round(settings.end_epoch * steps_per_epoch)
-    *before_end, end = planned_epochs(settings)
-    epochs: dict[int, float] = {}
-    for epoch in before_end:
-        epochs.setdefault(round(epoch * steps_per_epoch), epoch)
-    epochs.pop(last, None)
-    between = [
-        PlannedStep(step, epoch, _sparsity_between(settings, step, first, last)) for step, epoch in epochs.items()
-    ]
-    return (*between, PlannedStep(last, end, settings.final_sparsity))
+    match settings:
+        case GradualSettings():
+            return _gradual(settings, steps_per_epoch, sparsities)
+        case ACDCSettings():
+            epochs = planned_epochs(settings)
+            planned = [(epoch, settings.compression_sparsity if k % 2 else 0.0) for k, epoch in enumerate(epochs[:-1])]
+            return _last_of_each_step([*planned, (epochs[-1], settings.compression_sparsity)], steps_per_epoch)
+        case ConstantSettings():
+            held = 0.0 if sparsities is None else sparsities[0]
+            planned = [(epoch, 0.0 if epoch == settings.end_epoch else held) for epoch in planned_epochs(settings)]
+            return _last_of_each_step(planned, steps_per_epoch)
+    raise TypeError(f"{type(settings).__name__} has no schedule of pruning steps")
 
 
-def planned_epochs(settings: GradualSettings) -> tuple[float, ...]:
+def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
     """Return the epochs at which pruning steps are due: every ``update_frequency`` from the start, and the end.
 
     Args:
         settings: Start, end and frequency of the run.
 
     Returns:
-        Rising epochs; the first is ``start_epoch``, the last is ``end_epoch`` (only one if the two are equal).
+        Rising epochs; the first is ``start_epoch``, the last is ``end_epoch`` (only one if the two are equal, or if
+        the end is infinite).
 
     Raises:
         SettingError: If there would be more than a million.
@@ -143,9 +165,14 @@ def planned_epochs(settings: GradualSettings) -> tuple[float, ...]:
         >>> planned_epochs(GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
         (1.0, 3.0, 4.0)
     """
-    start, end, frequency = float(settings.start_epoch), float(settings.end_epoch), settings.update_frequency
+    start, end = float(settings.start_epoch), float(settings.end_epoch)
+    if end == math.inf:
+        return (start,)
     if start == end:
         return (end,)
+    if not isinstance(settings, GradualSettings | ACDCSettings):
+        return (start, end)
+    frequency = settings.update_frequency
     periods = (end - start) / frequency
     if periods > _MOST_PRUNING_STEPS:
         raise SettingError(
@@ -154,6 +181,8 @@ def planned_epochs(settings: GradualSettings) -> tuple[float, ...]:
             "write a larger number of epochs between two pruning steps",
         )
     before_end = max(1, math.ceil(periods - _NOISE))
+    if isinstance(settings, ACDCSettings) and before_end % 2 and before_end > 1:
+        before_end -= 1
     return (*(start + k * frequency for k in range(before_end)), end)
 
 
@@ -188,10 +217,45 @@ def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) 
     return num_gradients[max(reached)]
 
 
-def _sparsity_between(settings: GradualSettings, step: int, first: int, last: int) -> float:
-    return sparsity_at(
-        (step - first) / (last - first),
-        initial=float(settings.initial_sparsity),
-        final=settings.final_sparsity,
-        interpolation=settings.interpolation,
-    )
+def _gradual(
+    settings: GradualSettings, steps_per_epoch: int, sparsities: tuple[float, float] | None
+) -> tuple[PlannedStep, ...]:
+    if sparsities is None:
+        initial = 0.0 if settings.initial_sparsity == FROM_PARAM else float(settings.initial_sparsity)
+        sparsities = (initial, _one_final_sparsity(settings))
+    first = round(settings.start_epoch * steps_per_epoch)
+    last = round(settings.end_epoch * steps_per_epoch)
+    *before_end, end = planned_epochs(settings)
+    epochs: dict[int, float] = {}
+    for epoch in before_end:
+        epochs.setdefault(round(epoch * steps_per_epoch), epoch)
+    epochs.pop(last, None)
+    between = [
+        PlannedStep(
+            step,
+            epoch,
+            sparsity_at(
+                (step - first) / (last - first),
+                initial=sparsities[0],
+                final=sparsities[1],
+                interpolation=settings.interpolation,
+            ),
+        )
+        for step, epoch in epochs.items()
+    ]
+    return (*between, PlannedStep(last, end, sparsities[1]))
+
+
+def _one_final_sparsity(settings: GradualSettings) -> float:
+    if isinstance(settings.final_sparsity, Mapping):
+        raise SettingError(
+            "final_sparsity",
+            f"{dict(settings.final_sparsity)} is one run per entry; "
+            "take each of settings.by_final_sparsity() on its own",
+        )
+    return settings.final_sparsity
+
+
+def _last_of_each_step(planned: list[tuple[float, float]], steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+    by_step = {round(epoch * steps_per_epoch): (epoch, sparsity) for epoch, sparsity in planned}
+    return tuple(PlannedStep(step, epoch, sparsity) for step, (epoch, sparsity) in by_step.items())

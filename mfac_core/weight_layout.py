@@ -104,12 +104,13 @@ class WeightLayout:
         parts = self.unflatten(vector)
         return {name: part.astype(np.dtype(arrays[name].dtype), copy=False) for name, part in parts.items()}
 
-    def check_finite(self, vector: npt.NDArray[Any], kept: npt.NDArray[np.bool_]) -> None:
+    def check_finite(self, vector: npt.NDArray[Any], kept: npt.NDArray[np.bool_], cure: str) -> None:
         """Refuse unpruned weights that are NaN or Inf.
 
         Args:
             vector: All weights, shape ``(n,)``.
             kept: Which of them are unpruned, shape ``(n,)``.
+            cure: What to do about them, for the message.
 
         Raises:
             ValueError: If there are such weights; the message names their arrays.
@@ -117,10 +118,7 @@ class WeightLayout:
         bad = kept & ~np.isfinite(vector)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
-            raise ValueError(
-                f"weights hold NaN or Inf in {', '.join(names)}: training has diverged; go back to finite weights, "
-                "and lower the learning rate or skip the optimizer steps whose gradients are not finite"
-            )
+            raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")
 
     def unpruned(self, kept: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
         """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.
@@ -130,17 +128,37 @@ class WeightLayout:
             device: Where the arrays are that will be gathered.
 
         Returns:
-            For each array ``None`` for all entries, a mask in host memory, or indices elsewhere.
+            For each array ``None`` for all entries, or indices.
         """
         found: dict[str, Array] = {}
         for name, (start, stop) in self.segments.items():
-            segment = kept[start:stop]
-            if segment.all():
+            indices = np.flatnonzero(kept[start:stop])
+            if len(indices) == stop - start:
                 found[name] = None
             elif device.backend.name == "numpy":
-                found[name] = segment
+                found[name] = indices  # quicker than a mask: the length is known, and the pattern of no concern
             else:  # the length of what a mask selects would have to be waited for
-                found[name] = device.asarray(np.flatnonzero(segment).astype(np.int32))
+                found[name] = device.asarray(indices.astype(np.int32))
+        return found
+
+    def parts(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> list[Array]:
+        """Return the unpruned entries of each array as a vector.
+
+        Args:
+            arrays: Name and array of each weight; all on one device.
+            unpruned: What :meth:`unpruned` has returned for this device.
+
+        Returns:
+            One vector per array, in order, on the device of the arrays: a view where all entries are unpruned.
+        """
+        found = []
+        for name in self.names:
+            xp = array_namespace(arrays[name])
+            values = xp.reshape(xp.asarray(arrays[name]), (-1,))
+            entries = unpruned[name]
+            if entries is not None:
+                values = values[entries] if isinstance(entries, np.ndarray) else xp.take(values, entries)
+            found.append(values)
         return found
 
     def gather(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> Array:
@@ -153,12 +171,5 @@ class WeightLayout:
         Returns:
             A new vector of shape ``(number of unpruned,)``, on the device of the arrays, in their common dtype.
         """
-        xp = array_namespace(arrays[self.names[0]])
-        parts = []
-        for name in self.names:
-            values = xp.reshape(xp.asarray(arrays[name]), (-1,))
-            entries = unpruned[name]
-            if entries is not None:
-                values = values[entries] if isinstance(entries, np.ndarray) else xp.take(values, entries)
-            parts.append(values)
-        return xp.concat(parts)
+        parts = self.parts(arrays, unpruned)
+        return array_namespace(parts[0]).concat(parts)

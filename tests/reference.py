@@ -114,6 +114,76 @@ def select(saliencies: ArrayLike, mask: ArrayLike, sparsity: float) -> Mask:
     return kept
 
 
+def groups_of(
+    shape: tuple[int, ...], mask_type: str | tuple[int, int], axes: tuple[int, ...] | None = None
+) -> list[list[int]]:
+    """The positions, in the order of the array, of each group that a mask type makes of it.
+
+    An array is outputs x kernel positions x inputs; one with a single axis is one row of inputs.
+    """
+    order = tuple(axes) if axes is not None else (0, *range(2, len(shape)), 1) if len(shape) > 1 else (0,)
+    found: dict[tuple, list[int]] = {}
+    for position, index in enumerate(np.ndindex(*shape)):
+        if len(shape) < 2:
+            output, kernel, inp, outputs, inputs = 0, (), (index or (0,))[0], 1, int(np.prod(shape))
+        else:
+            output, *kernel, inp = (index[axis] for axis in order)
+            outputs, inputs = shape[order[0]], shape[order[-1]]
+        if mask_type == "channel":
+            key = (inp,)
+        elif mask_type == "filter":
+            key = (output,)
+        else:
+            if mask_type == "block4":
+                high, wide = 1, 4
+            elif ":" in mask_type:
+                high, wide = 1, int(mask_type.split(":")[1])
+            else:
+                high, wide = mask_type
+            high, wide = outputs if high == -1 else high, inputs if wide == -1 else wide
+            key = (output // high, *kernel, inp // wide)
+        found.setdefault(key, []).append(position)
+    return [found[key] for key in sorted(found)]
+
+
+def select_groups(
+    saliencies: ArrayLike, mask: ArrayLike, sparsity: float, groups: list[list[int]], *, count_weights: bool = False
+) -> Mask:
+    """The mask after pruning whole groups, those of the least mean saliency first; pruned weights have saliency 0.
+
+    ``round(len(groups) * sparsity)`` of the groups, or with ``count_weights`` as many as come closest to
+    ``n * sparsity`` weights. Groups that are pruned already go first, and ties to the first group.
+    """
+    kept = np.array(mask, dtype=bool).ravel()
+    values = np.where(kept, np.asarray(saliencies, dtype=np.float64).ravel(), 0.0)
+    score = [
+        math.fsum(values[q] for q in group) / len(group) if any(kept[q] for q in group) else -1.0 for group in groups
+    ]
+    order = sorted(range(len(groups)), key=lambda g: score[g])
+    count = round(len(groups) * sparsity)
+    if count_weights:
+        sizes = [sum(len(groups[g]) for g in order[:k]) for k in range(len(groups) + 1)]
+        count = min(range(len(sizes)), key=lambda k: abs(sizes[k] - kept.size * sparsity))
+    for g in order[:count]:
+        kept[groups[g]] = False
+    return kept
+
+
+def select_n_of_m(saliencies: ArrayLike, mask: ArrayLike, sparsity: float, groups: list[list[int]], n: int) -> Mask:
+    """The mask after pruning the least salient among those that ``n`` kept of each group allow."""
+    kept = np.array(mask, dtype=bool).ravel()
+    values = np.asarray(saliencies, dtype=np.float64).ravel()
+    candidates = []
+    for group in groups:
+        pruned = sum(not kept[q] for q in group)
+        free = sorted((q for q in group if kept[q]), key=lambda q: values[q])
+        candidates += free[: max(len(group) - n - pruned, 0)]
+    missing = round(kept.size * sparsity) - int(np.sum(~kept))
+    candidates.sort(key=lambda q: (values[q], q))
+    kept[candidates[: max(missing, 0)]] = False
+    return kept
+
+
 def independent_update(weights: ArrayLike, inverse: Matrix, pruned: Mask) -> Vector:
     """Sum over the pruned q of ``-w_q / [F^-1]_qq * F^-1 e_q``, then the pruned entries made exactly zero: dw, (d,)."""
     w = np.asarray(weights, dtype=np.float64)
@@ -142,51 +212,90 @@ def prune(
     weights: Mapping[str, ArrayLike],
     gradients: ArrayLike,
     *,
-    sparsity: float,
+    sparsity: float | Mapping[str, float],
     masks: Mapping[str, ArrayLike] | None = None,
     block_size: int | None = 2000,
     damping: float = 1e-5,
     scope: str = "layer",
     update: str = "independent",
+    mask_type: str | tuple[int, int] = "unstructured",
+    axes: Mapping[str, tuple[int, ...]] | None = None,
+    num_recomputations: int = 1,
 ) -> Pruned:
     """One pruning step, densely. Only weights that ``masks`` keep take part; they are cut into blocks in their order.
 
     Args:
         weights: Name to array, in parameter order.
         gradients: Shape (m, total): all weights flattened and concatenated in parameter order.
-        sparsity: Pruned fraction to reach, within each layer or over all (``scope``).
+        sparsity: Pruned fraction to reach, within each layer or over all (``scope``); or one per layer.
         masks: Name to mask, True keeps; None keeps all.
         block_size: Unpruned weights per block; None for one block.
         damping: Lambda.
         scope: ``layer`` or ``global``.
         update: ``independent`` or ``joint``.
+        mask_type: Pattern of the zeros.
+        axes: Name to the permutation of axes into outputs, kernel, inputs.
+        num_recomputations: Parts with a Fisher of their own, each as long a way towards the sparsity as the others.
     """
     shapes = {name: np.shape(array) for name, array in weights.items()}
+    sizes = [int(np.prod(shape)) for shape in shapes.values()]
+    layers = dict(zip(shapes, _consecutive(sizes), strict=True))
     w = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in weights.values()])
     g = np.asarray(gradients, dtype=np.float64)
-    before = np.ones(w.size, dtype=bool)
+    kept = np.ones(w.size, dtype=bool)
     if masks is not None:
-        before = np.concatenate([np.asarray(masks[name], dtype=bool).ravel() for name in weights])
-    w = np.where(before, w, 0.0)
+        kept = np.concatenate([np.asarray(masks[name], dtype=bool).ravel() for name in weights])
+    w = np.where(kept, w, 0.0)
+    groups = {
+        name: [] if mask_type == "unstructured" else groups_of(shape, mask_type, (axes or {}).get(name))
+        for name, shape in shapes.items()
+    }
+    fields = {"all": slice(0, w.size)} if scope == "global" else layers
+    if scope == "global":
+        groups = {"all": [[q + layers[name].start for q in group] for name in groups for group in groups[name]]}
 
-    fisher = dense_fisher(g[:, before], damping, block_size)
-    inverse = dense_inverse(g[:, before], damping, block_size)
-    saliencies = np.zeros(w.size)
-    saliencies[before] = saliency(w[before], np.diag(inverse))
-
-    sizes = [int(np.prod(shape)) for shape in shapes.values()]
-    groups = [slice(0, w.size)] if scope == "global" else list(_consecutive(sizes))
-    after = np.concatenate([select(saliencies[group], before[group], sparsity) for group in groups])
-
-    pruned = ~after[before]
-    dw = {"independent": independent_update, "joint": joint_update}[update](w[before], inverse, pruned)
-    w[before] += dw
+    increase = 0.0
+    for parts_left in range(num_recomputations, 0, -1):
+        fisher = dense_fisher(g[:, kept], damping, block_size)
+        inverse = dense_inverse(g[:, kept], damping, block_size)
+        saliencies = np.zeros(w.size)
+        saliencies[kept] = saliency(w[kept], np.diag(inverse))
+        after = kept.copy()
+        for name, field in fields.items():
+            wanted = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+            if parts_left > 1:
+                now = _reached(kept[field], mask_type, groups[name], by_groups=scope == "layer")
+                wanted = now + (wanted - now) / parts_left
+            after[field] = _select(saliencies[field], kept[field], wanted, mask_type, groups[name], scope)
+        pruned = ~after[kept]
+        dw = {"independent": independent_update, "joint": joint_update}[update](w[kept], inverse, pruned)
+        w[kept] += dw
+        kept = after
+        increase += predicted_loss_increase(fisher, dw)
     return Pruned(
-        weights={name: w[part].reshape(shapes[name]) for name, part in zip(shapes, _consecutive(sizes), strict=True)},
-        masks={name: after[part].reshape(shapes[name]) for name, part in zip(shapes, _consecutive(sizes), strict=True)},
-        sparsity=float(np.mean(~after)),
-        predicted_loss_increase=predicted_loss_increase(fisher, dw),
+        weights={name: w[part].reshape(shapes[name]) for name, part in layers.items()},
+        masks={name: kept[part].reshape(shapes[name]) for name, part in layers.items()},
+        sparsity=float(np.mean(~kept)),
+        predicted_loss_increase=increase,
     )
+
+
+def _select(saliencies, kept, sparsity, mask_type, groups, scope) -> Mask:
+    if mask_type == "unstructured":
+        return select(saliencies, kept, sparsity)
+    if ":" in mask_type:
+        return select_n_of_m(saliencies, kept, sparsity, groups, int(mask_type.split(":")[0]))
+    return select_groups(saliencies, kept, sparsity, groups, count_weights=scope == "global")
+
+
+def _reached(kept: Mask, mask_type, groups: list[list[int]], *, by_groups: bool) -> float:
+    if mask_type == "unstructured":
+        return float(np.mean(~kept))
+    if ":" in mask_type:
+        n = int(mask_type.split(":")[0])
+        return sum(min(sum(not kept[q] for q in group), max(len(group) - n, 0)) for group in groups) / kept.size
+    whole = [group for group in groups if not any(kept[q] for q in group)]
+    return len(whole) / len(groups) if by_groups else sum(map(len, whole)) / kept.size
 
 
 def _recursion(g: Matrix, damping: float) -> tuple[Matrix, Vector]:

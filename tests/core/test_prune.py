@@ -354,7 +354,10 @@ def test_sparsity_outside_its_range_is_refused(sparsity):
     [
         ("scope", "network"),
         ("update", "both"),
-        ("mask_type", "block4"),
+        ("mask_type", "blocks"),
+        ("num_recomputations", 0),
+        ("num_recomputations", 1.5),
+        ("num_recomputations", True),
         ("block_size", 0),
         ("block_size", -4),
         ("damping", 0.0),
@@ -495,3 +498,113 @@ def test_a_long_list_of_bad_rows_is_cut_short():
     gradients = np.full((50, 4), np.nan)
     with pytest.raises(ValueError, match=r"50 of their rows: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, \.\.\.;"):
         mfac_core.prune(np.ones(4), gradients, sparsity=0.5)
+
+
+GROUPED = {"linear": (6, 8), "conv": (4, 6, 3, 1), "kernel": (2, 3, 6, 4)}
+GROUPED_TOTAL = 48 + 72 + 144
+MASK_TYPES = pytest.mark.parametrize(
+    "mask_type, sparsity", [("channel", 0.5), ("filter", 0.5), ("block4", 0.6), ((2, 2), 0.6), ((2, -1), 0.4),
+                            ("2:4", 0.5), ("1:2", 0.3), ("unstructured", 0.7)]
+)  # fmt: skip
+
+
+def make_grouped(dtype=np.float64):
+    rng = np.random.default_rng(4)
+    weights = {name: rng.standard_normal(shape).astype(dtype) for name, shape in GROUPED.items()}
+    return weights, rng.standard_normal((12, GROUPED_TOTAL)).astype(dtype)
+
+
+@MASK_TYPES
+@SCOPES
+@UPDATES
+@pytest.mark.parametrize("num_recomputations", [1, 3])
+def test_mask_types_and_recomputations_match_the_dense_oracle(mask_type, sparsity, scope, update, num_recomputations):
+    weights, gradients = make_grouped()
+    options = dict(
+        sparsity=sparsity,
+        mask_type=mask_type,
+        axes={"kernel": (3, 0, 1, 2)},
+        scope=scope,
+        update=update,
+        num_recomputations=num_recomputations,
+        block_size=50,
+        damping=1e-2,
+    )
+    result = mfac_core.prune(weights, gradients, **options)
+    assert_same(result, reference.prune(weights, gradients, **options), np.float64)
+    if mask_type in ("unstructured", (2, 2), (2, -1)) and scope == "layer":
+        for name, mask in result.masks.items():
+            groups = [[q] for q in range(mask.size)]
+            if mask_type != "unstructured":
+                groups = reference.groups_of(mask.shape, mask_type, options["axes"].get(name))
+            assert sum(not mask.ravel()[group].any() for group in groups) == round(len(groups) * sparsity)
+
+
+@MASK_TYPES
+def test_mask_types_go_on_from_masks(mask_type, sparsity):
+    weights, gradients = make_grouped()
+    rng = np.random.default_rng(5)
+    masks = {name: rng.random(shape) > 0.3 for name, shape in GROUPED.items()}
+    options = dict(sparsity=sparsity, mask_type=mask_type, masks=masks, block_size=50, damping=1e-2)
+    options |= {"num_recomputations": 2, "axes": {"kernel": (3, 0, 1, 2)}}
+    assert_same(
+        mfac_core.prune(weights, gradients, **options), reference.prune(weights, gradients, **options), np.float64
+    )
+
+
+def test_recomputing_after_joint_updates_loses_less_and_the_parts_add_up():
+    weights, gradients = make_weights(), make_gradients(80)
+    options = dict(sparsity=0.7, block_size=None, damping=1e-3, scope="global", update="joint")
+    once, often = (mfac_core.prune(weights, gradients, num_recomputations=r, **options) for r in (1, 8))
+    assert once.sparsity == often.sparsity == round(0.7 * TOTAL) / TOTAL
+    assert often.predicted_loss_increase < once.predicted_loss_increase
+    change = np.concatenate([(often.weights[name] - weights[name]).ravel() for name in SHAPES])
+    loss = reference.predicted_loss_increase(reference.dense_fisher(gradients, 1e-3), change)
+    assert often.predicted_loss_increase == pytest.approx(loss, rel=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [0.66, 0.67])
+def test_a_rounded_sparsity_means_exactly_n_of_m(sparsity):
+    rng = np.random.default_rng(7)
+    weights, gradients = rng.standard_normal((1, 300)), rng.standard_normal((9, 300))
+    result = mfac_core.prune(weights, gradients, sparsity=sparsity, mask_type="1:3")
+    assert set(result.masks.reshape(-1, 3).sum(axis=1)) == {1}
+
+
+def test_axes_of_a_single_array_are_a_permutation():
+    rng = np.random.default_rng(6)
+    weights, gradients = rng.standard_normal((3, 8)), rng.standard_normal((9, 24))
+    plain = mfac_core.prune(weights, gradients, sparsity=0.5, mask_type="2:4")
+    turned = mfac_core.prune(weights, gradients, sparsity=2 / 3, mask_type="1:3", axes=(1, 0))
+    assert set(plain.masks.reshape(3, 2, 4).sum(axis=2).ravel()) == {2}
+    assert set(turned.masks.sum(axis=0)) == {1}
+    with pytest.raises(ValueError, match=r"axes\['weights'\].*permutation"):
+        mfac_core.prune(weights, gradients, sparsity=0.5, axes=(1, 1))
+
+
+@pytest.mark.parametrize("sparsity", ["x", None, [0.5], float("nan"), True, 1.0, -0.1])
+def test_a_sparsity_that_is_no_fraction_is_refused_by_name(sparsity):
+    with pytest.raises(ValueError, match=r"sparsity: .*0 <= sparsity < 1"):
+        mfac_core.prune(make_weights(), make_gradients(), sparsity=sparsity)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.float16, np.complex64, bool])
+def test_other_dtypes_are_refused_by_name(dtype):
+    with pytest.raises(ValueError, match=rf"gradients must be float32 or float64, got {np.dtype(dtype)}"):
+        mfac_core.prune(make_weights(), make_gradients().astype(dtype), sparsity=0.5)
+    named = by_name(make_gradients())
+    named["second"] = named["second"].astype(dtype)
+    with pytest.raises(ValueError, match=rf"gradients must be float32 or float64, got {np.dtype(dtype)}"):
+        mfac_core.prune(make_weights(), named, sparsity=0.5)
+    weights = make_weights()
+    weights["second"] = weights["second"].astype(dtype)
+    with pytest.raises(ValueError, match=rf"weights\['second'\] must be float32 or float64, got {np.dtype(dtype)}"):
+        mfac_core.prune(weights, make_gradients(), sparsity=0.5)
+
+
+def test_weights_that_are_not_finite_are_refused_without_a_word_on_training():
+    weights = make_weights()
+    weights["second"][1] = np.inf
+    with pytest.raises(ValueError, match="weights hold NaN or Inf in second: prune from finite weights") as refusal:
+        mfac_core.prune(weights, make_gradients(), sparsity=0.5)
+    assert "training" not in str(refusal.value)

@@ -10,11 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfac_core import MagnitudePruner, MagnitudeSettings, MemoryBudgetError, MFACPruner, MFACSettings, make_pruner
+from mfac_core import (
+    MagnitudePruner,
+    MagnitudeSettings,
+    MemoryBudgetError,
+    MFACPruner,
+    MFACSettings,
+    SettingError,
+    make_pruner,
+)
+from mfac_core.backends import resolve_device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.planning import peak_window
+from mfac_core.pruner import ACDCPruner, ConstantPruner
 from mfac_core.schedule import num_gradients_at
+from mfac_core.settings import ACDCSettings, ConstantSettings
 from tests import reference
+from tests.core.strict_backend import strict_devices
 
 SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 3, 4)}
 TOTAL = 65
@@ -545,5 +557,159 @@ def test_a_pruner_is_made_for_its_settings(dtype):
     masks = {name: np.zeros(shape, bool) for name, shape in SHAPES.items()}
     assert make_pruner(magnitude, weights, steps_per_epoch=8, masks=masks).sparsity == 1
     assert not make_pruner(SETTINGS, weights, steps_per_epoch=8, live_gradients=False).needs_gradients(7)
+    assert type(make_pruner(ConstantSettings(), weights, steps_per_epoch=8)) is ConstantPruner
+    acdc = ACDCSettings(compression_sparsity=0.5, end_epoch=1.0)
+    assert type(make_pruner(acdc, weights, steps_per_epoch=8)) is ACDCPruner
     with pytest.raises(TypeError, match="dict"):
         make_pruner({}, weights, steps_per_epoch=8)
+
+
+ALL_SETTINGS = pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0),
+        ConstantSettings(),
+        ACDCSettings(compression_sparsity=0.5, end_epoch=1.0),
+    ],
+    ids=lambda settings: type(settings).__name__,
+)
+
+
+@ALL_SETTINGS
+def test_weights_that_are_no_mapping_are_refused(settings):
+    with pytest.raises(TypeError, match="weights must be a mapping from name to array, got ndarray"):
+        make_pruner(settings, np.ones(4), steps_per_epoch=8)
+
+
+@ALL_SETTINGS
+@pytest.mark.parametrize("dtype", [np.int64, np.float16])
+def test_weights_of_other_dtypes_are_refused_by_name(settings, dtype):
+    pruner = make_pruner(settings, make_weights(), steps_per_epoch=8)
+    with pytest.raises(ValueError, match=rf"weights\['b'\] must be float32 or float64, got {np.dtype(dtype)}"):
+        pruner.prune({**make_weights(), "b": np.ones(11, dtype)})
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8, np.float16])
+def test_gradients_of_other_dtypes_are_refused_by_name(dtype):
+    pruner = make_mfac()
+    with pytest.raises(ValueError, match=rf"gradients\['b'\] must be float32 or float64, got {np.dtype(dtype)}"):
+        pruner.observe({**gradient_at(0), "b": np.ones(11, dtype)})
+    assert pruner.num_rows == 0
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0)])
+def test_several_final_sparsities_are_refused_with_the_cure(settings):
+    several = replace(settings, final_sparsity={0.5: ("a",), 0.8: ("b",)}, initial_sparsity=0.0)
+    with pytest.raises(SettingError, match=r"final_sparsity: .*by_final_sparsity\(\)"):
+        make_pruner(several, make_weights(), steps_per_epoch=8)
+    assert [make_pruner(one, make_weights(), steps_per_epoch=8) for one in several.by_final_sparsity()]
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, MagnitudeSettings(final_sparsity=0.5, end_epoch=2.0)])
+def test_masks_are_released_right_after_the_last_pruning_step_where_they_are_not_left(settings):
+    for leave_enabled in (True, False):
+        pruner = make_pruner(replace(settings, leave_enabled=leave_enabled), make_weights(), steps_per_epoch=8)
+        weights = make_weights()
+        while not pruner.is_finished:
+            assert not pruner.is_released
+            if pruner.needs_gradients(pruner.next_step.step):
+                pruner.observe(gradient_at(0))
+            weights = pruner.prune(weights).weights
+        assert pruner.is_released is not leave_enabled
+
+
+def test_without_a_named_device_blocks_are_computed_where_the_weights_are(monkeypatch):
+    elsewhere = strict_devices(1)[0]
+    seen = []
+    monkeypatch.setattr("mfac_core.pruners.mfac.device_of", lambda x: seen.append(x) or elsewhere)
+    monkeypatch.setattr(
+        "mfac_core.pruners.mfac.mfac_step", lambda *_, devices, **__: pytest.fail(f"computed on {devices[0].name}")
+    )
+    weights = make_weights()
+    pruner = MFACPruner(replace(SETTINGS, gradients_device="cpu"), weights, steps_per_epoch=STEPS_PER_EPOCH)
+    assert seen == [weights["a"]] or seen[0] is weights["a"]
+    monkeypatch.setattr("mfac_core.pruners.mfac.device_of", lambda x: resolve_device("cpu"))
+    pruner.observe(gradient_at(0))
+    with pytest.raises(pytest.fail.Exception, match="computed on CPU_DEVICE"):
+        pruner.prune(weights, 8)
+    named = make_mfac(replace(SETTINGS, devices=("cpu",)))
+    named.observe(gradient_at(0))
+    with pytest.raises(pytest.fail.Exception, match="computed on cpu"):
+        named.prune(weights, 8)
+
+
+@pytest.mark.parametrize("kind", [MFACSettings, MagnitudeSettings])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_pairs_become_gradually_and_end_exact(kind, scope):
+    """2:4 of a convolution in another layout, from nothing to half."""
+    shape = (3, 8, 4)  # kernel, input, output
+    rng = np.random.default_rng(0)
+    weights = {"kernel": rng.standard_normal(shape).astype(np.float32), "other": np.ones((4, 4), np.float32)}
+    options = dict(final_sparsity=0.5, end_epoch=4.0, mask_type="2:4", scope=scope)
+    options |= {"block_size": 20, "num_gradients": 3, "damping": 1e-2} if kind is MFACSettings else {}
+    axes = {"kernel": (2, 0, 1)}  # output, kernel, input
+    pruner = make_pruner(kind(**options), weights, steps_per_epoch=2, axes=axes)
+    sparsities, before = [], None
+    for planned in pruner.schedule:
+        if kind is MFACSettings:
+            for _ in range(3):
+                pruner.observe({name: rng.standard_normal(array.shape) for name, array in weights.items()})
+        result = pruner.prune(weights, planned.step)
+        weights, masks = result.weights, result.masks
+        by_input = masks["kernel"].transpose(2, 0, 1).reshape(-1, 4).sum(axis=1)
+        assert by_input.min() >= 2
+        assert before is None or not np.any(masks["kernel"] & ~before)
+        sparsities.append(result.sparsity)
+        before = masks["kernel"]
+    assert set(by_input) == set(masks["other"].sum(axis=1)) == {2}
+    assert sparsities == sorted(set(sparsities)) and sparsities[-1] == 0.5
+    flat = weights["kernel"].transpose(2, 0, 1).reshape(-1, 4)
+    assert set((flat == 0).sum(axis=1)) == {2}
+
+
+def test_a_rounded_final_sparsity_means_exactly_n_of_m():
+    weights = {"a": np.arange(1.0, 301.0).reshape(1, 300)}
+    settings = MagnitudeSettings(final_sparsity=0.66, end_epoch=1.0, mask_type="1:3")
+    pruner = make_pruner(settings, weights, steps_per_epoch=1)
+    assert pruner.schedule[-1].sparsity == 1 - 1 / 3
+    assert set(pruner.prune(weights, 1).masks["a"].reshape(-1, 3).sum(axis=1)) == {1}
+
+
+@pytest.mark.parametrize("mask_type", ["channel", "filter", "block4", (1, -1), "1:2"])
+def test_the_mask_type_changes_the_outcome(mask_type):
+    def run(mask_type, axes=None):
+        settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=0.0, mask_type=mask_type)
+        weights = {"a": make_weights()["a"], "c": make_weights()["c"]}
+        return make_pruner(settings, weights, steps_per_epoch=1, axes=axes).prune(weights, 0).masks
+
+    usual, grouped, turned = run("unstructured"), run(mask_type), run(mask_type, {"a": (1, 0)})
+    assert np.any(usual["a"] != grouped["a"]) and np.any(usual["c"] != grouped["c"])
+    assert np.any(turned["a"] != grouped["a"]) and np.array_equal(turned["c"], grouped["c"])
+
+
+def test_a_mask_type_that_does_not_fit_is_refused_when_the_pruner_is_made():
+    with pytest.raises(SettingError, match="'b' of shape"):
+        make_mfac(replace(SETTINGS, mask_type=(1, 6)))
+    with pytest.raises(ValueError, match=r"axes\['a'\]"):
+        make_mfac(axes={"a": (0, 0)})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0, mask_type="2:4"),
+        ACDCSettings(compression_sparsity=0.5, end_epoch=1.0, mask_type="2:4"),
+    ],
+)
+def test_a_sparsity_that_a_layer_cannot_reach_is_said_once(settings, caplog):
+    weights = {"first": np.ones((2, 3), np.float32), "second": np.ones((2, 8), np.float32)}
+    pruner = make_pruner(settings, weights, steps_per_epoch=1)
+    result = pruner.prune(weights, 1)
+    assert [int(np.sum(~mask)) for mask in result.masks.values()] == [2, 8]
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "mask_type 2:4 does not divide the inputs of first (at most 0.333): a sparsity of 0.5 is not reached there"
+    ]
+    make_pruner(settings, {"second": weights["second"]}, steps_per_epoch=1)
+    assert len(caplog.records) == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
 from mfac_core.schedule import interpolate, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import GradualSettings
+from mfac_core.settings import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
 KINDS = ("linear", "cubic", "inverse_cubic")
 
@@ -198,3 +198,73 @@ def test_num_gradients_as_an_integer_holds_everywhere():
 def test_num_gradients_without_a_threshold_that_is_reached_is_refused():
     with pytest.raises(SettingError, match=r"num_gradients: .* add the key 0\.0"):
         num_gradients_at({0.5: 128}, 0.2)
+
+
+def acdc(**changes: object) -> ACDCSettings:
+    return ACDCSettings(**{"compression_sparsity": 0.9, "end_epoch": 8.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "epochs", "compressed"),
+    [
+        # the phase that begins at the end is compressed: it begins there
+        ({"end_epoch": 3.0}, [0.0, 1.0, 3.0], "dcc"),
+        ({"end_epoch": 4.0}, [0.0, 1.0, 2.0, 3.0, 4.0], "dcdcc"),
+        # a decompressed phase that would be the last is not begun
+        ({"end_epoch": 9.0, "update_frequency": 2.0}, [0.0, 2.0, 4.0, 6.0, 9.0], "dcdcc"),
+        ({"end_epoch": 8.0, "update_frequency": 2.0}, [0.0, 2.0, 4.0, 6.0, 8.0], "dcdcc"),
+        ({"end_epoch": 6.0, "update_frequency": 2.0}, [0.0, 2.0, 6.0], "dcc"),
+        # phases count from the start
+        ({"start_epoch": 1.5, "end_epoch": 7.0, "update_frequency": 2.0}, [1.5, 3.5, 7.0], "dcc"),
+        # with room for no second phase all are compressed at the end
+        ({"end_epoch": 1.0}, [0.0, 1.0], "dc"),
+        ({"end_epoch": 0.5}, [0.0, 0.5], "dc"),
+        ({"start_epoch": 2.0, "end_epoch": 2.0}, [2.0], "c"),
+    ],
+)
+def test_phases_of_acdc(changes, epochs, compressed):
+    planned = pruning_schedule(acdc(**changes), 10)
+    assert [step.epoch for step in planned] == epochs == list(planned_epochs(acdc(**changes)))
+    assert [step.step for step in planned] == [round(10 * epoch) for epoch in epochs]
+    assert [step.sparsity for step in planned] == [0.9 if phase == "c" else 0.0 for phase in compressed]
+
+
+@given(st.floats(0, 5), st.floats(0, 20), st.floats(0.05, 5), st.integers(1, 50))
+def test_acdc_alternates_and_ends_compressed(start, length, frequency, steps_per_epoch):
+    run = acdc(start_epoch=start, end_epoch=start + length, update_frequency=frequency)
+    planned = pruning_schedule(run, steps_per_epoch)
+    steps = [step.step for step in planned]
+    assert steps == sorted(set(steps))
+    assert planned[-1].sparsity == 0.9 and planned[-1].step == round(run.end_epoch * steps_per_epoch)
+    phases = [k for k, _ in enumerate(planned_epochs(run)[:-1])]
+    for k in phases:
+        begins = Fraction(start) + k * Fraction(frequency)
+        assert abs(Fraction(planned_epochs(run)[k]) - begins) <= Fraction(1, 10**12)
+    assert len(phases) in (0, 1) or len(phases) % 2 == 0
+
+
+def test_zeros_are_taken_at_the_start_and_let_go_at_the_end():
+    held = ConstantSettings(start_epoch=1.0, end_epoch=2.5)
+    assert pruning_schedule(held, 10) == ((10, 1.0, 0.0), (25, 2.5, 0.0))
+    assert pruning_schedule(held, 10, sparsities=(0.4, 0.4)) == ((10, 1.0, 0.4), (25, 2.5, 0.0))
+    assert pruning_schedule(ConstantSettings(start_epoch=1.0), 10) == ((10, 1.0, 0.0),)
+    assert pruning_schedule(ConstantSettings(start_epoch=1.0, end_epoch=1.0), 10, sparsities=(0.4, 0.4)) == (
+        (10, 1.0, 0.0),
+    )
+
+
+def test_measured_sparsities_stand_in_for_those_of_the_settings():
+    run = settings(initial_sparsity=FROM_PARAM, end_epoch=2.0, interpolation="linear")
+    assert [step.sparsity for step in pruning_schedule(run, 10)] == [0.0, 0.4, 0.8]
+    measured = pruning_schedule(run, 10, sparsities=(0.5, 0.75))
+    assert [step.sparsity for step in measured] == [0.5, 0.625, 0.75]
+
+
+def test_several_final_sparsities_are_refused_with_the_cure():
+    with pytest.raises(SettingError, match=r"final_sparsity: .*by_final_sparsity\(\)"):
+        pruning_schedule(settings(final_sparsity={0.5: ("a",), 0.6: ("b",)}), 10)
+
+
+def test_settings_without_pruning_steps_are_refused():
+    with pytest.raises(TypeError, match="PruningSettings"):
+        pruning_schedule(PruningSettings(end_epoch=1.0), 10)

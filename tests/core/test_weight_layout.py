@@ -85,6 +85,15 @@ def test_gather_gives_a_new_vector(kept):
     np.testing.assert_array_equal(arrays["a"], [0, 1, 2, 3])
 
 
+def test_parts_are_views_of_what_is_unpruned_as_a_whole():
+    arrays = {"a": np.arange(4.0).reshape(2, 2), "b": np.arange(3.0)}
+    layout = WeightLayout({"a": (2, 2), "b": (3,)})
+    kept = np.array([True] * 4 + [True, False, True])
+    whole, part = layout.parts(arrays, layout.unpruned(kept, resolve_device("cpu")))
+    assert np.shares_memory(whole, arrays["a"]) and whole.shape == (4,)
+    np.testing.assert_array_equal(part, [0, 2])
+
+
 def test_a_strided_array_is_read_in_its_logical_order():
     array = np.arange(6.0).reshape(2, 3)
     layout = WeightLayout({"a": (3, 2)})

@@ -1,0 +1,210 @@
+"""Patterns of zeros: which weights of an array stand and fall together.
+
+Every array is seen as outputs x kernel positions x inputs. PyTorch's layout of linear and convolution layers is what an
+array has by default: the first axis are the outputs, the second the inputs, and the others the kernel; an array with
+one axis is one row of inputs. Other layouts are told by a permutation of the axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.errors import SettingError
+from mfac_core.settings import MaskType, checked_mask_type
+
+__all__ = ["MaskPattern", "mask_patterns", "meant_sparsity"]
+
+_ROUNDED = 0.01
+
+
+@dataclass(frozen=True)
+class MaskPattern:
+    """How the weights of one array are grouped.
+
+    Args:
+        shape: Shape of the array.
+        axes: Permutation that brings its axes into the order (output, kernel..., input).
+        outputs: Outputs of a group.
+        inputs: Inputs of a group; the last group of a row is short where they do not divide.
+        whole_kernel: Whether a group holds all positions of the kernel; else each position has groups of its own.
+        kept_of_each: Weights that stay in each group, at least; ``None`` where a group is pruned as a whole.
+
+    Example:
+        >>> MaskPattern((2, 4), (0, 1), outputs=1, inputs=2).groups().tolist()
+        [0, 0, 1, 1, 2, 2, 3, 3]
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    outputs: int
+    inputs: int
+    whole_kernel: bool = False
+    kept_of_each: int | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        if not math.prod(self.shape):
+            return 0
+        outputs, kernel, inputs = self._extents
+        kernel = 1 if self.whole_kernel else kernel
+        return math.ceil(outputs / self.outputs) * kernel * math.ceil(inputs / self.inputs)
+
+    @property
+    def most_pruned(self) -> int:
+        """How many weights can be pruned."""
+        outputs, kernel, inputs = self._extents
+        if self.kept_of_each is None:
+            return outputs * kernel * inputs
+        whole, short = divmod(inputs, self.inputs)
+        in_a_row = whole * (self.inputs - self.kept_of_each) + max(short - self.kept_of_each, 0)
+        return outputs * kernel * in_a_row
+
+    def groups(self) -> npt.NDArray[np.int32]:
+        """Return the group of each weight.
+
+        Returns:
+            Numbers from 0 to ``num_groups - 1``, shape ``(n,)``, in the order of the array.
+        """
+        _, kernel, inputs = self._extents
+        kernel = 1 if self.whole_kernel else kernel
+        of_output, of_position, of_input = np.ogrid[tuple(slice(extent) for extent in self._extents)]
+        of_position = 0 * of_position if self.whole_kernel else of_position
+        across = math.ceil(inputs / self.inputs)
+        group = ((of_output // self.outputs) * kernel + of_position) * across + of_input // self.inputs
+        in_order = np.empty(self.shape, np.int32)
+        seen = in_order.transpose(self.axes)
+        seen[...] = group.reshape(seen.shape)
+        return in_order.reshape(-1)
+
+    def members(self) -> npt.NDArray[np.intp]:
+        """Return the weights of each group of inputs at one output and kernel position, in the order of the inputs.
+
+        Returns:
+            Positions in the order of the array, shape ``(num_groups, inputs)``; -1 for inputs that a short group lacks.
+        """
+        outputs, kernel, inputs = self._extents
+        positions = np.arange(outputs * kernel * inputs).reshape(self.shape).transpose(self.axes)
+        short = -inputs % self.inputs
+        rows = np.pad(positions.reshape(outputs * kernel, inputs), ((0, 0), (0, short)), constant_values=-1)
+        return rows.reshape(-1, self.inputs)
+
+    @property
+    def _extents(self) -> tuple[int, int, int]:
+        return _extents(self.shape, self.axes)
+
+
+def mask_patterns(
+    mask_type: MaskType, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, MaskPattern] | None:
+    """Return how the weights of each array are grouped under a mask type.
+
+    * ``channel``: all weights of one input; ``filter``: all of one output.
+    * ``block4``: four consecutive inputs of one output at one kernel position; the last group of a row may be short.
+    * ``(a, b)``: ``a`` outputs x ``b`` inputs at one kernel position; -1 is the whole extent. Extents must divide.
+    * ``N:M``: ``M`` consecutive inputs of one output at one kernel position, of which ``N`` stay. A last group that is
+      short counts the inputs it lacks as pruned.
+
+    Args:
+        mask_type: The mask type, see :data:`mfac_core.settings.MaskType`.
+        shapes: Name and shape of each array.
+        axes: Name and permutation of axes into the order (output, kernel..., input); names may be absent.
+
+    Returns:
+        Name and pattern of each array; ``None`` for ``unstructured``, where every weight stands alone.
+
+    Raises:
+        SettingError: If a block does not divide an array, or an array is a single group, which would be pruned as a
+            whole; the message names it and the cure.
+        ValueError: If ``axes`` names an unknown array, or is no permutation.
+
+    Example:
+        >>> patterns = mask_patterns("channel", {"conv": (2, 3, 1, 1)})
+        >>> patterns["conv"].groups().tolist(), mask_patterns("unstructured", {"conv": (2, 3, 1, 1)})
+        ([0, 1, 2, 0, 1, 2], None)
+    """
+    orders = {name: _axes(name, shape, (axes or {}).get(name)) for name, shape in shapes.items()}
+    unknown = sorted(set(axes or {}) - set(shapes))
+    if unknown:
+        raise ValueError(f"axes names {', '.join(unknown)}, which are not among the weights; leave them out")
+    mask_type = checked_mask_type(mask_type)
+    if mask_type == "unstructured":
+        return None
+    return {name: _pattern(mask_type, name, shape, orders[name]) for name, shape in shapes.items()}
+
+
+def meant_sparsity(mask_type: MaskType, sparsity: float) -> float:
+    """Return the sparsity that is meant: ``1 - N/M`` where ``N:M`` is wanted and the sparsity is that but for rounding.
+
+    Args:
+        mask_type: The mask type.
+        sparsity: The sparsity as written.
+
+    Returns:
+        ``1 - N/M`` where the sparsity is within 0.01 of it; else the sparsity as written.
+
+    Example:
+        >>> meant_sparsity("1:3", 0.66), meant_sparsity("1:3", 0.5)
+        (0.6666666666666667, 0.5)
+    """
+    mask_type = checked_mask_type(mask_type)
+    if not isinstance(mask_type, str) or ":" not in mask_type:
+        return sparsity
+    kept, of_each = map(int, mask_type.split(":"))
+    most = 1 - kept / of_each
+    return most if abs(sparsity - most) <= _ROUNDED else sparsity
+
+
+def _axes(name: str, shape: tuple[int, ...], axes: Sequence[int] | None) -> tuple[int, ...]:
+    if axes is None:
+        return (0, *range(2, len(shape)), 1) if len(shape) > 1 else tuple(range(len(shape)))
+    if sorted(axes) != list(range(len(shape))):
+        raise ValueError(
+            f"axes[{name!r}] is {tuple(axes)}, which does not order the {len(shape)} axes of shape {shape}; "
+            f"write a permutation of {tuple(range(len(shape)))} that begins with the output and ends with the input"
+        )
+    return tuple(axes)
+
+
+def _pattern(mask_type: MaskType, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> MaskPattern:
+    outputs, kernel, inputs = _extents(shape, axes)
+    match mask_type:
+        case "channel":
+            pattern = MaskPattern(shape, axes, max(outputs, 1), 1, whole_kernel=True)
+        case "filter":
+            pattern = MaskPattern(shape, axes, 1, max(inputs, 1), whole_kernel=True)
+        case "block4":
+            pattern = MaskPattern(shape, axes, 1, 4)
+        case (high, wide):
+            high, wide = (outputs or 1) if high == -1 else high, (inputs or 1) if wide == -1 else wide
+            if outputs % high or inputs % wide:
+                raise SettingError(
+                    "mask_type",
+                    f"blocks of {high} outputs x {wide} inputs do not divide {name!r} of shape {shape} "
+                    f"({outputs} outputs, {inputs} inputs); choose sizes that do, or leave it out of params",
+                )
+            pattern = MaskPattern(shape, axes, high, wide)
+        case _:
+            kept, of_each = map(int, str(mask_type).split(":"))
+            return MaskPattern(shape, axes, 1, of_each, kept_of_each=kept)
+    if pattern.num_groups == 1 and math.prod(shape) > 1:
+        raise SettingError(
+            "mask_type",
+            f"{mask_type} makes {name!r} of shape {shape} a single group ({outputs} outputs, {kernel} kernel "
+            f"positions, {inputs} inputs), which could only be pruned as a whole; choose another mask type, or leave "
+            "it out of params",
+        )
+    return pattern
+
+
+def _extents(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]:
+    """Return how many outputs, kernel positions and inputs an array has."""
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    outputs, *kernel, inputs = (shape[axis] for axis in axes)
+    return outputs, math.prod(kernel), inputs

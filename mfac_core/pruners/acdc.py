@@ -1,0 +1,66 @@
+"""Alternating compressed and decompressed training (AC/DC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from mfac_core.backends import Array
+from mfac_core.mask_patterns import mask_patterns, meant_sparsity
+from mfac_core.masks import newly_pruned
+from mfac_core.pruners.base import Outcome, Pruner, Vector
+from mfac_core.pruning_step import magnitude_step
+from mfac_core.settings import ACDCSettings
+
+__all__ = ["ACDCPruner"]
+
+
+class ACDCPruner(Pruner):
+    """Compressed phases hold the masks of the largest weights; in decompressed phases all weights train, from zero on.
+
+    For the phases see :func:`mfac_core.schedule.pruning_schedule`; for the arguments :class:`GradualPruner`.
+    A decompressed phase that follows a compressed one asks for the optimizer to be reset, where the settings do: what
+    it remembers of the weights that come back is stale.
+
+    Example:
+        >>> settings = ACDCSettings(compression_sparsity=0.5, end_epoch=2)
+        >>> pruner = ACDCPruner(settings, {"w": np.zeros(2)}, steps_per_epoch=10)
+        >>> [pruner.prune({"w": np.array([2.0, 1.0])}, step).masks["w"].tolist() for step in (0, 10)]
+        [[True, True], [True, False]]
+
+    References:
+        Peste et al. (2021), AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks.
+    """
+
+    settings: ACDCSettings
+
+    def __init__(
+        self,
+        settings: ACDCSettings,
+        weights: Mapping[str, Array],
+        *,
+        steps_per_epoch: int,
+        masks: Mapping[str, Array] | None = None,
+        axes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
+        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, axes)
+        self._sparsity = meant_sparsity(settings.mask_type, settings.compression_sparsity)
+        self._say_what_is_out_of_reach(self._sparsity, settings.scope, settings.mask_type, self._patterns)
+
+    def _prune(self, weights: Vector, index: int) -> Outcome:
+        if not self.schedule[index].sparsity:
+            was_compressed = self._done > 0 and self.schedule[self._done - 1].sparsity > 0
+            return Outcome(
+                np.where(self._kept, weights, np.zeros_like(weights)),
+                np.ones_like(self._kept),
+                resets_optimizer=self.settings.reset_momentum and was_compressed,
+            )
+
+        def select(magnitudes: Array) -> Array:
+            return newly_pruned(
+                magnitudes, self._kept, self._sparsity, self.layout.segments, self.settings.scope, self._patterns
+            )
+
+        return Outcome.of_unpruned(self._kept, *magnitude_step(weights[self._kept], select))

@@ -1,0 +1,346 @@
+"""Gradual pruning by M-FAC: gradients are observed while training goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.gradient_window import GradientWindow
+from mfac_core.masks import Sparsity, part_of_the_way
+from mfac_core.planning import WINDOW_ITEMSIZE, check_memory, choose_window_device, peak_window
+from mfac_core.pruners.base import Mask, Vector
+from mfac_core.pruners.gradual import GradualPruner
+from mfac_core.pruning_step import PruneResult, Selection, mfac_step
+from mfac_core.schedule import num_gradients_at
+from mfac_core.settings import MFACSettings
+
+__all__ = ["MFACPruner"]
+
+_logger = logging.getLogger("mfac_core")
+
+
+class MFACPruner(GradualPruner):
+    """Gradual pruning by M-FAC.
+
+    With ``num_recomputations`` a pruning step is done in as many parts, one by each call of :meth:`prune`: each goes an
+    equal part of the way to the sparsity of the step, by a Fisher of its own over what remains. Live gradients serve
+    all parts; sampled ones are to be drawn anew for each. :meth:`is_due` stays True until the last part is done.
+
+    Args:
+        settings: What to prune, when and how.
+        weights: Name and array of each weight in scope, in order; not kept. Where the settings name ``auto`` as their
+            device, blocks are computed on the device of the first of them.
+        steps_per_epoch: Optimizer steps per epoch.
+        masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
+        live_gradients: Whether gradients arrive while training. When they are sampled at each pruning step instead,
+            pass False: then a pruning step is due at its step whether or not rows are there, and
+            :meth:`needs_gradients` is always False.
+        axes: As in :class:`GradualPruner`.
+
+    Raises:
+        TypeError: If ``weights`` is no mapping from name to array.
+        ValueError: If there are no weights, or masks or axes do not fit them.
+        SettingError: If the mask type does not fit the shape of an array.
+        DeviceError: If a listed device does not exist.
+        MemoryBudgetError: If the largest gradient window of the run would not fit.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> weights = {"w": rng.standard_normal(10).astype(np.float32)}
+        >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=1, num_gradients=8)
+        >>> pruner = MFACPruner(settings, weights, steps_per_epoch=8)
+        >>> for step in range(8):
+        ...     if pruner.needs_gradients(step):
+        ...         stored = pruner.observe({"w": rng.standard_normal(10).astype(np.float32)})
+        ...     while pruner.is_due(step + 1):
+        ...         weights = pruner.prune(weights, step + 1).weights
+        >>> int(np.count_nonzero(weights["w"]))
+        5
+    """
+
+    settings: MFACSettings
+
+    def __init__(
+        self,
+        settings: MFACSettings,
+        weights: Mapping[str, Array],
+        *,
+        steps_per_epoch: int,
+        masks: Mapping[str, Array] | None = None,
+        live_gradients: bool = True,
+        axes: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+        where_weights_are = device_of(weights[self.layout.names[0]])
+        self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
+        rows, columns = peak_window(settings, self.layout.num_weights, self.schedule)
+        self._window_device = choose_window_device(
+            settings.gradients_device, self._devices, rows * columns * WINDOW_ITEMSIZE
+        )
+        self._live = live_gradients
+        self._window: GradientWindow | None = None
+        # gives the sample that was observed last, once its copy has arrived
+        self._arriving: Callable[[], Array] | None = None
+        self._unpruned: tuple[Device, dict[str, Array]] | None = None
+        # parts of the next pruning step that are done
+        self._parts_done = 0
+        # a pruning step fell due before there was any row: it waits until the first window is full
+        self._waits = False
+        self._told: set[str] = set()
+        self._refused_rows = 0
+        check_memory(settings, self._window_device, self.layout.num_weights, self.schedule)
+
+    @property
+    def num_gradients(self) -> int:
+        """Rows that the window keeps now, by the sparsity reached in the schedule."""
+        reached = self.schedule[self._done - 1].sparsity if self._done else 0.0
+        return num_gradients_at(self.settings.num_gradients, reached)
+
+    @property
+    def num_rows(self) -> int:
+        """Gradient samples that the window holds now."""
+        self._store_arriving()
+        return 0 if self._window is None else self._window.count
+
+    @property
+    def refused_rows(self) -> int:
+        """Gradient samples that were left out because they held NaN or Inf."""
+        return self._refused_rows
+
+    def needs_gradients(self, step: int) -> bool:
+        """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            True in the last :attr:`num_gradients` steps before the next pruning step, and while one waits for rows.
+        """
+        if self.is_finished or not self._live:
+            return False
+        self._note_waiting(step)
+        return step >= self.schedule[self._done].step - self.num_gradients
+
+    def observe(self, gradients: Mapping[str, Array]) -> bool:
+        """Store one gradient sample in the window.
+
+        A sample on a GPU is copied asynchronously, and looked at when the next one comes or the window is needed.
+
+        Args:
+            gradients: Name and array of the gradient of each weight in scope, unscaled; NumPy or CuPy, float32 or
+                float64. Copied.
+
+        Returns:
+            False for a sample with NaN or Inf: it is refused and counted in ``refused_rows``. A sample on a GPU may be
+            refused later.
+
+        Raises:
+            ValueError: If names or shapes do not fit the weights, or an array has another dtype.
+        """
+        self.layout.check(gradients, "gradients")
+        for name, array in gradients.items():
+            check_float(f"gradients[{name!r}]", array)
+        self._store_arriving()
+        device = device_of(gradients[self.layout.names[0]])
+        if self._unpruned is None or self._unpruned[0] != device:
+            self._unpruned = device, self.layout.unpruned(self._kept, device)
+        if device.backend.name == "numpy":
+            with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
+                return self._store(
+                    [part.astype(np.float32, copy=False) for part in self.layout.parts(gradients, self._unpruned[1])]
+                )
+        with device.backend.on(device.name):
+            row = device.asarray(self.layout.gather(gradients, self._unpruned[1]), np.float32)
+            if device.backend is self._window_device.backend:
+                xp = array_namespace(row)
+                finite = device.backend.fetch(xp.all(xp.isfinite(row)))
+                self._arriving = lambda: row if bool(finite()) else None
+            else:
+                self._arriving = device.backend.fetch(row)
+        return True
+
+    def forget_gradients(self) -> None:
+        """Empty the window, before fresh samples are taken."""
+        self._arriving = None
+        if self._window is not None:
+            self._window.clear()
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a pruning step, or a further part of one, is due.
+
+        With live gradients a pruning step that falls due before there is any row waits until the window is full, or
+        the next pruning step falls due.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            True from then on until :meth:`prune` has done it, in all its parts.
+        """
+        if not super().is_due(step):
+            return False
+        if not self._live:
+            return True
+        self._note_waiting(step)
+        if not self.num_rows:
+            return False
+        full = self._window is not None and self._window.is_full
+        return full or not self._waits or self.schedule[self._latest(step)].step == step
+
+    def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
+        """Do the pruning step that is due, or its next part, and drop the pruned columns of the window.
+
+        Args:
+            weights: As in :meth:`Pruner.prune`.
+            step: As in :meth:`Pruner.prune`. Parts that are left of a pruning step are passed over with it.
+
+        Returns:
+            As in :meth:`Pruner.prune`.
+
+        Raises:
+            ValueError: As in :meth:`Pruner.prune`, or if there is no gradient sample.
+            IllConditionedError: If a block of the Fisher cannot be inverted accurately.
+        """
+        kept_before = self._kept
+        result = super().prune(weights, step)
+        self._waits = False
+        self._unpruned = None
+        if self.is_finished:
+            self._window = None
+        elif self._window is not None:
+            self._window.rebuild(self._kept[kept_before], self.num_gradients)
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, the gradient window included: arrays and plain numbers only."""
+        self._store_arriving()
+        return {
+            **super().state_dict(),
+            "parts_done": self._parts_done,
+            "waits": self._waits,
+            "refused_rows": self._refused_rows,
+            "window": None if self._window is None else self._window.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
+
+        Args:
+            state: What :meth:`state_dict` returned. Its ``window`` may be left out; rows are then collected anew.
+
+        Raises:
+            ValueError: If masks, schedule or window do not fit; nothing is changed then.
+        """
+        parts = self.settings.num_recomputations
+        parts_done = int(state.get("parts_done", 0))
+        if not 0 <= parts_done < parts:
+            raise ValueError(
+                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}; "
+                "resume with the recipe that it was saved with"
+            )
+        before = vars(self).copy()
+        super().load_state_dict(state)
+        window = None
+        if state.get("window") is not None:
+            window = self._new_window(int(np.count_nonzero(self._kept)))
+            try:
+                window.load_state_dict(state["window"])
+            except ValueError:
+                vars(self).update(before)
+                raise
+        self._window = window
+        self._arriving = None
+        self._unpruned = None
+        self._parts_done = parts_done
+        self._waits = bool(state.get("waits", False))
+        self._refused_rows = int(state.get("refused_rows", 0))
+
+    def _sparsity_wanted(self, index: int) -> Sparsity:
+        parts_left = self.settings.num_recomputations - self._parts_of(index)
+        return part_of_the_way(self._sparsity_of(~self._kept), self._sparsity_at(index), parts_left)
+
+    def _advance(self, index: int) -> None:
+        parts_done = self._parts_of(index) + 1
+        if parts_done == self.settings.num_recomputations:
+            super()._advance(index)
+            self._parts_done = 0
+        else:
+            self._done = index
+            self._parts_done = parts_done
+
+    def _parts_of(self, index: int) -> int:
+        """Return how many parts of a pruning step are done: none of one that passes others over."""
+        return self._parts_done if index == self._done else 0
+
+    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
+        self._store_arriving()
+        if self._window is None or not self._window.count:
+            raise ValueError(
+                "there are no gradient samples to prune with; observe at least one before prune "
+                f"({self.refused_rows} were refused for NaN or Inf)"
+            )
+        if not self._window.is_full:
+            cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
+            self._tell_once(
+                "partial",
+                f"a pruning step uses {self._window.count} gradient samples where {self._window.num_gradients} are "
+                f"wanted; {cure} num_gradients (num_grads in a recipe)",
+            )
+        return mfac_step(
+            weights,
+            self._window,
+            select,
+            damping=self.settings.damping,
+            update=self.settings.update,
+            devices=self._devices,
+        )
+
+    def _store_arriving(self) -> None:
+        if self._arriving is not None:
+            arriving, self._arriving = self._arriving, None
+            row = arriving()
+            self._store(None if row is None else [row])
+
+    def _store(self, parts: list[Array] | None) -> bool:
+        # looked at before any is written: in a full window they take the place of the oldest sample
+        if parts is None or not all(_is_finite(part) for part in parts if isinstance(part, np.ndarray)):
+            self._refused_rows += 1
+            self._tell_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
+            return False
+        if self._window is None:
+            self._window = self._new_window(sum(int(part.shape[0]) for part in parts))
+        self._window.push(*parts)
+        return True
+
+    def _new_window(self, num_weights: int) -> GradientWindow:
+        return GradientWindow(
+            num_weights,
+            self.num_gradients,
+            block_size=self.settings.block_size,
+            device=self._window_device,
+            feeds=[device for device in self._devices if device.backend.name != "numpy"],
+        )
+
+    def _note_waiting(self, step: int) -> None:
+        if not self._waits and self._latest(step) >= self._done and not self.num_rows:
+            self._waits = True
+            self._tell_once(
+                "waits",
+                f"the pruning step at step {self.schedule[self._done].step} falls due before there is any gradient "
+                "sample: it waits until the window is full or the next pruning step falls due",
+            )
+
+    def _tell_once(self, about: str, message: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            _logger.warning(message)
+
+
+def _is_finite(values: Vector) -> bool:
+    with np.errstate(all="ignore"):
+        # one fast pass: NaN and Inf never vanish in a sum of squares; that the sum overflows says nothing
+        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

@@ -1,0 +1,202 @@
+"""Initial sparsities that are measured from the weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mfac_core.pruner import make_pruner
+from mfac_core.schedule import sparsity_at
+from mfac_core.settings import FROM_PARAM, MagnitudeSettings, MFACSettings
+
+SHAPES = {"a": (10, 10), "b": (8, 5), "c": (60,)}
+ZEROS = {"a": 30, "b": 20, "c": 0}
+TOTAL = 200
+KINDS = pytest.mark.parametrize("kind", ["mfac", "magnitude"])
+
+
+def make_weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    weights = {}
+    for name, shape in SHAPES.items():
+        flat = rng.standard_normal(int(np.prod(shape))).astype(np.float32) * 1e-3
+        flat[rng.permutation(len(flat))[: ZEROS[name]]] = 0
+        weights[name] = flat.reshape(shape)
+    return weights
+
+
+def make(kind: str = "magnitude", weights=None, **changes: Any):
+    options = dict(
+        initial_sparsity=FROM_PARAM,
+        final_sparsity=0.9,
+        start_epoch=1.0,
+        end_epoch=4.0,
+        interpolation="linear",
+        **({"num_gradients": 6, "block_size": 30, "damping": 1e-4} if kind == "mfac" else {}),
+    )
+    made = {"mfac": MFACSettings, "magnitude": MagnitudeSettings}[kind](**{**options, **changes})
+    return make_pruner(made, weights or make_weights(), steps_per_epoch=8)
+
+
+def prune(pruner, weights, step):
+    if hasattr(pruner, "num_gradients"):
+        rng = np.random.default_rng(step)
+        for _ in range(6):
+            pruner.observe({name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()})
+    return pruner.prune(weights, step)
+
+
+@KINDS
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_the_first_pruning_step_prunes_exactly_the_zeros(kind, scope):
+    pruner, weights = make(kind, scope=scope), make_weights()
+    assert pruner.sparsity == 0 and pruner.schedule[0].sparsity == 50 / TOTAL
+    result = prune(pruner, weights, 8)
+    for name in SHAPES:
+        np.testing.assert_array_equal(result.masks[name], weights[name] != 0)
+        np.testing.assert_array_equal(result.weights[name], weights[name])
+    assert result.sparsity == 50 / TOTAL
+    assert result.predicted_loss_increase == (0 if kind == "mfac" else None)
+
+
+@KINDS
+@pytest.mark.parametrize("interpolation", ["linear", "cubic", "inverse_cubic"])
+def test_each_layer_follows_its_own_curve(kind, interpolation):
+    pruner, weights = make(kind, interpolation=interpolation), make_weights()
+    for k, planned in enumerate(pruner.schedule):
+        result = prune(pruner, weights, planned.step)
+        weights = result.weights
+        for name, shape in SHAPES.items():
+            size = int(np.prod(shape))
+            wanted = sparsity_at(k / 3, initial=ZEROS[name] / size, final=0.9, interpolation=interpolation)
+            assert np.sum(~result.masks[name]) == round(size * wanted)
+        assert result.sparsity == pytest.approx(planned.sparsity, abs=0.01)
+    assert k == 3 and planned.sparsity == 0.9
+
+
+def test_over_all_weights_there_is_one_curve():
+    pruner, weights = make(scope="global"), make_weights()
+    for k, planned in enumerate(pruner.schedule):
+        result = prune(pruner, weights, planned.step)
+        weights = result.weights
+        assert planned.sparsity == sparsity_at(k / 3, initial=0.25, final=0.9, interpolation="linear")
+        assert result.sparsity == round(TOTAL * planned.sparsity) / TOTAL
+
+
+def test_a_measured_sparsity_differs_from_none():
+    measured, none = make(), make(initial_sparsity=0.0)
+    assert prune(measured, make_weights(), 8).sparsity == 0.25
+    assert prune(none, make_weights(), 8).sparsity == 0
+
+
+def test_masks_given_at_the_start_count_as_zeros():
+    masks = {name: np.ones(shape, bool) for name, shape in SHAPES.items()}
+    masks["c"][:15] = False
+    settings = MagnitudeSettings(initial_sparsity=FROM_PARAM, final_sparsity=0.9, end_epoch=2.0)
+    pruner = make_pruner(settings, make_weights(), steps_per_epoch=8, masks=masks)
+    assert pruner.schedule[0].sparsity == (30 + 20 + 15) / TOTAL
+
+
+@KINDS
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_is_sparser_than_the_final_sparsity_stays_and_is_said_once(kind, scope, caplog):
+    pruner, weights = make(kind, scope=scope, final_sparsity=0.2), make_weights()
+    said = [record.message for record in caplog.records]
+    assert len(said) == 1 and "sparser than final_sparsity 0.2" in said[0]
+    assert said[0].startswith("a, b:" if scope == "layer" else "the weights:")
+    for planned in pruner.schedule:
+        result = prune(pruner, weights, planned.step)
+        weights = result.weights
+    zeros = {name: int(np.sum(~mask)) for name, mask in result.masks.items()}
+    assert zeros == {"a": 30, "b": 20, "c": 12 if scope == "layer" else 0}
+    assert len([record for record in caplog.records if "final_sparsity" in record.message]) == 1
+    assert planned.sparsity == pytest.approx((62 if scope == "layer" else 50) / TOTAL)
+
+
+def test_a_single_pruning_step_takes_all_zeros_of_what_is_sparser_than_the_final_sparsity():
+    pruner, weights = make(start_epoch=1.0, end_epoch=1.0, final_sparsity=0.4), make_weights()
+    result = prune(pruner, weights, 8)
+    assert {name: int(np.sum(~mask)) for name, mask in result.masks.items()} == {"a": 40, "b": 20, "c": 24}
+
+
+@pytest.mark.parametrize("final", [0.516, 0.543, 0.77, 0.95])
+def test_the_last_pruning_step_has_exactly_the_final_sparsity(final):
+    assert make(final_sparsity=final).schedule[-1].sparsity == final
+
+
+def test_nothing_is_said_where_all_are_below(caplog):
+    make()
+    assert not caplog.records
+
+
+def test_only_zeros_that_fit_the_mask_type_count():
+    weights = {"a": np.ones((4, 4), np.float32)}
+    weights["a"][0] = 0
+    weights["a"][1, :2] = 0
+    settings = MagnitudeSettings(
+        initial_sparsity=FROM_PARAM, final_sparsity=0.75, end_epoch=1.0, mask_type="filter", interpolation="linear"
+    )
+    pruner = make_pruner(settings, weights, steps_per_epoch=8)
+    assert pruner.schedule[0].sparsity == 0.25
+    result = pruner.prune(weights, 0)
+    assert result.masks["a"].all(axis=1).tolist() == [False, True, True, True]
+    pairs = MagnitudeSettings(initial_sparsity=FROM_PARAM, final_sparsity=0.5, end_epoch=1.0, mask_type="2:4")
+    assert make_pruner(pairs, weights, steps_per_epoch=8).schedule[0].sparsity == 4 / 16
+
+
+@KINDS
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("steps_before", [0, 1, 2])
+def test_a_resumed_run_goes_on_from_the_sparsities_of_its_start(kind, scope, steps_before):
+    def run(pruner, weights, first, last):
+        for planned in pruner.schedule[first:last]:
+            result = prune(pruner, weights, planned.step)
+            weights = result.weights
+        return weights
+
+    whole = make(kind, scope=scope)
+    expected = run(whole, make_weights(), 0, 4)
+    first = make(kind, scope=scope)
+    weights = run(first, make_weights(), 0, steps_before)
+    sparser = {name: np.where(np.abs(array) > 1e-3, array, np.float32(0)) for name, array in weights.items()}
+    second = make(kind, weights=sparser, scope=scope)
+    assert second.schedule != whole.schedule
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.schedule == whole.schedule
+    resumed = run(second, weights, steps_before, 4)
+    for name in SHAPES:
+        np.testing.assert_array_equal(resumed[name], expected[name])
+
+
+def test_a_state_whose_sparsities_do_not_fit_is_refused_and_changes_nothing():
+    pruner = make()
+    schedule, state = pruner.schedule, pruner.state_dict()
+    other = make(scope="global").state_dict()
+    for wrong in (
+        {**state, "initial_sparsities": np.array([0.5])},
+        {**state, "initial_sparsities": np.array([0.3, 0.5, np.nan])},
+        {**state, "initial_sparsities": np.array([0.3, 0.5, 0.1])},
+        {**state, "masks": {"a": np.ones((10, 10), bool)}},
+        {**make(initial_sparsity=0.1).state_dict()},
+        other,
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            pruner.load_state_dict(wrong)
+        assert pruner.schedule == schedule
+        np.testing.assert_equal(pruner.state_dict(), state)
+
+
+def test_a_state_of_another_number_of_layers_is_refused_by_name():
+    pruner = make()
+    with pytest.raises(ValueError, match=r"initial sparsities of shape \(2,\), expected \(3,\)"):
+        pruner.load_state_dict({**pruner.state_dict(), "initial_sparsities": np.array([0.1, 0.2])})
+
+
+def test_weights_that_are_all_zero_stay_so():
+    weights = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    for scope in ("layer", "global"):
+        pruner = make(weights=weights, scope=scope)
+        assert prune(pruner, weights, 8).sparsity == 1
