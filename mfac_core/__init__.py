@@ -8,10 +8,10 @@ from mfac_core.blockwise import inverse_fisher
 from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
 from mfac_core.obs import saliency
 from mfac_core.one_shot import prune
-from mfac_core.pruner import MagnitudePruner, MFACPruner, make_pruner
+from mfac_core.pruner import ACDCPruner, ConstantPruner, MagnitudePruner, MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.recipe import Recipe, load_recipe
-from mfac_core.settings import MagnitudeSettings, MFACSettings
+from mfac_core.settings import FROM_PARAM, ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
 
 __version__ = "0.1.0"
 
@@ -25,8 +25,13 @@ __all__ = [
     "make_pruner",
     "MFACPruner",
     "MagnitudePruner",
+    "ACDCPruner",
+    "ConstantPruner",
     "MFACSettings",
     "MagnitudeSettings",
+    "ACDCSettings",
+    "ConstantSettings",
+    "FROM_PARAM",
     # Recipes
     "load_recipe",
     "Recipe",

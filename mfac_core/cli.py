@@ -1,8 +1,8 @@
-"""The ``mfac`` command: run the demo, check a recipe, show a finished run."""
+"""The ``mfac`` command: run the demo, check a recipe, plan a run, show a finished one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,10 +11,18 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mfac_core.recipe import Recipe
-    from mfac_core.recipe.linting import ScheduleRow
+    from mfac_core.recipe.linting import Plan, ScheduleRow
+    from mfac_core.settings import PruningSettings
 
 __all__ = ["app", "main"]
+
+_Recipe = Annotated[
+    Path, typer.Argument(help="The recipe: YAML, or Markdown with a YAML front matter.", show_default=False)
+]
+_Variables = Annotated[
+    str, typer.Option(help='Values for its variables: "name=value,other=value", or JSON.', show_default=False)
+]
+_Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out modifiers that are out of scope.")]
 
 app = typer.Typer(
     help="Second-order (M-FAC) pruning of neural networks.",
@@ -68,30 +76,80 @@ def demo(
 
 @app.command()
 def check(
-    recipe: Annotated[
-        Path, typer.Argument(help="The recipe: YAML, or Markdown with a YAML front matter.", show_default=False)
-    ],
+    recipe: _Recipe,
     steps_per_epoch: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps per epoch; gives the exact steps.", show_default=False)
     ] = None,
+    variables: _Variables = "",
+    skip_unsupported: _Skip = False,
 ) -> None:
     """Read a recipe, and show its pruning steps and what looks wrong with it."""
     from rich.console import Console
 
     from mfac_core import RecipeError, load_recipe
-    from mfac_core.recipe.linting import describe, lint
+    from mfac_core.recipe.linting import describe, lint, notes
 
     try:
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe, variables, "skip" if skip_unsupported else "error")
         rows = describe(loaded, steps_per_epoch)
-        warnings = [*lint(loaded, steps_per_epoch), *_missing_devices(loaded)]
+        warnings = [*lint(loaded, steps_per_epoch), *_missing_devices(loaded.pruning)]
     except RecipeError as error:
         _fail(str(error))
     if rows:
         Console().print(_schedule_table(rows))
-    for warning in warnings:
-        typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW)
+    for note in notes(loaded):
+        typer.echo(f"note: {note}")
+    _show_warnings(warnings)
     typer.echo(f"{recipe}: {_count(len(rows), 'pruning step')}, {_count(len(warnings), 'warning')}")
+
+
+@app.command()
+def plan(
+    recipe: _Recipe,
+    steps_per_epoch: Annotated[int, typer.Option(min=1, help="Optimizer steps per epoch.", show_default=False)],
+    weights: Annotated[
+        int | None, typer.Option(min=1, help="Weights that each modifier prunes.", show_default=False)
+    ] = None,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(help="The model instead: JSON of names and shapes, or a .safetensors file.", show_default=False),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(min=0.0, help="Epochs of training, if no EpochRangeModifier says it.")
+    ] = None,
+    sampled: Annotated[bool, typer.Option("--sampled", help="There is a gradient sampler.")] = False,
+    variables: _Variables = "",
+    skip_unsupported: _Skip = False,
+) -> None:
+    """Show what a recipe will do to a model: which weights, when, and how much memory that takes."""
+    from rich.console import Console
+
+    from mfac_core import RecipeError, load_recipe
+    from mfac_core.recipe.linting import lint_model
+
+    if (weights is None) == (shapes is None):
+        _fail("give either --weights or --shapes: how many weights are pruned, or a file that says what the model has")
+    try:
+        loaded = load_recipe(recipe, variables, "skip" if skip_unsupported else "error")
+        parts = [part for settings in loaded.pruning for part in settings.by_final_sparsity()]
+        matched = _matched(parts, weights, shapes)
+        planned = lint_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
+    except RecipeError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{shapes}: {error.strerror}; give a JSON file of names and shapes, or a .safetensors file")
+    except ValueError as error:
+        _fail(str(error))
+    console = Console()
+    console.print(_weights_table(planned))
+    rows = [row for modifier in planned.modifiers for row in modifier.steps]
+    if rows:
+        console.print(_schedule_table(rows))
+    _show_warnings(planned.warnings)
+    typer.echo(
+        f"{recipe}: {_count(len(rows), 'pruning step')}, {_count(len(planned.warnings), 'warning')}, "
+        f"{_bytes(planned.window_bytes)} for gradient windows"
+    )
 
 
 @app.command()
@@ -126,12 +184,22 @@ def _demo_runner(framework: str) -> Callable[..., Any]:
     return runner
 
 
-def _missing_devices(recipe: Recipe) -> list[str]:
+def _matched(parts: Sequence[PruningSettings], weights: int | None, shapes: Path | None) -> list[Mapping[str, int]]:
+    """Return the parameters that each group of weights of a recipe matches."""
+    from mfac_core.recipe.shapes import matching, read_shapes
+
+    if shapes is None:
+        return [{f"weights of modifier {number}": weights or 0} for number in range(len(parts))]
+    found = read_shapes(shapes)
+    return [matching(part.params, found) for part in parts]
+
+
+def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     from mfac_core.backends import resolve_device
     from mfac_core.errors import DeviceError
     from mfac_core.settings import MFACSettings
 
-    by_mfac = [each for each in recipe.pruning if isinstance(each, MFACSettings)]
+    by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
     listed = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
     warnings = []
     for name in dict.fromkeys(name for name in listed if name != "auto"):
@@ -140,6 +208,27 @@ def _missing_devices(recipe: Recipe) -> list[str]:
         except DeviceError as error:
             warnings.append(f"on this machine: {error}")
     return warnings
+
+
+def _weights_table(planned: Plan) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("Modifier")
+    for heading in ("Parameters", "Weights", "Largest window", "Memory"):
+        result.add_column(heading, justify="right")
+    for modifier in planned.modifiers:
+        rows, columns = modifier.window
+        result.add_row(
+            Text(modifier.modifier),
+            f"{len(modifier.weights):,}",
+            f"{modifier.num_weights:,}",
+            f"{rows:,} x {columns:,}" if rows else "-",
+            _bytes(modifier.window_bytes) if rows else "-",
+        )
+    return result
 
 
 def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:
@@ -156,10 +245,23 @@ def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:
             Text(str(row.modifier)),
             f"{row.epoch:g}",
             "-" if row.step is None else str(row.step),
-            f"{row.sparsity:.2%}",
+            "-" if row.sparsity is None else f"{row.sparsity:.2%}",
             "-" if row.num_gradients is None else str(row.num_gradients),
         )
     return result
+
+
+def _show_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW)
+
+
+def _bytes(number: int) -> str:
+    size, units = float(number), iter(("kB", "MB", "GB", "TB", "PB"))
+    unit = "B"
+    while size >= 1000 and (larger := next(units, None)):
+        size, unit = size / 1000, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _count(number: int, noun: str) -> str:

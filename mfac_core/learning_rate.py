@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any
+
 from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
 
 __all__ = ["learning_rate_at"]
+
+# Epochs: an epoch that is a step divided by the steps per epoch may miss a border by rounding.
+_NOISE = 1e-9
 
 
 def learning_rate_at(
@@ -14,9 +22,74 @@ def learning_rate_at(
 
     Args:
         settings: How the learning rate goes.
-        epoch: Completed epochs, fractions allowed.
+        epoch: Completed epochs, fractions allowed, finite.
 
     Returns:
-        The learning rate; ``None`` before ``start_epoch``.
+        The learning rate; ``None`` before ``start_epoch``. From ``end_epoch`` on it stays: at the ``final`` of a
+        function, and at what a schedule had reached before.
+
+    Example:
+        >>> warm_up = LearningRateFunction(function="linear", initial=0.0, final=0.1, end_epoch=4.0)
+        >>> learning_rate_at(warm_up, 1.0), learning_rate_at(warm_up, 9.0)
+        (0.025, 0.1)
     """
-    raise NotImplementedError
+    if epoch < settings.start_epoch - _NOISE:
+        return None
+    elapsed = max(0.0, epoch - settings.start_epoch)
+    match settings:
+        case SetLearningRate():
+            return settings.learning_rate
+        case LearningRateFunction():
+            return _of_function(settings, elapsed)
+        case LearningRateSchedule():
+            return _of_schedule(settings, elapsed)
+
+
+def _of_function(settings: LearningRateFunction, elapsed: float) -> float:
+    duration = settings.end_epoch - settings.start_epoch
+    if elapsed >= duration - _NOISE:
+        return settings.final
+    passed = elapsed / duration
+    match settings.function:
+        case "cosine":
+            passed = (1.0 - math.cos(math.pi * passed)) / 2.0
+        case "cyclic_linear":
+            cycles = math.floor(elapsed / settings.cycle_epochs + _NOISE)
+            begun = cycles * settings.cycle_epochs
+            passed = max(0.0, elapsed - begun) / min(settings.cycle_epochs, duration - begun)
+    return settings.initial + passed * (settings.final - settings.initial)
+
+
+def _of_schedule(settings: LearningRateSchedule, elapsed: float) -> float:
+    options: Mapping[str, Any] = settings.options
+    gamma = float(options.get("gamma", 0.1))
+    duration = settings.end_epoch - settings.start_epoch
+    ended = elapsed >= duration - _NOISE
+    elapsed = min(elapsed, duration)
+    match settings.kind:
+        case "StepLR":
+            return settings.initial * gamma ** _periods(elapsed, options["step_size"], ended)
+        case "MultiStepLR":
+            # All milestones lie before the end.
+            passed = bisect_right(options["milestones"], settings.start_epoch + elapsed + _NOISE)
+            return float(settings.initial * gamma**passed)
+        case "ExponentialLR":
+            return settings.initial * gamma ** _periods(elapsed, 1.0, ended)
+        case "CosineAnnealingWarmRestarts":
+            return _cosine_with_restarts(settings.initial, options, _periods(elapsed, 1.0, ended))
+
+
+def _periods(elapsed: float, period: float, ended: bool) -> int:
+    """Return how many periods are over; one that is over exactly at the end of the schedule is not counted."""
+    if ended:
+        return max(0, math.ceil(elapsed / period - _NOISE) - 1)
+    return math.floor(elapsed / period + _NOISE)
+
+
+def _cosine_with_restarts(initial: float, options: Mapping[str, Any], epochs: int) -> float:
+    cycle, factor, lowest = options["T_0"], options.get("T_mult", 1), float(options.get("eta_min", 0.0))
+    if factor == 1:
+        epochs %= cycle
+    while epochs >= cycle:
+        epochs, cycle = epochs - cycle, cycle * factor
+    return lowest + (initial - lowest) * (1.0 + math.cos(math.pi * epochs / cycle)) / 2.0

@@ -29,6 +29,8 @@ __all__ = [
     "check_damping",
     "check_number",
     "checked_mask_type",
+    "checked_params",
+    "is_integer",
 ]
 
 Interpolation = Literal["linear", "cubic", "inverse_cubic"]
@@ -75,7 +77,7 @@ class PruningSettings:
             )
         if not isinstance(self.leave_enabled, bool):
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
-        object.__setattr__(self, "params", _checked_params(self.params))
+        object.__setattr__(self, "params", checked_params(self.params))
 
     def by_final_sparsity(self) -> tuple[Self, ...]:
         """Return the settings of each group of weights that has a final sparsity of its own.
@@ -113,6 +115,12 @@ class GradualSettings(PruningSettings):
         super().__post_init__()
         if isinstance(self.final_sparsity, Mapping):
             object.__setattr__(self, "final_sparsity", _checked_groups(self.final_sparsity))
+            if self.params != PruningSettings.params:
+                raise SettingError(
+                    "params",
+                    f"{list(self.params)} stands beside a final_sparsity that names weights itself; "
+                    "remove params, or write final_sparsity as a number",
+                )
         finals = list(self.final_sparsity) if isinstance(self.final_sparsity, Mapping) else [self.final_sparsity]
         for final in finals:
             check_number("final_sparsity", final, "0 < final_sparsity < 1", lambda x: 0 < x < 1)
@@ -194,7 +202,7 @@ class MFACSettings(GradualSettings):
         check_block_size(self.block_size)
         check_damping(self.damping)
         check_choice("update", self.update, get_args(Update))
-        if not _is_integer(self.num_recomputations) or self.num_recomputations < 1:
+        if not is_integer(self.num_recomputations) or self.num_recomputations < 1:
             raise SettingError(
                 "num_recomputations", f"{self.num_recomputations!r} must be a positive integer; 1 computes it once"
             )
@@ -224,10 +232,11 @@ class ConstantSettings(PruningSettings):
     """Hold the zeros that the weights have at ``start_epoch``; nothing more is pruned.
 
     Args (beside those of :class:`PruningSettings`):
-        end_epoch: Epoch at which the masks are released; infinity holds them to the end.
+        end_epoch: Epoch at which the masks are released, unless ``leave_enabled``; infinity holds them to the end.
     """
 
     end_epoch: float = math.inf
+    leave_enabled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +248,8 @@ class ACDCSettings(PruningSettings):
         update_frequency: Epochs per phase, ``> 0``.
         scope: Where magnitudes compete.
         mask_type: Pattern of the zeros, see :data:`MaskType`.
-        reset_momentum: Whether what the optimizer remembers of the weights is set to zero when a phase begins.
+        reset_momentum: Whether what the optimizer remembers is set to zero when weights come back: at the beginning of
+            each decompressed phase but the first.
 
     References:
         Peste et al. (2021), AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks.
@@ -272,7 +282,7 @@ def check_block_size(block_size: object) -> None:
     Raises:
         SettingError: If it is neither.
     """
-    if block_size is not None and (not _is_integer(block_size) or block_size < 1):
+    if block_size is not None and (not is_integer(block_size) or block_size < 1):
         raise SettingError(
             "block_size", f"{block_size!r} must be a positive integer, or null (None) for one block of all weights"
         )
@@ -334,11 +344,13 @@ def checked_mask_type(mask_type: object, final_sparsities: Sequence[float] = ())
         for final in final_sparsities:
             if final > most + 0.01:
                 raise SettingError(
-                    "mask_type", f"{mask_type} leaves at most a sparsity of {most:g}, and {final:g} is to be reached"
+                    "mask_type",
+                    f"{mask_type} leaves at most a sparsity of {most:g}, and {final:g} is to be reached; "
+                    "lower that, or keep fewer weights of each group",
                 )
         return str(mask_type)
     if isinstance(mask_type, list | tuple) and len(mask_type) == 2:  # noqa: PLR2004
-        if all(_is_integer(size) and (size > 0 or size == -1) for size in mask_type):
+        if all(is_integer(size) and (size > 0 or size == -1) for size in mask_type):
             return (int(mask_type[0]), int(mask_type[1]))
     raise SettingError(
         "mask_type",
@@ -359,13 +371,40 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
     Raises:
         SettingError: If it does not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    try:
+        finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        finite = False
+    if not finite:
         raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
-    if not holds(float(value)):
+    if not holds(float(value)):  # type: ignore[arg-type]  # a number by now
         raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")
 
 
-def _checked_params(params: object) -> tuple[str, ...]:
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer, of Python or of NumPy, and no boolean.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        Whether it is.
+    """
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def checked_params(params: object) -> tuple[str, ...]:
+    """Return names of weights as a tuple.
+
+    Args:
+        params: A name, or a list of names.
+
+    Returns:
+        The names.
+
+    Raises:
+        SettingError: If it is neither, or a name is empty.
+    """
     names = (params,) if isinstance(params, str) else params
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
         raise SettingError(
@@ -378,14 +417,14 @@ def _checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ..
     if not groups:
         raise SettingError("final_sparsity", "{} is empty; write a sparsity, or sparsities with lists of names")
     try:
-        return {final: _checked_params(params) for final, params in groups.items()}
+        return {final: checked_params(params) for final, params in groups.items()}
     except SettingError as error:
         raise SettingError("final_sparsity", error.message) from error
 
 
 def _num_gradients(value: object) -> Mapping[float, int]:
     rule = "must be a positive integer, or a mapping from sparsity to positive integers with the key 0.0"
-    if _is_integer(value):
+    if is_integer(value):
         value = {0.0: value}
     if not isinstance(value, Mapping) or not value:
         raise SettingError("num_gradients", f"{value!r} {rule}, such as {{0.0: 64, 0.5: 128}}")
@@ -393,7 +432,7 @@ def _num_gradients(value: object) -> Mapping[float, int]:
     for threshold, rows in value.items():
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
             raise SettingError("num_gradients", f"the key {threshold!r} is not a sparsity; keys must lie in [0, 1)")
-        if not _is_integer(rows) or rows < 1:
+        if not is_integer(rows) or rows < 1:
             raise SettingError(
                 "num_gradients", f"{rows!r} at sparsity {threshold} is not a number of rows; write a positive integer"
             )
@@ -407,7 +446,3 @@ def _num_gradients(value: object) -> Mapping[float, int]:
             f"add it, such as {{0.0: {min(checked.values())}, ...}}",
         )
     return dict(sorted(checked.items()))
-
-
-def _is_integer(value: object) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

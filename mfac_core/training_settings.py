@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mfac_core.errors import SettingError
-from mfac_core.settings import check_choice, check_number
+from mfac_core.settings import check_choice, check_number, checked_params, is_integer
 
 __all__ = [
     "EpochRange",
@@ -22,6 +22,14 @@ __all__ = [
 
 LearningRateCurve = Literal["linear", "cosine", "cyclic_linear"]
 ScheduleKind = Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"]
+
+# Kind -> the options that it needs, and all that it takes.
+_SCHEDULE_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "StepLR": (("step_size",), ("step_size", "gamma")),
+    "MultiStepLR": (("milestones",), ("milestones", "gamma")),
+    "ExponentialLR": (("gamma",), ("gamma",)),
+    "CosineAnnealingWarmRestarts": (("T_0",), ("T_0", "T_mult", "eta_min")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +71,7 @@ class SetLearningRate:
     def __post_init__(self) -> None:
         check_number("learning_rate", self.learning_rate, "0 < learning_rate <= 1", lambda x: 0 < x <= 1)
         check_number("start_epoch", self.start_epoch, "start_epoch >= 0 (0 is from the beginning)", lambda x: x >= 0)
-        _check_param_groups(self.param_groups)
+        object.__setattr__(self, "param_groups", _checked_param_groups(self.param_groups))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +79,8 @@ class LearningRateFunction:
     """Move the learning rate along a curve, optimizer step by optimizer step.
 
     Args:
-        function: ``linear``, ``cosine`` (half a wave) or ``cyclic_linear`` (down and up again in each cycle).
+        function: ``linear``, ``cosine`` (half a wave) or ``cyclic_linear`` (a line in each cycle, which begins again at
+            ``initial``; a last cycle that is cut short is as steep as it must be to end at ``final``).
         initial: Learning rate at ``start_epoch``, in ``[0, 1]``.
         final: Learning rate at ``end_epoch``, in ``[0, 1]``.
         end_epoch: Epoch at which the curve ends, after ``start_epoch``.
@@ -97,7 +106,7 @@ class LearningRateFunction:
         check_number("final", self.final, "0 <= final <= 1", lambda x: 0 <= x <= 1)
         check_number("cycle_epochs", self.cycle_epochs, "cycle_epochs > 0", lambda x: x > 0)
         _check_epochs(self.start_epoch, self.end_epoch)
-        _check_param_groups(self.param_groups)
+        object.__setattr__(self, "param_groups", _checked_param_groups(self.param_groups))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +115,12 @@ class LearningRateSchedule:
 
     Args:
         kind: Name of the scheduler.
-        options: Its arguments, such as ``{"step_size": 10, "gamma": 0.1}``.
+        options: Its arguments, with PyTorch's names and defaults: ``step_size`` (epochs, fractions allowed),
+            ``milestones`` (epochs of the whole training, between start and end), ``gamma``, ``T_0`` and ``T_mult``
+            (whole epochs), ``eta_min``.
         initial: Learning rate at ``start_epoch``, in ``(0, 1]``.
         start_epoch: Epoch at which it begins, ``>= 0``.
-        end_epoch: Epoch from which on the learning rate stays as it is; infinity for never.
+        end_epoch: Epoch from which on the learning rate stays as it was before; infinity for never.
 
     Raises:
         SettingError: If a value breaks its rule.
@@ -125,6 +136,7 @@ class LearningRateSchedule:
         check_choice("kind", self.kind, get_args(ScheduleKind))
         check_number("initial", self.initial, "0 < initial <= 1", lambda x: 0 < x <= 1)
         _check_epochs(self.start_epoch, self.end_epoch)
+        object.__setattr__(self, "options", _checked_options(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +159,7 @@ class SetWeightDecay:
     def __post_init__(self) -> None:
         check_number("weight_decay", self.weight_decay, "weight_decay >= 0", lambda x: x >= 0)
         check_number("start_epoch", self.start_epoch, "start_epoch >= 0 (0 is from the beginning)", lambda x: x >= 0)
-        _check_param_groups(self.param_groups)
+        object.__setattr__(self, "param_groups", _checked_param_groups(self.param_groups))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +184,11 @@ class TrainableParams:
     end_epoch: float = math.inf
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "params", checked_params(self.params))
+        for name in ("trainable", "strict"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise SettingError(name, f"{value!r} is not a boolean; write true or false")
         _check_epochs(self.start_epoch, self.end_epoch)
 
 
@@ -187,6 +204,55 @@ def _check_epochs(start: float, end: float) -> None:
         check_number("end_epoch", end, f"end_epoch > start_epoch ({start})", lambda x: x > start)
 
 
-def _check_param_groups(groups: tuple[int, ...] | None) -> None:
-    if groups is not None and not all(isinstance(index, int) and index >= 0 for index in groups):
-        raise SettingError("param_groups", f"{groups!r} must be a list of indices of parameter groups, such as [0]")
+def _checked_param_groups(groups: object) -> tuple[int, ...] | None:
+    if groups is None:
+        return None
+    listed = isinstance(groups, list | tuple) and len(groups) > 0
+    if not listed or not all(is_integer(index) and index >= 0 for index in groups):  # type: ignore[attr-defined]
+        raise SettingError(
+            "param_groups", f"{groups!r} must be a list of indices of parameter groups, such as [0], or null for all"
+        )
+    return tuple(int(index) for index in groups)  # type: ignore[attr-defined]
+
+
+def _checked_options(schedule: LearningRateSchedule) -> dict[str, object]:
+    options = schedule.options
+    required, known = _SCHEDULE_OPTIONS[schedule.kind]
+    if not isinstance(options, Mapping):
+        raise SettingError("options", f"{options!r} must be a mapping with {', '.join(required)}")
+    for name in options:
+        if name not in known:
+            raise SettingError("options", f"{schedule.kind} has no {name!r}; what it takes is {', '.join(known)}")
+    for name in required:
+        if name not in options:
+            raise SettingError("options", f"{name} is missing; {schedule.kind} needs it")
+    checked = dict(options)
+    for name, value in options.items():
+        match name:
+            case "milestones":
+                checked[name] = _checked_milestones(value, schedule.start_epoch, schedule.end_epoch)
+            case "step_size" | "gamma":
+                _check_option(name, value, f"{name} > 0", lambda x: x > 0)
+            case "eta_min":
+                _check_option(name, value, "0 <= eta_min <= 1", lambda x: 0 <= x <= 1)
+            case _:
+                if not is_integer(value) or value < 1:
+                    raise SettingError("options", f"{name}: {value!r} must be a positive integer (epochs)")
+    return checked
+
+
+def _checked_milestones(milestones: object, start: float, end: float) -> tuple[float, ...]:
+    if not isinstance(milestones, list | tuple) or not milestones:
+        raise SettingError("options", f"milestones: {milestones!r} must be a list of epochs, such as [10, 20]")
+    for milestone in milestones:
+        _check_option(
+            "milestones", milestone, f"start_epoch ({start}) < milestone < end_epoch ({end})", lambda x: start < x < end
+        )
+    return tuple(sorted(float(milestone) for milestone in milestones))
+
+
+def _check_option(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    try:
+        check_number(name, value, rule, holds)
+    except SettingError as error:
+        raise SettingError("options", f"{name}: {error.message}") from error

@@ -1,9 +1,23 @@
 """Recipes: pruning runs as text.
 
-:func:`load_recipe` turns YAML, or Markdown with a YAML front matter, into checked settings.
+:func:`load_recipe` turns YAML, or Markdown with a YAML front matter, into checked settings; :func:`recipe_text` turns
+settings into YAML.
 """
 
 from mfac_core.recipe.loading import Recipe, load_recipe
-from mfac_core.recipe.modifiers import EpochRange, SetLearningRate
+from mfac_core.recipe.modifiers import Settings, settings_from_keys
+from mfac_core.recipe.overrides import recipe_with_variables
+from mfac_core.recipe.writing import modifier_name, recipe_text
+from mfac_core.training_settings import EpochRange, SetLearningRate
 
-__all__ = ["EpochRange", "Recipe", "SetLearningRate", "load_recipe"]
+__all__ = [
+    "EpochRange",
+    "Recipe",
+    "SetLearningRate",
+    "Settings",
+    "load_recipe",
+    "modifier_name",
+    "recipe_text",
+    "recipe_with_variables",
+    "settings_from_keys",
+]

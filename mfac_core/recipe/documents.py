@@ -1,7 +1,8 @@
 """Recipe text -> a checked tree of YAML nodes that know their lines.
 
-Three steps, none of which looks at modifiers: find the YAML (a file, a text, a Markdown front matter), parse it into
-nodes, refuse what a recipe must not contain. No object is ever constructed from a tag, so a recipe cannot run code.
+Three steps, none of which looks inside modifiers: find the YAML (a file, a text, a Markdown front matter), parse it
+into nodes, refuse what a recipe must not contain. No object is ever constructed from a tag, so a recipe cannot run
+code.
 """
 
 from __future__ import annotations
@@ -20,27 +21,46 @@ from mfac_core.errors import RecipeError
 from mfac_core.recipe.indentation import restore_indentation
 from mfac_core.recipe.places import Place
 
-__all__ = ["Document", "Entry", "entries", "pairs", "read_document", "scalar_value"]
+__all__ = ["Document", "Entry", "Section", "entries", "pairs", "read_document", "scalar_value"]
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MARKDOWN_SUFFIXES = (".md", ".markdown")
 _STANDARD = "tag:yaml.org,2002:"
 _MERGE = _STANDARD + "merge"
-_CONSTRUCTED_TAGS = frozenset(_STANDARD + name for name in ("null", "bool", "int", "float", "str"))
+_NUMBER_TAGS = frozenset(_STANDARD + name for name in ("int", "float"))
+_CONSTRUCTED_TAGS = _NUMBER_TAGS | frozenset(_STANDARD + name for name in ("null", "bool", "str"))
 _ALLOWED_TAGS = _CONSTRUCTED_TAGS | {_STANDARD + name for name in ("seq", "map", "merge", "timestamp", "value")}
 # YAML 1.1 wants a dot in every float, so that PyYAML reads 1e-5 as a string.
-_FLOAT_WITHOUT_DOT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+FLOAT_WITHOUT_DOT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 _HTML_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+_DELIMITERS = ("---", "+++")
+# All but what PyYAML takes as the end of a line.
+_WITHIN_A_LINE = re.compile(r"[^\r\n\x85\u2028\u2029]")
 
 _logger = logging.getLogger("mfac_core")
 
 
 class Entry(NamedTuple):
-    """One key of a mapping with its line and its value."""
+    """One key of a mapping with its value and its line; ``node`` is the key itself."""
 
     key: str
     line: int
     value: yaml.Node
+    node: yaml.ScalarNode
+
+
+class Section(NamedTuple):
+    """The top level of a recipe (``stage`` is empty then), or one of its stages.
+
+    Attributes:
+        stage: Name of the stage.
+        modifiers: The keys that hold modifiers.
+        others: All other keys, stages excluded.
+    """
+
+    stage: str
+    modifiers: tuple[Entry, ...]
+    others: tuple[Entry, ...]
 
 
 @dataclass(frozen=True)
@@ -50,19 +70,36 @@ class Document:
     Args:
         source: Path of the recipe, or ``<text>``.
         root: The mapping at the top; lines of its nodes are lines of the source.
+        text: The whole text of the source, as it stands.
+        parsed: The YAML in it that was parsed: with the same lines, and blanks in place of what stands around it.
     """
 
     source: str
     root: yaml.MappingNode
+    text: str
+    parsed: str
 
     def place(self, line: int | None = None, name: str = "") -> Place:
         """Return a place in this document."""
         return Place(self.source, line, name)
 
-    @property
-    def entries(self) -> list[Entry]:
-        """The top-level keys."""
-        return entries(self.root, self.place())
+    def sections(self) -> tuple[Section, ...]:
+        """Return the top level and the stages, in document order."""
+        top = entries(self.root, self.place())
+        stages = [entry for entry in top if self._is_stage(entry)]
+        rest = [entry for entry in top if entry not in stages]
+        return (
+            _section("", rest),
+            *(
+                _section(entry.key, entries(entry.value, self.place(entry.line, entry.key)))  # type: ignore[arg-type]
+                for entry in stages
+            ),
+        )
+
+    def _is_stage(self, entry: Entry) -> bool:
+        return isinstance(entry.value, yaml.MappingNode) and any(
+            "modifiers" in inner.key for inner in entries(entry.value, self.place(entry.line, entry.key))
+        )
 
 
 def read_document(path_or_text: str | os.PathLike[str]) -> Document:
@@ -79,17 +116,15 @@ def read_document(path_or_text: str | os.PathLike[str]) -> Document:
     Raises:
         RecipeError: If there is no such file, or it is not a recipe's YAML.
     """
-    if isinstance(path_or_text, str) and "\n" in path_or_text:
-        source, text = "<text>", path_or_text.removeprefix("\ufeff").replace("\r\n", "\n")
+    if isinstance(path_or_text, str) and ("\n" in path_or_text or "\r" in path_or_text):
+        source, text = "<text>", path_or_text
         markdown = _begins_like_markdown(text)
     else:
         source = os.fspath(path_or_text)
         text = _read_file(source)
         markdown = Path(source).suffix.lower() in _MARKDOWN_SUFFIXES
-    if markdown:
-        text = _front_matter(text, source)
-    root = _parse(text, source)
-    document = Document(source, root)
+    root, parsed = _parse(_front_matter(text, source) if markdown else text, source)
+    document = Document(source, root, text, parsed)
     _check_keys(document)
     _refuse_foreign_tags(document)
     return document
@@ -108,7 +143,7 @@ def entries(mapping: yaml.MappingNode, place: Place) -> list[Entry]:
     Raises:
         RecipeError: If a merge key merges something that is not a mapping.
     """
-    return [Entry(key.value, _line(key), value) for key, value in pairs(mapping, place)]
+    return [Entry(str(key.value), _line(key), value, key) for key, value in pairs(mapping, place)]
 
 
 def pairs(mapping: yaml.MappingNode, place: Place) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -138,14 +173,15 @@ def scalar_value(node: yaml.ScalarNode, place: Place) -> object:
         place: Where it stands.
 
     Returns:
-        ``None``, a bool, an int, a float or a string. A plain ``1e-5`` is a float.
+        ``None``, a bool, an int, a float or a string. A plain ``1e-5`` is a float, and a plain ``2:4`` a string.
 
     Raises:
         RecipeError: If the text does not fit an explicit tag, as in ``!!int abc``.
     """
-    if node.tag == _STANDARD + "str" and node.style is None and _FLOAT_WITHOUT_DOT.fullmatch(node.value):
+    if node.tag == _STANDARD + "str" and node.style is None and FLOAT_WITHOUT_DOT.fullmatch(node.value):
         return float(node.value)
-    if node.tag not in _CONSTRUCTED_TAGS:
+    # YAML 1.1 reads 2:4 as a number of base 60; in a recipe it is a pattern of zeros.
+    if node.tag not in _CONSTRUCTED_TAGS or (node.tag in _NUMBER_TAGS and node.style is None and ":" in node.value):
         return str(node.value)
     try:
         value: object = yaml.constructor.SafeConstructor().construct_object(node)
@@ -169,7 +205,7 @@ def _read_file(path: str) -> str:
     if suffix not in accepted:
         raise place.error(f"a recipe cannot have the suffix {suffix or '(none)'!r}; accepted are {', '.join(accepted)}")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise place.error(
             f"the file is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
@@ -182,12 +218,13 @@ def _begins_like_markdown(text: str) -> bool:
     start = _front_matter_start(text)
     lines = text.split("\n")
     if start is None:
-        return text.lstrip().startswith("<!--")
-    return any(_is_delimiter(line) for line in lines[start + 1 :])
+        return text.lstrip("\ufeff").lstrip().startswith("<!--")
+    delimiter = lines[start].strip("\ufeff \t\r")
+    return delimiter == "+++" or any(line.rstrip() == delimiter for line in lines[start + 1 :])
 
 
 def _front_matter(text: str, source: str) -> str:
-    """Return the YAML between the two ``---`` lines, at its own line numbers."""
+    """Return the text with blanks in place of all but the YAML between the two delimiters."""
     lines = text.split("\n")
     start = _front_matter_start(text)
     if start is None:
@@ -195,17 +232,20 @@ def _front_matter(text: str, source: str) -> str:
             "no YAML front matter; the first line (after an HTML comment, if any) must be exactly `---`, and another "
             "`---` line must close it"
         )
+    delimiter = lines[start].strip("\ufeff \t\r")
     for end in range(start + 1, len(lines)):
-        if _is_delimiter(lines[end]):
-            return "\n".join([""] * (start + 1) + lines[start + 1 : end]) + "\n"
+        if lines[end].rstrip() == delimiter:
+            before, after = "\n".join(lines[: start + 1]), "\n".join(lines[end:])
+            yaml_lines = "\n".join(lines[start + 1 : end])
+            return _WITHIN_A_LINE.sub(" ", before) + "\n" + yaml_lines + "\n" + _WITHIN_A_LINE.sub(" ", after)
     raise Place(source, start + 1).error(
-        "the YAML front matter that begins here is never closed; add a line that is exactly `---`"
+        f"the YAML front matter that begins here is never closed; add a line that is exactly `{delimiter}`"
     )
 
 
 def _front_matter_start(text: str) -> int | None:
-    """Return the index of the opening ``---`` line, skipping blank lines and HTML comments."""
-    position = 0
+    """Return the index of the opening delimiter's line, skipping blank lines and HTML comments."""
+    position = 1 if text.startswith("\ufeff") else 0
     while True:
         position += len(text[position:]) - len(text[position:].lstrip())
         comment = _HTML_COMMENT.match(text, position)
@@ -213,26 +253,24 @@ def _front_matter_start(text: str) -> int | None:
             break
         position = comment.end()
     start = text.count("\n", 0, position)
-    return start if _is_delimiter(text.split("\n")[start]) else None
+    line = text.split("\n")[start].strip("\ufeff")
+    return start if line.rstrip() in _DELIMITERS else None
 
 
-def _is_delimiter(line: str) -> bool:
-    return line.rstrip() == "---"
-
-
-def _parse(text: str, source: str) -> yaml.MappingNode:
+def _parse(text: str, source: str) -> tuple[yaml.MappingNode, str]:
+    """Return the mapping at the top, and the text that it was parsed from."""
     try:
         root = _compose(text, source)
     except RecipeError:
         restored = restore_indentation(text)
     else:
         if not any(isinstance(item, yaml.ScalarNode) and item.value == "" for item in _modifier_items(root)):
-            return root
+            return root, text
         restored = restore_indentation(text)
     root = _compose(restored, source)
     if restored != text:
         _logger.info("%s: restored the indentation of modifier keys that stand at column 0", source)
-    return root
+    return root, restored
 
 
 def _compose(text: str, source: str) -> yaml.MappingNode:
@@ -255,6 +293,7 @@ def _compose(text: str, source: str) -> yaml.MappingNode:
         raise Place(source).error(
             "the recipe is empty; write at least one modifier under a key such as pruning_modifiers"
         )
+    root = _below_a_key(root)
     if not isinstance(root, yaml.MappingNode):
         raise Place(source, _line(root)).error(
             "a recipe must be a mapping with keys such as pruning_modifiers at the top"
@@ -262,27 +301,55 @@ def _compose(text: str, source: str) -> yaml.MappingNode:
     return root
 
 
+def _below_a_key(root: yaml.Node) -> yaml.Node:
+    """Return a list of modifiers, or a single one, that is the whole text as the value of a key."""
+    items = root.value if isinstance(root, yaml.SequenceNode) else [root]
+    if not items or not all(isinstance(item, yaml.MappingNode) and item.tag.startswith("!") for item in items):
+        return root
+    marks = (root.start_mark, root.end_mark)
+    key = yaml.ScalarNode(_STANDARD + "str", "modifiers", *marks)
+    return yaml.MappingNode(_STANDARD + "map", [(key, yaml.SequenceNode(_STANDARD + "seq", items, *marks))], *marks)
+
+
 def _modifier_items(root: yaml.MappingNode) -> Iterator[yaml.Node]:
-    for key, value in root.value:
-        if isinstance(key, yaml.ScalarNode) and "modifiers" in key.value and isinstance(value, yaml.SequenceNode):
+    """Yield the items of all lists of modifiers, at the top and one level below, where stages have theirs."""
+    for value in _values_of_modifiers(root):
+        if isinstance(value, yaml.SequenceNode):
             yield from value.value
+    for _, stage in root.value:
+        if isinstance(stage, yaml.MappingNode):
+            for value in _values_of_modifiers(stage):
+                if isinstance(value, yaml.SequenceNode):
+                    yield from value.value
+
+
+def _values_of_modifiers(mapping: yaml.MappingNode) -> list[yaml.Node]:
+    return [value for key, value in mapping.value if isinstance(key, yaml.ScalarNode) and "modifiers" in key.value]
 
 
 def _check_keys(document: Document) -> None:
+    items = {id(item) for item in _modifier_items(document.root)}
     for node in _nodes(document.root):
-        if not isinstance(node, yaml.MappingNode):
-            continue
-        lines: dict[tuple[bool, object], int] = {}
-        for key, _ in node.value:
-            place = document.place(_line(key))
-            if not isinstance(key, yaml.ScalarNode):
-                raise place.error("a key must be a single value, not a list or a mapping")
-            identity = _identity(key, place)
-            if identity in lines:
-                raise place.error(
-                    f"the key {key.value} is given twice, on lines {lines[identity]} and {_line(key)}; keep one"
-                )
-            lines[identity] = _line(key)
+        if isinstance(node, yaml.MappingNode):
+            _check_keys_of(node, document, is_modifier=id(node) in items)
+
+
+def _check_keys_of(node: yaml.MappingNode, document: Document, *, is_modifier: bool) -> None:
+    """Refuse a key that is given twice; in a modifier, where recipes in the world do so, the last one counts."""
+    written: dict[tuple[bool, object], tuple[yaml.ScalarNode, yaml.Node]] = {}
+    for key, value in node.value:
+        place = document.place(_line(key))
+        if not isinstance(key, yaml.ScalarNode):
+            raise place.error("a key must be a single value, not a list or a mapping")
+        identity = _identity(key, place)
+        if identity in written:
+            twice = f"the key {key.value} is given twice, on lines {_line(written[identity][0])} and {_line(key)}"
+            if not is_modifier:
+                raise place.error(f"{twice}; keep one")
+            _logger.warning(place.message(f"{twice}; the last one counts, keep only that"))
+            del written[identity]
+        written[identity] = (key, value)
+    node.value = list(written.values())
 
 
 def _refuse_foreign_tags(document: Document) -> None:
@@ -338,6 +405,11 @@ def _identity(key: yaml.ScalarNode, place: Place) -> tuple[bool, object]:
     """Return what makes two keys the same: 0 and 0.0 are, 1 and true are not."""
     value = scalar_value(key, place)
     return isinstance(value, bool), value
+
+
+def _section(stage: str, keys: list[Entry]) -> Section:
+    modifiers = tuple(entry for entry in keys if "modifiers" in entry.key)
+    return Section(stage, modifiers, tuple(entry for entry in keys if entry not in modifiers))
 
 
 def _line(node: yaml.Node) -> int:

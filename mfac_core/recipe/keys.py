@@ -5,32 +5,75 @@ Only what a recipe writes differently from the settings is turned here; ranges a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-__all__ = ["EPOCH_RANGE_KEYS", "GLOBAL_KEYS", "LEARNING_RATE_KEYS", "MFAC_KEYS", "MFAC_OPTIONS", "PRUNING_KEYS", "Key"]
+__all__ = [
+    "ACDC_KEYS",
+    "CONSTANT_KEYS",
+    "EPOCH_RANGE_KEYS",
+    "GRADUAL_KEYS",
+    "LEARNING_RATE_FUNCTION_KEYS",
+    "LEARNING_RATE_KEYS",
+    "LEARNING_RATE_SCHEDULE_KEYS",
+    "MFAC_KEYS",
+    "MFAC_OPTIONS",
+    "OMIT",
+    "SCOPE",
+    "TRAINABLE_KEYS",
+    "WEIGHT_DECAY_KEYS",
+    "Key",
+    "only",
+]
+
+OMIT = object()
+"""What ``Key.write`` returns for a value that a recipe says by leaving the key out."""
+
+
+def _same(value: object) -> object:
+    return value
 
 
 class Key(NamedTuple):
     """What a recipe key means.
 
     Attributes:
-        field: The field of the settings it goes to; ``None`` for keys that are accepted without effect.
+        field: The field of the settings it goes to; ``None`` for keys that change nothing.
         convert: Turns the plain value of the recipe into the field's value; raises ``ValueError`` with the rule.
-        note: What to log when an ignored key is used; empty for nothing.
+        write: Turns the field's value back, or returns :data:`OMIT`; ``None`` for a key that is read only.
+        note: What to log when the key is used with a value; empty for nothing.
     """
 
     field: str | None
-    convert: Callable[[object], object]
-    note: str = ""
+    convert: Callable[[object], object] = _same
+    write: Callable[[object], object] | None = _same
+    note: Callable[[object], str] = lambda value: ""
 
 
-def _as_written(value: object) -> object:
-    return value
+def only(value: object, cure: str) -> Key:
+    """Return a key that may only repeat what holds anyway.
+
+    Args:
+        value: The value that may be given.
+        cure: What to write instead of another one.
+
+    Returns:
+        The key.
+    """
+
+    def convert(given: object) -> object:
+        if given is not value and (type(given) is not type(value) or given != value):
+            raise ValueError(cure)
+        return given
+
+    return Key(None, convert)
 
 
 def _number(value: object) -> object:
     if isinstance(value, str):
+        if "eval(" in value:
+            raise ValueError("holds eval(...) beside other text; write all of it inside, such as eval(2 * epochs)")
         raise ValueError("is text where a number must stand; write the number without quotes")
     if isinstance(value, bool) or not isinstance(value, int):
         return value
@@ -40,39 +83,59 @@ def _number(value: object) -> object:
         raise ValueError("is too large a number") from None
 
 
+def _start_epoch(value: object) -> object:
+    number = _number(value)
+    return 0.0 if number == -1 else number
+
+
+def _end_or_never(value: object) -> object:
+    number = _number(value)
+    return math.inf if number == -1 else number
+
+
+def _write_end(value: object) -> object:
+    return -1.0 if value == math.inf else value
+
+
 def _initial_sparsity(value: object) -> object:
-    if value == "__FROM_PARAM__":
-        raise ValueError("is not supported yet; write the sparsity to begin with, such as 0.05")
-    return _number(value)
+    return value if value == "__FROM_PARAM__" else _number(value)
 
 
 def _final_sparsity(value: object) -> object:
-    if isinstance(value, Mapping):
-        raise ValueError(
-            "is a mapping, which is not supported yet; write one modifier per sparsity, each with its own params"
-        )
-    return _number(value)
+    if not isinstance(value, Mapping):
+        return _number(value)
+    return {_number(final): _names(params) for final, params in value.items()}
 
 
-def _mask_type(value: object) -> object:
-    if isinstance(value, int):
-        raise ValueError('is not the name of a mask type; YAML reads 2:4 as a number, so write it as "2:4"')
-    return value
+def _write_final_sparsity(value: object) -> object:
+    return {final: list(params) for final, params in value.items()} if isinstance(value, Mapping) else value
 
 
 def _names(value: object) -> tuple[str, ...]:
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("must be a name or a list of names, such as __ALL_PRUNABLE__ or [conv1.weight, fc.weight]")
     return tuple(names)
 
 
+def _write_names(value: object) -> object:
+    return list(value)  # type: ignore[call-overload]
+
+
 def _devices(value: object) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
-        raise ValueError(
-            'must be a list of device names, such as ["cuda:0"]; an empty list or no key at all means the CPU'
-        )
+    if value is None:
+        return ("auto",)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError('must be a list of device names, such as ["cuda:0"]; an empty list means the CPU')
     return tuple(value) or ("cpu",)
+
+
+def _write_devices(value: object) -> object:
+    return OMIT if value == ("auto",) else _write_names(value)
+
+
+def _write_device(value: object) -> object:
+    return OMIT if value == "auto" else value
 
 
 def _block_size(value: object) -> object:
@@ -85,41 +148,172 @@ def _scope(value: object) -> str:
     return "global" if value else "layer"
 
 
-PRUNING_KEYS: Mapping[str, Key] = {
-    "params": Key("params", _names),
+def _gradient_origin(value: object) -> str:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("must be true (always take gradients of training) or false")
+    return "training" if value else "auto"
+
+
+def _sampler_note(value: object) -> str:
+    if value is not False:
+        return ""
+    return "false is taken as absent: where no gradient sampler is given, gradients of training are used"
+
+
+def _write_gradient_origin(value: object) -> object:
+    return True if value == "training" else OMIT
+
+
+def _sampler_options(value: object) -> object:
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of arguments for the function that makes the batches")
+    return {} if value is None else value
+
+
+def _write_sampler_options(value: object) -> object:
+    return value or OMIT
+
+
+def _param_groups(value: object) -> object:
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list):
+        raise ValueError("must be a list of indices of parameter groups, such as [0]")
+    return tuple(value)
+
+
+def _write_param_groups(value: object) -> object:
+    return OMIT if value is None else _write_names(value)
+
+
+# How SparseML writes arguments of PyTorch's schedulers.
+_SCHEDULE_OPTIONS = {"lr_min": "eta_min", "cycle_epochs": "T_0"}
+
+
+def _schedule_options(value: object) -> object:
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of the scheduler's arguments, such as {step_size: 10, gamma: 0.1}")
+    options: dict[object, object] = {}
+    for key, option in value.items():
+        name = _SCHEDULE_OPTIONS.get(key, key) if isinstance(key, str) else key
+        if name in options:
+            raise ValueError(f"gives {name} twice, as {key} too; keep one")
+        whole = name in {"T_0", "T_mult"} and isinstance(option, float) and option.is_integer()
+        options[name] = int(option) if whole else option
+    return options
+
+
+def _write_schedule_options(value: object) -> object:
+    names = {name: key for key, name in _SCHEDULE_OPTIONS.items()}
+    return {names.get(name, name): option for name, option in value.items()}  # type: ignore[attr-defined]
+
+
+def _pages_note(value: object) -> str:
+    return "has no effect and can be removed; blocks are streamed, so pages are not needed"
+
+
+_WITHOUT_EFFECT = Key(None)
+_START = Key("start_epoch", _start_epoch)
+_END = Key("end_epoch", _number)
+_END_OR_NEVER = Key("end_epoch", _end_or_never, _write_end)
+_PARAMS = Key("params", _names, _write_names)
+_PARAM_GROUPS = Key("param_groups", _param_groups, _write_param_groups)
+_FREQUENCY = Key("update_frequency", _number)
+_LOGGING: Mapping[str, Key] = {"log_types": _WITHOUT_EFFECT}
+_CONSTANT_LOGGING: Mapping[str, Key] = {"constant_logging": _WITHOUT_EFFECT, **_LOGGING}
+
+SCOPE = Key("scope", _scope, lambda scope: scope == "global")
+GRADUAL_KEYS: Mapping[str, Key] = {
+    "params": _PARAMS,
     "init_sparsity": Key("initial_sparsity", _initial_sparsity),
-    "final_sparsity": Key("final_sparsity", _final_sparsity),
-    "start_epoch": Key("start_epoch", _number),
-    "end_epoch": Key("end_epoch", _number),
-    "update_frequency": Key("update_frequency", _number),
-    "inter_func": Key("interpolation", _as_written),
-    "leave_enabled": Key("leave_enabled", _as_written),
-    "mask_type": Key("mask_type", _mask_type),
-    "log_types": Key(None, _as_written),
+    "final_sparsity": Key("final_sparsity", _final_sparsity, _write_final_sparsity),
+    "start_epoch": _START,
+    "end_epoch": _END,
+    "update_frequency": _FREQUENCY,
+    "inter_func": Key("interpolation"),
+    "leave_enabled": Key("leave_enabled"),
+    "mask_type": Key("mask_type"),
+    "phased": only(
+        False, "is not supported here; alternating phases are what !ACDCPruningModifier is for, so write that instead"
+    ),
+    **_LOGGING,
 }
-GLOBAL_KEYS: Mapping[str, Key] = {"global_sparsity": Key("scope", _scope)}
 MFAC_OPTIONS: Mapping[str, Key] = {
-    "num_grads": Key("num_gradients", _as_written),
+    "num_grads": Key("num_gradients"),
     "fisher_block_size": Key("block_size", _block_size),
     "damp": Key("damping", _number),
-    "available_gpus": Key("devices", _devices),
-    "grads_device": Key("gradients_device", _as_written),
-    "num_pages": Key(
-        None, _as_written, "has no effect and can be removed; blocks are streamed, so pages are not needed"
-    ),
+    "available_gpus": Key("devices", _devices, None),
+    "grads_device": Key("gradients_device", write=_write_device),
+    "num_pages": Key(None, note=_pages_note),
 }
 MFAC_KEYS: Mapping[str, Key] = {
     **MFAC_OPTIONS,
-    "available_devices": Key("devices", _devices),
-    "update": Key("update", _as_written),
+    "available_devices": Key("devices", _devices, _write_devices),
+    "update": Key("update"),
+    "num_recomputations": Key("num_recomputations"),
+    "use_gradient_buffering": Key("gradient_origin", _gradient_origin, _write_gradient_origin, _sampler_note),
+    "grad_sampler_kwargs": Key("sampler_options", _sampler_options, _write_sampler_options),
 }
-EPOCH_RANGE_KEYS: Mapping[str, Key] = {
-    "start_epoch": Key("start_epoch", _number),
-    "end_epoch": Key("end_epoch", _number),
+CONSTANT_KEYS: Mapping[str, Key] = {
+    "params": _PARAMS,
+    "start_epoch": _START,
+    "end_epoch": _END_OR_NEVER,
+    "leave_enabled": Key("leave_enabled"),
+    "update_frequency": _WITHOUT_EFFECT,
+    **_LOGGING,
 }
+ACDC_KEYS: Mapping[str, Key] = {
+    "compression_sparsity": Key("compression_sparsity", _number),
+    "params": _PARAMS,
+    "start_epoch": _START,
+    "end_epoch": _END,
+    "update_frequency": _FREQUENCY,
+    "global_sparsity": SCOPE,
+    "leave_enabled": Key("leave_enabled"),
+    "momentum_buffer_reset": Key("reset_momentum"),
+    "mask_type": Key("mask_type"),
+    **_LOGGING,
+}
+EPOCH_RANGE_KEYS: Mapping[str, Key] = {"start_epoch": _START, "end_epoch": _END_OR_NEVER, **_LOGGING}
 LEARNING_RATE_KEYS: Mapping[str, Key] = {
     "learning_rate": Key("learning_rate", _number),
-    "start_epoch": Key("start_epoch", _number),
-    "constant_logging": Key(None, _as_written),
-    "log_types": Key(None, _as_written),
+    "start_epoch": _START,
+    "param_groups": _PARAM_GROUPS,
+    "end_epoch": _WITHOUT_EFFECT,
+    **_CONSTANT_LOGGING,
+}
+LEARNING_RATE_FUNCTION_KEYS: Mapping[str, Key] = {
+    "lr_func": Key("function"),
+    "init_lr": Key("initial", _number),
+    "final_lr": Key("final", _number),
+    "start_epoch": _START,
+    "end_epoch": _END,
+    "cycle_epochs": Key("cycle_epochs", _number),
+    "param_groups": _PARAM_GROUPS,
+    "update_frequency": _WITHOUT_EFFECT,
+    **_CONSTANT_LOGGING,
+}
+LEARNING_RATE_SCHEDULE_KEYS: Mapping[str, Key] = {
+    "lr_class": Key("kind"),
+    "lr_kwargs": Key("options", _schedule_options, _write_schedule_options),
+    "init_lr": Key("initial", _number),
+    "start_epoch": _START,
+    "end_epoch": _END_OR_NEVER,
+    "update_frequency": _WITHOUT_EFFECT,
+    **_CONSTANT_LOGGING,
+}
+WEIGHT_DECAY_KEYS: Mapping[str, Key] = {
+    "weight_decay": Key("weight_decay", _number),
+    "start_epoch": _START,
+    "param_groups": _PARAM_GROUPS,
+    "end_epoch": _WITHOUT_EFFECT,
+    **_CONSTANT_LOGGING,
+}
+TRAINABLE_KEYS: Mapping[str, Key] = {
+    "params": _PARAMS,
+    "trainable": Key("trainable"),
+    "params_strict": Key("strict"),
+    "start_epoch": _START,
+    "end_epoch": _END_OR_NEVER,
+    **_LOGGING,
 }

@@ -1,27 +1,42 @@
-"""What looks wrong with a recipe that is not an error, and what its schedule is."""
+"""What looks wrong with a recipe that is not an error, and what its schedule is: with and without a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
 from mfac_core.recipe.loading import Recipe
-from mfac_core.recipe.modifiers import EpochRange
-from mfac_core.schedule import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import GradualSettings, MFACSettings
+from mfac_core.recipe.modifiers import Settings
+from mfac_core.recipe.writing import modifier_name
+from mfac_core.schedule import num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.settings import (
+    FROM_PARAM,
+    ACDCSettings,
+    ConstantSettings,
+    GradualSettings,
+    MFACSettings,
+    PruningSettings,
+)
+from mfac_core.training_settings import EpochRange
 
-__all__ = ["ScheduleRow", "describe", "lint"]
+__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes"]
+
+_BYTES_PER_GRADIENT = 4
+_MANY_STEPS = 10**6
 
 
 class ScheduleRow(NamedTuple):
     """One pruning step of a recipe.
 
     Attributes:
-        modifier: Name of the modifier; numbered where the recipe has several that prune.
+        modifier: Name of the modifier; numbered where the recipe has several that prune, with the final sparsity where
+            the modifier has several.
         epoch: Epoch at which the step is due.
         step: Completed optimizer steps at which it is due; ``None`` if the steps per epoch are not known.
-        sparsity: Sparsity once it is done.
+        sparsity: Sparsity once it is done; ``None`` where it depends on the sparsity that the weights begin with.
         num_gradients: Rows of the gradient window it draws on, by the sparsity reached before it; ``None`` for
             modifiers that need no gradients.
     """
@@ -29,8 +44,51 @@ class ScheduleRow(NamedTuple):
     modifier: str
     epoch: float
     step: int | None
-    sparsity: float
+    sparsity: float | None
     num_gradients: int | None
+
+
+class ModifierPlan(NamedTuple):
+    """What one pruning modifier will do to a model.
+
+    Attributes:
+        modifier: Its name, as in :class:`ScheduleRow`.
+        weights: Name of each parameter that it matches -> number of weights.
+        steps: Its pruning steps.
+        window: Rows and columns of its largest gradient window; zeros where it needs none.
+    """
+
+    modifier: str
+    weights: Mapping[str, int]
+    steps: tuple[ScheduleRow, ...]
+    window: tuple[int, int]
+
+    @property
+    def num_weights(self) -> int:
+        """Number of all weights that it matches."""
+        return sum(self.weights.values())
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of its largest gradient window."""
+        return self.window[0] * self.window[1] * _BYTES_PER_GRADIENT
+
+
+class Plan(NamedTuple):
+    """What the pruning modifiers of a recipe will do to a model.
+
+    Attributes:
+        modifiers: One entry per pruning modifier, and per final sparsity where it has several.
+        warnings: One sentence per thing that will run but hardly as it was meant.
+    """
+
+    modifiers: tuple[ModifierPlan, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the largest gradient windows of all modifiers together."""
+        return sum(modifier.window_bytes for modifier in self.modifiers)
 
 
 def lint(recipe: Recipe, steps_per_epoch: int | None = None) -> tuple[str, ...]:
@@ -49,12 +107,66 @@ def lint(recipe: Recipe, steps_per_epoch: int | None = None) -> tuple[str, ...]:
     Raises:
         SettingError: If ``steps_per_epoch`` is not a positive integer.
     """
+    named = _named(recipe.pruning)
     return (
-        *_waiting_starts(recipe, steps_per_epoch),
-        *_windows_not_full(recipe, steps_per_epoch),
-        *_ends_too_late(recipe),
-        *_same_params(recipe),
+        *_window_warnings(named, steps_per_epoch),
+        *_ends_too_late(named, _end_of_training(recipe.modifiers)),
+        *_same_params(named),
     )
+
+
+def lint_model(
+    settings: Sequence[Settings],
+    weights: Sequence[Mapping[str, int]],
+    steps_per_epoch: int,
+    *,
+    epochs: float | None = None,
+    sampled: bool = False,
+) -> Plan:
+    """Return what settings will do to a model, with warnings about what will hardly go as it was meant.
+
+    Args:
+        settings: What each modifier says; those that do not prune matter only for the end of training.
+        weights: Which parameters each pruning modifier matches: name -> number of weights. One mapping per entry of
+            ``by_final_sparsity()`` of each, in order: one for most, one per sparsity where it has several.
+        steps_per_epoch: Optimizer steps per epoch.
+        epochs: Epochs of the training; ``None`` takes the end of an ``EpochRange``, if there is one.
+        sampled: Whether there is a gradient sampler, so that windows are full at each pruning step.
+
+    Returns:
+        Pruning steps, matched weights and memory of each pruning modifier, and the warnings.
+
+    Raises:
+        ValueError: If there are not as many ``weights`` as there must be.
+        SettingError: If ``steps_per_epoch`` is not a positive integer.
+
+    Example:
+        >>> mfac = MFACSettings(final_sparsity=0.5, start_epoch=1.0, end_epoch=2.0, num_gradients=64)
+        >>> plan = lint_model([mfac], [{"fc.weight": 1000}], steps_per_epoch=100, epochs=1.5)
+        >>> plan.window_bytes, [(row.step, row.sparsity) for row in plan.modifiers[0].steps]
+        (256000, [(100, 0.0), (200, 0.5)])
+        >>> plan.warnings[0][:76]
+        'MFACPruningModifier: final_sparsity 0.5 is not reached, because its end_epoc'
+    """
+    named = _named([each for each in settings if isinstance(each, PruningSettings)])
+    parts = list(_parts(named))
+    if len(weights) != len(parts):
+        raise ValueError(
+            f"weights: {len(weights)} mappings for {len(parts)} groups of weights; give one for each entry of "
+            "by_final_sparsity() of each pruning modifier"
+        )
+    plans = tuple(
+        _modifier_plan(name, part, matched, steps_per_epoch)
+        for (name, part), matched in zip(parts, weights, strict=True)
+    )
+    end = (epochs, "") if epochs is not None else _end_of_training(settings)
+    warnings = (
+        *(f"{plan.modifier}: no weights match params; nothing is pruned" for plan in plans if not plan.num_weights),
+        *_window_warnings(named, steps_per_epoch, sampled=sampled),
+        *_ends_too_late(named, end),
+        *_same_weights([(part, plan) for (_, part), plan in zip(parts, plans, strict=True)]),
+    )
+    return Plan(plans, warnings)
 
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:
@@ -70,98 +182,201 @@ def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[Schedul
     Raises:
         SettingError: If ``steps_per_epoch`` is not a positive integer.
     """
-    rows = []
-    for name, settings in _named(recipe):
-        reached = 0.0
-        for epoch, step, sparsity in _timeline(settings, steps_per_epoch):
-            rows.append(ScheduleRow(name, epoch, step, sparsity, _window(settings, reached)))
-            reached = sparsity
-    return rows
+    return [row for name, part in _parts(_named(recipe.pruning)) for row in _rows(name, part, steps_per_epoch)]
 
 
-def _waiting_starts(recipe: Recipe, steps_per_epoch: int | None) -> Iterator[str]:
-    for name, settings in _named(recipe):
-        epoch, step, _ = next(iter(_timeline(settings, steps_per_epoch)))
-        rows = _window(settings, 0.0)
-        if rows is not None and (step == 0 or epoch == 0):
-            yield (
-                f"{name}: the first pruning step is due at epoch {epoch:g}, before there is any gradient; with live "
-                f"gradients it waits for its first window of {rows} rows, at most until the next pruning step; start "
-                "later or use a gradient sampler"
+def notes(recipe: Recipe) -> tuple[str, ...]:
+    """Return what a recipe leaves to the moment when it is attached to a model.
+
+    Args:
+        recipe: A loaded recipe.
+
+    Returns:
+        One sentence per such thing.
+    """
+    found = []
+    for name, settings in _named(recipe.pruning):
+        if isinstance(settings, ConstantSettings):
+            until = "" if settings.end_epoch == math.inf else f" until epoch {settings.end_epoch:g}"
+            found.append(f"{name}: holds the zeros that are there at epoch {settings.start_epoch:g}{until}")
+        if isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM:
+            found.append(f"{name}: begins at the sparsity that the weights have then")
+        if isinstance(settings, MFACSettings) and settings.devices == ("auto",):
+            found.append(
+                f"{name}: computes where the model is: on its GPU if CuPy is installed, on the CPU otherwise; "
+                "available_devices says it outright"
             )
-
-
-def _windows_not_full(recipe: Recipe, steps_per_epoch: int | None) -> Iterator[str]:
-    if steps_per_epoch is None:
-        return
-    for name, settings in _named(recipe):
-        short = list(_short_windows(settings, steps_per_epoch))
-        if not short:
-            continue
-        planned, rows, wanted = short[0]
-        more = f" (the first of {len(short)} such steps)" if len(short) > 1 else ""
-        yield (
-            f"{name}: the pruning step at epoch {planned.epoch:g} (optimizer step {planned.step}) falls due while its "
-            f"gradient window has {rows} of {wanted} rows, and uses those{more}; start later, prune less often, "
-            "lower num_grads or use a gradient sampler"
-        )
-
-
-def _short_windows(settings: GradualSettings, steps_per_epoch: int) -> Iterator[tuple[PlannedStep, int, int]]:
-    """Yield the pruning steps whose window is not full, with the rows it has and wants."""
-    reached, rows, before = 0.0, 0, 0
-    for planned in pruning_schedule(settings, steps_per_epoch):
-        wanted = _window(settings, reached)
-        if wanted is None:
-            return
-        # Rows outlive a pruning step: only the columns of newly pruned weights leave the window.
-        rows = min(wanted, rows + planned.step - before)
-        if 0 < rows < wanted:
-            yield planned, rows, wanted
-        reached, before = planned.sparsity, planned.step
-
-
-def _ends_too_late(recipe: Recipe) -> Iterator[str]:
-    training_ends = [modifier.end_epoch for modifier in recipe.modifiers if isinstance(modifier, EpochRange)]
-    if not training_ends:
-        return
-    for name, settings in _named(recipe):
-        if settings.end_epoch > max(training_ends):
-            yield (
-                f"{name}: final_sparsity {settings.final_sparsity:g} is not reached, because its end_epoch "
-                f"{settings.end_epoch:g} lies after the end of training at epoch {max(training_ends):g} "
-                "(EpochRangeModifier); train longer or end pruning earlier"
+        elif isinstance(settings, MFACSettings) and _chooses_window_device(settings):
+            found.append(
+                f"{name}: keeps the gradient window on the first GPU of {', '.join(settings.devices)} that has room "
+                "for it, and in host memory otherwise; grads_device says it outright"
             )
+    return tuple(found)
 
 
-def _same_params(recipe: Recipe) -> Iterator[str]:
-    for (first, one), (second, other) in combinations(_named(recipe), 2):
-        if set(one.params) == set(other.params):
-            params = ", ".join(one.params)
-            yield f"{first} and {second} prune the same params ({params}); give each weight to one modifier"
+def _chooses_window_device(settings: MFACSettings) -> bool:
+    return settings.gradients_device == "auto" and settings.devices != ("cpu",)
 
 
-def _named(recipe: Recipe) -> list[tuple[str, GradualSettings]]:
+_Named = tuple[str, PruningSettings]
+
+
+def _named(pruning: Iterable[PruningSettings]) -> list[_Named]:
     """Return the modifiers that prune with a name for each, numbered where there are several."""
-    several = len(recipe.pruning) > 1
+    pruning = list(pruning)
     return [
-        (f"{_modifier_name(settings)} {number}" if several else _modifier_name(settings), settings)
-        for number, settings in enumerate(recipe.pruning, start=1)
+        (f"{modifier_name(settings)} {number}" if len(pruning) > 1 else modifier_name(settings), settings)
+        for number, settings in enumerate(pruning, start=1)
     ]
 
 
-def _modifier_name(settings: GradualSettings) -> str:
-    if isinstance(settings, MFACSettings):
-        return "MFACPruningModifier"
-    return "GMPruningModifier" if settings.scope == "global" else "MagnitudePruningModifier"
+def _parts(named: Iterable[_Named]) -> Iterator[_Named]:
+    """Yield the modifiers, those with several final sparsities once for each."""
+    for name, settings in named:
+        parts = settings.by_final_sparsity()
+        for part in parts:
+            several = len(parts) > 1 and isinstance(part, GradualSettings)
+            yield (f"{name} ({part.final_sparsity:g})" if several else name), part  # type: ignore[attr-defined]
 
 
-def _timeline(settings: GradualSettings, steps_per_epoch: int | None) -> list[tuple[float, int | None, float]]:
+def _modifier_plan(
+    name: str, settings: PruningSettings, weights: Mapping[str, int], steps_per_epoch: int
+) -> ModifierPlan:
+    rows = tuple(_rows(name, settings, steps_per_epoch))
+    plan = ModifierPlan(name, dict(weights), rows, (0, 0))
+    if not isinstance(settings, MFACSettings):
+        return plan
+    reached = [0.0, *(step.sparsity for step in pruning_schedule(_begun(settings), steps_per_epoch)[:-1])]
+    windows = [
+        (num_gradients_at(settings.num_gradients, sparsity), plan.num_weights - round(plan.num_weights * sparsity))
+        for sparsity in reached
+    ]
+    return plan._replace(window=max(windows, key=lambda window: window[0] * window[1]))
+
+
+def _window_warnings(named: Iterable[_Named], steps_per_epoch: int | None, *, sampled: bool = False) -> Iterator[str]:
+    for name, settings in named:
+        if not isinstance(settings, MFACSettings) or (sampled and settings.gradient_origin == "auto"):
+            continue
+        parts = settings.by_final_sparsity()
+        yield from _waiting_start(name, parts[0], steps_per_epoch)
+        if steps_per_epoch is not None:
+            yield from next(filter(None, (list(_not_full(name, part, steps_per_epoch)) for part in parts)), [])
+
+
+def _waiting_start(name: str, settings: MFACSettings, steps_per_epoch: int | None) -> Iterator[str]:
+    first = _rows(name, settings, steps_per_epoch)[0]
+    if first.step == 0 or first.epoch == 0:
+        yield (
+            f"{name}: the first pruning step is due at epoch {first.epoch:g}, before there is any gradient; with live "
+            f"gradients it waits for its first window of {first.num_gradients} rows, at most until the next pruning "
+            "step; start later or use a gradient sampler"
+        )
+
+
+def _not_full(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterator[str]:
+    """Yield at most one sentence: about the first step whose window is not full."""
+    short, rows, before = [], 0, 0
+    for row in _rows(name, settings, steps_per_epoch):
+        step, wanted = row.step or 0, row.num_gradients or 0
+        # Rows outlive a pruning step: only the columns of newly pruned weights leave the window.
+        rows, before = min(wanted, rows + step - before), step
+        if 0 < rows < wanted:
+            short.append((row, rows))
+    if short:
+        row, rows = short[0]
+        more = f" (the first of {len(short)} such steps)" if len(short) > 1 else ""
+        yield (
+            f"{name}: the pruning step at epoch {row.epoch:g} (optimizer step {row.step}) falls due while its "
+            f"gradient window has {rows} of {row.num_gradients} rows, and uses those{more}; start later, prune less "
+            "often, lower num_grads or use a gradient sampler"
+        )
+
+
+def _end_of_training(settings: Iterable[Settings]) -> tuple[float, str]:
+    """Return the epoch at which training ends, and what says so."""
+    ends = [each.end_epoch for each in settings if isinstance(each, EpochRange)]
+    return (max(ends), " (EpochRangeModifier)") if ends else (math.inf, "")
+
+
+def _ends_too_late(named: Iterable[_Named], end_of_training: tuple[float, str]) -> Iterator[str]:
+    end, source = end_of_training
+    for name, settings in named:
+        if settings.end_epoch <= end or isinstance(settings, ConstantSettings):
+            continue
+        what = "its last compressed phase" if isinstance(settings, ACDCSettings) else _final_sparsity(settings)
+        yield (
+            f"{name}: {what} is not reached, because its end_epoch {settings.end_epoch:g} lies after the end of "
+            f"training at epoch {end:g}{source}; train longer or end pruning earlier"
+        )
+
+
+def _final_sparsity(settings: PruningSettings) -> str:
+    finals = [part.final_sparsity for part in settings.by_final_sparsity() if isinstance(part, GradualSettings)]
+    return f"final_sparsity {', '.join(f'{final:g}' for final in finals)}"
+
+
+def _same_params(named: Iterable[_Named]) -> Iterator[str]:
+    for (first, one), (second, other) in combinations(named, 2):
+        theirs = _all_params(other)
+        shared = [name for name in _all_params(one) if name in theirs]
+        if shared and _at_the_same_time(one, other):
+            yield (
+                f"{first} and {second} prune the same params ({', '.join(shared)}); give each weight to one modifier"
+            )
+
+
+def _same_weights(planned: Iterable[tuple[PruningSettings, ModifierPlan]]) -> Iterator[str]:
+    for (one, first), (other, second) in combinations(planned, 2):
+        shared = [name for name in first.weights if name in second.weights]
+        if shared and _at_the_same_time(one, other):
+            more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+            yield (
+                f"{first.modifier} and {second.modifier} prune the same parameters ({', '.join(shared[:3])}{more}); "
+                "give each weight to one modifier"
+            )
+
+
+def _all_params(settings: PruningSettings) -> list[str]:
+    return [name for part in settings.by_final_sparsity() for name in part.params]
+
+
+def _at_the_same_time(one: PruningSettings, other: PruningSettings) -> bool:
+    """Return whether two modifiers overlap in time; the one may begin when the other ends."""
+    begin, end = max(one.start_epoch, other.start_epoch), min(one.end_epoch, other.end_epoch)
+    return begin < end or (one.start_epoch, one.end_epoch) == (other.start_epoch, other.end_epoch)
+
+
+def _rows(name: str, settings: PruningSettings, steps_per_epoch: int | None) -> list[ScheduleRow]:
+    """Return the pruning steps of settings with one final sparsity."""
+    if isinstance(settings, ConstantSettings):
+        return []
+    rows, reached = [], 0.0
+    timeline = _timeline(_begun(settings), steps_per_epoch)
+    for number, (epoch, step, sparsity) in enumerate(timeline, start=1):
+        window = num_gradients_at(settings.num_gradients, reached) if isinstance(settings, MFACSettings) else None
+        unknown = getattr(settings, "initial_sparsity", None) == FROM_PARAM and number < len(timeline)
+        rows.append(ScheduleRow(name, epoch, step, None if unknown else sparsity, window))
+        reached = sparsity
+    return rows
+
+
+def _begun(settings: PruningSettings) -> PruningSettings:
+    """Return the settings with an initial sparsity of 0 where it is that of the weights."""
+    if isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM:
+        return replace(settings, initial_sparsity=0.0)
+    return settings
+
+
+def _timeline(settings: PruningSettings, steps_per_epoch: int | None) -> list[tuple[float, int | None, float]]:
     """Return epoch, step and sparsity of every pruning step."""
     if steps_per_epoch is not None:
         return [
             (planned.epoch, planned.step, planned.sparsity) for planned in pruning_schedule(settings, steps_per_epoch)
         ]
+    if not isinstance(settings, GradualSettings):
+        # Phases do not depend on the steps per epoch, as long as there are enough of them.
+        return [(planned.epoch, None, planned.sparsity) for planned in pruning_schedule(settings, _MANY_STEPS)]
     duration = settings.end_epoch - settings.start_epoch
     return [
         (
@@ -169,15 +384,10 @@ def _timeline(settings: GradualSettings, steps_per_epoch: int | None) -> list[tu
             None,
             sparsity_at(
                 (epoch - settings.start_epoch) / duration if duration else 1.0,
-                initial=settings.initial_sparsity,
-                final=settings.final_sparsity,
+                initial=float(settings.initial_sparsity),
+                final=float(settings.final_sparsity),  # type: ignore[arg-type]  # one number per part
                 interpolation=settings.interpolation,
             ),
         )
         for epoch in planned_epochs(settings)
     ]
-
-
-def _window(settings: GradualSettings, reached: float) -> int | None:
-    """Return the rows that the next pruning step draws on; ``None`` if it needs no gradients."""
-    return num_gradients_at(settings.num_gradients, reached) if isinstance(settings, MFACSettings) else None

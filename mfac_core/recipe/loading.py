@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import yaml
 
-from mfac_core.recipe.documents import Document, entries, read_document
-from mfac_core.recipe.modifiers import EpochRange, Modifier, read_modifier
-from mfac_core.recipe.variables import Variables
+from mfac_core.recipe.documents import Document, Entry, entries, read_document
+from mfac_core.recipe.modifiers import Settings, is_out_of_scope, name_of, read_modifier
+from mfac_core.recipe.places import Place
+from mfac_core.recipe.variables import Variables, VariableValues, read_variables
 from mfac_core.settings import PruningSettings
 
 __all__ = ["Recipe", "load_recipe"]
+
+_NOT_A_MODIFIER = "this is not a modifier; a key that contains `modifiers` holds items such as `- !MFACPruningModifier`"
+_NOT_A_LIST = "this key contains `modifiers`, so it must hold a list of items such as `- !MFACPruningModifier`"
+
+_logger = logging.getLogger("mfac_core")
 
 
 @dataclass(frozen=True)
@@ -21,34 +30,39 @@ class Recipe:
     """A loaded recipe.
 
     Args:
-        modifiers: The settings of every modifier, in document order.
+        modifiers: The settings of every modifier: those at the top in document order, then those of each stage.
         source: Path of the recipe, or ``<text>``.
     """
 
-    modifiers: tuple[Modifier, ...]
+    modifiers: tuple[Settings, ...]
     source: str
 
     @property
     def pruning(self) -> tuple[PruningSettings, ...]:
-        """The modifiers that prune, in document order."""
+        """The modifiers that prune."""
         return tuple(modifier for modifier in self.modifiers if isinstance(modifier, PruningSettings))
 
     @property
     def max_epochs(self) -> float:
-        """The largest ``end_epoch`` of all modifiers; 0.0 if none has one."""
-        ends = (
-            modifier.end_epoch for modifier in self.modifiers if isinstance(modifier, (PruningSettings, EpochRange))
-        )
-        return float(max(ends, default=0.0))
+        """The largest ``end_epoch`` of all modifiers that end; 0.0 if none does."""
+        ends = (getattr(modifier, "end_epoch", math.inf) for modifier in self.modifiers)
+        return float(max((end for end in ends if end != math.inf), default=0.0))
 
 
-def load_recipe(path_or_text: str | os.PathLike[str], variables: Mapping[str, object] | None = None) -> Recipe:
+def load_recipe(
+    path_or_text: str | os.PathLike[str],
+    variables: VariableValues | None = None,
+    unsupported: Literal["error", "skip"] = "error",
+) -> Recipe:
     """Load a recipe; nothing in it is ever run.
 
     Args:
         path_or_text: A path to a YAML file or to a Markdown file with a YAML front matter; or, where the string
             contains a newline, the recipe's text itself.
-        variables: Values to use instead of those of the recipe's variables (its top-level keys with a single value).
+        variables: Values to use instead of those of the recipe's variables: a mapping, JSON text, or
+            ``name=value,other=value``.
+        unsupported: What to do with a modifier of SparseML that is out of scope, such as one that quantizes: ``error``
+            refuses the recipe, ``skip`` leaves the modifier out and logs a warning that names it.
 
     Returns:
         The recipe's modifiers as checked settings.
@@ -56,41 +70,73 @@ def load_recipe(path_or_text: str | os.PathLike[str], variables: Mapping[str, ob
     Raises:
         RecipeError: If there is no such file, or anything in it is unknown, missing, given twice or out of range. The
             message has the form ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>``.
+        ValueError: If ``unsupported`` is neither of the two.
 
     Example:
         >>> recipe = load_recipe('''
+        ... epochs: 10
         ... pruning_modifiers:
         ...   - !MFACPruningModifier
         ...     final_sparsity: 0.85
-        ...     end_epoch: 10.0
+        ...     end_epoch: eval(epochs - 2)
         ... ''')
         >>> recipe.max_epochs, recipe.pruning[0].final_sparsity
-        (10.0, 0.85)
+        (8.0, 0.85)
     """
+    if unsupported not in ("error", "skip"):
+        raise ValueError(f"unsupported={unsupported!r} is neither 'error' nor 'skip'")
     document = read_document(path_or_text)
-    values = Variables(document, variables or {})
-    modifiers = tuple(
-        read_modifier(item, document.place(int(item.start_mark.line) + 1), values) for item in _modifier_items(document)
-    )
-    if not modifiers:
+    values = Variables(document, read_variables(variables))
+    items = list(_items(document))
+    if not items:
         raise document.place().error(
             "no modifiers found; write at least one item under a key whose name contains `modifiers`, such as "
             "pruning_modifiers"
         )
+    modifiers = tuple(
+        read_modifier(item.name, item.node, item.place, values, item.stage)
+        for item in items
+        if not (unsupported == "skip" and _left_out(item))
+    )
     return Recipe(modifiers=modifiers, source=document.source)
 
 
-def _modifier_items(document: Document) -> Iterator[yaml.Node]:
-    for entry in document.entries:
-        place = document.place(entry.line, entry.key)
-        if "modifiers" not in entry.key:
-            if isinstance(entry.value, yaml.MappingNode) and any(
-                "modifiers" in inner.key for inner in entries(entry.value, place)
-            ):
-                raise place.error("stages are not supported yet; move the lists of modifiers to the top level")
-        elif isinstance(entry.value, yaml.SequenceNode):
-            yield from entry.value.value
-        elif not (isinstance(entry.value, yaml.ScalarNode) and entry.value.value == ""):
-            raise place.error(
-                "this key contains `modifiers`, so it must hold a list of items such as `- !MFACPruningModifier`"
-            )
+class _Item(NamedTuple):
+    name: str
+    node: yaml.Node
+    place: Place
+    stage: str
+
+
+def _items(document: Document) -> Iterator[_Item]:
+    for section in document.sections():
+        for entry in section.modifiers:
+            if isinstance(entry.value, yaml.SequenceNode):
+                for node in entry.value.value:
+                    place = document.place(int(node.start_mark.line) + 1)
+                    yield _Item(name_of(node, place), node, place, section.stage)
+            elif isinstance(entry.value, yaml.MappingNode):
+                place = document.place(entry.line, entry.key)
+                for inner in entries(entry.value, place):
+                    yield _keyed(inner, document.place(inner.line), section.stage)
+            elif not (isinstance(entry.value, yaml.ScalarNode) and entry.value.value == ""):
+                raise document.place(entry.line, entry.key).error(_NOT_A_LIST)
+
+
+def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
+    """Return the item that a key of a mapping of modifiers is: the form of SparseML 1.6 and later."""
+    if is_out_of_scope(entry.key):
+        return _Item(entry.key, entry.value, place, stage)
+    if not entry.key.endswith("Modifier"):
+        raise place._replace(name=entry.key).error(_NOT_A_MODIFIER)
+    raise place._replace(name=entry.key).error(
+        "modifiers as keys, with start, end and targets, are not supported; write an item of a list, such as "
+        f"`- !{entry.key}`, with start_epoch, end_epoch and params"
+    )
+
+
+def _left_out(item: _Item) -> bool:
+    if not is_out_of_scope(item.name):
+        return False
+    _logger.warning(item.place.message(f"{item.name} is not supported and is left out"))
+    return True

@@ -1,4 +1,4 @@
-"""Modifier items -> settings: the recipe's tags and keys, and what each means in the terms of the code.
+"""Modifiers -> settings: the names and keys of recipes, and what each means in the terms of the code.
 
 :data:`MODIFIERS` says which keys each modifier takes. Whether a value is in range is the business of the settings;
 their errors come back here to get file, line and the key as it was written.
@@ -7,7 +7,6 @@ their errors come back here to get file, line and the key as it was written.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,71 +15,60 @@ from typing import Any, NamedTuple
 import yaml
 
 from mfac_core.errors import SettingError
-from mfac_core.recipe.documents import Entry, entries
+from mfac_core.recipe.documents import entries
 from mfac_core.recipe.keys import (
+    ACDC_KEYS,
+    CONSTANT_KEYS,
     EPOCH_RANGE_KEYS,
-    GLOBAL_KEYS,
+    GRADUAL_KEYS,
+    LEARNING_RATE_FUNCTION_KEYS,
     LEARNING_RATE_KEYS,
+    LEARNING_RATE_SCHEDULE_KEYS,
     MFAC_KEYS,
     MFAC_OPTIONS,
-    PRUNING_KEYS,
+    SCOPE,
+    TRAINABLE_KEYS,
+    WEIGHT_DECAY_KEYS,
     Key,
+    only,
 )
 from mfac_core.recipe.places import Place, nearest
+from mfac_core.recipe.values import plain
 from mfac_core.recipe.variables import Variables
 from mfac_core.schedule import planned_epochs
-from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.settings import (
+    ACDCSettings,
+    ConstantSettings,
+    MagnitudeSettings,
+    MFACSettings,
+    PruningSettings,
+)
+from mfac_core.training_settings import (
+    EpochRange,
+    LearningRateFunction,
+    LearningRateSchedule,
+    SetLearningRate,
+    SetWeightDecay,
+    TrainableParams,
+    TrainingSettings,
+)
 
-__all__ = ["MODIFIERS", "EpochRange", "Modifier", "ModifierFormat", "SetLearningRate", "read_modifier"]
+__all__ = [
+    "MODIFIERS",
+    "ModifierFormat",
+    "Settings",
+    "is_out_of_scope",
+    "name_of",
+    "read_modifier",
+    "settings_from_keys",
+]
+
+Settings = PruningSettings | TrainingSettings
+"""What one modifier of a recipe says."""
 
 _TAG = re.compile(r"!(?:(?:pytorch|keras|tensorflow)\.)?(?P<name>\w+)")
 
 _logger = logging.getLogger("mfac_core")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochRange:
-    """How long to train.
-
-    Args:
-        end_epoch: Epoch at which training ends, after ``start_epoch``.
-        start_epoch: Epoch at which it begins, ``>= 0``.
-
-    Raises:
-        SettingError: If a value breaks its rule.
-    """
-
-    end_epoch: float
-    start_epoch: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
-        _check(
-            "end_epoch", self.end_epoch, f"end_epoch > start_epoch ({self.start_epoch})", lambda x: x > self.start_epoch
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SetLearningRate:
-    """Set the learning rate of every parameter group once.
-
-    Args:
-        learning_rate: The learning rate, in ``(0, 1]``.
-        start_epoch: Epoch from which on it holds, ``>= 0``.
-
-    Raises:
-        SettingError: If a value breaks its rule.
-    """
-
-    learning_rate: float
-    start_epoch: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check("learning_rate", self.learning_rate, "0 < learning_rate <= 1", lambda x: 0 < x <= 1)
-        _check("start_epoch", self.start_epoch, "start_epoch >= 0 (0 is from the beginning)", lambda x: x >= 0)
-
-
-Modifier = MFACSettings | MagnitudeSettings | EpochRange | SetLearningRate
 
 
 @dataclass(frozen=True)
@@ -91,88 +79,170 @@ class ModifierFormat:
         settings: What it is turned into.
         keys: Recipe key -> meaning.
         required: Keys that must be given.
+        defaults: Field of the settings -> its value where no key gives it, if it differs from that of the settings.
         nested: Key under which some of the keys may stand instead (``mfac_options``) -> those keys.
-        unsupported: Keys that are known from SparseML and refused by name.
+        absent: Key -> what to log where it is not given.
     """
 
-    settings: type[Modifier]
+    settings: type[Settings]
     keys: Mapping[str, Key]
     required: tuple[str, ...]
+    defaults: Mapping[str, object] = field(default_factory=dict)
     nested: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    unsupported: frozenset[str] = frozenset()
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
-_FROM_OTHER_PRUNERS = frozenset({"phased", "score_type"})
+_GRADUAL = ("final_sparsity", "end_epoch")
+_NOT_GLOBAL = only(False, "does not fit; write !GlobalMagnitudePruningModifier for one threshold over all layers")
+_NOT_LAYERED = only(True, "does not fit: this modifier always prunes over all layers; write the one without Global")
+_BY_MAGNITUDE = only(
+    "magnitude", "is not supported here; write !MFACPruningModifier for M-FAC; other scores are not supported"
+)
+_BY_MFAC = only("MFAC", "does not fit: this modifier always prunes by M-FAC; write !MagnitudePruningModifier instead")
 
 MODIFIERS: Mapping[str, ModifierFormat] = {
     "MFACPruningModifier": ModifierFormat(
         settings=MFACSettings,
-        keys={**PRUNING_KEYS, **GLOBAL_KEYS, **MFAC_KEYS},
-        required=("final_sparsity", "end_epoch"),
+        keys={**GRADUAL_KEYS, "global_sparsity": SCOPE, **MFAC_KEYS, "score_type": _BY_MFAC},
+        required=_GRADUAL,
         nested={"mfac_options": frozenset(MFAC_OPTIONS)},
-        unsupported=_FROM_OTHER_PRUNERS | {"grad_sampler_kwargs", "use_gradient_buffering", "num_recomputations"},
+    ),
+    "MFACGlobalPruningModifier": ModifierFormat(
+        settings=MFACSettings,
+        keys={**GRADUAL_KEYS, "global_sparsity": _NOT_LAYERED, **MFAC_KEYS, "score_type": _BY_MFAC},
+        required=_GRADUAL,
+        defaults={"scope": "global"},
+        nested={"mfac_options": frozenset(MFAC_OPTIONS)},
+    ),
+    "OBSPruningModifier": ModifierFormat(
+        settings=MFACSettings,
+        keys={**GRADUAL_KEYS, "global_sparsity": SCOPE, **MFAC_KEYS},
+        required=_GRADUAL,
+        defaults={"scope": "global", "num_gradients": 1024, "block_size": 1, "damping": 1e-7},
+        absent={
+            "fisher_block_size": "is absent and therefore 1, which makes the Fisher matrix diagonal; "
+            "the recipes of oBERT use 50"
+        },
     ),
     "MagnitudePruningModifier": ModifierFormat(
         settings=MagnitudeSettings,
-        keys=PRUNING_KEYS,
-        required=("final_sparsity", "end_epoch"),
-        unsupported=_FROM_OTHER_PRUNERS,
+        keys={**GRADUAL_KEYS, "global_sparsity": _NOT_GLOBAL, "score_type": _BY_MAGNITUDE},
+        required=_GRADUAL,
     ),
     "GMPruningModifier": ModifierFormat(
         settings=MagnitudeSettings,
-        keys={**PRUNING_KEYS, **GLOBAL_KEYS},
-        required=("final_sparsity", "end_epoch"),
-        unsupported=_FROM_OTHER_PRUNERS,
+        keys={**GRADUAL_KEYS, "global_sparsity": SCOPE, "score_type": _BY_MAGNITUDE},
+        required=_GRADUAL,
+    ),
+    "GlobalMagnitudePruningModifier": ModifierFormat(
+        settings=MagnitudeSettings,
+        keys={**GRADUAL_KEYS, "global_sparsity": _NOT_LAYERED, "score_type": _BY_MAGNITUDE},
+        required=_GRADUAL,
+        defaults={"scope": "global"},
+    ),
+    "ConstantPruningModifier": ModifierFormat(settings=ConstantSettings, keys=CONSTANT_KEYS, required=()),
+    "ACDCPruningModifier": ModifierFormat(
+        settings=ACDCSettings, keys=ACDC_KEYS, required=("compression_sparsity", "end_epoch")
     ),
     "EpochRangeModifier": ModifierFormat(settings=EpochRange, keys=EPOCH_RANGE_KEYS, required=("end_epoch",)),
     "SetLearningRateModifier": ModifierFormat(
-        settings=SetLearningRate,
-        keys=LEARNING_RATE_KEYS,
-        required=("learning_rate",),
-        unsupported=frozenset({"param_groups"}),
+        settings=SetLearningRate, keys=LEARNING_RATE_KEYS, required=("learning_rate",)
     ),
+    "LearningRateFunctionModifier": ModifierFormat(
+        settings=LearningRateFunction,
+        keys=LEARNING_RATE_FUNCTION_KEYS,
+        required=("lr_func", "init_lr", "final_lr", "end_epoch"),
+    ),
+    "LearningRateModifier": ModifierFormat(
+        settings=LearningRateSchedule,
+        keys=LEARNING_RATE_SCHEDULE_KEYS,
+        required=("lr_class", "lr_kwargs", "init_lr"),
+    ),
+    "SetWeightDecayModifier": ModifierFormat(
+        settings=SetWeightDecay, keys=WEIGHT_DECAY_KEYS, required=("weight_decay",)
+    ),
+    "TrainableParamsModifier": ModifierFormat(settings=TrainableParams, keys=TRAINABLE_KEYS, required=("params",)),
 }
 """Name of a modifier in recipes -> how it is written."""
 
-# Known from SparseML -> what to write instead, where there is something.
-_NOT_SUPPORTED_YET: Mapping[str, str] = {
-    "GlobalMagnitudePruningModifier": "write !GMPruningModifier with global_sparsity: true",
-    "MFACGlobalPruningModifier": "write !MFACPruningModifier with global_sparsity: true",
-    "LearningRateFunctionModifier": "set the schedule in the training script",
-    "LearningRateModifier": "set the schedule in the training script",
-    "SetWeightDecayModifier": "set the weight decay in the training script",
-    **dict.fromkeys(
-        (
-            "ACDCPruningModifier",
-            "ConstantPruningModifier",
-            "DistillationModifier",
-            "GradualParamModifier",
-            "LayerPruningModifier",
-            "LayerThinningModifier",
-            "LegacyQuantizationModifier",
-            "MovementPruningModifier",
-            "OBSPruningModifier",
-            "PerLayerDistillationModifier",
-            "PowerpropagationModifier",
-            "QuantizationModifier",
-            "RigLPruningModifier",
-            "SetParamModifier",
-            "StructuredPruningModifier",
-            "TopKASTPruningModifier",
-            "TrainableParamsModifier",
-        ),
-        "",
-    ),
-}
+_OUT_OF_SCOPE = frozenset(
+    {
+        "ASRegModifier",
+        "ActivationSparsityModifier",
+        "AdaPruneModifier",
+        "DistillationModifier",
+        "GPTQModifier",
+        "GradualParamModifier",
+        "LayerPruningModifier",
+        "LayerThinningModifier",
+        "LegacyGMPruningModifier",
+        "LegacyQuantizationModifier",
+        "LogarithmicEqualizationModifier",
+        "LoggingModifier",
+        "MovementPruningModifier",
+        "OutputDistillationModifier",
+        "PerLayerDistillationModifier",
+        "PowerpropagationModifier",
+        "QuantizationModifier",
+        "RigLPruningModifier",
+        "SetParamModifier",
+        "SmoothQuantModifier",
+        "SparseGPTModifier",
+        "SparseLlamaModifier",
+        "SparseMPTModifier",
+        "SparseOPTModifier",
+        "SparsifyingThinningModifier",
+        "StructuredPruningModifier",
+        "TopKASTPruningModifier",
+        "WandaPruningModifier",
+        "vLLMQuantizationModifier",
+    }
+)
 
 
-def read_modifier(item: yaml.Node, place: Place, variables: Variables) -> Modifier:
+def is_out_of_scope(name: str) -> bool:
+    """Return whether a modifier is one of SparseML's that prunes in another way, or does not prune at all.
+
+    Args:
+        name: Name of the modifier.
+
+    Returns:
+        Whether it is known and refused.
+    """
+    return name in _OUT_OF_SCOPE
+
+
+def name_of(item: yaml.Node, place: Place) -> str:
+    """Return the name of the modifier that an item of a modifiers list is.
+
+    Args:
+        item: The item's node.
+        place: Where it stands.
+
+    Returns:
+        The name that its tag carries, without the name of a framework.
+
+    Raises:
+        RecipeError: If it has no such tag.
+    """
+    found = _TAG.fullmatch(item.tag)
+    if found is None:
+        raise place.error(
+            f"an item of a modifiers list must begin with a modifier, such as `- !{next(iter(MODIFIERS))}`; "
+            f"{_supported()}"
+        )
+    return found["name"]
+
+
+def read_modifier(name: str, item: yaml.Node, place: Place, variables: Variables, stage: str = "") -> Settings:
     """Turn one item of a modifiers list into settings.
 
     Args:
-        item: The item's node: a tag with a mapping below it.
+        name: Name of the modifier.
+        item: The item's node: a mapping of its keys.
         place: Where it stands.
         variables: Turns the nodes of its values into Python values.
+        stage: The stage that it stands in; empty for the top.
 
     Returns:
         The settings, checked.
@@ -180,24 +250,54 @@ def read_modifier(item: yaml.Node, place: Place, variables: Variables) -> Modifi
     Raises:
         RecipeError: If the modifier or one of its keys is unknown, missing, given twice or wrong.
     """
-    name = _modifier_name(item, place)
     place = place._replace(name=name)
-    modifier = MODIFIERS[name]
-    fields: dict[str, object] = {}
-    written: dict[str, _Written] = {}
-    for key in _written_keys(item, modifier, place):
-        meaning = _meaning(key, modifier)
-        earlier = written.get(meaning.field or key.key)
-        if earlier is not None:
-            raise key.place.error(
-                f"{earlier.path} on line {earlier.place.line} already gives this setting; keep one of the two"
-            )
-        written[meaning.field or key.key] = key
-        value = _converted(key, meaning, variables)
-        if meaning.field is not None:
-            fields[meaning.field] = value
-    _require(modifier, written, place)
-    return _make(modifier, fields, written, place)
+    modifier = _format(name, place)
+
+    def read(node: yaml.Node, place: Place) -> Callable[[], object]:
+        return lambda: variables.value(node, place, stage)
+
+    written: list[_Written] = []
+    for entry in _below(item, place):
+        key_place = place._replace(line=entry.line, name=f"{name}.{entry.key}")
+        if entry.key not in modifier.nested:
+            written.append(_Written(entry.key, key_place, read(entry.value, key_place)))
+        elif isinstance(entry.value, yaml.ScalarNode):
+            written += _nested(entry.key, key_place, variables.value(entry.value, key_place, stage))
+        else:
+            for inner in _below(entry.value, key_place):
+                inner_place = key_place._replace(line=inner.line, name=f"{key_place.name}.{inner.key}")
+                written.append(_Written(f"{entry.key}.{inner.key}", inner_place, read(inner.value, inner_place)))
+    return _settings(modifier, written, place)
+
+
+def settings_from_keys(name: str, keys: Mapping[str, object]) -> Settings:
+    """Return the settings that a modifier of a recipe with these keys would give.
+
+    Args:
+        name: Name of the modifier, such as ``MFACPruningModifier``.
+        keys: Recipe key -> value, in Python's types or NumPy's.
+
+    Returns:
+        The settings, checked.
+
+    Raises:
+        RecipeError: If the modifier or one of its keys is unknown, missing, given twice or wrong; as for a recipe, but
+            without file and line.
+
+    Example:
+        >>> settings_from_keys("GMPruningModifier", {"final_sparsity": 0.9, "end_epoch": 3}).end_epoch
+        3.0
+    """
+    place = Place("", None, name)
+    modifier = _format(name, place._replace(name=""))
+    written: list[_Written] = []
+    for key, value in keys.items():
+        key_place = place._replace(name=f"{name}.{key}")
+        if key in modifier.nested:
+            written += _nested(key, key_place, plain(value))
+        else:
+            written.append(_Written(key, key_place, lambda value=value: plain(value)))  # type: ignore[misc]
+    return _settings(modifier, written, place)
 
 
 class _Written(NamedTuple):
@@ -205,45 +305,32 @@ class _Written(NamedTuple):
 
     path: str
     place: Place
-    node: yaml.Node
-    nested_in: str = ""
+    value: Callable[[], object]
 
     @property
     def key(self) -> str:
         return self.path.rpartition(".")[2]
 
+    @property
+    def nested_in(self) -> str:
+        return self.path.rpartition(".")[0]
 
-def _modifier_name(item: yaml.Node, place: Place) -> str:
-    found = _TAG.fullmatch(item.tag)
-    supported = f"supported are {', '.join(MODIFIERS)}"
-    if found is None:
-        raise place.error(
-            f"an item of a modifiers list must begin with a modifier, such as `- !{next(iter(MODIFIERS))}`; {supported}"
-        )
-    name = found["name"]
+
+def _format(name: str, place: Place) -> ModifierFormat:
     if name in MODIFIERS:
-        return name
-    if name in _NOT_SUPPORTED_YET:
-        cure = _NOT_SUPPORTED_YET[name] or "remove it from the recipe"
-        raise place.error(f"{name} is not supported yet; {cure}; {supported}")
-    raise place.error(f"{item.tag} is not a modifier{nearest(name, MODIFIERS)}; {supported}")
+        return MODIFIERS[name]
+    if is_out_of_scope(name):
+        raise place._replace(name="").error(
+            f'{name} is not supported; remove it from the recipe, or load it with unsupported="skip"; {_supported()}'
+        )
+    raise place._replace(name="").error(f"!{name} is not a modifier{nearest(name, MODIFIERS)}; {_supported()}")
 
 
-def _written_keys(item: yaml.Node, modifier: ModifierFormat, place: Place) -> list[_Written]:
-    """Return the keys of an item, those under a nesting key in its place."""
-    found: list[_Written] = []
-    for entry in _mapping_entries(item, place):
-        key_place = place._replace(line=entry.line, name=f"{place.name}.{entry.key}")
-        if entry.key not in modifier.nested:
-            found.append(_Written(entry.key, key_place, entry.value))
-            continue
-        for inner in _mapping_entries(entry.value, key_place):
-            inner_place = key_place._replace(line=inner.line, name=f"{key_place.name}.{inner.key}")
-            found.append(_Written(f"{entry.key}.{inner.key}", inner_place, inner.value, nested_in=entry.key))
-    return found
+def _supported() -> str:
+    return f"supported are {', '.join(MODIFIERS)}"
 
 
-def _mapping_entries(node: yaml.Node, place: Place) -> list[Entry]:
+def _below(node: yaml.Node, place: Place) -> list[Any]:
     if isinstance(node, yaml.MappingNode):
         return entries(node, place)
     if isinstance(node, yaml.ScalarNode) and node.value == "":
@@ -251,24 +338,57 @@ def _mapping_entries(node: yaml.Node, place: Place) -> list[Entry]:
     raise place.error("this must be followed by `key: value` lines, indented below it")
 
 
+def _nested(key: str, place: Place, value: object) -> list[_Written]:
+    """Return the keys below a nesting key whose value is not written out there."""
+    if value is None or value == "":
+        return []
+    if not isinstance(value, Mapping):
+        raise place.error(f"{value!r} must be a mapping, or `key: value` lines indented below it")
+    return [
+        _Written(f"{key}.{inner}", place._replace(name=f"{place.name}.{inner}"), lambda option=option: option)  # type: ignore[misc]
+        for inner, option in value.items()
+    ]
+
+
+def _settings(modifier: ModifierFormat, all_written: list[_Written], place: Place) -> Settings:
+    fields: dict[str, Any] = {}
+    written: dict[str, _Written] = {}
+    for key in all_written:
+        meaning = _meaning(key, modifier)
+        earlier = written.get(meaning.field or key.key)
+        if earlier is not None:
+            on_line = f" on line {earlier.place.line}" if earlier.place.line else ""
+            raise key.place.error(f"{earlier.path}{on_line} already gives this setting; keep one of the two")
+        written[meaning.field or key.key] = key
+        value = _converted(key, meaning)
+        if meaning.field is not None:
+            fields[meaning.field] = value
+    _require(modifier, written, place)
+    for absent, note in modifier.absent.items():
+        if modifier.keys[absent].field not in written:
+            _logger.warning(place._replace(name=f"{place.name}.{absent}").message(note))
+    _settle_params(fields, written)
+    return _make(modifier, {**modifier.defaults, **fields}, written, place)
+
+
 def _meaning(written: _Written, modifier: ModifierFormat) -> Key:
     allowed = modifier.nested[written.nested_in] if written.nested_in else frozenset(modifier.keys)
     if written.key in allowed:
         return modifier.keys[written.key]
-    if written.key in modifier.unsupported:
-        raise written.place.error("this key is not supported yet; remove it")
     known = [key for key in (*modifier.keys, *modifier.nested) if not written.nested_in or key in allowed]
     raise written.place.error(f"unknown key{nearest(written.key, known)}; the keys are {', '.join(known)}")
 
 
-def _converted(written: _Written, meaning: Key, variables: Variables) -> object:
-    if meaning.note:
-        _logger.warning(written.place.message(meaning.note))
-    value = variables.value(written.node, written.place)
+def _converted(written: _Written, meaning: Key) -> object:
+    value = written.value()
     try:
-        return meaning.convert(value)
+        converted = meaning.convert(value)
     except ValueError as error:
         raise written.place.error(f"{value!r} {error}") from error
+    note = meaning.note(value)
+    if note:
+        _logger.warning(written.place.message(note))
+    return converted
 
 
 def _require(modifier: ModifierFormat, written: Mapping[str, _Written], place: Place) -> None:
@@ -278,7 +398,18 @@ def _require(modifier: ModifierFormat, written: Mapping[str, _Written], place: P
         raise place.error(f"{' and '.join(missing)} {are}")
 
 
-def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place) -> Modifier:
+def _settle_params(fields: dict[str, Any], written: Mapping[str, _Written]) -> None:
+    """Drop an empty ``params`` beside a ``final_sparsity`` that names weights itself, and refuse any other there."""
+    if "params" not in fields or not isinstance(fields.get("final_sparsity"), Mapping):
+        return
+    if fields["params"]:
+        raise written["params"].place.error(
+            f"{list(fields['params'])} stands beside a final_sparsity that names weights itself; remove one of the two"
+        )
+    del fields["params"]
+
+
+def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place) -> Settings:
     try:
         settings = modifier.settings(**fields)
         if isinstance(settings, PruningSettings):
@@ -293,15 +424,9 @@ def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str
 
 def _in_recipe_terms(message: str, keys: Mapping[str, str]) -> str:
     """Return a message of the settings with the recipe's keys in place of the names of fields."""
-    # "devices" and "scope" are English words first, and their keys do not fit where they stand.
-    renamed = {name: key for name, key in keys.items() if name not in {key, "devices", "scope"}}
+    # These are English words first, and their keys do not fit where they stand.
+    words = {"devices", "scope", "options", "kind", "function"}
+    renamed = {name: key for name, key in keys.items() if name != key and name not in words}
     for name, key in renamed.items():
         message = re.sub(rf"\b{name}\b", key, message)
     return message
-
-
-def _check(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
-    if not holds(value):
-        raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ pruning_modifiers:
 
 
 def mfac(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "150"})
 
 
 @pytest.fixture
@@ -154,6 +155,154 @@ def test_check_of_a_missing_file_names_it(tmp_path: Path) -> None:
 
 def test_check_refuses_zero_steps_per_epoch(write_recipe: Callable[[str], Path]) -> None:
     assert mfac("check", write_recipe(RECIPE), "--steps-per-epoch", "0").exit_code == 2
+
+
+def test_check_says_what_is_decided_later(write_recipe: Callable[[str], Path]) -> None:
+    output = mfac("check", write_recipe(RECIPE)).stdout
+
+    assert "note: MFACPruningModifier: computes where the model is" in output
+    assert "on this machine" not in output
+
+
+def test_check_takes_every_modifier(write_recipe: Callable[[str], Path]) -> None:
+    path = write_recipe(
+        """
+epochs: 8
+m_modifiers:
+  - !EpochRangeModifier {end_epoch: eval(epochs)}
+  - !ACDCPruningModifier {compression_sparsity: 0.9, end_epoch: 4}
+  - !ConstantPruningModifier {start_epoch: 4}
+  - !GMPruningModifier {final_sparsity: {0.5: a}, params: [], init_sparsity: __FROM_PARAM__, end_epoch: 1}
+  - !LearningRateFunctionModifier {lr_func: cosine, init_lr: 0.1, final_lr: 0.0, end_epoch: eval(epochs)}
+  - !QuantizationModifier {start_epoch: 3}
+"""
+    )
+
+    assert "QuantizationModifier is not supported" in mfac("check", path).stderr
+
+    result = mfac("check", path, "--skip-unsupported", "--variables", "epochs=3", "--steps-per-epoch", "10")
+
+    assert result.exit_code == 0
+    assert table_rows(result.stdout) == [
+        ["ACDCPruningModifier", "1", "0", "0", "0.00%", "-"],
+        ["ACDCPruningModifier", "1", "1", "10", "90.00%", "-"],
+        ["ACDCPruningModifier", "1", "2", "20", "0.00%", "-"],
+        ["ACDCPruningModifier", "1", "3", "30", "90.00%", "-"],
+        ["ACDCPruningModifier", "1", "4", "40", "90.00%", "-"],
+        ["MagnitudePruningModifier", "3", "1", "10", "50.00%", "-"],
+    ]
+    assert ["MagnitudePruningModifier", "3", "0", "0", "-", "-"] in [
+        line.split() for line in result.stdout.splitlines()
+    ]
+    assert "note: ConstantPruningModifier 2: holds the zeros that are there at epoch 4" in result.stdout
+    assert "warning: ACDCPruningModifier 1: its last compressed phase is not reached" in result.stdout
+    assert result.stdout.endswith("7 pruning steps, 1 warning\n")
+
+
+def test_plan_counts_weights_steps_and_bytes(write_recipe: Callable[[str], Path]) -> None:
+    result = mfac("plan", write_recipe(RECIPE), "--weights", "1000000", "--steps-per-epoch", "200")
+
+    assert result.exit_code == 0
+    assert ["MFACPruningModifier", "1", "1,000,000", "64", "x", "1,000,000", "256.0", "MB"] in [
+        line.split() for line in result.stdout.splitlines()
+    ]
+    assert table_rows(result.stdout)[1] == ["MFACPruningModifier", "2", "400", "75.00%", "64"]
+    assert result.stdout.endswith("3 pruning steps, 0 warnings, 256.0 MB for gradient windows\n")
+
+
+@pytest.mark.parametrize("kind", ["json", "safetensors"])
+def test_plan_finds_the_weights_in_a_file(write_recipe: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
+    shapes = {"fc.weight": [10, 20], "fc.bias": [10], "conv.weight": [4, 3, 2, 2]}
+    path = tmp_path / f"model.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(shapes))
+    else:
+        header = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+        text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + b"weights")
+
+    def counted(params: str) -> list[str]:
+        recipe = write_recipe(RECIPE.replace("params: __ALL_PRUNABLE__", f"params: {params}"))
+        output = mfac("plan", recipe, "--shapes", path, "--steps-per-epoch", "200").stdout
+        return next(line.split() for line in output.splitlines() if "MFACPruningModifier" in line)[1:3]
+
+    assert counted("__ALL_PRUNABLE__") == ["2", "248"]
+    assert counted("__ALL__") == ["3", "258"]
+    assert counted("[fc.bias, 're:conv']") == ["2", "58"]
+    assert counted("fc.wei") == ["0", "0"]
+
+
+def test_plan_takes_each_final_sparsity_on_its_own(write_recipe: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"a.weight": [10, 20], "b.weight": [3, 3]}')
+    path = write_recipe(
+        "m_modifiers:\n  - !GMPruningModifier {final_sparsity: {0.5: a.weight, 0.75: 're:b'}, end_epoch: 1}\n"
+    )
+
+    lines = [
+        line.split()
+        for line in mfac("plan", path, "--shapes", tmp_path / "model.json", "--steps-per-epoch", 5).stdout.splitlines()
+    ]
+
+    assert ["MagnitudePruningModifier", "(0.5)", "1", "200", "-", "-"] in lines
+    assert ["MagnitudePruningModifier", "(0.75)", "1", "9", "-", "-"] in lines
+
+
+def test_plan_prints_the_warnings(write_recipe: Callable[[str], Path]) -> None:
+    arguments = ["plan", write_recipe(RECIPE), "--weights", "10", "--steps-per-epoch", "10"]
+
+    assert "warning: MFACPruningModifier: the pruning step at epoch 1 (optimizer step 10)" in mfac(*arguments).stdout
+    assert "warning:" not in mfac(*arguments, "--sampled").stdout
+    assert "final_sparsity 0.85 is not reached" in mfac(*arguments, "--sampled", "--epochs", "2").stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "No such file or directory; give a JSON file of names and shapes"),
+        ("[1]", "this must map names to shapes"),
+        ("{", "this is neither JSON nor a safetensors file"),
+        ('{"a": [1, "2"]}', "a: [1, '2'] is not a shape; write a list of lengths"),
+    ],
+)
+def test_plan_refuses_other_files(
+    write_recipe: Callable[[str], Path], tmp_path: Path, content: str | None, expected: str
+) -> None:
+    path = tmp_path / "model.json"
+    if content is not None:
+        path.write_text(content)
+
+    result = mfac("plan", write_recipe(RECIPE), "--shapes", path, "--steps-per-epoch", "10")
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}: ")
+    assert expected in result.stderr
+
+
+def test_plan_refuses_a_safetensors_file_that_is_none(write_recipe: Callable[[str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"not a safetensors file")
+
+    assert (
+        "this is not a safetensors file"
+        in mfac("plan", write_recipe(RECIPE), "--shapes", path, "--steps-per-epoch", "10").stderr
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--weights", "5", "--shapes", "model.json"]])
+def test_plan_needs_weights_or_shapes(write_recipe: Callable[[str], Path], arguments: list[str]) -> None:
+    result = mfac("plan", write_recipe(RECIPE), "--steps-per-epoch", "10", *arguments)
+
+    assert result.exit_code == 2
+    assert "give either --weights or --shapes" in result.stderr
+
+
+def test_plan_refuses_a_pattern_that_is_none(write_recipe: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"a": [2, 2]}')
+    path = write_recipe(RECIPE.replace("__ALL_PRUNABLE__", "'re:('"))
+
+    result = mfac("plan", path, "--shapes", tmp_path / "model.json", "--steps-per-epoch", "10")
+
+    assert "params: 're:(' is not a regular expression" in result.stderr
 
 
 @pytest.mark.parametrize("given", ["folder", "file"])

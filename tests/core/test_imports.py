@@ -81,21 +81,6 @@ def test_the_block_on_other_packages_can_fail() -> None:
     assert "No module named 'numpy'" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["MFACPruningCallback", "prune_one_shot"])
-def test_what_keras_does_not_have_yet_refuses_by_name(name: str) -> None:
-    import mfac_keras
-
-    with pytest.raises(ImportError, match=f"{name} is not supported yet"):
-        getattr(mfac_keras, name)
-
-
-def test_an_unknown_name_of_the_keras_adapter_is_an_attribute_error() -> None:
-    import mfac_keras
-
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = mfac_keras.no_such_name
-
-
 def test_every_name_in_all_is_there_once() -> None:
     import mfac_core
 

@@ -3,9 +3,18 @@ from __future__ import annotations
 import pytest
 
 from mfac_core.errors import SettingError
+from mfac_core.planning import peak_window
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
-from mfac_core.recipe.linting import describe, lint
-from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.recipe.linting import Plan, describe, lint, lint_model, notes
+from mfac_core.schedule import pruning_schedule
+from mfac_core.settings import (
+    FROM_PARAM,
+    ACDCSettings,
+    ConstantSettings,
+    MagnitudeSettings,
+    MFACSettings,
+    PruningSettings,
+)
 
 
 def recipe(*modifiers) -> Recipe:
@@ -84,6 +93,22 @@ class TestEndOfTraining:
             "training at epoch 5 (EpochRangeModifier); train longer or end pruning earlier"
         )
 
+    def test_alternating_phases_that_end_after_training(self):
+        alternating = ACDCSettings(compression_sparsity=0.9, end_epoch=8.0)
+        assert only(lint(recipe(EpochRange(end_epoch=5.0), alternating))).startswith(
+            "ACDCPruningModifier: its last compressed phase is not reached, because its end_epoch 8 lies after"
+        )
+
+    def test_several_final_sparsities_are_one_warning(self):
+        several = mfac(final_sparsity={0.8: ("a",), 0.9: ("b",)})
+        assert "final_sparsity 0.8, 0.9 is not reached" in only(lint(recipe(EpochRange(end_epoch=5.0), several)))
+
+    def test_masks_that_are_held_have_no_end_to_reach(self):
+        assert lint(recipe(EpochRange(end_epoch=5.0), ConstantSettings(end_epoch=9.0), ConstantSettings())) == (
+            "ConstantPruningModifier 1 and ConstantPruningModifier 2 prune the same params (__ALL_PRUNABLE__); give "
+            "each weight to one modifier",
+        )
+
     def test_the_longest_range_counts(self):
         assert lint(recipe(EpochRange(end_epoch=5.0), EpochRange(end_epoch=6.0), magnitude())) == ()
 
@@ -98,6 +123,16 @@ class TestSameParams:
             "MFACPruningModifier 1 and MagnitudePruningModifier 2 prune the same params (a, b); "
             "give each weight to one modifier"
         )
+
+    def test_shared_names_are_enough(self):
+        grouped = magnitude(final_sparsity={0.5: ("x",), 0.6: ("b", "c")})
+        assert "prune the same params (c, b);" in only(lint(recipe(mfac(params=("a", "c", "b")), grouped)))
+
+    def test_one_after_the_other_is_fine(self):
+        held = ConstantSettings(start_epoch=6.0)
+        alternating = ACDCSettings(compression_sparsity=0.9, end_epoch=2.0)
+        assert lint(recipe(mfac(), held)) == lint(recipe(alternating, mfac())) == ()
+        assert lint(recipe(mfac(), ConstantSettings(start_epoch=5.5))) != ()
 
     def test_other_params_are_fine(self):
         assert lint(recipe(mfac(params=("a",)), magnitude(params=("b",)))) == ()
@@ -133,7 +168,7 @@ class TestDescribe:
             return list(dict.fromkeys(row.modifier for row in describe(recipe(*settings))))
 
         assert names(magnitude()) == ["MagnitudePruningModifier"]
-        assert names(magnitude(scope="global"), mfac()) == ["GMPruningModifier 1", "MFACPruningModifier 2"]
+        assert names(magnitude(scope="global"), mfac()) == ["GlobalMagnitudePruningModifier 1", "MFACPruningModifier 2"]
 
     def test_magnitude_has_no_gradients(self):
         assert {row.num_gradients for row in describe(recipe(magnitude()))} == {None}
@@ -141,8 +176,163 @@ class TestDescribe:
     def test_modifiers_that_do_not_prune_have_no_rows(self):
         assert describe(recipe(EpochRange(end_epoch=3.0), SetLearningRate(learning_rate=0.1))) == []
 
+    def test_alternating_phases(self):
+        alternating = ACDCSettings(compression_sparsity=0.9, start_epoch=1.0, end_epoch=5.0, update_frequency=2.0)
+        for steps_per_epoch in (None, 10):
+            rows = describe(recipe(alternating), steps_per_epoch)
+            planned = pruning_schedule(alternating, steps_per_epoch or 10)
+            assert [(row.epoch, row.sparsity) for row in rows] == [(each.epoch, each.sparsity) for each in planned]
+            assert [row.step for row in rows] == [each.step if steps_per_epoch else None for each in planned]
+            assert rows[-1].sparsity == 0.9
+
+    def test_masks_that_are_held_make_no_pruning_step(self):
+        assert describe(recipe(ConstantSettings(end_epoch=5.0)), 10) == []
+
+    def test_each_final_sparsity_has_its_rows(self):
+        rows = describe(recipe(mfac(final_sparsity={0.8: ("a",), 0.95: ("b",)}, update_frequency=4.0)), 10)
+        assert [(row.modifier, row.epoch, row.sparsity) for row in rows] == [
+            ("MFACPruningModifier (0.8)", 2.0, 0.0),
+            ("MFACPruningModifier (0.8)", 6.0, 0.8),
+            ("MFACPruningModifier (0.95)", 2.0, 0.0),
+            ("MFACPruningModifier (0.95)", 6.0, 0.95),
+        ]
+
+    @pytest.mark.parametrize("steps_per_epoch", [None, 10])
+    def test_a_sparsity_that_depends_on_the_weights_is_left_open(self, steps_per_epoch):
+        rows = describe(recipe(mfac(initial_sparsity=FROM_PARAM, update_frequency=2.0)), steps_per_epoch)
+        assert [row.sparsity for row in rows] == [None, None, 0.8]
+
+
+class TestNotes:
+    def test_devices_that_are_decided_later(self):
+        assert only(notes(recipe(mfac()))) == (
+            "MFACPruningModifier: computes where the model is: on its GPU if CuPy is installed, on the CPU otherwise; "
+            "available_devices says it outright"
+        )
+        assert notes(recipe(mfac(devices=("cpu",)))) == ()
+
+    def test_a_window_whose_place_is_decided_later(self):
+        assert "keeps the gradient window on the first GPU of cuda:0, cuda:1 that has room for it" in only(
+            notes(recipe(mfac(devices=("cuda:0", "cuda:1"))))
+        )
+        assert notes(recipe(mfac(devices=("cuda:0",), gradients_device="cpu"))) == ()
+
+    def test_what_is_held_and_from_where_pruning_begins(self):
+        assert notes(recipe(ConstantSettings(start_epoch=2.0), magnitude(initial_sparsity=FROM_PARAM))) == (
+            "ConstantPruningModifier 1: holds the zeros that are there at epoch 2",
+            "MagnitudePruningModifier 2: begins at the sparsity that the weights have then",
+        )
+        assert only(notes(recipe(ConstantSettings(end_epoch=5.0)))).endswith("at epoch 0 until epoch 5")
+
+
+class TestModel:
+    WEIGHTS = {"a.weight": 600, "b.weight": 400}
+
+    def plan(self, *settings: object, weights: object = None, steps_per_epoch: int = 10, **options: object) -> Plan:
+        return lint_model(settings, [self.WEIGHTS] if weights is None else weights, steps_per_epoch, **options)
+
+    def test_matched_weights_steps_and_memory(self):
+        settings = mfac(num_gradients={0.0: 16, 0.4: 32}, interpolation="linear", update_frequency=2.0)
+        (modifier,) = self.plan(settings, EpochRange(end_epoch=9.0)).modifiers
+        assert (modifier.modifier, modifier.weights, modifier.num_weights) == (
+            "MFACPruningModifier",
+            self.WEIGHTS,
+            1000,
+        )
+        assert modifier.steps == (
+            ("MFACPruningModifier", 2.0, 20, 0.0, 16),
+            ("MFACPruningModifier", 4.0, 40, 0.4, 16),
+            ("MFACPruningModifier", 6.0, 60, 0.8, 32),
+        )
+        assert modifier.window == (32, 600)
+        assert modifier.window_bytes == 32 * 600 * 4
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"num_gradients": {0.0: 8, 0.3: 16, 0.7: 99}},
+            {"num_gradients": {0.0: 64, 0.5: 65}},
+            {"initial_sparsity": 0.5, "update_frequency": 0.3},
+        ],
+    )
+    def test_the_window_is_that_of_the_memory_check(self, changes):
+        settings = mfac(**changes)
+        (modifier,) = self.plan(settings, weights=[{"a": 997}]).modifiers
+        assert modifier.window == peak_window(settings, 997, pruning_schedule(settings, 10))
+
+    def test_the_bytes_of_all_modifiers_are_summed(self):
+        plan = self.plan(
+            mfac(params="a"), magnitude(params="b"), mfac(params="c"), weights=[{"a": 9}, {"b": 9}, {"c": 4}]
+        )
+        assert [each.window_bytes for each in plan.modifiers] == [64 * 9 * 4, 0, 64 * 4 * 4]
+        assert plan.window_bytes == 64 * 13 * 4
+
+    def test_a_sound_plan_has_no_warnings(self):
+        assert self.plan(mfac(num_gradients=20), EpochRange(end_epoch=6.0)).warnings == ()
+        assert self.plan(mfac(num_gradients=20), epochs=6.0).warnings == ()
+
+    def test_windows_that_cannot_fill_in_time(self):
+        assert "has 20 of 21 rows" in only(self.plan(mfac(num_gradients=21)).warnings)
+        assert "before there is any gradient" in only(self.plan(mfac(num_gradients=9, start_epoch=0.0)).warnings)
+
+    def test_a_sampler_fills_them_unless_gradients_of_training_are_wanted(self):
+        assert self.plan(mfac(num_gradients=21, start_epoch=0.0), sampled=True).warnings == ()
+        assert "has 20 of 21 rows" in only(
+            self.plan(mfac(num_gradients=21, gradient_origin="training"), sampled=True).warnings
+        )
+
+    @pytest.mark.parametrize(
+        ("epochs", "expected"), [(5.5, "training at epoch 5.5; train"), (None, "epoch 5 (EpochRangeModifier); train")]
+    )
+    def test_a_final_sparsity_that_is_not_reached(self, epochs, expected):
+        warning = only(self.plan(magnitude(), EpochRange(end_epoch=5.0), epochs=epochs).warnings)
+        assert warning.startswith(
+            "MagnitudePruningModifier: final_sparsity 0.8 is not reached, because its end_epoch 6"
+        )
+        assert expected in warning
+
+    def test_the_epochs_given_count_more_than_those_of_the_recipe(self):
+        assert self.plan(magnitude(), EpochRange(end_epoch=5.0), epochs=6.0).warnings == ()
+
+    def test_two_modifiers_on_one_parameter(self):
+        both = [{"a": 1, "b": 2}, {"b": 2, "c": 3}]
+        assert only(self.plan(magnitude(params="re:[ab]"), magnitude(params="re:[bc]"), weights=both).warnings) == (
+            "MagnitudePruningModifier 1 and MagnitudePruningModifier 2 prune the same parameters (b); "
+            "give each weight to one modifier"
+        )
+        assert self.plan(magnitude(), ConstantSettings(start_epoch=6.0), weights=both).warnings == ()
+
+    def test_long_lists_of_shared_parameters_are_cut_short(self):
+        many = {f"layer{number}": 1 for number in range(9)}
+        assert "(layer0, layer1, layer2 and 6 more)" in only(
+            self.plan(magnitude(), magnitude(), weights=[many] * 2).warnings
+        )
+
+    def test_two_final_sparsities_on_one_parameter(self):
+        grouped = magnitude(final_sparsity={0.5: ("re:a",), 0.6: ("re:.*",)})
+        warning = only(self.plan(grouped, weights=[{"a": 1}, {"a": 1, "b": 1}]).warnings)
+        assert warning.startswith(
+            "MagnitudePruningModifier (0.5) and MagnitudePruningModifier (0.6) prune the same par"
+        )
+
+    def test_a_modifier_that_matches_nothing(self):
+        assert only(self.plan(magnitude(), weights=[{}]).warnings) == (
+            "MagnitudePruningModifier: no weights match params; nothing is pruned"
+        )
+
+    def test_each_group_of_weights_needs_its_mapping(self):
+        grouped = magnitude(final_sparsity={0.5: ("a",), 0.6: ("b",)})
+        with pytest.raises(ValueError, match="weights: 1 mappings for 2 groups of weights"):
+            self.plan(grouped)
+
 
 @pytest.mark.parametrize("function", [lint, describe])
 def test_steps_per_epoch_is_checked(function):
     with pytest.raises(SettingError, match="steps_per_epoch: 0 must be a positive integer"):
         function(recipe(mfac()), 0)
+
+
+def test_lint_model_checks_the_steps_per_epoch():
+    with pytest.raises(SettingError, match="steps_per_epoch: 0 must be a positive integer"):
+        lint_model([mfac()], [{"a": 1}], 0)
