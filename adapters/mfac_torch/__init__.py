@@ -3,34 +3,61 @@
 Read in this order:
 
 * ``manager``: :class:`ScheduledModifierManager`, the entry point: gradual and one-shot pruning, resume
-* ``modifier``: the modifiers of a recipe as Python objects
+* ``modifier``, ``modifier_list``: the modifiers of a recipe as Python objects
+* ``conditions``, ``plan``: what is checked, and what is said, before anything is changed
 * ``session``: what happens around each optimizer step
 * ``live_pruning``: one pruning modifier at work on one model
+* ``training_changes``: learning rates, weight decay, which parameters are trained
+* ``one_shot``: a gradual run in a single pruning step
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero
+* ``random_state``: random number generators, for resumed runs
+* ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
+* ``scheduled_optimizer``: :func:`ScheduledOptimizer`, for scripts that call it
+* ``export``, ``lightning``, ``transformers``: imported only when asked for
 """
 
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import (
+    ACDCPruningModifier,
+    ConstantPruningModifier,
     EpochRangeModifier,
+    GlobalMagnitudePruningModifier,
     GMPruningModifier,
+    LearningRateFunctionModifier,
+    LearningRateModifier,
     MagnitudePruningModifier,
+    MFACGlobalPruningModifier,
     MFACPruningModifier,
+    OBSPruningModifier,
     SetLearningRateModifier,
+    SetWeightDecayModifier,
+    TrainableParamsModifier,
 )
 from mfac_torch.sampling import GradSampler
+from mfac_torch.scheduled_optimizer import ScheduledOptimizer
 from mfac_torch.selection import prunable_parameters, select_parameters
 
 __all__ = [
+    "ACDCPruningModifier",
+    "ConstantPruningModifier",
     "EpochRangeModifier",
     "GMPruningModifier",
+    "GlobalMagnitudePruningModifier",
     "GradSampler",
+    "LearningRateFunctionModifier",
+    "LearningRateModifier",
+    "MFACGlobalPruningModifier",
     "MFACPruningModifier",
     "MagnitudePruningModifier",
+    "OBSPruningModifier",
     "ScheduledModifierManager",
+    "ScheduledOptimizer",
     "SetLearningRateModifier",
+    "SetWeightDecayModifier",
+    "TrainableParamsModifier",
     "prunable_parameters",
     "select_parameters",
 ]

@@ -2,60 +2,47 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from mfac_core.backends import Array
+from mfac_core.backends import Array, device_of
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
-from mfac_core.settings import PruningSettings
+from mfac_core.schedule import PlannedStep
+from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler
-from mfac_torch.selection import select_parameters
+from mfac_torch.scalar_loggers import LogFunction, ScalarLogger
+from mfac_torch.selection import select_parameters, weight_axes
 
-__all__ = ["LivePruning", "ScalarLogger", "one_shot"]
+__all__ = ["LivePruning", "ScalarLogger"]
 
 _logger = logging.getLogger("mfac_torch")
-
-
-class ScalarLogger(Protocol):
-    """Anything that takes numbers over time."""
-
-    def log_scalar(self, tag: str, value: float, step: int, /) -> object:
-        """Take the value of ``tag`` after ``step`` optimizer steps."""
-
-
-def one_shot(settings: PruningSettings) -> PruningSettings:
-    """Return settings that reach the final sparsity in a single pruning step, before any training.
-
-    Args:
-        settings: Settings of a gradual run.
-
-    Returns:
-        The same with a schedule of one step.
-    """
-    return dataclasses.replace(settings, start_epoch=0.0, end_epoch=0.0, leave_enabled=True)
 
 
 class LivePruning:
     """The pruning steps and the masks of one modifier on one model.
 
-    Parameters in scope are changed in place. Before each optimizer step call :meth:`prune_if_due`,
+    Parameters in scope are changed in place. Before each step of an optimizer call :meth:`prune_if_due`,
     :meth:`observe_gradients` and :meth:`zero_gradients`; after it :meth:`hold_masks` and :meth:`prune_if_due`.
 
     Args:
         settings: What to prune, when and how.
         model: The model, unwrapped.
         steps_per_epoch: Optimizer steps per epoch.
+        optimizers: The optimizers that train the model.
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
+
+    Attributes:
+        settings: What to prune, when and how.
+        parameters: The parameters in scope by name.
 
     Raises:
         SettingError: If ``params`` of the settings does not fit the model.
@@ -69,19 +56,28 @@ class LivePruning:
         model: nn.Module,
         *,
         steps_per_epoch: int,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
         grad_sampler: GradSampler | None = None,
-        loggers: Sequence[ScalarLogger] = (),
+        loggers: Sequence[LogFunction] = (),
     ) -> None:
         self.settings = settings
         self.parameters = select_parameters(model, settings.params)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
-        self._sampler = grad_sampler
+        self._optimizers = optimizers
+        self._trained_by = [_trained_by(optimizer, self.parameters) for optimizer in optimizers]
+        uses_sampler = isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
+        self._sampler = grad_sampler if uses_sampler else None
         self._loggers = loggers
         self._pruner = make_pruner(
-            settings, self._weights(), steps_per_epoch=steps_per_epoch, live_gradients=grad_sampler is None
+            settings,
+            self._weights(),
+            steps_per_epoch=steps_per_epoch,
+            live_gradients=self._sampler is None,
+            axes=weight_axes(model, self.parameters),
         )
         self._held = HeldMasks(self.parameters)
+        self._parts: dict[str, Array] | None = None  # of a gradient sample that several optimizers give
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -89,83 +85,159 @@ class LivePruning:
         return self._held.masks
 
     @property
+    def schedule(self) -> Sequence[PlannedStep]:
+        """The pruning steps of the whole run."""
+        return self._pruner.schedule
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where blocks of the Fisher are computed; nothing for a modifier that uses none."""
+        if not isinstance(self.settings, MFACSettings):
+            return ()
+        if self.settings.devices != ("auto",):
+            return self.settings.devices
+        return (device_of(next(iter(self._weights().values()))).name,)
+
+    @property
     def is_finished(self) -> bool:
         """Whether the last pruning step is done."""
         return self._pruner.is_finished
 
-    def observe_gradients(self, step: int, scale: torch.Tensor | None = None) -> None:
+    @property
+    def refused_rows(self) -> int:
+        """Gradient samples that were left out because they held NaN or Inf."""
+        return self._pruner.refused_rows
+
+    @property
+    def untrained(self) -> list[str]:
+        """Names of the parameters in scope that no optimizer trains."""
+        return [name for name in self.parameters if not any(name in names for names in self._trained_by)]
+
+    def observe_gradients(
+        self, step: int, optimizer: int = 0, scale: torch.Tensor | None = None, *, begins_sample: bool = True
+    ) -> None:
         """Put the gradients that an optimizer is about to use into the gradient window, when it wants them.
+
+        Where several optimizers train the parameters, a sample is complete when each has given its part.
 
         Args:
             step: Completed optimizer steps.
+            optimizer: Which of the optimizers is about to make its step.
             scale: What the gradients were multiplied by for mixed precision; ``None`` for nothing.
+            begins_sample: Whether this optimizer is the first to step after a backward pass.
 
         Raises:
             RuntimeError: If a pruning step falls due and there has been no gradient at all.
         """
         if not self._pruner.needs_gradients(step):
+            self._parts = None
             return
-        if all(parameter.grad is None for parameter in self.parameters.values()):
+        names = self._trained_by[optimizer]
+        if len(names) < len(self.parameters):
+            self._observe_part(names, scale, begins_sample=begins_sample)
+        elif all(parameter.grad is None for parameter in self.parameters.values()):
             self._check_not_due_without_rows(step)
-            return
-        gradients = {name: to_array(_gradient(parameter, scale)) for name, parameter in self.parameters.items()}
-        self._pruner.observe(gradients)
-        wait_until_read(parameter.device for parameter in self.parameters.values())
+        else:
+            self._pruner.observe(self._gradients(self.parameters, scale))
+            wait_until_read(parameter.device for parameter in self.parameters.values())
 
-    def zero_gradients(self) -> None:
-        """Set the gradients of pruned weights to zero."""
-        self._held.zero_gradients()
+    def zero_gradients(self, optimizer: int = 0) -> None:
+        """Set the gradients of pruned weights to zero.
 
-    def hold_masks(self) -> None:
-        """Set pruned weights to exactly zero."""
-        self._held.zero_weights()
+        Args:
+            optimizer: Those of the parameters that this optimizer trains.
+        """
+        self._held.zero_gradients(self._trained_by[optimizer])
 
-    def prune_if_due(self, step: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Do the pruning step that is due, if there is one.
+    def hold_masks(self, optimizer: int | None = None) -> None:
+        """Set pruned weights to exactly zero.
+
+        Args:
+            optimizer: Those of the parameters that this optimizer trains; ``None`` for all.
+        """
+        self._held.zero_weights(None if optimizer is None else self._trained_by[optimizer])
+
+    def prune_if_due(self, step: int) -> None:
+        """Do the pruning step that is due, if there is one, with all its parts.
 
         Args:
             step: Completed optimizer steps.
-            optimizer: What it remembers of pruned entries is set to zero.
         """
         if not self._pruner.is_due(step):
             return
-        start = time.perf_counter()
-        self._sample_gradients()
-        rows = self._num_rows
-        result = self._pruner.prune(self._weights(), step)
-        for name, parameter in self.parameters.items():
-            write_back(parameter, result.weights[name])
-        self._held.hold(result.masks)
-        self._held.zero_weights()
-        if optimizer is not None:
-            self._held.zero_optimizer_state(optimizer)
-        self._report(step, rows, result, time.perf_counter() - start)
-        self._release_if_over()
+        while self._pruner.is_due(step):
+            start = time.perf_counter()
+            self._sample_gradients()
+            rows = self._pruner.num_rows
+            result = self._pruner.prune(self._weights(), step)
+            for name, parameter in self.parameters.items():
+                write_back(parameter, result.weights[name])
+            self._hold(result.masks)
+            for optimizer in self._optimizers:
+                if result.resets_optimizer:
+                    self._held.reset_optimizer_state(optimizer)
+                self._held.zero_optimizer_state(optimizer)
+            self._report(step, rows, result, time.perf_counter() - start)
+        for name, mask in result.masks.items():
+            for log in self._loggers:
+                log(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs: tensors and plain values only."""
+    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+        """Return all that a resumed run needs: tensors and plain values only.
+
+        Args:
+            gradient_window: Whether the window is part of it.
+
+        Returns:
+            The state.
+        """
         state: dict[str, Any] = state_to_tensors(self._pruner.state_dict())
+        if not gradient_window:
+            state.pop("window", None)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; weights at pruned entries are set to zero.
+        """Go on from :meth:`state_dict`; the model changes with :meth:`hold_loaded` only.
 
         Args:
             state: What :meth:`state_dict` returned for the same settings and the same parameters.
+
+        Raises:
+            ValueError: If the state does not fit; nothing is changed then.
         """
         self._pruner.load_state_dict(state_to_arrays(state))
-        self._held.release()
-        if self._pruner.sparsity > 0:
-            self._held.hold(self._pruner.masks)
-            self._release_if_over()
-        self._held.zero_weights()
+        self._parts = None
+
+    def hold_loaded(self) -> None:
+        """Hold the masks of a loaded state: weights at pruned entries are set to zero."""
+        self._hold(self._pruner.masks if self._pruner.sparsity > 0 else {})
 
     def _weights(self) -> dict[str, Array]:
         return {name: to_array(parameter) for name, parameter in self.parameters.items()}
 
+    def _gradients(self, names: Iterable[str], scale: torch.Tensor | None) -> dict[str, Array]:
+        return {name: to_array(_gradient(self.parameters[name], scale)) for name in names}
+
+    def _observe_part(self, names: Collection[str], scale: torch.Tensor | None, *, begins_sample: bool) -> None:
+        if begins_sample:
+            self._parts = {}
+        if self._parts is None:
+            return
+        self._parts |= {name: array.copy() for name, array in self._gradients(names, scale).items()}
+        if len(self._parts) == len(self.parameters):
+            self._pruner.observe(self._parts)
+            self._parts = None
+
+    def _hold(self, masks: Mapping[str, Array]) -> None:
+        if self._pruner.is_released:
+            self._held.release()
+        else:
+            self._held.hold(masks)
+            self._held.zero_weights()
+
     def _check_not_due_without_rows(self, step: int) -> None:
         planned = self._pruner.next_step
-        if planned is not None and planned.step <= step + 1 and not self._num_rows:
+        if planned is not None and planned.step <= step + 1 and not self._pruner.num_rows:
             names = list(self.parameters)
             raise RuntimeError(
                 f"the pruning step of epoch {planned.epoch:g} is due and there is no gradient: .grad is None for all "
@@ -177,18 +249,12 @@ class LivePruning:
         if self._sampler is None or not isinstance(self._pruner, MFACPruner):
             return
         self._pruner.forget_gradients()
-        for gradients in self._sampler.gradients(self._model, self.parameters, self._pruner.num_gradients):
+        samples = self._sampler.gradients(
+            self._model, self.parameters, self._pruner.num_gradients, self._pruner.settings.sampler_options
+        )
+        for gradients in samples:
             self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
             wait_until_read(gradient.device for gradient in gradients.values())
-
-    @property
-    def refused_rows(self) -> int:
-        """Gradient samples that were left out because they held NaN or Inf."""
-        return self._pruner.refused_rows if isinstance(self._pruner, MFACPruner) else 0
-
-    @property
-    def _num_rows(self) -> int:
-        return self._pruner.num_rows if isinstance(self._pruner, MFACPruner) else 0
 
     def _report(self, step: int, rows: int, result: PruneResult, seconds: float) -> None:
         increase = result.predicted_loss_increase
@@ -201,13 +267,11 @@ class LivePruning:
             by_mfac,
             seconds,
         )
-        for name, mask in result.masks.items():
-            for scalar_logger in self._loggers:
-                scalar_logger.log_scalar(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
 
-    def _release_if_over(self) -> None:
-        if self.is_finished and not self.settings.leave_enabled:
-            self._held.release()
+
+def _trained_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Collection[str]:
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return dict.fromkeys(name for name, parameter in parameters.items() if id(parameter) in trained)
 
 
 def _gradient(parameter: nn.Parameter, scale: torch.Tensor | None) -> torch.Tensor:

@@ -1,33 +1,39 @@
-"""The entry point: a recipe's modifiers, attached to a model and its optimizer."""
+"""The entry point: a recipe's modifiers, attached to a model and its optimizers."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 
-from mfac_core.recipe import EpochRange, load_recipe
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_torch.live_pruning import LivePruning, ScalarLogger, one_shot
-from mfac_torch.modifier import Modifier, PruningModifier, SetLearningRateModifier, modifier_for
+from mfac_torch.conditions import check_disjoint, check_optimizers, check_trained, refuse_distributed, unwrapped
+from mfac_torch.live_pruning import LivePruning
+from mfac_torch.modifier_list import ModifierList
+from mfac_torch.one_shot import one_shot
+from mfac_torch.plan import log_plan
 from mfac_torch.sampling import GradSampler
+from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
+from mfac_torch.training_changes import TrainingChanges
 
 __all__ = ["ScheduledModifierManager"]
 
 _logger = logging.getLogger("mfac_torch")
 
+Sampler = GradSampler | Mapping[str, Any]
 
-class ScheduledModifierManager:
+
+class ScheduledModifierManager(ModifierList):
     """Runs the modifiers of a recipe while a model is trained, or in one shot.
 
     Args:
         modifiers: The modifiers, such as ``[MFACPruningModifier(final_sparsity=0.85, end_epoch=10.0)]``.
+        metadata: Anything to keep beside them: plain values by name.
 
     Raises:
         TypeError: If ``modifiers`` is a recipe, or an entry is not a modifier.
@@ -54,93 +60,100 @@ class ScheduledModifierManager:
         16
     """
 
-    def __init__(self, modifiers: Iterable[Modifier]) -> None:
-        if isinstance(modifiers, str | os.PathLike):
-            raise TypeError("modifiers is a path or text; pass a recipe to ScheduledModifierManager.from_yaml")
-        self.modifiers = tuple(modifiers)
-        for modifier in self.modifiers:
-            if not isinstance(modifier, Modifier):
-                raise TypeError(
-                    f"{modifier!r} is not a modifier; pass modifiers such as MFACPruningModifier(...), "
-                    "or a recipe to ScheduledModifierManager.from_yaml"
-                )
-        if not self.modifiers:
-            raise ValueError("there are no modifiers; pass at least one, such as MFACPruningModifier(...)")
-        self._model: nn.Module | None = None
-        self._prunings: tuple[LivePruning, ...] = ()
-        self._session: TrainingSession | None = None
-
-    @classmethod
-    def from_yaml(
-        cls,
-        file_path: str | os.PathLike[str],
-        add_modifiers: Iterable[Modifier] | None = None,
-        recipe_variables: Mapping[str, object] | None = None,
-    ) -> Self:
-        """Return the manager of a recipe.
-
-        Args:
-            file_path: Path of a recipe, or the text of one.
-            add_modifiers: Further modifiers, after those of the recipe.
-            recipe_variables: Values to use instead of those of the recipe's variables.
-
-        Returns:
-            The manager.
-
-        Raises:
-            RecipeError: If the recipe is wrong; the message names line, key, rule and cure.
-        """
-        recipe = load_recipe(file_path, recipe_variables)
-        return cls([*(modifier_for(settings) for settings in recipe.modifiers), *(add_modifiers or ())])
+    _model: nn.Module | None = None
+    _prunings: tuple[LivePruning, ...] = ()
+    _session: TrainingSession | None = None
+    _loggers: ScalarLoggers | None = None
+    _sampler: Sampler | None = None
+    _epoch: float = 0.0
 
     @property
-    def max_epochs(self) -> float:
-        """The largest ``end_epoch`` of all modifiers: how long to train; 0.0 if none has one."""
-        every = [modifier.settings for modifier in self.modifiers]
-        return float(max((s.end_epoch for s in every if isinstance(s, PruningSettings | EpochRange)), default=0.0))
+    def initialized(self) -> bool:
+        """Whether the manager is attached to a model."""
+        return self._model is not None
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks held now by parameter name: boolean, True keeps; none before the first pruning step."""
-        return {name: mask for pruning in self._prunings for name, mask in pruning.masks.items()}
+        masks: dict[str, torch.Tensor] = {}
+        for pruning in self._prunings:
+            for name, mask in pruning.masks.items():
+                masks[name] = masks[name] & mask if name in masks else mask
+        return masks
 
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope, by the masks held now."""
-        weights = sum(parameter.numel() for pruning in self._prunings for parameter in pruning.parameters.values())
+        in_scope = {name: parameter for pruning in self._prunings for name, parameter in pruning.parameters.items()}
+        weights = sum(parameter.numel() for parameter in in_scope.values())
         pruned = sum(int((~mask).sum()) for mask in self.masks.values())
         return pruned / weights if weights else 0.0
 
-    def iter_modifiers(self) -> Iterator[Modifier]:
-        """Yield the modifiers, in order.
+    def initialize(
+        self,
+        module: nn.Module,
+        epoch: float = 0.0,
+        loggers: ScalarLoggers | None = None,
+        *,
+        grad_sampler: Sampler | None = None,
+        **unsupported: object,
+    ) -> None:
+        """Keep arguments for :meth:`modify`, for scripts that pass them here. Nothing is changed yet.
 
-        Yields:
-            Each modifier.
+        Args:
+            module: The model.
+            epoch: As in :meth:`modify`.
+            loggers: As in :meth:`modify`.
+            grad_sampler: As in :meth:`modify`.
+            **unsupported: Refused by name.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind or not supported.
         """
-        yield from self.modifiers
+        _refuse("initialize", unsupported)
+        unwrapped(module)
+        self._epoch, self._sampler = epoch, grad_sampler
+        if loggers is not None:
+            self.initialize_loggers(loggers)
+
+    def initialize_loggers(self, loggers: ScalarLoggers | None) -> None:
+        """Keep loggers for :meth:`modify`, for scripts that pass them here.
+
+        Args:
+            loggers: As in :meth:`modify`.
+
+        Raises:
+            TypeError: If one of them is of the wrong kind.
+        """
+        log_functions(loggers)
+        self._loggers = loggers
 
     def modify(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        steps_per_epoch: int,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        steps_per_epoch: float,
         wrap_optim: Any = None,
         epoch: float | None = None,
+        allow_parallel_module: bool = True,
         *,
-        loggers: ScalarLogger | Sequence[ScalarLogger] | None = None,
-        grad_sampler: GradSampler | Mapping[str, Any] | None = None,
+        loggers: ScalarLoggers | None = None,
+        grad_sampler: Sampler | None = None,
         **unsupported: object,
     ) -> Any:
-        """Attach the modifiers to a model and its optimizer; the training loop stays as it is.
+        """Attach the modifiers to a model and its optimizers; the training loop stays as it is.
 
         Args:
             module: The model; wrappers (``DataParallel``, ``torch.compile``) are looked through.
-            optimizer: The optimizer that trains it. Hooks follow its steps until :meth:`finalize`.
-            steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less when gradients are accumulated.
+            optimizer: The optimizer that trains it, or a list of several: steps are counted by the first. Hooks follow
+                their steps until :meth:`finalize`.
+            steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less when gradients are accumulated. A
+                fraction is rounded up: what is left at the end of an epoch is a batch too.
             wrap_optim: A ``GradScaler`` to return in place of the optimizer; it needs no change.
             epoch: Epoch at which training begins; fractions allowed.
-            loggers: Objects with ``log_scalar(tag, value, step)``; told the sparsity of each parameter after a pruning
-                step, as ``ParamPruning/<name>``.
+            allow_parallel_module: Without effect: parameters have their names in the model without its wrappers.
+            loggers: Objects with ``log_scalar(tag, value, step)``, or TensorBoard's ``SummaryWriter``; told the
+                sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
             grad_sampler: Draws the gradient samples at each pruning step; ``None`` takes the gradients of training.
             **unsupported: Refused by name.
 
@@ -148,27 +161,32 @@ class ScheduledModifierManager:
             ``wrap_optim`` if there is one, otherwise ``optimizer`` itself.
 
         Raises:
-            RuntimeError: If the manager is attached already, or training is distributed.
+            RuntimeError: If the manager is attached already.
+            NotImplementedError: If training is distributed over several processes.
             SettingError: If a modifier does not fit the model. Model and optimizer are untouched then.
             TypeError: If an argument is of the wrong kind or not supported.
         """
         _refuse("modify", unsupported)
-        _refuse_distributed()
+        refuse_distributed()
         self._check_free()
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer is a {type(optimizer).__name__}; pass the torch.optim.Optimizer of the model")
-        model = _unwrapped(module)
-        prunings = self._live_prunings(
-            [modifier.settings for modifier in self._pruning_modifiers()], model, steps_per_epoch, grad_sampler, loggers
+        optimizers = check_optimizers(optimizer)
+        model = unwrapped(module)
+        sampler = self._sampler if grad_sampler is None else grad_sampler
+        steps = _whole(steps_per_epoch)
+        prunings = _live_prunings(
+            [modifier.settings for modifier in self.pruning_modifiers],
+            model,
+            steps_per_epoch=steps,
+            optimizers=optimizers,
+            grad_sampler=sampler,
+            loggers=self._loggers if loggers is None else loggers,
         )
-        _check_trained(prunings, optimizer)
-        self._session = TrainingSession(
-            optimizer,
-            prunings,
-            [modifier.settings for modifier in self.modifiers if isinstance(modifier, SetLearningRateModifier)],
-            steps_per_epoch=steps_per_epoch,
-            step=round((epoch or 0.0) * steps_per_epoch),
-        )
+        check_trained(prunings)
+        others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
+        changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
+        log_plan(prunings, others, steps, sampled=sampler is not None)
+        start = self._epoch if epoch is None else epoch
+        self._session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         self._model, self._prunings = model, prunings
         self._session.attach()
         return optimizer if wrap_optim is None else wrap_optim
@@ -176,88 +194,136 @@ class ScheduledModifierManager:
     def apply(
         self,
         module: nn.Module,
-        grad_sampler: GradSampler | Mapping[str, Any] | None = None,
+        epoch: float = math.inf,
+        loggers: ScalarLoggers | None = None,
         finalize: bool = True,
-        loggers: ScalarLogger | Sequence[ScalarLogger] | None = None,
+        *,
+        grad_sampler: Sampler | None = None,
         **unsupported: object,
     ) -> None:
-        """Prune to the final sparsity in one shot, without training.
+        """Prune in one shot, without training: as far as the recipe is at an epoch.
 
         Args:
             module: The model; wrappers are looked through.
-            grad_sampler: Draws the gradient samples; needed by M-FAC.
+            epoch: The epoch whose sparsity is to be reached; infinity for the final sparsity.
+            loggers: As in :meth:`modify`.
             finalize: Whether the manager is done afterwards; otherwise :meth:`finalize` sets pruned weights to zero
                 once more, after a fine-tuning of your own.
-            loggers: As in :meth:`modify`.
+            grad_sampler: Draws the gradient samples; needed by M-FAC.
             **unsupported: Refused by name.
 
         Raises:
-            RuntimeError: If the manager is attached already, or training is distributed.
+            RuntimeError: If the manager is attached already.
+            NotImplementedError: If training is distributed over several processes.
             SettingError: If a modifier does not fit the model.
             TypeError: If M-FAC has no sampler, or an argument is of the wrong kind or not supported.
         """
         _refuse("apply", unsupported)
-        _refuse_distributed()
+        refuse_distributed()
         self._check_free()
-        settings = [one_shot(modifier.settings) for modifier in self._pruning_modifiers()]
-        if grad_sampler is None and any(isinstance(each, MFACSettings) for each in settings):
+        settings = [modifier.settings for modifier in self.pruning_modifiers]
+        sampler = self._sampler if grad_sampler is None else grad_sampler
+        if sampler is None and any(isinstance(each, MFACSettings) for each in settings):
             raise TypeError(
                 "M-FAC in one shot needs gradients; pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()"
             )
-        model = _unwrapped(module)
-        prunings = self._live_prunings(settings, model, 1, grad_sampler, loggers)
+        model = unwrapped(module)
+        prunings = _live_prunings(
+            settings,
+            model,
+            steps_per_epoch=1,
+            one_shot_at=epoch,
+            grad_sampler=sampler,
+            loggers=self._loggers if loggers is None else loggers,
+        )
         for pruning in prunings:
             pruning.prune_if_due(0)
         self._model, self._prunings = model, prunings
         if finalize:
             self.finalize(module)
 
-    def finalize(self, module: nn.Module | None = None) -> None:
-        """Detach from model and optimizer: a plain module remains, whose pruned weights are exactly zero.
+    def apply_structure(
+        self,
+        module: nn.Module,
+        epoch: float = 0.0,
+        loggers: ScalarLoggers | None = None,
+        finalize: bool = False,
+        **kwargs: object,
+    ) -> None:
+        """Do nothing: pruning does not change the structure of a model, so that weights can be loaded as they are.
+
+        Args:
+            module: The model.
+            epoch: Not looked at.
+            loggers: Not looked at.
+            finalize: Not looked at.
+            **kwargs: Not looked at.
+
+        Raises:
+            TypeError: If the model is no module.
+        """
+        unwrapped(module)
+
+    def finalize(self, module: nn.Module | None = None, reset_loggers: bool = True, **unsupported: object) -> None:
+        """Detach from model and optimizers: a plain module remains, whose pruned weights are exactly zero.
 
         Args:
             module: The model, to check that it is the one that was modified.
+            reset_loggers: Whether to forget the loggers that :meth:`initialize_loggers` has kept.
+            **unsupported: Refused by name.
 
         Raises:
             RuntimeError: If nothing was modified.
             ValueError: If ``module`` is another model.
+            TypeError: If an argument is not supported.
         """
+        _refuse("finalize", unsupported)
         if self._model is None:
             raise RuntimeError("there is nothing to finalize; call modify() or apply() first")
-        if module is not None and _unwrapped(module) is not self._model:
+        if module is not None and unwrapped(module) is not self._model:
             raise ValueError("finalize() got another model than modify() or apply(); pass the same one, or none")
-        for pruning in self._prunings:
-            pruning.hold_masks()
         if self._session is not None:
             self._session.detach()
             self._warn_unfinished(self._session)
+        for pruning in self._prunings:
+            pruning.hold_masks()
+        if reset_loggers:
+            self._loggers = None
         self._session = None
         self._model = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs beside model and optimizer: tensors and plain values only.
+    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+        """Return all that a resumed run needs beside model and optimizers: tensors and plain values only.
 
-        Take it between two optimizer steps, together with ``model.state_dict()`` and ``optimizer.state_dict()``.
+        Take it between two optimizer steps, together with ``model.state_dict()`` and ``optimizer.state_dict()``. The
+        state of the random number generators of torch, Python and NumPy is part of it.
+
+        Args:
+            gradient_window: Whether gradient windows are part of it. Without them files are small, and a resumed run
+                prunes by the rows that it sees from then on.
 
         Returns:
             The state; ``torch.load(weights_only=True)`` reads it.
-        """
-        return self._attached("state_dict").state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        Raises:
+            RuntimeError: If no run is in progress.
+        """
+        return self._attached("state_dict").state_dict(gradient_window=gradient_window)
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from :meth:`state_dict`; call :meth:`modify` first.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            strict: Whether all of it must fit; otherwise modifiers whose state does not fit begin anew, with a warning
+                in the log.
 
         Raises:
-            RuntimeError: If the manager is not attached.
-            ValueError: If the state does not belong to this recipe, model or ``steps_per_epoch``.
+            RuntimeError: If no run is in progress.
+            ValueError: If the state does not belong to this recipe, model or ``steps_per_epoch``; nothing is changed
+                then.
         """
-        self._attached("load_state_dict").load_state_dict(state)
-
-    def _pruning_modifiers(self) -> list[PruningModifier]:
-        return [modifier for modifier in self.modifiers if isinstance(modifier, PruningModifier)]
+        self._attached("load_state_dict").load_state_dict(state, strict=strict)
 
     def _check_free(self) -> None:
         if self._model is not None:
@@ -268,89 +334,62 @@ class ScheduledModifierManager:
             raise RuntimeError(f"{method}() is about a run in progress; call modify() first")
         return self._session
 
-    def _live_prunings(
-        self,
-        settings: Sequence[PruningSettings],
-        model: nn.Module,
-        steps_per_epoch: int,
-        grad_sampler: GradSampler | Mapping[str, Any] | None,
-        loggers: ScalarLogger | Sequence[ScalarLogger] | None,
-    ) -> tuple[LivePruning, ...]:
-        sampler = None if grad_sampler is None else GradSampler.of(grad_sampler)
-        checked = _scalar_loggers(loggers)
-        prunings = tuple(
-            LivePruning(each, model, steps_per_epoch=steps_per_epoch, grad_sampler=sampler, loggers=checked)
-            for each in settings
-        )
-        _check_disjoint(prunings)
-        return prunings
-
     def _warn_unfinished(self, session: TrainingSession) -> None:
         for pruning in self._prunings:
-            if not pruning.is_finished:
-                refused = pruning.refused_rows
-                _logger.warning(
-                    "finalized at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f, not %g%s",
-                    session.step / session.steps_per_epoch,
-                    pruning.settings.end_epoch,
-                    self.sparsity,
-                    pruning.settings.final_sparsity,
-                    f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
-                )
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"the model is a {type(module).__name__}; pass a torch.nn.Module")
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return _unwrapped(module.module)
-    compiled = module._modules.get("_orig_mod")  # what torch.compile(module) wraps
-    return module if compiled is None else _unwrapped(compiled)
+            if pruning.is_finished:
+                continue
+            refused = pruning.refused_rows
+            _logger.warning(
+                "finalized at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f%s",
+                session.step / session.steps_per_epoch,
+                pruning.schedule[-1].epoch,
+                self.sparsity,
+                f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
+            )
 
 
 def _refuse(method: str, unsupported: Mapping[str, object]) -> None:
-    if unsupported:
-        raise TypeError(f"{method}() does not support {', '.join(map(repr, unsupported))}; leave it out")
+    given = [name for name, value in unsupported.items() if value is not None]
+    if given:
+        raise TypeError(f"{method}() does not support {', '.join(map(repr, given))}; leave it out")
 
 
-def _refuse_distributed() -> None:
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    world_size = torch.distributed.get_world_size()
-    if world_size > 1:
-        raise NotImplementedError(
-            f"training is distributed over {world_size} processes, which is not supported yet: each would choose "
-            "its own masks. Prune in a single process"
+def _whole(steps_per_epoch: float) -> int:
+    if not isinstance(steps_per_epoch, float) or not math.isfinite(steps_per_epoch):
+        return steps_per_epoch  # type: ignore[return-value]  # what is no integer is refused by the schedule
+    if not steps_per_epoch.is_integer():
+        _logger.info("steps_per_epoch %g is taken as %d", steps_per_epoch, math.ceil(steps_per_epoch))
+    return math.ceil(steps_per_epoch)
+
+
+def _live_prunings(
+    settings: Sequence[PruningSettings],
+    model: nn.Module,
+    *,
+    steps_per_epoch: int,
+    one_shot_at: float | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+    grad_sampler: Sampler | None,
+    loggers: ScalarLoggers | None,
+) -> tuple[LivePruning, ...]:
+    sampler = None if grad_sampler is None else GradSampler.of(grad_sampler)
+    functions = log_functions(loggers)
+    in_order = sorted(settings, key=lambda each: each.start_epoch)  # a modifier that follows another sees its zeros
+    parts = [
+        (each, part)
+        for each in in_order
+        for part in (each.by_final_sparsity() if one_shot_at is None else one_shot(each, one_shot_at))
+    ]
+    prunings = tuple(
+        LivePruning(
+            part,
+            model,
+            steps_per_epoch=steps_per_epoch,
+            optimizers=optimizers,
+            grad_sampler=sampler,
+            loggers=functions,
         )
-
-
-def _scalar_loggers(loggers: ScalarLogger | Sequence[ScalarLogger] | None) -> tuple[ScalarLogger, ...]:
-    if loggers is None:
-        return ()
-    every = tuple(loggers) if isinstance(loggers, Sequence) else (loggers,)
-    for scalar_logger in every:
-        if not callable(getattr(scalar_logger, "log_scalar", None)):
-            raise TypeError(f"the logger {scalar_logger!r} has no method log_scalar(tag, value, step)")
-    return every
-
-
-def _check_disjoint(prunings: Sequence[LivePruning]) -> None:
-    seen: set[str] = set()
-    for pruning in prunings:
-        twice = seen.intersection(pruning.parameters)
-        if twice:
-            raise ValueError(
-                f"two pruning modifiers select {', '.join(sorted(twice))}; let one of them prune each parameter"
-            )
-        seen.update(pruning.parameters)
-
-
-def _check_trained(prunings: Sequence[LivePruning], optimizer: torch.optim.Optimizer) -> None:
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for pruning in prunings:
-        missing = [name for name, parameter in pruning.parameters.items() if id(parameter) not in trained]
-        if missing:
-            raise ValueError(
-                f"the optimizer does not train {', '.join(missing)}, so their masks could not be held; give them "
-                "to the optimizer, or name in params only what it trains"
-            )
+        for _, part in parts
+    )
+    check_disjoint(prunings, [whole for whole, _ in parts])
+    return prunings

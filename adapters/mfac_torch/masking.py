@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class HeldMasks:
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks that are held by parameter name: boolean, True keeps; empty before the first pruning step."""
-        return {name: ~pruned for name, (_, pruned) in self._on_device().items()}
+        return {name: ~pruned for name, _, pruned in self._held()}
 
     def hold(self, masks: Mapping[str, Array]) -> None:
         """Take new masks in place of those held so far.
@@ -43,13 +43,16 @@ class HeldMasks:
         """Hold no masks any more."""
         self._pruned = {}
 
-    def zero_gradients(self) -> None:
+    def zero_gradients(self, names: Collection[str] | None = None) -> None:
         """Set the gradients of pruned entries to zero, so that optimizers gather no momentum for them.
+
+        Args:
+            names: Of these parameters only.
 
         Raises:
             TypeError: If a gradient is sparse.
         """
-        for name, (parameter, pruned) in self._on_device().items():
+        for name, parameter, pruned in self._held(names):
             if parameter.grad is None:
                 continue
             if parameter.grad.layout != torch.strided:
@@ -59,9 +62,13 @@ class HeldMasks:
                 )
             parameter.grad.detach().masked_fill_(pruned, 0.0)
 
-    def zero_weights(self) -> None:
-        """Set pruned weights to exactly ``+0.0``."""
-        for parameter, pruned in self._on_device().values():
+    def zero_weights(self, names: Collection[str] | None = None) -> None:
+        """Set pruned weights to exactly ``+0.0``.
+
+        Args:
+            names: Of these parameters only.
+        """
+        for _, parameter, pruned in self._held(names):
             parameter.detach().masked_fill_(pruned, 0.0)
 
     def zero_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -70,14 +77,32 @@ class HeldMasks:
         Args:
             optimizer: The optimizer; every state tensor of a parameter's own shape is changed in place.
         """
-        for parameter, pruned in self._on_device().values():
-            for value in optimizer.state.get(parameter, {}).values():
-                # A zero-dimensional parameter cannot be told apart from a step counter.
-                if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape:
-                    value.detach().masked_fill_(pruned.to(value.device), 0)
+        for _, parameter, pruned in self._held():
+            for value in _remembered(optimizer, parameter):
+                value.masked_fill_(pruned.to(value.device), 0)
 
-    def _on_device(self) -> dict[str, tuple[nn.Parameter, torch.Tensor]]:
-        # The model may have moved to another device since the last call.
+    def reset_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set what an optimizer remembers of the parameters in scope to zero, pruned or not.
+
+        Args:
+            optimizer: The optimizer; every state tensor of a parameter's own shape is changed in place.
+        """
+        for parameter in self._parameters.values():
+            for value in _remembered(optimizer, parameter):
+                value.zero_()
+
+    def _held(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         for name, pruned in self._pruned.items():
-            self._pruned[name] = pruned.to(self._parameters[name].device)
-        return {name: (self._parameters[name], pruned) for name, pruned in self._pruned.items()}
+            if names is not None and name not in names:
+                continue
+            parameter = self._parameters[name]
+            if pruned.device != parameter.device:  # the model has moved since the last call
+                self._pruned[name] = pruned.to(parameter.device)
+            yield name, parameter, self._pruned[name]
+
+
+def _remembered(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    for value in optimizer.state.get(parameter, {}).values():
+        # A zero-dimensional parameter cannot be told apart from a step counter.
+        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape:
+            yield value.detach()

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from textwrap import indent
+import math
 from typing import Any, Self
 
-import yaml
+from torch import nn
 
-from mfac_core.errors import RecipeError
-from mfac_core.recipe import EpochRange, SetLearningRate, load_recipe
-from mfac_core.settings import MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.recipe import modifier_name, settings_from_keys
+from mfac_core.settings import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.training_settings import (
+    EpochRange,
+    LearningRateFunction,
+    LearningRateSchedule,
+    SetLearningRate,
+    SetWeightDecay,
+    TrainableParams,
+    TrainingSettings,
+)
+from mfac_torch.selection import prunable_parameters
 
 __all__ = [
+    "ACDCPruningModifier",
+    "ConstantPruningModifier",
     "EpochRangeModifier",
     "GMPruningModifier",
+    "GlobalMagnitudePruningModifier",
+    "LearningRateFunctionModifier",
+    "LearningRateModifier",
+    "MFACGlobalPruningModifier",
     "MFACPruningModifier",
     "MagnitudePruningModifier",
     "Modifier",
+    "OBSPruningModifier",
     "PruningModifier",
     "SetLearningRateModifier",
+    "SetWeightDecayModifier",
     "Settings",
+    "TrainableParamsModifier",
     "modifier_for",
 ]
 
-Settings = PruningSettings | EpochRange | SetLearningRate
+Settings = PruningSettings | TrainingSettings
 """What a modifier carries: one entry of a loaded recipe."""
+
+_PRUNED_ON_PURPOSE = 0.1
+"""A weight with more zeros than this fraction was pruned; fewer may be chance."""
 
 
 class Modifier:
@@ -38,13 +59,12 @@ class Modifier:
 
     Raises:
         RecipeError: If a key is unknown, missing or out of range, as for a recipe.
-        TypeError: If a value is of a type that a recipe cannot hold.
     """
 
     settings: Settings
 
     def __init__(self, **recipe_keys: Any) -> None:
-        self.settings = _settings_from_keys(type(self).__name__, recipe_keys)
+        self.settings = settings_from_keys(type(self).__name__, recipe_keys)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Self:
@@ -59,6 +79,17 @@ class Modifier:
         modifier = cls.__new__(cls)
         modifier.settings = settings
         return modifier
+
+    @property
+    def start_epoch(self) -> float:
+        """Epoch at which it begins."""
+        return self.settings.start_epoch
+
+    @property
+    def end_epoch(self) -> float:
+        """Epoch at which it ends; -1.0, as recipes write it, if it has no end."""
+        end = getattr(self.settings, "end_epoch", math.inf)
+        return -1.0 if end == math.inf else float(end)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings})"
@@ -76,12 +107,31 @@ class MFACPruningModifier(PruningModifier):
     Args:
         **recipe_keys: ``params``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``, ``global_sparsity``, ``num_grads``,
-            ``fisher_block_size``, ``damp``, ``available_gpus``, ``grads_device``, ``update``.
+            ``fisher_block_size``, ``damp``, ``available_gpus``, ``grads_device``, ``update``, ``num_recomputations``,
+            ``grad_sampler_kwargs``, ``use_gradient_buffering``.
 
     Example:
         >>> modifier = MFACPruningModifier(final_sparsity=0.85, end_epoch=61.0, num_grads={0.0: 256, 0.5: 512})
         >>> modifier.settings.num_gradients
         {0.0: 256, 0.5: 512}
+    """
+
+    settings: MFACSettings
+
+
+class MFACGlobalPruningModifier(MFACPruningModifier):
+    """Prune by M-FAC, saliencies competing over all layers.
+
+    Args:
+        **recipe_keys: Those of :class:`MFACPruningModifier`.
+    """
+
+
+class OBSPruningModifier(MFACPruningModifier):
+    """Prune by M-FAC with the defaults of the Optimal BERT Surgeon: small blocks, many gradients, all layers.
+
+    Args:
+        **recipe_keys: Those of :class:`MFACPruningModifier`.
     """
 
 
@@ -93,6 +143,8 @@ class MagnitudePruningModifier(PruningModifier):
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``.
     """
 
+    settings: MagnitudeSettings
+
 
 class GMPruningModifier(MagnitudePruningModifier):
     """Prune by magnitude, within each layer or over all of them.
@@ -100,6 +152,57 @@ class GMPruningModifier(MagnitudePruningModifier):
     Args:
         **recipe_keys: Those of :class:`MagnitudePruningModifier`, and ``global_sparsity``.
     """
+
+
+class GlobalMagnitudePruningModifier(MagnitudePruningModifier):
+    """Prune by magnitude, over all layers.
+
+    Args:
+        **recipe_keys: Those of :class:`MagnitudePruningModifier`.
+    """
+
+
+class ConstantPruningModifier(PruningModifier):
+    """Hold the zeros that the weights have, and prune nothing more.
+
+    Args:
+        **recipe_keys: ``params``, ``start_epoch``, ``end_epoch``.
+    """
+
+    settings: ConstantSettings
+
+    @staticmethod
+    def from_sparse_model(model: nn.Module) -> list[ConstantPruningModifier]:
+        """Return modifiers that hold the zeros of a pruned model, for transfer learning.
+
+        Args:
+            model: The model.
+
+        Returns:
+            One modifier for each prunable weight (see :func:`prunable_parameters`) of which more than 10% are zero.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            >>> _ = nn.init.zeros_(model[1].weight[0].detach())
+            >>> [modifier.settings.params for modifier in ConstantPruningModifier.from_sparse_model(model)]
+            [('1.weight',)]
+        """
+        return [
+            ConstantPruningModifier.from_settings(ConstantSettings(params=(name,)))
+            for name, weight in prunable_parameters(model).items()
+            if float((weight == 0).float().mean()) > _PRUNED_ON_PURPOSE
+        ]
+
+
+class ACDCPruningModifier(PruningModifier):
+    """Alternate between compressed and decompressed phases, by magnitude.
+
+    Args:
+        **recipe_keys: ``params``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``, ``update_frequency``,
+            ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
+    """
+
+    settings: ACDCSettings
 
 
 class EpochRangeModifier(Modifier):
@@ -113,20 +216,74 @@ class EpochRangeModifier(Modifier):
 
 
 class SetLearningRateModifier(Modifier):
-    """Set the learning rate of every parameter group once, when its epoch arrives.
+    """Set the learning rate once, when its epoch arrives.
 
     Args:
-        **recipe_keys: ``learning_rate``, ``start_epoch``.
+        **recipe_keys: ``learning_rate``, ``start_epoch``, ``param_groups``.
     """
 
     settings: SetLearningRate
 
 
-_CLASSES: dict[type, type[Modifier]] = {
-    MFACSettings: MFACPruningModifier,
-    MagnitudeSettings: GMPruningModifier,
-    EpochRange: EpochRangeModifier,
-    SetLearningRate: SetLearningRateModifier,
+class LearningRateFunctionModifier(Modifier):
+    """Move the learning rate along a curve, optimizer step by optimizer step.
+
+    Args:
+        **recipe_keys: ``lr_func``, ``init_lr``, ``final_lr``, ``start_epoch``, ``end_epoch``, ``cycle_epochs``,
+            ``param_groups``.
+    """
+
+    settings: LearningRateFunction
+
+
+class LearningRateModifier(Modifier):
+    """Move the learning rate as one of PyTorch's schedulers does, epoch by epoch.
+
+    Args:
+        **recipe_keys: ``lr_class``, ``lr_kwargs``, ``init_lr``, ``start_epoch``, ``end_epoch``.
+    """
+
+    settings: LearningRateSchedule
+
+
+class SetWeightDecayModifier(Modifier):
+    """Set the weight decay once, when its epoch arrives.
+
+    Args:
+        **recipe_keys: ``weight_decay``, ``start_epoch``, ``param_groups``.
+    """
+
+    settings: SetWeightDecay
+
+
+class TrainableParamsModifier(Modifier):
+    """Freeze or unfreeze parameters for some epochs.
+
+    Args:
+        **recipe_keys: ``params``, ``trainable``, ``params_strict``, ``start_epoch``, ``end_epoch``.
+    """
+
+    settings: TrainableParams
+
+
+_CLASSES: dict[str, type[Modifier]] = {
+    modifier.__name__: modifier
+    for modifier in (
+        MFACPruningModifier,
+        MFACGlobalPruningModifier,
+        OBSPruningModifier,
+        MagnitudePruningModifier,
+        GMPruningModifier,
+        GlobalMagnitudePruningModifier,
+        ConstantPruningModifier,
+        ACDCPruningModifier,
+        EpochRangeModifier,
+        SetLearningRateModifier,
+        LearningRateFunctionModifier,
+        LearningRateModifier,
+        SetWeightDecayModifier,
+        TrainableParamsModifier,
+    )
 }
 
 
@@ -139,23 +296,4 @@ def modifier_for(settings: Settings) -> Modifier:
     Returns:
         The modifier.
     """
-    return _CLASSES[type(settings)].from_settings(settings)
-
-
-def _settings_from_keys(name: str, keys: dict[str, Any]) -> Any:
-    # Written out as a recipe, so that one table of keys serves both.
-    lines = "".join(_as_yaml(name, key, value) for key, value in keys.items()) or "{}"
-    try:
-        return load_recipe(f"modifiers:\n- !{name}\n{indent(lines, '  ')}\n").modifiers[0]
-    except RecipeError as error:
-        _, _, message = str(error).partition(": ")  # without the line of the written-out recipe
-        raise RecipeError(message) from error
-
-
-def _as_yaml(name: str, key: str, value: object) -> str:
-    try:
-        return yaml.safe_dump({key: value})
-    except yaml.representer.RepresenterError as error:
-        raise TypeError(
-            f"{name}: {key}={value!r} is a {type(value).__name__}; write a number, string, boolean, list or dictionary"
-        ) from error
+    return _CLASSES[modifier_name(settings)].from_settings(settings)

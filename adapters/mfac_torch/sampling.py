@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,7 +13,7 @@ from torch import nn
 
 __all__ = ["GradSampler"]
 
-Batches = Iterable[Any] | Callable[[], Iterable[Any]]
+Batches = Iterable[Any] | Callable[..., Iterable[Any]]
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 _logger = logging.getLogger("mfac_torch")
@@ -26,9 +27,12 @@ class GradSampler:
 
     Args:
         data_loader_or_builder: Batches, each ``(inputs, targets)`` for ``model(inputs)`` or ``(args, kwargs, target)``
-            for ``model(*args, **kwargs)``; or a callable without arguments that returns an iterator of such batches.
+            for ``model(*args, **kwargs)``; or a callable that returns an iterator of such batches. It is called anew
+            for each drawing, and when its batches have run out. What a recipe gives as ``grad_sampler_kwargs`` is
+            passed to it: by name where it has these arguments, otherwise as one dictionary.
             Tensors in host memory are moved to the device of the model.
-        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``output`` is what the model returned.
+        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``output`` is what the model returned, or the first entry
+            of a tuple that the function does not take.
         progress: Whether to show a progress bar while sampling.
 
     Raises:
@@ -54,13 +58,15 @@ class GradSampler:
         self._source = data_loader_or_builder
         self._loss_fn = loss_fn
         self._progress = progress
+        self._takes_first_entry = False
 
     @classmethod
     def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
         """Return a sampler from a sampler or from the older dictionary form.
 
         Args:
-            sampler: A :class:`GradSampler`, or ``{"data_loader_builder": ..., "loss_fn": ...}``.
+            sampler: A :class:`GradSampler`, or ``{"data_loader_builder": ..., "loss_function": ...}``; ``loss_fn`` is
+                taken for ``loss_function`` too.
 
         Returns:
             The sampler itself, or one made from the dictionary.
@@ -70,17 +76,22 @@ class GradSampler:
         """
         if isinstance(sampler, GradSampler):
             return sampler
-        wanted = {"data_loader_builder", "loss_fn"}
         if not isinstance(sampler, Mapping):
             raise TypeError(f"grad_sampler is a {type(sampler).__name__}; pass GradSampler(data_loader, loss_fn)")
-        if set(sampler) != wanted:
+        named = {"loss_function" if key == "loss_fn" else key: value for key, value in sampler.items()}
+        if set(named) != {"data_loader_builder", "loss_function"}:
             raise TypeError(
-                f"grad_sampler has the keys {sorted(sampler)}; as a dictionary it has the keys {sorted(wanted)}"
+                f"grad_sampler has the keys {sorted(sampler)}; as a dictionary it has the keys data_loader_builder "
+                "and loss_function"
             )
-        return cls(sampler["data_loader_builder"], sampler["loss_fn"])
+        return cls(named["data_loader_builder"], named["loss_function"])
 
     def gradients(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], count: int
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        count: int,
+        options: Mapping[str, object] | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield gradient samples.
 
@@ -90,6 +101,7 @@ class GradSampler:
             model: The model to evaluate, unwrapped.
             parameters: The parameters to differentiate by, by name.
             count: How many samples to draw.
+            options: Passed to the callable that makes the batches.
 
         Yields:
             The gradient of one batch's loss by parameter name, each of its parameter's shape; zeros for a parameter
@@ -98,17 +110,18 @@ class GradSampler:
         Raises:
             ValueError: If there is no batch at all, a batch has another form, or the loss is not a scalar that depends
                 on the parameters.
+            TypeError: If the batches do not come from a callable that takes the options.
         """
-        batches = self._batches(count)
+        batches = self._batches(count, options or {})
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
             for batch in batches:
                 yield self._gradient(model, parameters, batch)
                 advance()
 
-    def _batches(self, count: int) -> Iterator[Any]:
+    def _batches(self, count: int, options: Mapping[str, object]) -> Iterator[Any]:
         drawn = 0
         while drawn < count:
-            source = self._source if isinstance(self._source, Iterable) else self._source()
+            source = _opened(self._source, options)
             before = drawn
             for batch in source:
                 yield batch
@@ -132,8 +145,8 @@ class GradSampler:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
     ) -> dict[str, torch.Tensor]:
         args, kwargs, target = _to_device(_call_of(batch), _device_of(model))
-        with _evaluating(model), torch.enable_grad():
-            loss = self._loss_fn(model(*args, **kwargs), target)
+        with _evaluating(model), _trained(parameters.values()), torch.enable_grad():
+            loss = self._loss(model(*args, **kwargs), target)
             _check_loss(loss)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         if all(gradient is None for gradient in gradients):
@@ -144,6 +157,45 @@ class GradSampler:
             name: torch.zeros_like(parameter) if gradient is None else gradient
             for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
         }
+
+    def _loss(self, output: Any, target: Any) -> Any:
+        if self._takes_first_entry:
+            return self._loss_fn(output[0], target)
+        try:
+            return self._loss_fn(output, target)
+        except (TypeError, AttributeError) as error:
+            if type(output) is not tuple:
+                raise
+            try:
+                loss = self._loss_fn(output[0], target)
+            except Exception:
+                raise error from None
+            self._takes_first_entry = True
+            _logger.info("loss_fn of the GradSampler does not take the tuple that the model returns: it gets its first")
+            return loss
+
+
+def _opened(source: Batches, options: Mapping[str, object]) -> Iterable[Any]:
+    if not isinstance(source, Iterable):
+        signature = inspect.signature(source)
+        if _takes(signature, **options):
+            return source(**options)
+        if _takes(signature, options):  # one dictionary, which may be None: what SparseML passes
+            return source(dict(options) or None)
+    elif not options:
+        return source
+    raise TypeError(
+        f"the recipe gives grad_sampler_kwargs {dict(options)}, and the batches of the GradSampler come from a "
+        f"{type(source).__name__} that takes none of these; pass a function of them that makes the batches"
+    )
+
+
+def _takes(signature: inspect.Signature, /, *args: object, **kwargs: object) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
@@ -188,6 +240,18 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def _trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _check_loss(loss: Any) -> None:

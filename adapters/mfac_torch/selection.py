@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mfac_core.errors import SettingError
 
-__all__ = ["prunable_parameters", "select_parameters"]
+__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
 
 ALL = "__ALL__"
 ALL_PRUNABLE = "__ALL_PRUNABLE__"
@@ -44,12 +44,7 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["re:0[.]"]))
         ['0.weight', '0.bias']
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
-    selected: dict[int, bool] = {}  # id of the parameter -> whether its exact name was written
-    for entry in params:
-        for name in _names_of(entry, model, named):
-            key = id(named[name])
-            selected[key] = selected.get(key, False) or name == entry
+    selected = _selected(model, params, strict=True)
     chosen = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in selected and _is_usable(name, parameter, by_name=selected[id(parameter)]):
@@ -61,12 +56,31 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
     return chosen
 
 
+def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool = True) -> dict[str, nn.Parameter]:
+    """Return the parameters that ``params`` matches, frozen or not, in the order of ``model.named_parameters()``.
+
+    Args:
+        model: The model to look into.
+        params: As in :func:`select_parameters`.
+        strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
+
+    Returns:
+        The parameters by name, a tied one once.
+
+    Raises:
+        SettingError: If an entry matches nothing, and ``strict``.
+    """
+    selected = _selected(model, params, strict=strict)
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in selected}
+
+
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return what ``__ALL_PRUNABLE__`` means: the weights of all Linear and convolution layers.
 
     These are the modules of type ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d``, ``nn.ConvTranspose1d`` to
-    ``nn.ConvTranspose3d``, their subclasses, and the linear layers inside other modules, such as the output projection
-    of ``nn.MultiheadAttention``. A weight that is tied to such a layer's weight is the same parameter, so it counts.
+    ``nn.ConvTranspose3d``, their subclasses, the linear layers inside other modules, such as the output projection
+    of ``nn.MultiheadAttention``, and the linear layer ``Conv1D`` of transformers. A weight that is tied to such a
+    layer's weight is the same parameter, so it counts.
 
     Everything else is pruned only where ``params`` names it: embeddings, biases, normalization layers, recurrent
     layers, ``nn.Bilinear``, the packed ``in_proj_weight`` of ``nn.MultiheadAttention``, and parameters of your own
@@ -85,7 +99,7 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     weights: set[int] = set()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | _ConvNd):
+        if not isinstance(module, nn.Linear | _ConvNd) and not _is_transposed_linear(module):
             continue
         # A parametrized layer shows `weight` as a property; registered parameters alone can be written to.
         weight = module._parameters.get("weight")
@@ -96,7 +110,52 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
-def _names_of(entry: str, model: nn.Module, named: dict[str, nn.Parameter]) -> list[str]:
+def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return how weights lie whose first axis is not that of the outputs.
+
+    Args:
+        model: The model.
+        names: Names of parameters to look at.
+
+    Returns:
+        For weights of transposed convolutions and of ``Conv1D`` of transformers the permutation of their axes into
+        (output, kernel..., input), by name; all others lie as PyTorch's (output, input, kernel...).
+
+    Example:
+        >>> weight_axes(nn.ConvTranspose2d(2, 4, 3), ["weight", "bias"])
+        {'weight': (1, 2, 3, 0)}
+    """
+    turned = {
+        id(module._parameters["weight"])
+        for module in model.modules()
+        if (isinstance(module, _ConvTransposeNd) or _is_transposed_linear(module)) and "weight" in module._parameters
+    }
+    wanted = set(names)
+    return {
+        name: (*range(1, parameter.ndim), 0)
+        for name, parameter in model.named_parameters()
+        if name in wanted and id(parameter) in turned
+    }
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    # Conv1D of transformers, a linear layer whose weight is (in, out). Its package is not imported for this.
+    weight = module._parameters.get("weight")
+    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+
+
+def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[int, bool]:
+    """Return the ids of the parameters that match, and whether the exact name of each was written."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    selected: dict[int, bool] = {}
+    for entry in params:
+        for name in _names_of(entry, model, named, strict=strict):
+            key = id(named[name])
+            selected[key] = selected.get(key, False) or name == entry
+    return selected
+
+
+def _names_of(entry: str, model: nn.Module, named: dict[str, nn.Parameter], *, strict: bool) -> list[str]:
     if entry == ALL:
         names = list(named)
     elif entry == ALL_PRUNABLE:
@@ -106,8 +165,10 @@ def _names_of(entry: str, model: nn.Module, named: dict[str, nn.Parameter]) -> l
         names = [name for name in named if pattern.match(name)]
     else:
         names = [entry] if entry in named else []
-    if not names:
+    if not names and strict:
         raise SettingError("params", f"{entry!r} matches no parameter of the model; {_suggestion(entry, list(named))}")
+    if not names:
+        _logger.info("%r matches no parameter of the model and is left out", entry)
     return names
 
 

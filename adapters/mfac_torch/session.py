@@ -1,90 +1,123 @@
-"""One training run: what happens around each step of one optimizer."""
+"""One training run: what happens around each step of its optimizers."""
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 
-from mfac_core.recipe import SetLearningRate
 from mfac_torch.live_pruning import LivePruning
+from mfac_torch.random_state import random_state, restore_random_state
+from mfac_torch.training_changes import TrainingChanges
 
 __all__ = ["TrainingSession"]
 
-_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
-"""The code that torch wraps around every ``step`` method of an optimizer class to call its hooks."""
+_KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
+
+_logger = logging.getLogger("mfac_torch")
 
 
 class TrainingSession:
-    """Hooks on an optimizer that run the pruning modifiers and set learning rates.
+    """Hooks on optimizers that run the modifiers of a recipe.
 
-    A step counts once the optimizer has made it; a step that mixed precision skips does not.
+    A step counts once the first optimizer has made it; a step that mixed precision skips does not.
 
     Args:
-        optimizer: The optimizer to follow; the hooks are there from :meth:`attach` to :meth:`detach`.
-        prunings: The pruning modifiers at work.
-        learning_rates: The learning rates to set.
+        optimizers: The optimizers to follow; the hooks are there from :meth:`attach` to :meth:`detach`.
+        prunings: The pruning modifiers at work, made for these optimizers.
+        changes: What else changes in training.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
     """
 
     def __init__(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Sequence[torch.optim.Optimizer],
         prunings: Sequence[LivePruning],
-        learning_rates: Sequence[SetLearningRate],
+        changes: TrainingChanges,
         *,
         steps_per_epoch: int,
         step: int,
     ) -> None:
         self.step = step
         self.steps_per_epoch = steps_per_epoch
-        self._optimizer = optimizer
+        self._optimizers = optimizers
         self._prunings = prunings
-        self._learning_rates = sorted(learning_rates, key=lambda setting: setting.start_epoch)
-        self._learning_rates_set = 0
+        self._changes = changes
+        # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
+        # work is done at the first opportunity only. A counter of levels would go wrong for good once a step raises.
+        self._counts = False
+        self._observed_at = [-1] * len(optimizers)
+        # Several optimizers step in rounds: one of them is the first after a backward pass, and one the last.
+        self._first: int | None = None
+        self._last: int | None = 0 if len(optimizers) == 1 else None
+        self._stepped: int | None = None
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Begin to follow the optimizer."""
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        """Begin to follow the optimizers."""
+        self._changes.set_trained(self.step)
+        for number, optimizer in enumerate(self._optimizers):
+            self._handles += [
+                optimizer.register_step_pre_hook(_untraced(self._before_step, number)),
+                optimizer.register_step_post_hook(_untraced(self._after_step, number)),
+            ]
 
     def detach(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, and let each parameter be trained as before."""
+        if len(self._optimizers) > 1:
+            self._prune_if_due()  # the last round may have lacked its last optimizer
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._changes.restore()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress: plain numbers, and the state of each pruning modifier."""
+    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+        """Return the progress: plain numbers, tensors, and the state of each pruning modifier.
+
+        Args:
+            gradient_window: Whether gradient windows are part of it.
+
+        Returns:
+            The state.
+        """
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
-            "learning_rates_set": self._learning_rates_set,
-            "prunings": [pruning.state_dict() for pruning in self._prunings],
+            "changes_done": self._changes.state_dict(),
+            "prunings": [pruning.state_dict(gradient_window=gradient_window) for pruning in self._prunings],
+            "random": random_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Go on from :meth:`state_dict`.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            strict: Whether all of the state must fit; otherwise what fits is taken, and the rest is logged.
 
         Raises:
-            ValueError: If the state does not belong to this run.
+            ValueError: If the state does not belong to this run; nothing is changed then.
         """
-        missing = {"step", "steps_per_epoch", "learning_rates_set", "prunings"} - set(state)
+        missing = [key for key in _KEYS if key not in state]
         if missing:
             raise ValueError(
-                f"this is not the state of a manager: it lacks {', '.join(sorted(missing))}; "
+                f"this is not the state of a manager: it lacks {', '.join(missing)}; "
                 "pass what manager.state_dict() returned"
             )
+        if strict:
+            self._check_state(state)
+        self._load_prunings(state["prunings"], strict=strict)
+        self.step = int(state["step"])
+        self._counts = False
+        self._observed_at = [-1] * len(self._optimizers)
+        if strict or len(state["changes_done"]) == len(self._changes.state_dict()):
+            self._changes.load_state_dict(state["changes_done"], self.step)
+        restore_random_state(state["random"])
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the state was saved with {state['steps_per_epoch']} steps per epoch and this run has "
@@ -95,78 +128,87 @@ class TrainingSession:
                 f"the state holds {len(state['prunings'])} pruning modifiers, this recipe has {len(self._prunings)}; "
                 "resume with the recipe that the state was saved with"
             )
-        for pruning, saved in zip(self._prunings, state["prunings"], strict=True):
-            pruning.load_state_dict(saved)
-        self.step = int(state["step"])
-        self._learning_rates_set = int(state["learning_rates_set"])
+        self._changes.check_state(state["changes_done"])
+
+    def _load_prunings(self, states: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
+        before = [pruning.state_dict() for pruning in self._prunings] if len(self._prunings) > 1 else []
+        fitting = []
+        for number, (pruning, saved) in enumerate(zip(self._prunings, states, strict=strict)):
+            try:
+                pruning.load_state_dict(saved)
+            except ValueError as error:
+                if strict:
+                    for earlier, state in zip(self._prunings[:number], before, strict=False):
+                        earlier.load_state_dict(state)
+                    raise
+                _logger.warning("a pruning modifier begins anew, because its state does not fit: %s", error)
+            else:
+                fitting.append(pruning)
+        for pruning in fitting:
+            pruning.hold_loaded()
 
     def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _is_inside_another_step(optimizer):
-            return None
-        self._set_learning_rates()
-        for pruning in self._prunings:
-            pruning.prune_if_due(self.step, optimizer)
+        self._counts = self._counts or number == 0
+        self._first = number if self._first is None else self._first
+        if number == self._first:
+            self._last = self._last if self._stepped in {None, number} else self._stepped
+            self._prune_if_due()
+        self._changes.set_options(self.step)
         # With a closure the gradients come into being inside the step.
         if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._observed(kwargs["closure"])}
+            return args, {**kwargs, "closure": self._observed(number, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self._observed(args[1]), *args[2:]), kwargs
-        self._take_gradients()
+            return (args[0], self._observed(number, args[1]), *args[2:]), kwargs
+        self._take_gradients(number)
         return None
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _is_inside_another_step(optimizer):
-            return
+    def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stepped = number
         for pruning in self._prunings:
-            pruning.hold_masks()
-        if _is_skipped(optimizer):
-            return
-        self.step += 1
+            pruning.hold_masks(number)
+        if number == 0 and self._counts and not _is_skipped(self._optimizers[0]):
+            self._counts = False
+            self.step += 1
+            self._changes.set_trained(self.step)
+        if number == self._last:
+            self._prune_if_due()
+
+    def _prune_if_due(self) -> None:
         for pruning in self._prunings:
-            pruning.prune_if_due(self.step, optimizer)
+            pruning.prune_if_due(self.step)
 
-    def _observed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        is_first = True  # a line search calls the closure again for the same batch
-
+    def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         def observed() -> Any:
-            nonlocal is_first
             loss = closure()
-            self._take_gradients(observe=is_first)
-            is_first = False
+            self._take_gradients(number)
             return loss
 
         return observed
 
-    def _take_gradients(self, *, observe: bool = True) -> None:
-        if _is_skipped(self._optimizer):
+    def _take_gradients(self, number: int) -> None:
+        optimizer = self._optimizers[number]
+        if _is_skipped(optimizer):
             return
         # A fused optimizer unscales inside its kernel and carries the scale here meanwhile.
-        scale = getattr(self._optimizer, "grad_scale", None)
+        scale = getattr(optimizer, "grad_scale", None)
+        is_first = self._observed_at[number] != self.step  # a line search calls its closure again for the same batch
+        self._observed_at[number] = self.step
         for pruning in self._prunings:
-            if observe:
-                pruning.observe_gradients(self.step, scale)
-            pruning.zero_gradients()
-
-    def _set_learning_rates(self) -> None:
-        for setting in self._learning_rates[self._learning_rates_set :]:
-            if self.step < round(setting.start_epoch * self.steps_per_epoch):
-                return
-            for group in self._optimizer.param_groups:
-                group["lr"] = setting.learning_rate
-            self._learning_rates_set += 1
+            if is_first:
+                pruning.observe_gradients(self.step, number, scale, begins_sample=number == self._first)
+            pruning.zero_gradients(number)
 
 
-def _is_inside_another_step(optimizer: torch.optim.Optimizer) -> bool:
-    # A subclass whose step() calls super().step() runs the hooks at both levels. The call stack tells them apart;
-    # a counter would go wrong for good once a step raises.
-    levels = 0
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        levels += frame.f_code is _HOOKED_STEP and frame.f_locals.get("self") is optimizer
-        frame = frame.f_back
-    return levels > 1
+def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[..., Any]:
+    """Return a hook of one optimizer that torch.compile does not look into, where a step is compiled."""
+
+    def called(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return hook(number, args, kwargs)
+
+    untraced: Callable[..., Any] = torch.compiler.disable(called)
+    return untraced
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -13,8 +13,8 @@ import mfac_torch
 ROOT = Path(__file__).parents[3]
 PAGES = [page for page in (ROOT / "docs" / "pytorch.md", ROOT / "README.md") if page.exists()]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-NEED_THE_DEMO_EXTRA = {"demo", "digits"}
-MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_torch.__path__) if name not in NEED_THE_DEMO_EXTRA]
+NEED_FURTHER_PACKAGES = {"demo", "digits", "lightning", "transformers"}
+MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_torch.__path__) if name not in NEED_FURTHER_PACKAGES]
 
 
 @pytest.fixture

@@ -478,7 +478,8 @@ def test_one_shot_reaches_the_final_sparsity_and_leaves_a_plain_module(task):
     assert manager.sparsity == 0.5
     assert all(is_plus_zero(prunable(model)[name][~mask]) for name, mask in manager.masks.items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    manager.apply(task.model(1), {"data_loader_builder": lambda: iter(task.batches), "loss_fn": nn.functional.mse_loss})
+    older = {"data_loader_builder": lambda: iter(task.batches), "loss_fn": nn.functional.mse_loss}
+    manager.apply(task.model(1), grad_sampler=older)
 
 
 def test_one_shot_equals_the_core_and_its_update_lowers_the_loss(task):
@@ -492,7 +493,8 @@ def test_one_shot_equals_the_core_and_its_update_lowers_the_loss(task):
         rows.append({name: parameter.grad.clone().numpy() for name, parameter in prunable(twin).items()})
     gradients = {name: np.stack([row[name] for row in rows]) for name in PRUNABLE}
     expected = prune(before, gradients, sparsity=0.75, block_size=16, damping=0.01)
-    ScheduledModifierManager.from_yaml(task.recipe()).apply(model, GradSampler(task.batches, nn.functional.mse_loss))
+    sampler = GradSampler(task.batches, nn.functional.mse_loss)
+    ScheduledModifierManager.from_yaml(task.recipe()).apply(model, grad_sampler=sampler)
     for name, parameter in prunable(model).items():
         np.testing.assert_allclose(parameter.detach().numpy(), expected.weights[name], rtol=1e-5, atol=1e-7)
 
@@ -601,7 +603,7 @@ def test_wrong_keys_from_python_are_refused_as_in_a_recipe():
         MFACPruningModifier(final_sparsity=0.5, end_epoch=1.0, num_grad=3)
     with pytest.raises(RecipeError, match=r"^MFACPruningModifier: final_sparsity and end_epoch are missing"):
         MFACPruningModifier()
-    with pytest.raises(TypeError, match="damp=.* is a object"):
+    with pytest.raises(RecipeError, match=r"MFACPruningModifier\.damp: <object"):
         MFACPruningModifier(final_sparsity=0.5, end_epoch=1.0, damp=object())
 
 
@@ -673,7 +675,7 @@ def test_each_pruning_step_is_logged(task, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         final_weights(task, task.recipe(), loggers=[board, other])
         final_weights(task, task.recipe("MagnitudePruningModifier"), loggers=board)
-    lines = [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pruning step")]
     assert len(lines) == 8
     assert re.fullmatch(
         r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient rows, "
@@ -755,8 +757,9 @@ def test_finalize_refuses_what_it_was_not_given(task):
     [
         (SettingError, "'0.wieght' matches no parameter", {"recipe": {"params": "[0.weight, 0.wieght]"}}),
         (SettingError, "steps_per_epoch", {"steps_per_epoch": 0}),
-        (TypeError, "optimizer is a list", {"optimizer": []}),
-        (TypeError, "does not support 'allow_parallel_module'", {"allow_parallel_module": True}),
+        (TypeError, "optimizer is an empty list", {"optimizer": []}),
+        (TypeError, "optimizer is a int", {"optimizer": 3}),
+        (TypeError, "does not support 'distillation_teacher'", {"distillation_teacher": "self"}),
         (TypeError, "no method log_scalar", {"loggers": [print]}),
         (TypeError, "grad_sampler is a list", {"grad_sampler": []}),
         (ValueError, "two pruning modifiers select 0.weight", {"second": {"params": ["re:0.w"]}}),
@@ -789,8 +792,8 @@ def test_what_is_not_a_modifier_is_refused():
         ScheduledModifierManager(["MFACPruningModifier"])
     with pytest.raises(ValueError, match="no modifiers"):
         ScheduledModifierManager([])
-    with pytest.raises(TypeError, match="does not support 'epoch', 'metadata'"):
-        ScheduledModifierManager([EpochRangeModifier(end_epoch=1.0)]).apply(nn.Linear(1, 1), epoch=1, metadata={})
+    with pytest.raises(TypeError, match="does not support 'teacher', 'metadata'"):
+        ScheduledModifierManager([EpochRangeModifier(end_epoch=1.0)]).apply(nn.Linear(1, 1), teacher=1, metadata={})
 
 
 def test_distributed_training_is_refused(task):
@@ -802,7 +805,7 @@ def test_distributed_training_is_refused(task):
     try:
         for call in (
             lambda manager: manager.modify(model, optimizer, 5),
-            lambda manager: manager.apply(model, GradSampler(task.batches, nn.functional.mse_loss)),
+            lambda manager: manager.apply(model, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss)),
         ):
             with pytest.raises(NotImplementedError, match="2 processes, which is not supported yet"):
                 call(ScheduledModifierManager.from_yaml(task.recipe()))
@@ -820,6 +823,102 @@ def test_arguments_of_the_wrong_kind_are_refused_by_name(task):
     with pytest.raises(TypeError, match="the model is a SGD"):
         manager.apply(optimizer, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss))
     manager.modify(model, optimizer, task.steps_per_epoch)
-    with pytest.raises(ValueError, match="this is not the state of a manager: it lacks learning_rates_set"):
+    with pytest.raises(ValueError, match="this is not the state of a manager: it lacks step, steps_per_epoch"):
         manager.load_state_dict({"x": 1})
     manager.finalize()
+
+
+# --- what scripts call beside modify, apply and finalize
+
+
+def test_arguments_may_be_given_to_initialize(task):
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    drawn = []
+
+    def batches():
+        drawn.append(manager.state_dict()["step"])
+        return iter(task.batches)
+
+    sampler = GradSampler(batches, nn.functional.mse_loss)
+    assert not manager.initialized
+    manager.initialize(model, 1.0, grad_sampler=sampler, distillation_teacher=None)
+    assert hooks(optimizer) == 0
+    manager.modify(model, optimizer, task.steps_per_epoch)
+    assert manager.initialized
+    assert manager.state_dict()["step"] == 5
+    task.train(model, optimizer, stop=6)
+    assert drawn == [5, 10]
+    with pytest.raises(TypeError, match="initialize.. does not support 'teacher'"):
+        manager.initialize(model, teacher=model)
+
+
+def test_the_structure_of_a_model_needs_no_change_before_its_weights_are_loaded(task):
+    pruned = task.model()
+    manager = ScheduledModifierManager.from_yaml(task.recipe("MagnitudePruningModifier"))
+    manager.apply(pruned)
+    model = task.model(1)
+    ScheduledModifierManager.from_yaml(task.recipe()).apply_structure(model, epoch=math.inf)
+    model.load_state_dict(pruned.state_dict())
+    assert zeros(model) == 54
+    with pytest.raises(TypeError, match="the model is a str"):
+        manager.apply_structure("model")
+
+
+def test_one_shot_may_stop_where_the_recipe_is_at_an_epoch(task):
+    recipe = task.recipe("MagnitudePruningModifier", inter_func="linear")
+    for epoch, pruned in ((0.5, 0), (1.0, 15), (2.5, 27), (9.0, 54)):
+        model = task.model()
+        ScheduledModifierManager.from_yaml(recipe).apply(model, epoch)
+        assert zeros(model) == pruned
+
+
+def test_one_shot_follows_modifiers_that_follow_each_other_and_refuses_those_that_overlap(task):
+    def modifier(final_sparsity, start_epoch, end_epoch):
+        return MagnitudePruningModifier(
+            final_sparsity=final_sparsity, start_epoch=start_epoch, end_epoch=end_epoch, params="__ALL_PRUNABLE__"
+        )
+
+    model = task.model()
+    ScheduledModifierManager([modifier(0.75, 2.0, 3.0), modifier(0.5, 1.0, 2.0)]).apply(model)
+    assert zeros(model) == 54
+    for other in (modifier(0.5, 1.0, 2.5), modifier(0.5, 2.0, 2.0), modifier(0.5, 2.0, 3.0)):
+        with pytest.raises(ValueError, match="two pruning modifiers select 0.weight, 2.weight at the same time"):
+            ScheduledModifierManager([modifier(0.75, 2.0, 3.0), other, other]).apply(model)
+    at_once = modifier(0.5, 2.0, 2.0)
+    with pytest.raises(ValueError, match="at the same time"):
+        ScheduledModifierManager([at_once, at_once]).apply(model)
+
+
+def test_one_shot_samples_even_where_a_gradual_run_would_take_the_gradients_of_training(task):
+    model = task.model()
+    manager = ScheduledModifierManager.from_yaml(task.recipe(use_gradient_buffering="true"))
+    manager.apply(model, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss))
+    assert zeros(model) == 54
+
+
+def test_a_fraction_of_steps_per_epoch_is_rounded_up(task, caplog):
+    model = task.model()
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=70 / 16)
+    assert manager.state_dict()["steps_per_epoch"] == 5
+    assert "steps_per_epoch 4.375 is taken as 5" in caplog.text
+    manager.finalize(model)
+    with pytest.raises(SettingError, match="steps_per_epoch"):
+        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=math.nan)
+    manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=3.0)
+    assert manager.state_dict()["steps_per_epoch"] == 3
+
+
+def test_modifiers_for_training_alone_need_no_pruning(task):
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    manager = ScheduledModifierManager([EpochRangeModifier(end_epoch=3.0), SetLearningRateModifier(learning_rate=0.5)])
+    manager.modify(model, optimizer, task.steps_per_epoch)
+    task.train(model, optimizer, stop=2)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert (manager.sparsity, manager.masks) == (0.0, {})
+    manager.finalize(model)
+    assert hooks(optimizer) == 0

@@ -106,3 +106,24 @@ def test_masks_follow_a_parameter_to_a_device_without_memory():
     torch.utils.swap_tensors(layer.weight, nn.Parameter(layer.weight.to("meta")))
     held.zero_weights()
     assert held.masks["weight"].device.type == "meta"
+
+
+def test_a_reset_forgets_what_an_optimizer_remembers_of_all_entries(held, weight):
+    optimizer = torch.optim.Adam([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held.reset_optimizer_state(optimizer)
+    assert not optimizer.state[weight]["exp_avg"].any()
+    assert not optimizer.state[weight]["exp_avg_sq"].any()
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_only_the_named_parameters_are_touched():
+    first, second = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    first.grad, second.grad = torch.ones(2, 3), torch.ones(2, 3)
+    held = HeldMasks({"first": first, "second": second})
+    held.hold({"first": KEEP, "second": KEEP})
+    held.zero_weights(["second"])
+    held.zero_gradients(["second"])
+    assert (int((first == 0).sum()), int((second == 0).sum())) == (0, 2)
+    assert (int((first.grad == 0).sum()), int((second.grad == 0).sum())) == (0, 2)

@@ -1,14 +1,57 @@
+import logging
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import mfac_core
 import mfac_torch
-from mfac_torch import GradSampler, ScheduledModifierManager, SetLearningRateModifier
+from mfac_torch import (
+    GradSampler,
+    MagnitudePruningModifier,
+    MFACPruningModifier,
+    ScheduledModifierManager,
+    SetLearningRateModifier,
+)
+
+METHODS = {
+    "M-FAC": ("MFACPruningModifier", {}),
+    "M-FAC in parts": ("MFACPruningModifier", {"num_recomputations": 3}),
+    "M-FAC sampled": ("MFACPruningModifier", {"start_epoch": 0.0}),
+    "M-FAC sampled in parts": ("MFACPruningModifier", {"num_recomputations": 2}),
+    "magnitude": ("MagnitudePruningModifier", {}),
+    "from what is zero": ("MagnitudePruningModifier", {"init_sparsity": "__FROM_PARAM__"}),
+    "AC/DC": ("ACDCPruningModifier", {}),
+    "constant": ("ConstantPruningModifier", {}),
+}
+"""What prunes: the modifier, and the keys in which it differs from the shared recipe."""
+
+
+def recipe_of(task, method):
+    modifier, keys = METHODS[method]
+    if modifier == "ConstantPruningModifier":
+        return "modifiers:\n  - !ConstantPruningModifier {params: __ALL_PRUNABLE__, start_epoch: 0.0, end_epoch: 4.0}\n"
+    if modifier == "ACDCPruningModifier":
+        return (
+            "modifiers:\n  - !ACDCPruningModifier {params: __ALL_PRUNABLE__, compression_sparsity: 0.75, "
+            "start_epoch: 0.0, end_epoch: 4.0, update_frequency: 1.0}\n"
+        )
+    return task.recipe(modifier, **keys)
+
+
+def sampler_of(task, method):
+    if "sampled" not in method:
+        return None
+    inputs, targets = (torch.cat(tensors) for tensors in zip(*task.batches, strict=True))
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=8, shuffle=True)
+    return GradSampler(loader, nn.functional.mse_loss)
 
 
 class Trainer:
@@ -17,6 +60,8 @@ class Trainer:
     def __init__(self, task, recipe, sampler=None, seed=0, make_optimizer=torch.optim.AdamW):
         self.task = task
         self.model = task.model(seed)
+        with torch.no_grad():
+            self.model[0].weight[:2] = 0  # for the modifiers that hold what is zero
         self.optimizer = make_optimizer(self.model.parameters(), lr=0.02)
         self.manager = ScheduledModifierManager.from_yaml(
             recipe, [SetLearningRateModifier(learning_rate=0.01, start_epoch=2)]
@@ -47,18 +92,19 @@ def assert_equal_runs(one, other):
         assert torch.equal(mask, other.manager.masks[name]), name
 
 
-@pytest.mark.parametrize("stopped_at", [0, 3, 5, 6, 9, 10, 13, 19, 20])
-@pytest.mark.parametrize("modifier", ["MFACPruningModifier", "MagnitudePruningModifier"])
-def test_a_resumed_run_equals_one_that_was_not_interrupted(task, tmp_path, modifier, stopped_at):
-    recipe = task.recipe(modifier)
-    whole = Trainer(task, recipe)
-    whole.fit(22)
-    killed = Trainer(task, recipe)
-    killed.fit(stopped_at)
-    killed.save(tmp_path / "checkpoint.pt")
-    resumed = Trainer(task, recipe, seed=1)
+@pytest.mark.parametrize("stopped_at", [0, 3, 5, 6, 10, 13, 19])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(task, tmp_path, method, stopped_at):
+    def trainer(seed=0):
+        return Trainer(task, recipe_of(task, method), sampler_of(task, method), seed)
+
+    whole = trainer()
+    whole.fit(stopped_at)
+    whole.save(tmp_path / "checkpoint.pt")
+    whole.fit(19)
+    resumed = trainer(seed=1)
     resumed.resume(tmp_path / "checkpoint.pt")
-    resumed.fit(22)
+    resumed.fit(19)
     assert_equal_runs(resumed, whole)
     assert resumed.optimizer.param_groups[0]["lr"] == 0.01
 
@@ -72,22 +118,6 @@ def test_the_parts_of_a_checkpoint_may_be_loaded_in_any_order(task, tmp_path, or
     whole.fit(22)
     resumed = Trainer(task, recipe, seed=1)
     resumed.resume(tmp_path / "checkpoint.pt", order)
-    resumed.fit(22)
-    assert_equal_runs(resumed, whole)
-
-
-def test_a_run_with_a_sampler_resumes(task, tmp_path):
-    def trainer(seed=0):
-        return Trainer(
-            task, task.recipe(start_epoch=0.0), GradSampler(task.batches, torch.nn.functional.mse_loss), seed
-        )
-
-    whole = trainer()
-    whole.fit(7)
-    whole.save(tmp_path / "checkpoint.pt")
-    whole.fit(22)
-    resumed = trainer(1)
-    resumed.resume(tmp_path / "checkpoint.pt")
     resumed.fit(22)
     assert_equal_runs(resumed, whole)
 
@@ -137,6 +167,7 @@ def test_a_state_is_not_changed_by_the_run_that_goes_on(task):
     [
         ({"steps_per_epoch": 6}, "pass steps_per_epoch=6"),
         ({"prunings": []}, "holds 0 pruning modifiers, this recipe has 1"),
+        ({"changes_done": []}, "holds 0 modifiers of learning rate and weight decay, this recipe has 1"),
     ],
 )
 def test_a_state_of_another_run_is_refused(task, change, message):
@@ -151,6 +182,119 @@ def test_a_state_of_another_model_is_refused(task):
         other.manager.load_state_dict(run.manager.state_dict())
 
 
+def test_the_random_numbers_go_on_where_they_were(task):
+    def numbers():
+        from_numpy = np.random.rand(), np.random.randn()  # noqa: NPY002
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), from_numpy
+
+    run = Trainer(task, task.recipe())
+    random.gauss(0, 1), np.random.randn()  # noqa: NPY002 - each keeps a second number in hand
+    state = run.manager.state_dict()
+    expected = numbers()
+    numbers()
+    run.manager.load_state_dict(state)
+    assert numbers() == expected
+
+
+def test_a_state_without_its_window_is_small_and_resumes_with_fresh_rows(task, tmp_path, caplog):
+    recipe = task.recipe(num_grads=5)
+    killed = Trainer(task, recipe)
+    killed.fit(8)
+    small, whole = (killed.manager.state_dict(gradient_window=window) for window in (False, True))
+    assert "window" in whole["prunings"][0]
+    assert "window" not in small["prunings"][0]
+    resumed = Trainer(task, recipe)
+    resumed.model.load_state_dict(killed.model.state_dict())
+    resumed.manager.load_state_dict(small)
+    resumed.step = 8
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        resumed.fit(10)
+    assert "2 gradient rows" in caplog.text
+    resumed.fit(20)
+    assert resumed.manager.sparsity == pytest.approx(0.75)
+
+
+def test_a_file_is_read_without_running_code_and_on_a_named_device(task, tmp_path):
+    killed = Trainer(task, task.recipe())
+    killed.fit(8)
+    killed.save(tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt", weights_only=True, map_location="cpu")
+
+    def plain(value):
+        if isinstance(value, dict):
+            return all(plain(key) and plain(item) for key, item in value.items())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return type(value) in {torch.Tensor, int, float, bool, str, type(None)}
+
+    assert plain(loaded["manager"])
+    resumed = Trainer(task, task.recipe(), seed=1)
+    resumed.resume(tmp_path / "checkpoint.pt")
+    assert_equal_runs(resumed, killed)
+
+
+@pytest.mark.parametrize("method", ["M-FAC in parts", "M-FAC sampled in parts"])
+def test_what_a_logger_saves_is_a_whole_pruning_step(task, tmp_path, method):
+    whole = Trainer(task, recipe_of(task, method), sampler_of(task, method))
+
+    class Saves:
+        def log_scalar(self, tag, value, step):
+            if step == 10:
+                whole.step = step
+                whole.save(tmp_path / "checkpoint.pt")
+
+    whole.manager.finalize()
+    whole.manager.modify(
+        whole.model,
+        whole.optimizer,
+        task.steps_per_epoch,
+        loggers=Saves(),
+        grad_sampler=sampler_of(task, method),
+    )
+    whole.fit(20)
+    resumed = Trainer(task, recipe_of(task, method), sampler_of(task, method), seed=1)
+    resumed.resume(tmp_path / "checkpoint.pt")
+    resumed.fit(20)
+    assert_equal_runs(resumed, whole)
+
+
+def two_modifiers(task, first="0.weight", second="2.weight", seed=0):
+    model = task.model(seed)
+    manager = ScheduledModifierManager(
+        [
+            MagnitudePruningModifier(params=[first], final_sparsity=0.5, start_epoch=1.0, end_epoch=2.0),
+            MFACPruningModifier(params=[second], final_sparsity=0.5, start_epoch=1.0, end_epoch=2.0, num_grads=3),
+        ]
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    manager.modify(model, optimizer, task.steps_per_epoch)
+    return model, optimizer, manager
+
+
+def test_a_state_that_fits_in_part_changes_nothing(task):
+    model, optimizer, manager = two_modifiers(task)
+    task.train(model, optimizer, stop=10)
+    state = manager.state_dict()
+    other, _, resumed = two_modifiers(task, second="2.bias", seed=1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"unknown: \['2\.weight'\]"):
+        resumed.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    assert resumed.masks == {}
+    assert resumed.state_dict()["step"] == 0
+    assert resumed.state_dict()["prunings"][0]["pruning_steps_done"] == 0
+
+
+def test_a_state_that_fits_in_part_is_taken_in_part_when_asked_for(task, caplog):
+    model, optimizer, manager = two_modifiers(task)
+    task.train(model, optimizer, stop=10)
+    _, _, resumed = two_modifiers(task, second="2.bias", seed=1)
+    with caplog.at_level(logging.WARNING, logger="mfac_torch"):
+        resumed.load_state_dict(manager.state_dict(), strict=False)
+    assert list(resumed.masks) == ["0.weight"]
+    assert "begins anew, because its state does not fit" in caplog.text
+
+
 RESUME = """
 import importlib.util, sys
 import torch
@@ -162,25 +306,30 @@ resume = importlib.util.spec_from_file_location("resume", sys.argv[2])
 tests = importlib.util.module_from_spec(resume)
 resume.loader.exec_module(tests)
 task = module.TinyTask()
-run = tests.Trainer(task, task.recipe(), seed=3)
-run.resume(sys.argv[3])
-run.fit(22)
-run.save(sys.argv[4])
+for method in tests.METHODS:
+    name = method.replace("/", "")
+    run = tests.Trainer(task, tests.recipe_of(task, method), tests.sampler_of(task, method), seed=3)
+    run.resume(f"{sys.argv[3]}/{name}.pt")
+    run.fit(22)
+    run.save(f"{sys.argv[3]}/{name} resumed.pt")
 """
 
 
 def test_a_fresh_process_ends_with_the_same_weights(task, tmp_path):
-    whole = Trainer(task, task.recipe())
-    whole.fit(8)
-    whole.save(tmp_path / "killed.pt")
-    whole.fit(22)
+    runs = {}
+    for method in METHODS:
+        runs[method.replace("/", "")] = run = Trainer(task, recipe_of(task, method), sampler_of(task, method))
+        run.fit(8)
+        run.save(tmp_path / f"{method.replace('/', '')}.pt")
+        run.fit(22)
     here = Path(__file__).parent
     paths = [Path(package.__file__).parents[1] for package in (mfac_core, mfac_torch)]
     subprocess.run(
-        [sys.executable, "-c", RESUME, here / "conftest.py", __file__, tmp_path / "killed.pt", tmp_path / "resumed.pt"],
+        [sys.executable, "-c", RESUME, here / "conftest.py", __file__, tmp_path],
         check=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
     )
-    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(resumed["model"][name], value), name
+    for method, run in runs.items():
+        resumed = torch.load(tmp_path / f"{method} resumed.pt", weights_only=True)
+        for name, value in run.model.state_dict().items():
+            assert torch.equal(resumed["model"][name], value), (method, name)

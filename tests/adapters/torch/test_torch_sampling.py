@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mfac_torch import GradSampler
+from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager
 
 
 @pytest.fixture
@@ -70,6 +70,15 @@ def test_training_flags_are_restored_when_the_loss_raises(model, data):
         draw(GradSampler(data, broken), model, 1)
     assert model.training
     assert model[2].training
+
+
+def test_frozen_weights_are_sampled_too_and_stay_frozen(model, data):
+    expected_rows = list(GradSampler(data, nn.functional.cross_entropy).gradients(model, weights(model), 2))
+    model[0].weight.requires_grad_(False)
+    rows = list(GradSampler(data, nn.functional.cross_entropy).gradients(model, weights(model), 2))
+    for row, expected_row in zip(rows, expected_rows, strict=True):
+        assert all(torch.equal(row[name], expected_row[name]) for name in row)
+    assert not model[0].weight.requires_grad
 
 
 def test_sampling_works_where_gradients_are_off(model, data):
@@ -194,3 +203,105 @@ def test_progress_is_shown_only_on_request(model, data, capsys):
     assert capsys.readouterr().out == ""
     draw(GradSampler(data, nn.functional.cross_entropy, progress=True), model, 2)
     assert "gradient samples" in capsys.readouterr().out
+
+
+# --- builders and their options
+
+
+def drawn_by(builder, options, model, count=2):
+    list(GradSampler(builder, nn.functional.cross_entropy).gradients(model, weights(model), count, options))
+
+
+def test_options_reach_a_builder_by_name_or_as_one_dictionary(model, data):
+    got = []
+
+    def by_name(batch_size=2, shuffle=True):
+        got.append((batch_size, shuffle))
+        return data
+
+    def as_dictionary(kwargs):
+        got.append(kwargs)
+        return data
+
+    def without():
+        got.append("none")
+        return data
+
+    drawn_by(by_name, {"batch_size": 7}, model)
+    drawn_by(by_name, {}, model)
+    drawn_by(as_dictionary, {"batch_size": 7}, model)
+    drawn_by(as_dictionary, {}, model)
+    drawn_by(without, {}, model)
+    assert got == [(7, True), (2, True), {"batch_size": 7}, None, "none"]
+
+
+def test_options_that_nothing_takes_are_refused_by_name(model, data):
+    for source in (data, lambda: data):
+        with pytest.raises(TypeError, match=r"grad_sampler_kwargs \{'batch_size': 7\}.*takes none"):
+            drawn_by(source, {"batch_size": 7}, model)
+
+
+def test_options_of_a_recipe_reach_the_builder(model, data):
+    sizes = []
+
+    def builder(batch_size):
+        sizes.append(batch_size)
+        return data
+
+    manager = ScheduledModifierManager(
+        [MFACPruningModifier(final_sparsity=0.5, end_epoch=0.0, num_grads=2, grad_sampler_kwargs={"batch_size": 3})]
+    )
+    manager.apply(model, grad_sampler=GradSampler(builder, nn.functional.cross_entropy))
+    assert sizes == [3]
+
+
+# --- models that return tuples
+
+
+class Pair(nn.Module):
+    """Returns logits and classes, as models of SparseML do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        logits = self.model(inputs)
+        return logits, logits.softmax(dim=1)
+
+
+def test_a_loss_that_takes_one_output_gets_the_first_of_a_tuple(model, data, caplog):
+    pair = Pair(model)
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        rows = list(GradSampler(data, nn.functional.cross_entropy).gradients(pair, weights(model), 3))
+    assert_rows_equal(rows, model, data)
+    assert caplog.text.count("does not take the tuple") == 1
+
+
+def test_a_loss_that_takes_the_tuple_gets_it(model, data, caplog):
+    def loss(outputs, target):
+        logits, classes = outputs
+        return nn.functional.cross_entropy(logits, target) + 0 * classes.sum()
+
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        rows = list(GradSampler(data, loss).gradients(Pair(model), weights(model), 3))
+    assert_rows_equal(rows, model, data)
+    assert caplog.text == ""
+
+
+def test_an_error_in_a_loss_is_raised_as_it_is(model, data):
+    def loss(outputs, target):
+        if isinstance(outputs, tuple):
+            raise TypeError("mine")
+        raise ValueError("about the first entry")
+
+    with pytest.raises(TypeError, match="^mine$"):
+        list(GradSampler(data, loss).gradients(Pair(model), weights(model), 1))
+
+    def loss_of_one_row(output, target):
+        if output.ndim > 1:
+            raise TypeError("mine too")
+        return output.sum()
+
+    with pytest.raises(TypeError, match="^mine too$"):
+        list(GradSampler(data, loss_of_one_row).gradients(model, weights(model), 1))

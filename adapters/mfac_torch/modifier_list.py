@@ -1,0 +1,201 @@
+"""The modifiers of a recipe, in order: loaded from text, looked at, written as text again."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from mfac_core.recipe import load_recipe, recipe_text
+from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
+from mfac_torch.modifier import EpochRangeModifier, Modifier, PruningModifier, Settings, modifier_for
+
+__all__ = ["ModifierList"]
+
+
+class ModifierList:
+    """What a manager knows of its recipe, before any model is there.
+
+    Args:
+        modifiers: The modifiers.
+        metadata: Anything to keep beside them: plain values by name.
+
+    Attributes:
+        modifiers: The modifiers, in order.
+        metadata: What was given.
+
+    Raises:
+        TypeError: If ``modifiers`` is a recipe, or an entry is not a modifier.
+        ValueError: If there is none.
+    """
+
+    def __init__(self, modifiers: Iterable[Modifier], metadata: Mapping[str, Any] | None = None) -> None:
+        if isinstance(modifiers, str | os.PathLike):
+            raise TypeError("modifiers is a path or text; pass a recipe to ScheduledModifierManager.from_yaml")
+        self.modifiers = tuple(modifiers)
+        self.metadata = dict(metadata or {})
+        for modifier in self.modifiers:
+            if not isinstance(modifier, Modifier):
+                raise TypeError(
+                    f"{modifier!r} is not a modifier; pass modifiers such as MFACPruningModifier(...), "
+                    "or a recipe to ScheduledModifierManager.from_yaml"
+                )
+        if not self.modifiers:
+            raise ValueError("there are no modifiers; pass at least one, such as MFACPruningModifier(...)")
+
+    @classmethod
+    def from_yaml(
+        cls,
+        file_path: str | os.PathLike[str],
+        add_modifiers: Iterable[Modifier] | None = None,
+        recipe_variables: Mapping[str, object] | str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        unsupported: Literal["error", "skip"] = "error",
+    ) -> Self:
+        """Return the manager of a recipe.
+
+        Args:
+            file_path: Path of a recipe, or the text of one.
+            add_modifiers: Further modifiers, after those of the recipe.
+            recipe_variables: Values to use instead of those of the recipe's variables: a mapping, JSON, or
+                ``name=value`` pairs with commas between.
+            metadata: Anything to keep beside the modifiers: :meth:`save` writes it.
+            unsupported: ``skip`` leaves out modifiers that are known but not supported, with a warning in the log.
+
+        Returns:
+            The manager.
+
+        Raises:
+            RecipeError: If the recipe is wrong; the message names line, key, rule and cure.
+        """
+        recipe = load_recipe(file_path, recipe_variables, unsupported=unsupported)
+        return cls([*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], metadata)
+
+    @classmethod
+    def compose_staged(
+        cls,
+        base_recipe: str | os.PathLike[str] | ModifierList,
+        additional_recipe: str | os.PathLike[str] | ModifierList,
+        keep_original_epochs: bool = False,
+        save_path: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        r"""Return the manager of two recipes, the second of which begins when the first ends.
+
+        Args:
+            base_recipe: The first: a path, a text, or a manager.
+            additional_recipe: The second.
+            keep_original_epochs: Whether the second keeps the epochs that it has.
+            save_path: Where to write the whole as a recipe; ``None`` for nowhere.
+
+        Returns:
+            The manager. Modifiers of the first that have no end of their own end with it.
+
+        Example:
+            >>> first = "modifiers:\n- !EpochRangeModifier {start_epoch: 0, end_epoch: 3}"
+            >>> staged = ModifierList.compose_staged(first, first)
+            >>> [(modifier.start_epoch, modifier.end_epoch) for modifier in staged.modifiers]
+            [(0.0, 3.0), (3.0, 6.0)]
+        """
+        base, additional = (
+            recipe if isinstance(recipe, ModifierList) else cls.from_yaml(recipe)
+            for recipe in (base_recipe, additional_recipe)
+        )
+        first = [modifier.settings for modifier in base.modifiers]
+        second = [modifier.settings for modifier in additional.modifiers]
+        if not keep_original_epochs:
+            end = float(base.max_epochs)
+            first = [_ended(settings, end) for settings in first]
+            second = [_shifted(settings, end) for settings in second]
+        staged = cls(map(modifier_for, [*first, *second]), {**base.metadata, **additional.metadata})
+        if save_path is not None:
+            staged.save(save_path)
+        return staged
+
+    @property
+    def max_epochs(self) -> int:
+        """How long to train: the last epoch that a modifier names, rounded up; 0 if none names one."""
+        return max(self._epochs(), default=0)
+
+    @property
+    def min_epochs(self) -> int:
+        """The first epoch that a modifier names, rounded up."""
+        return min(self._epochs(), default=0)
+
+    @property
+    def epoch_modifiers(self) -> list[Modifier]:
+        """The modifiers that say how long to train."""
+        return [modifier for modifier in self.modifiers if isinstance(modifier, EpochRangeModifier)]
+
+    @property
+    def learning_rate_modifiers(self) -> list[Modifier]:
+        """The modifiers that set learning rates."""
+        of_rates = SetLearningRate | LearningRateFunction | LearningRateSchedule
+        return [modifier for modifier in self.modifiers if isinstance(modifier.settings, of_rates)]
+
+    @property
+    def pruning_modifiers(self) -> list[PruningModifier]:
+        """The modifiers that prune."""
+        return [modifier for modifier in self.modifiers if isinstance(modifier, PruningModifier)]
+
+    def iter_modifiers(self) -> Iterator[Modifier]:
+        """Yield the modifiers, in order.
+
+        Yields:
+            Each modifier.
+        """
+        yield from self.modifiers
+
+    def to_string_lines(self, include_metadata: bool = True) -> list[str]:
+        """Return the modifiers as the lines of a recipe.
+
+        Args:
+            include_metadata: Whether the metadata are among them.
+
+        Returns:
+            The lines; :meth:`from_yaml` reads them.
+        """
+        text = recipe_text([modifier.settings for modifier in self.modifiers])
+        if include_metadata and self.metadata:
+            text = yaml.safe_dump({"__metadata__": self.metadata}, sort_keys=False) + text
+        return text.splitlines()
+
+    def save(self, file_path: str | os.PathLike[str], include_metadata: bool = True) -> None:
+        """Write the modifiers to a file, as a recipe.
+
+        Args:
+            file_path: The file; its folder is made if missing.
+            include_metadata: Whether to write the metadata too.
+        """
+        path = Path(file_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(self.to_string_lines(include_metadata)) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        return "\n".join(self.to_string_lines())
+
+    def _epochs(self) -> Iterator[int]:
+        for modifier in self.modifiers:
+            yield math.ceil(modifier.start_epoch)
+            if modifier.end_epoch >= 0:
+                yield math.ceil(modifier.end_epoch)
+
+
+def _ended(settings: Settings, end: float) -> Settings:
+    has_no_end = getattr(settings, "end_epoch", None) == math.inf
+    return _with(settings, end_epoch=max(end, settings.start_epoch)) if has_no_end else settings
+
+
+def _shifted(settings: Settings, by: float) -> Settings:
+    epochs = [name for name in ("start_epoch", "end_epoch") if hasattr(settings, name)]
+    return _with(settings, **{name: getattr(settings, name) + by for name in epochs})
+
+
+def _with(settings: Any, **fields: float) -> Settings:
+    changed: Settings = dataclasses.replace(settings, **fields)
+    return changed

@@ -1,0 +1,74 @@
+"""Settings of a gradual run -> settings that reach its sparsity in a single pruning step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from mfac_core.errors import SettingError
+from mfac_core.schedule import pruning_schedule
+from mfac_core.settings import (
+    FROM_PARAM,
+    ACDCSettings,
+    ConstantSettings,
+    GradualSettings,
+    MagnitudeSettings,
+    MFACSettings,
+    PruningSettings,
+)
+
+__all__ = ["one_shot"]
+
+_FINE = 1_000_000
+"""Steps per epoch so many that no two pruning steps of a schedule become one."""
+
+
+def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
+    """Return settings that prune in a single step, before any training, as far as a gradual run is at an epoch.
+
+    Args:
+        settings: Settings of a gradual run.
+        epoch: Completed epochs; infinity for the end.
+
+    Returns:
+        The settings, one for each final sparsity; none where nothing is pruned at that epoch.
+
+    Raises:
+        SettingError: If the sparsity at that epoch depends on what is zero in the weights.
+
+    Example:
+        >>> settings = MagnitudeSettings(final_sparsity=0.8, start_epoch=2, end_epoch=10, update_frequency=4)
+        >>> [[each.final_sparsity for each in one_shot(settings, epoch)] for epoch in (0, 6, 20)]
+        [[], [0.7000000000000001], [0.8]]
+    """
+    if isinstance(settings, ConstantSettings):
+        held = settings.start_epoch <= epoch and (epoch < settings.end_epoch or epoch == math.inf)
+        return [replace(settings, start_epoch=0.0, end_epoch=math.inf)] if held else []
+    reached = ((each, _sparsity_at(each, epoch)) for each in settings.by_final_sparsity())
+    return [_in_one_step(each, sparsity) for each, sparsity in reached if sparsity > 0]
+
+
+def _sparsity_at(settings: PruningSettings, epoch: float) -> float:
+    is_measured = isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM
+    if is_measured and settings.start_epoch <= epoch < settings.end_epoch:
+        raise SettingError(
+            "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number for it"
+        )
+    past = [planned.sparsity for planned in pruning_schedule(settings, _FINE) if planned.epoch <= epoch]
+    return past[-1] if past else 0.0
+
+
+def _in_one_step(settings: PruningSettings, sparsity: float) -> PruningSettings:
+    if isinstance(settings, ACDCSettings):
+        return MagnitudeSettings(
+            final_sparsity=sparsity,
+            end_epoch=0.0,
+            params=settings.params,
+            scope=settings.scope,
+            mask_type=settings.mask_type,
+        )
+    at_once: dict[str, Any] = {"start_epoch": 0.0, "end_epoch": 0.0, "final_sparsity": sparsity, "leave_enabled": True}
+    if isinstance(settings, MFACSettings):
+        at_once["gradient_origin"] = "auto"  # there are no gradients of training
+    return replace(settings, **at_once)

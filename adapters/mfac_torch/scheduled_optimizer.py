@@ -1,0 +1,38 @@
+"""The older way to attach a recipe, which training scripts still call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfac_torch.manager import ScheduledModifierManager
+from mfac_torch.scalar_loggers import ScalarLoggers
+
+__all__ = ["ScheduledOptimizer"]
+
+
+def ScheduledOptimizer(
+    optimizer: torch.optim.Optimizer,
+    module: nn.Module,
+    manager: ScheduledModifierManager,
+    steps_per_epoch: int,
+    loggers: ScalarLoggers | None = None,
+    initialize_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Attach a recipe to a model and its optimizer, as :meth:`ScheduledModifierManager.modify` does.
+
+    Args:
+        optimizer: The optimizer that trains the model.
+        module: The model.
+        manager: The manager of the recipe.
+        steps_per_epoch: Optimizer steps per epoch.
+        loggers: As in ``modify``.
+        initialize_kwargs: Further arguments of ``modify`` by name, such as ``grad_sampler``.
+
+    Returns:
+        The optimizer itself.
+    """
+    return manager.modify(module, optimizer, steps_per_epoch, loggers=loggers, **(initialize_kwargs or {}))

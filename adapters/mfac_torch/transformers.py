@@ -1,0 +1,197 @@
+"""Pruning inside the ``Trainer`` of Hugging Face: a callback that runs a recipe.
+
+Needs the packages ``transformers`` and ``accelerate``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfac_torch.manager import ScheduledModifierManager
+from mfac_torch.sampling import GradSampler
+from mfac_torch.scalar_loggers import ScalarLoggers
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise ImportError(
+        "mfac_torch.transformers needs transformers and accelerate; install them with: "
+        'pip install "mfac-core[transformers]"'
+    ) from error
+
+__all__ = ["STATE_FILE", "PruningCallback"]
+
+STATE_FILE = "pruning_state.pt"
+"""Name of the file in a checkpoint's folder that holds the state of pruning."""
+
+_logger = logging.getLogger("mfac_torch")
+
+
+class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent where types are checked
+    """Runs a recipe inside the ``Trainer`` of Hugging Face.
+
+    Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` goes on
+    from there. When training ends the model is a plain module again; after a run that broke off, call
+    ``callback.manager.finalize()``. The sparsity is added to what the trainer logs, as ``sparsity``: it is in
+    ``trainer.state.log_history`` and reaches the callbacks that stand after this one. Where the recipe sets the
+    learning rate, the scheduler of the trainer has no effect.
+
+    Args:
+        recipe: Path or text of a recipe, or a manager.
+        steps_per_epoch: Optimizer steps per epoch; ``None`` counts the batches of the trainer, as many as it
+            accumulates for one step. Give it where the data set has no length.
+        grad_sampler: Draws the gradient samples at each pruning step; ``None`` takes the gradients of training.
+        loggers: Told the sparsity of each parameter after a pruning step, as in ``ScheduledModifierManager.modify``.
+        gradient_window: Whether checkpoints hold the gradient window. Without it they are smaller, and a resumed run
+            has to fill its window anew.
+        resume_from_checkpoint: Folder of the checkpoint that ``train`` resumes from, where it lies elsewhere than in
+            the ``output_dir`` of this run.
+
+    Attributes:
+        manager: The manager; ``TrainingArguments(num_train_epochs=callback.manager.max_epochs)`` trains as long as the
+            recipe says.
+
+    Raises:
+        RecipeError: If the recipe is wrong.
+
+    Example:
+        >>> recipe = '''
+        ... pruning_modifiers:
+        ...   - !MFACPruningModifier
+        ...     params: re:bert.encoder.*dense.weight
+        ...     final_sparsity: 0.85
+        ...     end_epoch: 3.0
+        ... '''
+        >>> callback = PruningCallback(recipe)
+        >>> callback.manager.max_epochs
+        3
+    """
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str] | ScheduledModifierManager,
+        *,
+        steps_per_epoch: int | None = None,
+        grad_sampler: GradSampler | Mapping[str, Any] | None = None,
+        loggers: ScalarLoggers | None = None,
+        gradient_window: bool = True,
+        resume_from_checkpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.manager = (
+            recipe if isinstance(recipe, ScheduledModifierManager) else ScheduledModifierManager.from_yaml(recipe)
+        )
+        self._steps_per_epoch = steps_per_epoch
+        self._grad_sampler = grad_sampler
+        self._loggers = loggers
+        self._gradient_window = gradient_window
+        self._resume_from = resume_from_checkpoint
+        self._is_attached = False
+        self._learning_rates: list[Any] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attach the recipe, and go on from a checkpoint when the trainer does."""
+        _refuse_best_model(args)
+        self._finalize()  # a run that broke off, or began anew with a smaller batch size
+        resumed = self._saved_state(args, state) if state.global_step else None
+        if self.manager.learning_rate_modifiers and resumed is None:
+            _logger.info("the recipe sets the learning rate, so the scheduler of the trainer has no effect")
+            for group in kwargs["optimizer"].param_groups:
+                group["lr"] = group.get("initial_lr", group["lr"])  # without warm-up
+        self.manager.modify(
+            kwargs["model"],
+            getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # what accelerate wraps
+            steps_per_epoch=self._steps_per_epoch or _steps_per_epoch(args, kwargs["train_dataloader"]),
+            grad_sampler=self._grad_sampler,
+            loggers=self._loggers,
+        )
+        self._is_attached = True
+        if resumed is not None:
+            self.manager.load_state_dict(resumed)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the learning rates of the step that was made."""
+        self._learning_rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put back learning rates that the recipe sets and the trainer's scheduler has moved."""
+        if self.manager.learning_rate_modifiers:
+            for group, rate in zip(kwargs["optimizer"].param_groups, self._learning_rates, strict=True):
+                group["lr"] = rate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Add the sparsity to what is logged while training."""
+        if not self._is_attached:
+            return
+        added = {"sparsity": self.manager.sparsity}
+        if self.manager.learning_rate_modifiers and "learning_rate" in logs:
+            added["learning_rate"] = float(self._learning_rates[0])
+        logs.update(added)
+        state.log_history[-1].update(added)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save the state of pruning beside the checkpoint that the trainer has written."""
+        folder = _checkpoint(args, state)
+        if not folder.is_dir():
+            _logger.warning(
+                "the state of pruning is not saved: the trainer wrote its checkpoint elsewhere than to %s, as a "
+                "hyper-parameter search does",
+                folder,
+            )
+            return
+        partial = folder / f"{STATE_FILE}.partial"
+        torch.save(self.manager.state_dict(gradient_window=self._gradient_window), partial)
+        partial.replace(folder / STATE_FILE)  # whole or not at all, if we are killed here
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detach: a plain module remains."""
+        self._finalize()
+
+    def _finalize(self) -> None:
+        if self._is_attached:
+            self._is_attached = False
+            self.manager.finalize()
+
+    def _saved_state(self, args: Any, state: Any) -> dict[str, Any]:
+        named = [self._resume_from] if self._resume_from else [args.resume_from_checkpoint, _checkpoint(args, state)]
+        files = [Path(folder) / STATE_FILE for folder in named if isinstance(folder, str | os.PathLike)]
+        for file in files:
+            if file.exists():
+                saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                return saved
+        raise FileNotFoundError(
+            f"training resumes at step {state.global_step} and there is no state of pruning: "
+            f"{' and '.join(map(str, files))} not found; pass the folder of the checkpoint to PruningCallback as "
+            "resume_from_checkpoint, or start a new run from the model that the checkpoint holds"
+        )
+
+
+def _refuse_best_model(args: Any) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end would put back the weights of a checkpoint with another sparsity, most often that "
+            "before pruning; leave it out of TrainingArguments"
+        )
+
+
+def _steps_per_epoch(args: Any, batches: Any) -> int:
+    try:
+        # The last batches of an epoch make a step too.
+        steps: int = math.ceil(len(batches) / args.gradient_accumulation_steps)
+    except TypeError as error:
+        raise ValueError(
+            "the data set has no length, so the number of steps in an epoch is not known; pass steps_per_epoch to "
+            "PruningCallback"
+        ) from error
+    return steps
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
