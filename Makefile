@@ -24,7 +24,11 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest --quiet
+	@$(BIN)/python -m pytest --quiet --ignore=tests/adapters/keras
+	@for backend in tensorflow torch jax; do \
+	  echo "== tests: Keras on $$backend"; \
+	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet tests/adapters/keras || exit 1; \
+	done
 
 lint: $(VENV)/.installed-test
 	@echo "== ruff: rules"
@@ -58,7 +62,7 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "Installing mfac-core, PyTorch and the test tools into $(VENV) (several minutes the first time)"
+	@echo "Installing mfac-core, PyTorch, TensorFlow, JAX and the test tools into $(VENV) (several minutes the first time)"
 	@$(INSTALL) --editable ".[torch,demo,dev]"
 	@touch $(VENV)/.installed-demo $@
 
