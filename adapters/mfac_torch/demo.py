@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mfac_core import report
 from mfac_core.backends import resolve_devices
 from mfac_core.recipe import load_recipe
-from mfac_core.settings import MagnitudeSettings, MFACSettings, GradualSettings
+from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import Settings, modifier_for

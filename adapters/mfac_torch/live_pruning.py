@@ -18,10 +18,10 @@ from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler
-from mfac_torch.scalar_loggers import LogFunction, ScalarLogger
+from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters, weight_axes
 
-__all__ = ["LivePruning", "ScalarLogger"]
+__all__ = ["LivePruning"]
 
 _logger = logging.getLogger("mfac_torch")
 

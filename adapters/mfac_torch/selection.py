@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mfac_core.errors import SettingError
+from mfac_core.weight_names import ALL_PRUNABLE, matching_names
 
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
-
-ALL = "__ALL__"
-ALL_PRUNABLE = "__ALL_PRUNABLE__"
-PATTERN = "re:"
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -149,41 +144,15 @@ def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[
     named = dict(model.named_parameters(remove_duplicate=False))
     selected: dict[int, bool] = {}
     for entry in params:
-        for name in _names_of(entry, model, named, strict=strict):
+        names = matching_names(
+            entry, list(named), prunable=lambda: prunable_parameters(model), kind="parameter", strict=strict
+        )
+        if not names:
+            _logger.info("%r matches no parameter of the model and is left out", entry)
+        for name in names:
             key = id(named[name])
             selected[key] = selected.get(key, False) or name == entry
     return selected
-
-
-def _names_of(entry: str, model: nn.Module, named: dict[str, nn.Parameter], *, strict: bool) -> list[str]:
-    if entry == ALL:
-        names = list(named)
-    elif entry == ALL_PRUNABLE:
-        names = list(prunable_parameters(model))
-    elif entry.startswith(PATTERN):
-        pattern = _compiled(entry)
-        names = [name for name in named if pattern.match(name)]
-    else:
-        names = [entry] if entry in named else []
-    if not names and strict:
-        raise SettingError("params", f"{entry!r} matches no parameter of the model; {_suggestion(entry, list(named))}")
-    if not names:
-        _logger.info("%r matches no parameter of the model and is left out", entry)
-    return names
-
-
-def _compiled(entry: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry.removeprefix(PATTERN))
-    except re.error as error:
-        raise SettingError("params", f"{entry!r} is not a regular expression: {error}") from error
-
-
-def _suggestion(entry: str, names: list[str]) -> str:
-    if not names:
-        return "the model has no parameters"
-    nearest = get_close_matches(entry.removeprefix(PATTERN), names, n=3, cutoff=0.0)
-    return f"the nearest names are {', '.join(nearest)}"
 
 
 def _is_usable(name: str, parameter: nn.Parameter, *, by_name: bool) -> bool:

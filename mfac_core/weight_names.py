@@ -1,0 +1,73 @@
+"""Which names a recipe's ``params`` mean: exact names, patterns, and the two words for all of a kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+
+from mfac_core.errors import SettingError
+
+__all__ = ["ALL", "ALL_PRUNABLE", "PATTERN", "matching_names"]
+
+ALL = "__ALL__"
+ALL_PRUNABLE = "__ALL_PRUNABLE__"
+PATTERN = "re:"
+
+
+def matching_names(
+    entry: str,
+    names: Sequence[str],
+    *,
+    prunable: Callable[[], Iterable[str]],
+    of_all: Callable[[], Iterable[str]] | None = None,
+    kind: str = "weight",
+    strict: bool = True,
+) -> list[str]:
+    """Return the names that one entry of ``params`` matches.
+
+    Args:
+        entry: An exact name; ``re:`` and a pattern, matched from the start of the name (``re.match``); ``__ALL__`` or
+            ``__ALL_PRUNABLE__``.
+        names: Every name of the model.
+        prunable: Gives the names that ``__ALL_PRUNABLE__`` means.
+        of_all: Gives the names that ``__ALL__`` means; ``None`` for every name.
+        kind: What a name names, for the message.
+        strict: Whether matching nothing is an error.
+
+    Returns:
+        The names, in the order of their source.
+
+    Raises:
+        SettingError: If a pattern is not a regular expression, or the entry matches nothing, and ``strict``.
+
+    Example:
+        >>> matching_names("re:conv", ["conv1.weight", "fc.weight"], prunable=list)
+        ['conv1.weight']
+    """
+    if entry == ALL:
+        found = list(names if of_all is None else of_all())
+    elif entry == ALL_PRUNABLE:
+        found = list(prunable())
+    elif entry.startswith(PATTERN):
+        pattern = _compiled(entry)
+        found = [name for name in names if pattern.match(name)]
+    else:
+        found = [entry] if entry in names else []
+    if not found and strict:
+        raise SettingError("params", f"{entry!r} matches no {kind} of the model; {_suggestion(entry, names, kind)}")
+    return found
+
+
+def _compiled(entry: str) -> re.Pattern[str]:
+    try:
+        return re.compile(entry.removeprefix(PATTERN))
+    except re.error as error:
+        raise SettingError("params", f"{entry!r} is not a regular expression: {error}") from error
+
+
+def _suggestion(entry: str, names: Sequence[str], kind: str) -> str:
+    if not names:
+        return f"the model has no {kind}s"
+    nearest = get_close_matches(entry.removeprefix(PATTERN), names, n=3, cutoff=0.0)
+    return f"the nearest names are {', '.join(nearest)}"
