@@ -1,12 +1,20 @@
-"""M-FAC pruning for Keras 3. Not supported yet: each name says so when it is asked for."""
+"""M-FAC pruning in Keras 3: recipes at work inside ``model.fit``, on the TensorFlow, torch and JAX backends.
 
-_NOT_YET = ("MFACPruningCallback", "prune_one_shot")
+Read in this order:
 
+* ``callback``: :class:`MFACPruningCallback`, the entry point: gradual pruning, resume
+* ``one_shot``: :func:`prune_one_shot`, without training
+* ``session``: what happens between training steps
+* ``live_pruning``: one pruning modifier at work on one model
+* ``backends``: what happens inside the training step, for each backend of Keras
+* ``optimizers``: what an optimizer is made of
+* ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
+* ``sampling``: gradient samples outside the training loop
+* ``recipes``, ``state_file``, ``conversion``: settings in, state on disk, tensors to arrays
+"""
 
-def __getattr__(name: str) -> object:
-    if name in _NOT_YET:
-        raise ImportError(
-            f"{name} is not supported yet. Until it is, prune the arrays of model.get_weights() with mfac_core.prune, "
-            "or train with PyTorch and mfac_torch."
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+from mfac_keras.callback import MFACPruningCallback
+from mfac_keras.one_shot import prune_one_shot
+from mfac_keras.selection import prunable_variables, select_variables
+
+__all__ = ["MFACPruningCallback", "prunable_variables", "prune_one_shot", "select_variables"]

@@ -1,0 +1,192 @@
+"""Pruning inside the compiled training step of the TensorFlow backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from mfac_core.backends import Array
+from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.conversion import gpu_array
+
+__all__ = ["Hooks", "loss_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+
+_STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Refuse ways of training in which masks or gradients would not be right.
+
+    Args:
+        model: The model.
+
+    Raises:
+        NotImplementedError: If it is trained by a strategy other than ``MirroredStrategy``.
+    """
+    strategy = model.distribute_strategy
+    is_default = strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy()
+    if not is_default and not isinstance(strategy, _STRATEGIES):
+        raise NotImplementedError(
+            f"training under {type(strategy).__name__} is not supported; use tf.distribute.MirroredStrategy, or none"
+        )
+
+
+def to_array(tensor: Any) -> Array:
+    """Return a variable or tensor as an array that the core computes with.
+
+    Args:
+        tensor: A Keras variable, TensorFlow variable or eager tensor, of any float type.
+
+    Returns:
+        A NumPy array that shares memory with a snapshot of the values, or a CuPy array on the tensor's GPU where CuPy
+        is installed; float32, or float64 as it was. Treat it as read-only.
+    """
+    value = tensor.value if isinstance(tensor, keras.Variable) else tensor
+    if isinstance(value, tf.Variable):
+        value = value.read_value()
+    if value.dtype not in {tf.float32, tf.float64}:
+        value = tf.cast(value, tf.float32)
+    device = tf.DeviceSpec.from_string(value.device)
+    if device.device_type == "GPU":
+        return gpu_array(value, device.device_index or 0)
+    return np.from_dlpack(value)
+
+
+def to_tensor(array: Array) -> Any:
+    """Return an array as something that a variable can be assigned.
+
+    Args:
+        array: A NumPy or CuPy array.
+
+    Returns:
+        The NumPy array itself, or a tensor that shares the memory of the CuPy array.
+    """
+    return array if isinstance(array, np.ndarray) else tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+
+
+def loss_gradients(
+    model: Any, variables: Sequence[Any], loss_of: Callable[..., Any], batches: Iterator[Any], scale: float
+) -> Iterator[list[Array]]:
+    """Yield the gradients of a loss in inference mode, one per batch.
+
+    Args:
+        model: The model.
+        variables: The variables to differentiate by.
+        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
+        batches: ``(x, y, sample_weight)`` each.
+        scale: What to multiply the loss by, and divide the gradients by.
+
+    Yields:
+        One array per variable, of its shape; ``None`` where the loss does not depend on it.
+    """
+    for batch in batches:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch([variable.value for variable in variables])
+            loss = loss_of(*batch) * scale
+        gradients = tape.gradient(loss, [variable.value for variable in variables])
+        yield [None if each is None else to_array(tf.convert_to_tensor(each) / scale) for each in gradients]
+
+
+class Hooks(TrainingHooks):
+    """See :class:`TrainingHooks`. Masks and the tapped gradient are variables that the compiled step reads and writes.
+
+    There are two compiled steps, one that taps and one that does not, so that nothing is computed for a gradient that
+    nobody wants, and neither is compiled twice.
+    """
+
+    def _prepare(self) -> None:
+        self._steps = int(self._model.steps_per_execution)
+        self._tap_variable: Any = None
+        self._count: Any = None
+        self._functions: dict[bool, Callable[..., Any]] = {}
+        with self._model.distribute_strategy.scope():
+            self._masks = [
+                tf.Variable(tf.ones(each.shape, each.dtype), trainable=False, dtype=each.dtype)
+                for each in self._variables
+            ]
+
+    def detach(self) -> None:
+        """Take the hooks away, and the compiled steps with them."""
+        super().detach()
+        self._functions = {}
+
+    def _train_function(self) -> Callable[..., Any]:
+        if self._tapping and self._tap_variable is None:
+            self._make_tap()
+        if self._tapping not in self._functions:
+            type(self._model).make_train_function(self._model, force=True)
+            self._functions[self._tapping] = self._guarded(self._model.train_function)
+        return self._functions[self._tapping]
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def train_function(iterator: Any) -> Any:
+            try:
+                return function(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                raise
+            except BaseException:
+                self.detach()
+                raise
+
+        return train_function
+
+    def _make_tap(self) -> None:
+        size = sum(self._sizes)
+        with self._model.distribute_strategy.scope():
+            # Each replica writes its own share, and reading sums them up: the gradient of the whole batch.
+            self._tap_variable = tf.Variable(
+                tf.zeros([size] if self._steps == 1 else [self._steps, size]),
+                trainable=False,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.SUM,
+            )
+            self._count = tf.Variable(0, trainable=False, dtype=tf.int64)
+
+    def _store(self, gradients: list[Any]) -> None:
+        flat = [
+            tf.zeros([size])
+            if gradient is None
+            else tf.reshape(tf.transpose(tf.cast(tf.convert_to_tensor(gradient), tf.float32), axes), [-1])
+            for gradient, size, axes in zip(gradients, self._sizes, self._axes, strict=True)
+        ]
+        scale = self._optimizer.scale_loss(1.0)
+        row = tf.concat(flat, 0)
+        row = row if isinstance(scale, float) and scale == 1.0 else row / tf.cast(scale, tf.float32)
+        if self._steps == 1:
+            self._tap_variable.assign(row)
+        else:
+            self._tap_variable.scatter_nd_update([[self._count % self._steps]], [row])
+            self._count.assign_add(1)
+
+    def _taken(self) -> list[Any]:
+        rows = to_array(self._tap_variable)
+        if self._steps == 1:
+            return [rows]
+        count = int(self._count.numpy())
+        self._count.assign(0)
+        return list(rows[: min(count, self._steps)])
+
+    def _set_mask(self, place: int, mask: npt.NDArray[np.bool_] | None) -> None:
+        held = self._masks[place]
+        held.assign(tf.ones_like(held) if mask is None else tf.cast(mask, held.dtype))
+
+    def _mask_of(self, place: int) -> Any:
+        return self._masks[place]
+
+    # Some optimizers (Ftrl) divide zero by zero where all that they remember is zero.
+
+    def _masked(self, gradient: Any, mask: Any) -> Any:
+        if isinstance(gradient, tf.IndexedSlices):
+            values = tf.math.multiply_no_nan(
+                gradient.values, tf.cast(tf.gather(mask, gradient.indices), gradient.values.dtype)
+            )
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return tf.math.multiply_no_nan(gradient, tf.cast(mask, gradient.dtype))
+
+    def _mask_variable(self, variable: Any, mask: Any) -> None:
+        variable.assign(tf.math.multiply_no_nan(variable.value, mask))

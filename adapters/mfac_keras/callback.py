@@ -1,0 +1,308 @@
+"""The entry point: a recipe's modifiers at work inside ``model.fit``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.recipe import Recipe
+from mfac_core.settings import PruningSettings
+from mfac_keras.backends import current_backend
+from mfac_keras.live_pruning import LivePruning, check_disjoint
+from mfac_keras.optimizers import innermost, trained_by
+from mfac_keras.recipes import modifiers_of
+from mfac_keras.sampling import GradientSampler
+from mfac_keras.session import LearningRate, TrainingSession, refuse_scheduled_learning_rate
+from mfac_keras.state_file import read_states, write_state
+
+__all__ = ["MFACPruningCallback"]
+
+_logger = logging.getLogger("mfac_keras")
+
+
+class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
+    """Prunes a model while ``model.fit`` trains it.
+
+    After ``fit`` the model is plain: no wrappers, no custom objects, zeros where weights were pruned. A training step
+    is one batch, also with gradient accumulation.
+
+    Args:
+        recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`.
+        sampler: Batches to sample gradients from at each pruning step, see
+            :class:`mfac_keras.sampling.GradientSampler`; ``None`` takes the gradients of training.
+        loss: The loss of the sampled batches; ``None`` is the one that the model was compiled with.
+        optimizer: The optimizer that trains the weights in scope, where it is not ``model.optimizer``.
+        state_path: Where to keep the state of pruning, written after each epoch, so that a resumed run goes on.
+        save_window: Whether the gradient window belongs to that state; without it, it is collected anew.
+        steps_per_epoch: Training steps per epoch, for data of which Keras does not know the length.
+        verbose: 1 prints a line for each pruning step, 0 does not; it is logged either way.
+        recipe_variables: Values to use instead of those of the recipe's variables.
+        **recipe_keys: In place of a recipe, the keys of an ``MFACPruningModifier``: ``final_sparsity``, ``end_epoch``,
+            ``num_grads``, ``fisher_block_size``, ``damp``, ...
+
+    Raises:
+        RecipeError: If the recipe or a key is wrong; the message names the key, the rule and the cure.
+        TypeError: If there is neither a recipe nor keys, or both.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4)])
+        >>> model.compile("sgd", "mse")
+        >>> x, y = np.ones([64, 8], "float32"), np.ones([64, 4], "float32")
+        >>> callback = MFACPruningCallback(final_sparsity=0.5, start_epoch=1, end_epoch=2, num_grads=2, verbose=0)
+        >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[callback])
+        >>> int((model.layers[0].kernel.numpy() == 0).sum()), history.history["sparsity"][-1]
+        (16, 0.5)
+    """
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str] | Recipe | None = None,
+        *,
+        sampler: Any = None,
+        loss: Any = None,
+        optimizer: Any = None,
+        state_path: str | os.PathLike[str] | None = None,
+        save_window: bool = True,
+        steps_per_epoch: int | None = None,
+        verbose: int = 1,
+        recipe_variables: Mapping[str, object] | None = None,
+        **recipe_keys: Any,
+    ) -> None:
+        super().__init__()
+        self._modifiers = modifiers_of(recipe, recipe_keys, recipe_variables)
+        if loss is not None and sampler is None:
+            raise TypeError("loss is the loss of sampled batches; pass the batches too, as sampler=dataset")
+        self._sampler = None if sampler is None else GradientSampler(sampler, loss)
+        self._given_optimizer = optimizer
+        self._state_path = None if state_path is None else Path(state_path)
+        self._save_window = save_window
+        self._given_steps_per_epoch = steps_per_epoch
+        self._verbose = verbose
+        self._session: TrainingSession | None = None
+        self._last_session: TrainingSession | None = None
+        self._counted_steps: int | None = None
+        self._first_epoch: int | None = None
+        self._seen = 0
+        self._epoch = 0
+        self._is_testing = False
+
+    @property
+    def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """The masks held now by variable path, True keeps; those of the end once ``fit`` is over."""
+        session = self._session or self._last_session
+        return {} if session is None else session.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned fraction of all weights in scope, by the masks."""
+        session = self._session or self._last_session
+        return 0.0 if session is None else session.sparsity
+
+    def close(self) -> None:
+        """Leave model and optimizer as they were; ``fit`` does so by itself, also when a training step raises."""
+        if self._session is not None:
+            self._session.detach()
+            self._last_session, self._session = self._session, None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Forget an earlier run that was interrupted.
+
+        Args:
+            logs: Not used.
+        """
+        self.close()
+        self._counted_steps = self._first_epoch = None
+        current_backend().refuse_unsupported(self._model)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Attach to the model before its first epoch, once every other callback has restored what it restores.
+
+        Args:
+            epoch: Completed epochs.
+            logs: Not used.
+        """
+        self._epoch, self._seen = epoch, 0
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        if self._session is None and self._model.built:
+            self._attach(step_of_epoch=0)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Take the gradients of the steps that were made, and prune if it is due.
+
+        Args:
+            batch: Number of the last batch of the execution, from 0.
+            logs: Gains ``sparsity``.
+        """
+        known = self._steps_per_epoch()
+        self._seen = batch + 1 if known is None else min(batch + 1, known)
+        if self._session is None:
+            self._attach(step_of_epoch=self._seen)  # built by its first batch
+        else:
+            self._session.advance(self._epoch * self._session.steps_per_epoch + self._seen)
+        if logs is not None:
+            logs["sparsity"] = self._sparsity_now()
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Know that metrics are those of an evaluation.
+
+        Args:
+            logs: Not used.
+        """
+        self._is_testing = True
+
+    def on_test_end(self, logs: Any = None) -> None:
+        """Know that metrics are those of training again.
+
+        Args:
+            logs: Not used.
+        """
+        self._is_testing = False
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Save the state of pruning.
+
+        Args:
+            epoch: The epoch that has ended, from 0.
+            logs: Gains ``sparsity``.
+        """
+        if self._counted_steps is None and self._seen:
+            self._counted_steps = self._seen
+        if logs is not None:
+            logs["sparsity"] = self._sparsity_now()
+        if self._state_path is not None and self._session is not None:
+            write_state(self._state_path, self._session.state_dict(window=self._save_window))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Detach: a plain model remains.
+
+        Args:
+            logs: Not used.
+        """
+        session = self._session
+        self.close()
+        if session is None:
+            _logger.warning(
+                "fit ended before pruning began: the length of the data is known only after the first epoch; pass "
+                "steps_per_epoch=... to MFACPruningCallback"
+            )
+            return
+        _warn_unfinished(session)
+        regrown = sum(pruning.regrown() for pruning in session.prunings)
+        if regrown:
+            _logger.warning(
+                "%d pruned weights are not zero at the end of fit: another callback has put earlier, denser weights "
+                "back (EarlyStopping with restore_best_weights?). They are left as they are; let it choose among the "
+                "epochs after the last pruning step, with start_from_epoch",
+                regrown,
+            )
+
+    def _attach(self, step_of_epoch: int) -> None:
+        steps_per_epoch = self._steps_per_epoch()
+        if steps_per_epoch is None:
+            if self._epoch:
+                raise ValueError(
+                    f"training goes on at epoch {self._epoch} with data of unknown length; pass steps_per_epoch=... to "
+                    "MFACPruningCallback, or the state_path of the run that is resumed"
+                )
+            return
+        model = self.model
+        optimizer = self._given_optimizer or model.optimizer
+        if not optimizer.built:
+            with _scope(model):
+                optimizer.build(model.trainable_variables)
+        settings = [each for each in self._modifiers if isinstance(each, PruningSettings)]
+        learning_rates = [each for each in self._modifiers if isinstance(each, LearningRate)]
+        if learning_rates:
+            refuse_scheduled_learning_rate(optimizer)
+        prunings = [
+            LivePruning(
+                each,
+                model,
+                steps_per_epoch=steps_per_epoch,
+                sampler=self._sampler,
+                verbose=self._verbose > 0,
+            )
+            for each in settings
+        ]
+        check_disjoint(prunings)
+        _check_trained(prunings, optimizer)
+        variables = [variable for pruning in prunings for variable in pruning.variables.values()]
+        axes = [form.axes for pruning in prunings for form in pruning.forms.values()]
+        session = TrainingSession(
+            optimizer,
+            prunings,
+            learning_rates,
+            current_backend().Hooks(model, optimizer, variables, axes, metrics=self._metrics_now),
+            steps_per_epoch=steps_per_epoch,
+            steps_per_execution=int(model.steps_per_execution),
+            step=self._epoch * steps_per_epoch + step_of_epoch,
+        )
+        if self._first_epoch:
+            self._resume(session)
+        self._session = session
+        session.begin()
+
+    def _metrics_now(self) -> dict[str, float]:
+        return {} if self._is_testing else {"sparsity": self._sparsity_now()}
+
+    def _sparsity_now(self) -> float:
+        return 0.0 if self._session is None else self._session.sparsity
+
+    def _steps_per_epoch(self) -> int | None:
+        if self._session is not None:
+            return self._session.steps_per_epoch
+        known = self._given_steps_per_epoch or (self.params or {}).get("steps") or self._counted_steps
+        if known is None and self._first_epoch:
+            known = next((state["steps_per_epoch"] for state in self._saved_states()), None)
+        return None if known is None else int(known)
+
+    def _resume(self, session: TrainingSession) -> None:
+        for state in self._saved_states():
+            if state["step"] == session.step:
+                session.load_state_dict(state)
+                return
+        session.resume_without_state()
+
+    def _saved_states(self) -> Iterator[Mapping[str, Any]]:
+        if self._last_session is not None:
+            yield self._last_session.state_dict()
+        if self._state_path is not None:
+            yield from read_states(self._state_path)
+
+
+def _scope(model: Any) -> AbstractContextManager[Any]:
+    strategy = getattr(model, "distribute_strategy", None)
+    return nullcontext() if strategy is None else strategy.scope()
+
+
+def _check_trained(prunings: Sequence[LivePruning], optimizer: Any) -> None:
+    trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
+    for pruning in prunings:
+        missing = [name for name, variable in pruning.variables.items() if id(variable) not in trained]
+        if missing:
+            raise ValueError(
+                f"{optimizer.name} does not train {', '.join(missing)}, so their masks could not be held; pass the "
+                "optimizer that does as optimizer=..., or name in params only what it trains"
+            )
+
+
+def _warn_unfinished(session: TrainingSession) -> None:
+    for pruning in session.prunings:
+        if not pruning.is_finished:
+            refused = pruning.refused_rows
+            _logger.warning(
+                "fit ended at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f%s",
+                session.step / session.steps_per_epoch,
+                pruning.settings.end_epoch,
+                pruning.sparsity,
+                f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
+            )

@@ -1,0 +1,70 @@
+"""Prune a trained model in one shot, without training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.recipe import Recipe
+from mfac_core.settings import PruningSettings
+from mfac_keras.live_pruning import LivePruning, check_disjoint, one_shot
+from mfac_keras.recipes import modifiers_of
+from mfac_keras.sampling import GradientSampler
+
+__all__ = ["prune_one_shot"]
+
+
+def prune_one_shot(
+    model: Any,
+    dataset: Any,
+    loss: Any = None,
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    *,
+    verbose: int = 0,
+    recipe_variables: Mapping[str, object] | None = None,
+    **recipe_keys: Any,
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Prune a model to the final sparsity in a single pruning step; its weights are changed in place.
+
+    Args:
+        model: A built Keras model.
+        dataset: Batches to sample gradients from, see :class:`mfac_keras.sampling.GradientSampler`. Smaller batches
+            than in training tell more about the curvature.
+        loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
+            compiled with.
+        recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
+        verbose: 1 prints a line for each modifier, 0 does not.
+        recipe_variables: Values to use instead of those of the recipe's variables.
+        **recipe_keys: In place of a recipe, the keys of an ``MFACPruningModifier``; ``end_epoch`` may be left out.
+
+    Returns:
+        The masks by variable path, True keeps.
+
+    Raises:
+        RecipeError: If the recipe or a key is wrong.
+        ValueError: If the model is not built, has no loss, or a batch has another form.
+
+    Example:
+        >>> import keras
+        >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4)])
+        >>> data = np.ones([64, 8], "float32"), np.ones([64, 4], "float32")
+        >>> masks = prune_one_shot(model, data, "mse", final_sparsity=0.5, num_grads=4)
+        >>> int((model.layers[0].kernel.numpy() == 0).sum())
+        16
+    """
+    if not model.built:
+        raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
+    keys = {"end_epoch": 0.0, **recipe_keys} if recipe_keys else {}
+    settings = [
+        one_shot(each) for each in modifiers_of(recipe, keys, recipe_variables) if isinstance(each, PruningSettings)
+    ]
+    sampler = GradientSampler(dataset, loss)
+    prunings = [LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0) for each in settings]
+    check_disjoint(prunings)
+    for pruning in prunings:
+        pruning.prune_if_due(0)
+    return {name: mask for pruning in prunings for name, mask in pruning.masks.items()}

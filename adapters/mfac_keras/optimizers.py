@@ -1,0 +1,78 @@
+"""What an optimizer is made of: the optimizers inside it, and what they remember of each variable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["average_of", "innermost", "remembered", "trained_by"]
+
+
+def innermost(optimizer: Any) -> list[Any]:
+    """Return the optimizers that update variables themselves.
+
+    Args:
+        optimizer: A Keras optimizer: plain, a ``LossScaleOptimizer``, a ``MultiOptimizer``, or one around another.
+
+    Returns:
+        The plain optimizers inside, or the optimizer itself.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return innermost(inner)
+    several = getattr(optimizer, "optimizers", None)
+    return [leaf for each in several for leaf in innermost(each)] if several else [optimizer]
+
+
+def trained_by(optimizer: Any) -> list[Any]:
+    """Return the variables that an innermost optimizer was built for.
+
+    Args:
+        optimizer: One of :func:`innermost`.
+
+    Returns:
+        The variables in its order; none before it is built.
+    """
+    return list(optimizer._trainable_variables)
+
+
+def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
+    """Yield what an innermost optimizer remembers of a variable: momentum, moments, averages, accumulated gradients.
+
+    Args:
+        optimizer: One of :func:`innermost`, built.
+        variable: A variable that it trains.
+
+    Yields:
+        Optimizer variables of the variable's own shape.
+    """
+    place = _place(optimizer, variable)
+    if place is None:
+        return
+    count = len(trained_by(optimizer))
+    for name, value in list(vars(optimizer).items()):
+        if name == "_variables" or not isinstance(value, list | tuple) or len(value) != count:
+            continue
+        slot = value[place]
+        is_slot = slot is not None and slot is not variable and hasattr(slot, "assign")
+        if is_slot and tuple(slot.shape) == tuple(variable.shape):
+            yield slot
+
+
+def average_of(optimizer: Any, variable: Any) -> Any:
+    """Return the moving average that an innermost optimizer keeps of a variable.
+
+    Args:
+        optimizer: One of :func:`innermost`, built.
+        variable: A variable that it trains.
+
+    Returns:
+        The optimizer variable, or ``None`` where there is none.
+    """
+    place = _place(optimizer, variable)
+    averages = getattr(optimizer, "_model_variables_moving_average", None) if optimizer.use_ema else None
+    return None if place is None or averages is None else averages[place]
+
+
+def _place(optimizer: Any, variable: Any) -> int | None:
+    return next((place for place, each in enumerate(trained_by(optimizer)) if each is variable), None)

@@ -1,0 +1,61 @@
+"""From what a caller passes, a recipe or its keys, to settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
+from mfac_core.settings import PruningSettings
+from mfac_core.training_settings import EpochRange
+from mfac_keras.session import LearningRate
+
+__all__ = ["modifiers_of"]
+
+
+def modifiers_of(
+    recipe: str | os.PathLike[str] | Recipe | None,
+    keys: Mapping[str, Any],
+    variables: Mapping[str, object] | None,
+) -> tuple[Any, ...]:
+    """Return the settings of each modifier.
+
+    Args:
+        recipe: Path of a recipe, the text of one, or a loaded one; ``None`` where there are keys.
+        keys: Keys and values of an ``MFACPruningModifier``, as a recipe would give them.
+        variables: Values to use instead of those of the recipe's variables.
+
+    Returns:
+        The settings, in order; one for each final sparsity.
+
+    Raises:
+        TypeError: If there is neither a recipe nor keys, or both.
+        ValueError: If the recipe does not prune, or has a modifier that is not supported in Keras.
+    """
+    if (recipe is None) == (not keys):
+        given = "a recipe and keys of one" if keys else "neither a recipe nor keys of one"
+        raise TypeError(
+            f"got {given}; pass a path, a text or a Recipe, or else keys such as final_sparsity=0.9, end_epoch=8"
+        )
+    if recipe is None:
+        every: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
+    else:
+        every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables)).modifiers
+    for modifier in every:
+        if not isinstance(modifier, PruningSettings | LearningRate | EpochRange):
+            raise ValueError(
+                f"{type(modifier).__name__} is not supported in Keras; take it out of the recipe, or train with "
+                "PyTorch and mfac_torch"
+            )
+        if isinstance(modifier, LearningRate) and getattr(modifier, "param_groups", None) is not None:
+            raise ValueError(
+                f"{type(modifier).__name__}: param_groups: Keras optimizers have no parameter groups; take the key out"
+            )
+    if not any(isinstance(modifier, PruningSettings) for modifier in every):
+        raise ValueError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
+    return tuple(
+        part
+        for modifier in every
+        for part in (modifier.by_final_sparsity() if isinstance(modifier, PruningSettings) else (modifier,))
+    )

@@ -1,0 +1,160 @@
+"""Gradient samples from a dataset, outside the training loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from mfac_core.backends import Array
+from mfac_keras.backends import current_backend
+
+__all__ = ["GradientSampler"]
+
+_SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
+_BATCH_SIZE = 32
+
+_logger = logging.getLogger("mfac_keras")
+
+
+class GradientSampler:
+    """Draws gradient samples: the gradients of a loss in inference mode, one per batch of a dataset.
+
+    The model is left as it was: weights, optimizer, metrics and normalization statistics do not change.
+
+    Args:
+        dataset: Batches, each ``(x, y)`` or ``(x, y, sample_weight)``: a ``tf.data.Dataset``, a ``PyDataset``, a torch
+            ``DataLoader``, any other iterable, or a callable without arguments that returns one. A tuple of arrays is
+            all the data at once, and is cut into batches of 32.
+        loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
+            compiled with, regularization included.
+
+    Raises:
+        TypeError: If the dataset is neither iterable nor callable.
+    """
+
+    def __init__(self, dataset: Any, loss: Any = None) -> None:
+        if not callable(dataset) and not isinstance(dataset, Iterable | keras.utils.PyDataset):
+            raise TypeError(
+                f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
+                "tf.data.Dataset or a PyDataset"
+            )
+        self._dataset = dataset
+        self._loss = None if loss is None else keras.losses.get(loss)
+
+    def gradients(self, model: Any, variables: Sequence[Any], count: int) -> Iterator[list[Array]]:
+        """Yield gradient samples.
+
+        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+
+        Args:
+            model: The model to evaluate.
+            variables: The variables to differentiate by.
+            count: How many samples to draw.
+
+        Yields:
+            The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
+            not depend on.
+
+        Raises:
+            ValueError: If there is no loss, no batch at all, a batch has another form, or the loss depends on none of
+                the variables.
+        """
+        if self._loss is None and not model.compiled:
+            raise ValueError(f"{model.name} is not compiled, so it has no loss; compile it, or pass loss=...")
+        metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
+        batches = (_batch(each) for each in self._batches(count))
+        try:
+            for gradients in current_backend().loss_gradients(
+                model, variables, self._loss_of(model), batches, _scale(model)
+            ):
+                if all(gradient is None for gradient in gradients):
+                    raise ValueError(
+                        "the loss of the sampled batches depends on none of the weights to prune: "
+                        f"{', '.join(variable.path for variable in variables)}"
+                    )
+                yield [
+                    np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
+                    for gradient, variable in zip(gradients, variables, strict=True)
+                ]
+        finally:
+            for variable, value in metrics:  # some losses keep count of themselves
+                variable.assign(value)
+
+    def _loss_of(self, model: Any) -> Callable[..., Any]:
+        def loss_of(x: Any, y: Any, sample_weight: Any) -> Any:
+            predicted = model(x, training=False) if model._call_has_training_arg else model(x)
+            if self._loss is None:
+                return model._compute_loss(x=x, y=y, y_pred=predicted, sample_weight=sample_weight, training=False)
+            if isinstance(self._loss, keras.losses.Loss):
+                return self._loss(y, predicted, sample_weight=sample_weight)
+            values = self._loss(y, predicted)
+            return keras.ops.mean(values if sample_weight is None else values * sample_weight)
+
+        return loss_of
+
+    def _batches(self, count: int) -> Iterator[Any]:
+        drawn = 0
+        while drawn < count:
+            before = drawn
+            for batch in self._one_pass():
+                yield batch
+                drawn += 1
+                if drawn == count:
+                    return
+            if drawn == before:
+                if drawn == 0:
+                    raise ValueError(
+                        "the dataset to sample gradients from yields no batch; a used-up generator must be passed as "
+                        "a callable that makes a new one"
+                    )
+                _logger.warning(
+                    "the data ended after %d of %d gradient samples and cannot be started again", drawn, count
+                )
+                return
+            if before == 0:
+                _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
+
+    def _one_pass(self) -> Iterable[Any]:
+        dataset = self._dataset
+        if isinstance(dataset, keras.utils.PyDataset):
+            return (dataset[place] for place in range(dataset.num_batches))
+        if isinstance(dataset, tuple):
+            size = len(keras.tree.flatten(dataset)[0])
+            return (
+                keras.tree.map_structure(lambda array, start=start: array[start : start + _BATCH_SIZE], dataset)
+                for start in range(0, size, _BATCH_SIZE)
+            )
+        iterable: Iterable[Any] = dataset if isinstance(dataset, Iterable) else dataset()
+        return iterable
+
+
+def _batch(batch: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(batch, tuple | list) or len(batch) not in {2, 3}:
+        described = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, tuple | list) else "")
+        raise ValueError(
+            f"the dataset to sample gradients from yields a {described}; each batch must be (x, y) or "
+            "(x, y, sample_weight)"
+        )
+    x, y, sample_weight = (*batch, None)[:3]
+    x, y, sample_weight = (
+        None if each is None else keras.tree.map_structure(_tensor, each) for each in (x, y, sample_weight)
+    )
+    return x, y, sample_weight
+
+
+def _tensor(value: Any) -> Any:
+    if keras.ops.is_tensor(value):
+        return value
+    array = np.asarray(value)
+    dtype = keras.config.floatx() if np.issubdtype(array.dtype, np.floating) else None
+    return keras.ops.convert_to_tensor(array, dtype=dtype)
+
+
+def _scale(model: Any) -> float:
+    if model.compiled and model.optimizer is not None:
+        return float(model.optimizer.scale_loss(1.0))
+    return _SAFE_IN_FLOAT16 if model.compute_dtype == "float16" else 1.0

@@ -1,0 +1,303 @@
+import logging
+
+import numpy as np
+import pytest
+
+keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
+
+from mfac_keras import MFACPruningCallback  # noqa: E402
+from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.sampling import GradientSampler  # noqa: E402
+
+
+@pytest.fixture
+def observed(monkeypatch):
+    """The rows that reach pruning: step, and name and gradient of each variable."""
+    rows = []
+    observe = LivePruning.observe
+
+    def note(self, step, gradients):
+        if self.needs_gradients(step):
+            forms = self.forms
+            row = {name: forms[name].back(np.array(gradients[id(v)])) for name, v in self.variables.items()}
+            rows.append((step, row))
+        observe(self, step, gradients)
+
+    monkeypatch.setattr(LivePruning, "observe", note)
+    return rows
+
+
+class Weights(keras.callbacks.Callback):
+    """Notes the weights before each training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.before.append([w.copy() for w in self.model.get_weights()])
+
+
+def reference(task, weights, batch, **model_options):
+    """The gradient of a batch in the way of the sampler, at given weights, of a model that nothing hangs on."""
+    model = task.model(**model_options)
+    model.set_weights(weights)
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    return [np.array(each) for each in next(GradientSampler([batch]).gradients(model, variables, 1))]
+
+
+def assert_rows_are_gradients(task, observed, weights, *, rtol=1e-5, **model_options):
+    assert len(observed) == 9
+    for step, row in observed:
+        expected = reference(task, weights.before[step], task.batch(step % 5), **model_options)
+        for found, wanted in zip(row.values(), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=rtol, atol=rtol * np.abs(wanted).max())
+
+
+@pytest.mark.feature("live gradients of the training batches")
+def test_the_window_holds_the_gradients_of_the_training_batches_where_it_wants_them(task, observed):
+    weights = Weights()
+    task.fit(task.model(), weights, MFACPruningCallback(task.recipe(), verbose=0))
+    assert [step for step, _ in observed] == [2, 3, 4, 7, 8, 9, 12, 13, 14]
+    assert_rows_are_gradients(task, observed, weights)
+
+
+@pytest.mark.feature("jit_compile=True")
+@pytest.mark.backends("tensorflow", "jax")
+def test_live_gradients_under_xla(task, observed):
+    weights = Weights()
+    task.fit(task.model(jit_compile=True), weights, MFACPruningCallback(task.recipe(), verbose=0))
+    assert_rows_are_gradients(task, observed, weights)
+
+
+@pytest.mark.feature("run_eagerly=True")
+def test_live_gradients_of_an_eager_model(task, observed):
+    weights = Weights()
+    model = task.model(run_eagerly=True)
+    task.fit(model, weights, MFACPruningCallback(task.recipe(end_epoch=1.0), verbose=0), epochs=2)
+    assert [step for step, _ in observed] == [2, 3, 4]
+    assert_rows_are_gradients(task, observed * 3, weights)
+
+
+@pytest.mark.feature("mixed precision (LossScaleOptimizer)")
+@pytest.mark.parametrize("how", ["LossScaleOptimizer", "loss_scale_factor", "MultiOptimizer"])
+def test_rows_are_unscaled(task, observed, how):
+    optimizers = keras.optimizers
+    optimizer = {
+        "LossScaleOptimizer": lambda: optimizers.LossScaleOptimizer(optimizers.SGD(0.01), initial_scale=1024.0),
+        "loss_scale_factor": lambda: optimizers.SGD(0.01, loss_scale_factor=512.0),
+        "MultiOptimizer": lambda: optimizers.MultiOptimizer(
+            optimizers.OptimizerMap(optimizers.SGD(0.01), {".*body.*": optimizers.Adam(0.01)}), loss_scale_factor=512.0
+        ),
+    }[how]()
+    weights = Weights()
+    task.fit(task.model(optimizer), weights, MFACPruningCallback(task.recipe(), verbose=0))
+    assert_rows_are_gradients(task, observed, weights)
+
+
+@pytest.mark.feature("mixed precision (LossScaleOptimizer)")
+def test_rows_in_half_precision_point_the_right_way(task, observed):
+    def hidden():
+        return keras.layers.Dense(8, activation="tanh", name="body", dtype="mixed_float16")
+
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=1024.0)
+    weights = Weights()
+    task.fit(task.model(optimizer, hidden=hidden()), weights, MFACPruningCallback(task.recipe(), verbose=0))
+    for step, row in observed:
+        wanted = np.concatenate([each.ravel() for each in reference(task, weights.before[step], task.batch(step % 5))])
+        found = np.concatenate([each.ravel() for each in row.values()])
+        lengths = np.linalg.norm(found), np.linalg.norm(wanted)
+        assert found @ wanted / np.prod(lengths) > 0.99
+        assert lengths[0] / lengths[1] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.feature("mixed precision (LossScaleOptimizer)")
+def test_a_step_whose_gradients_overflow_leaves_no_row(task, observed, caplog):
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.01), initial_scale=2.0**15)
+    model = task.model(optimizer)
+    x, y = task.x.copy(), task.y.copy()
+    y[3 * task.batch_size] = 1e37  # a batch whose scaled loss is infinite
+    task.x, task.y = x, y
+    pruning = MFACPruningCallback(task.recipe(end_epoch=1.0), verbose=0)
+    task.fit(model, pruning, epochs=1)
+    assert len(observed) == 3
+    assert "NaN or Inf" in caplog.text
+    assert pruning.sparsity == 0.75
+    assert all(np.isfinite(kernel).all() for kernel in task.kernels(model).values())
+
+
+@pytest.mark.feature("gradient accumulation")
+def test_each_micro_batch_gives_a_row(task, observed):
+    weights = Weights()
+    model = task.model(keras.optimizers.SGD(0.01, gradient_accumulation_steps=2))
+    task.fit(model, weights, MFACPruningCallback(task.recipe(), verbose=0))
+    assert_rows_are_gradients(task, observed, weights)
+
+
+@pytest.mark.feature("MultiOptimizer")
+def test_several_optimizers_give_one_row_for_all(task, observed):
+    optimizers = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.01), {".*body.*": keras.optimizers.Adam(0.01)})
+    weights = Weights()
+    task.fit(
+        task.model(keras.optimizers.MultiOptimizer(optimizers)), weights, MFACPruningCallback(task.recipe(), verbose=0)
+    )
+    assert_rows_are_gradients(task, observed, weights)
+
+
+@pytest.mark.feature("weight decay, clipping, regularizers and constraints are kept")
+def test_rows_have_the_regularizer_and_no_clipping(task, observed):
+    def hidden():
+        return keras.layers.Dense(8, activation="tanh", name="body", kernel_regularizer=keras.regularizers.L2(0.3))
+
+    weights = Weights()
+    model = task.model(keras.optimizers.SGD(0.01, global_clipnorm=1e-3), hidden=hidden())
+    task.fit(model, weights, MFACPruningCallback(task.recipe(), verbose=0))
+    assert len(observed) == 9
+    for step, row in observed:
+        wanted = reference(task, weights.before[step], task.batch(step % 5), hidden=hidden())
+        np.testing.assert_allclose(list(row.values())[0], wanted[0], rtol=1e-4, atol=1e-6)
+        assert np.linalg.norm(wanted[0]) > 1e-2
+
+
+@pytest.mark.feature("masks hold in each step of an execution (steps_per_execution > 1)")
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("jit", [False, True])
+def test_each_step_of_an_execution_gives_a_row_of_its_own(task, observed, jit):
+    # without pruning in between, the weights at each step are those of a plain run
+    weights = Weights()
+    task.fit(task.model("sgd"), weights, epochs=2)
+    model = task.model("sgd", steps_per_execution=3, jit_compile=jit)
+    pruning = MFACPruningCallback(task.recipe(start_epoch=2.0, end_epoch=2.0, num_grads=7), verbose=0)
+    task.fit(model, pruning, epochs=2)
+    assert [step for step, _ in observed] == [3, 4, 5, 6, 7, 8, 9]
+    for step, row in observed:
+        wanted = reference(task, weights.before[step], task.batch(step % 5))
+        for found, each in zip(row.values(), wanted, strict=True):
+            np.testing.assert_allclose(found, each, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.feature("masks hold in each step of an execution (steps_per_execution > 1)")
+@pytest.mark.backends("tensorflow", "jax")
+def test_a_pruning_step_that_an_execution_moves_is_logged(task, caplog):
+    model = task.model(steps_per_execution=2)
+    with caplog.at_level(logging.INFO, logger="mfac_keras"):
+        task.fit(model, MFACPruningCallback(task.recipe(start_epoch=0.6, end_epoch=1.0), verbose=0), epochs=1)
+    assert "the pruning step of step 3 was done at step 4, where an execution of 2 steps ends" in caplog.text
+    assert "the pruning step of step 5" not in caplog.text
+
+
+def batches(task):
+    return [task.batch(number) for number in range(5)]
+
+
+def py_dataset(task):
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return task.batch(index)
+
+    return Batches()
+
+
+def tf_dataset(task):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices((task.x, task.y)).batch(task.batch_size)
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize("make", [batches, py_dataset, tf_dataset, lambda task: lambda: batches(task)])
+def test_sampled_rows_are_the_gradients_of_batches_in_inference_mode(task, make):
+    hidden = keras.Sequential([keras.layers.Dense(8, name="body"), keras.layers.Dropout(0.5)])
+    model = task.model(hidden=hidden)
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    rows = [[np.array(each) for each in row] for row in GradientSampler(make(task)).gradients(model, variables, 7)]
+    assert len(rows) == 7
+    weights = model.get_weights()
+    w, b, v, c = weights[:4] if len(weights) == 4 else [x for x in weights if x.dtype == np.float32][:4]
+    for number in range(7):
+        x, y = task.batch(number % 5)
+        error = 2 * ((x @ w + b) @ v + c - y) / y.size
+        np.testing.assert_allclose(rows[number][1], (x @ w + b).T @ error, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(rows[number][0], x.T @ (error @ v.T), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_sampling_leaves_the_model_as_it_was(task):
+    hidden = keras.Sequential([keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
+    model = task.model(hidden=hidden, metrics=["mae"])
+    task.fit(model, epochs=1)
+    state = [v.numpy().copy() for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    assert len(list(GradientSampler(batches(task)).gradients(model, variables, 3))) == 3
+    after = [v.numpy() for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
+    assert all(np.array_equal(a, b) for a, b in zip(state, after, strict=True))
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_losses_that_keep_count_of_themselves_are_as_they_were(task):
+    inputs = keras.Input([6])
+    outputs = [keras.layers.Dense(3, name=name)(inputs) for name in ("one", "other")]
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", ["mse", "mae"])
+    model.fit(task.x, [task.y, task.y], verbose=0)
+    before = [v.numpy().copy() for v in model.metrics_variables]
+    x, y = task.batch(0)
+    assert len(list(GradientSampler([(x, [y, y])]).gradients(model, model.trainable_variables, 2))) == 2
+    assert all(np.array_equal(a, v.numpy()) for a, v in zip(before, model.metrics_variables, strict=True))
+    assert len(before) > 2
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_a_run_with_a_sampler_prunes_at_once_and_taps_nothing(task, observed):
+    model = task.model()
+    pruning = MFACPruningCallback(task.recipe(start_epoch=0.0), sampler=batches(task), verbose=0)
+    task.fit(model, pruning)
+    assert observed == []
+    assert pruning.sparsity == 0.75
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize("loss", ["mse", keras.losses.MeanSquaredError(), lambda y, p: keras.ops.square(y - p)])
+def test_a_sampler_may_have_a_loss_of_its_own(task, loss):
+    model = task.model()
+    variables = [v for v in model.trainable_variables if len(v.shape) > 1]
+    rows = [list(GradientSampler(batches(task), each).gradients(model, variables, 1))[0] for each in (None, loss)]
+    for one, other in zip(*rows, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (7, TypeError, "is a int; pass batches"),
+        ([], ValueError, "yields no batch"),
+        ([np.ones([2, 6])], ValueError, "yields a ndarray; each batch must be"),
+    ],
+)
+def test_what_is_no_dataset_is_refused_by_name(task, dataset, error, message):
+    model = task.model()
+    with pytest.raises(error, match=message):
+        list(GradientSampler(dataset).gradients(model, model.trainable_variables, 1))
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_a_model_without_a_loss_is_refused_by_name(task):
+    model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="has no loss; compile it, or pass loss="):
+        list(GradientSampler([task.batch(0)]).gradients(model, model.trainable_variables, 1))
+
+
+@pytest.mark.feature("arrays shared with the core without a copy")
+def test_arrays_on_the_cpu_share_memory_with_tensors():
+    from mfac_keras.backends import current_backend
+
+    variable = keras.Variable(np.arange(6.0, dtype="float32").reshape(2, 3))
+    to_array = current_backend().to_array
+    one, other = to_array(variable), to_array(variable)
+    assert np.shares_memory(one, other)
+    np.testing.assert_array_equal(one, variable.numpy())
+    half = keras.Variable(np.ones([2]), dtype="bfloat16")
+    assert to_array(half).dtype == np.float32
