@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import keras
 
 from mfac_core.errors import SettingError
+from mfac_core.weight_names import matching_names
 
 __all__ = ["prunable_variables", "select_variables"]
-
-ALL = "__ALL__"
-ALL_PRUNABLE = "__ALL_PRUNABLE__"
-PATTERN = "re:"
 
 _KERNELS = frozenset({"kernel", "depthwise_kernel", "pointwise_kernel"})
 _PRUNABLE_LAYERS = tuple(
@@ -64,7 +59,13 @@ def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
     by_name: set[str] = set()
     selected: set[str] = set()
     for entry in params:
-        names = _names_of(entry, model, weights, trainable)
+        names = matching_names(
+            entry,
+            list(weights),
+            prunable=lambda: prunable_variables(model),
+            of_all=lambda: [name for name, variable in weights.items() if id(variable) in trainable],
+            kind="variable",
+        )
         selected.update(names)
         by_name.update(name for name in names if name == entry)
     for name in selected:
@@ -133,35 +134,6 @@ def _named(variables: Iterable[Any]) -> dict[str, Any]:
 
 def _is_float(variable: Any) -> bool:
     return bool(keras.backend.is_float_dtype(variable.dtype))
-
-
-def _names_of(entry: str, model: Any, weights: dict[str, Any], trainable: set[int]) -> list[str]:
-    if entry == ALL:
-        names = [name for name, variable in weights.items() if id(variable) in trainable]
-    elif entry == ALL_PRUNABLE:
-        names = list(prunable_variables(model))
-    elif entry.startswith(PATTERN):
-        pattern = _compiled(entry)
-        names = [name for name in weights if pattern.match(name)]
-    else:
-        names = [entry] if entry in weights else []
-    if not names:
-        raise SettingError("params", f"{entry!r} matches no variable of the model; {_suggestion(entry, list(weights))}")
-    return names
-
-
-def _compiled(entry: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry.removeprefix(PATTERN))
-    except re.error as error:
-        raise SettingError("params", f"{entry!r} is not a regular expression: {error}") from error
-
-
-def _suggestion(entry: str, names: list[str]) -> str:
-    if not names:
-        return "the model has no variables"
-    nearest = get_close_matches(entry.removeprefix(PATTERN), names, n=3, cutoff=0.0)
-    return f"the nearest paths are {', '.join(nearest)}"
 
 
 def _refuse_or_tell_frozen(name: str, *, by_name: bool) -> None:

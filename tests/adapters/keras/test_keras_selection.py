@@ -62,7 +62,7 @@ def test_all_is_every_trainable_variable(zoo):
 def test_names_and_patterns(zoo):
     assert list(select_variables(zoo, ["embedding/embeddings"])) == ["embedding/embeddings"]
     assert list(select_variables(zoo, ["re:lstm/.*recurrent"])) == ["lstm/lstm_cell/recurrent_kernel"]
-    with pytest.raises(SettingError, match=r"'conv/kernle' matches no variable .* nearest paths are .*conv/kernel"):
+    with pytest.raises(SettingError, match=r"'conv/kernle' matches no variable .* nearest names are .*conv/kernel"):
         select_variables(zoo, ["conv/kernle"])
     with pytest.raises(SettingError, match="matches no variable"):
         select_variables(zoo, ["re:kernel"])  # from the start of the path
