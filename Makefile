@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest --quiet --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -24,10 +25,10 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	@echo "== tests"
-	@$(BIN)/python -m pytest --quiet --ignore=tests/adapters/keras
+	@$(PYTEST) --ignore=tests/adapters/keras
 	@for backend in tensorflow torch jax; do \
 	  echo "== tests: Keras on $$backend"; \
-	  KERAS_BACKEND=$$backend $(BIN)/python -m pytest --quiet tests/adapters/keras || exit 1; \
+	  KERAS_BACKEND=$$backend $(PYTEST) tests/adapters/keras || exit 1; \
 	done
 
 lint: $(VENV)/.installed-test

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.recipe import Recipe
+from mfac_core.recipe.linting import lint_model
 from mfac_core.settings import PruningSettings
 from mfac_keras.backends import current_backend
 from mfac_keras.live_pruning import LivePruning, check_disjoint
@@ -248,8 +249,26 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         )
         if self._first_epoch:
             self._resume(session)
+        self._log_plan(prunings, steps_per_epoch)
         self._session = session
         session.begin()
+
+    def _log_plan(self, prunings: Sequence[LivePruning], steps_per_epoch: int) -> None:
+        others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
+        plan = lint_model(
+            [*(pruning.settings for pruning in prunings), *others],
+            [
+                {name: int(np.prod(variable.shape)) for name, variable in pruning.variables.items()}
+                for pruning in prunings
+            ],
+            steps_per_epoch,
+            epochs=self.params.get("epochs"),
+            sampled=self._sampler is not None,
+        )
+        for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
+            _logger.info("%s", modifier.summary(pruning.schedule))
+        for warning in plan.warnings:
+            _logger.warning("%s", warning)
 
     def _metrics_now(self) -> dict[str, float]:
         return {} if self._is_testing else {"sparsity": self._sparsity_now()}

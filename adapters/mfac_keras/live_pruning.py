@@ -92,6 +92,11 @@ class LivePruning:
         return self._pruner.sparsity
 
     @property
+    def schedule(self) -> tuple[PlannedStep, ...]:
+        """Its pruning steps."""
+        return self._pruner.schedule
+
+    @property
     def num_weights(self) -> int:
         """Number of weights in scope."""
         return self._pruner.layout.num_weights

@@ -184,7 +184,7 @@ class ScheduledModifierManager(ModifierList):
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
-        log_plan(prunings, others, steps, sampled=sampler is not None)
+        log_plan(prunings, others, steps, sampled=sampler is not None, told=self._told)
         start = self._epoch if epoch is None else epoch
         self._session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         self._model, self._prunings = model, prunings

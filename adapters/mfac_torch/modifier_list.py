@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +13,13 @@ from typing import Any, Literal, Self
 import yaml
 
 from mfac_core.recipe import load_recipe, recipe_text
+from mfac_core.recipe.linting import lint
 from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
 from mfac_torch.modifier import EpochRangeModifier, Modifier, PruningModifier, Settings, modifier_for
 
 __all__ = ["ModifierList"]
+
+_logger = logging.getLogger("mfac_torch")
 
 
 class ModifierList:
@@ -39,6 +43,7 @@ class ModifierList:
             raise TypeError("modifiers is a path or text; pass a recipe to ScheduledModifierManager.from_yaml")
         self.modifiers = tuple(modifiers)
         self.metadata = dict(metadata or {})
+        self._told: tuple[str, ...] = ()  # what the linter has said of the recipe
         for modifier in self.modifiers:
             if not isinstance(modifier, Modifier):
                 raise TypeError(
@@ -75,7 +80,11 @@ class ModifierList:
             RecipeError: If the recipe is wrong; the message names line, key, rule and cure.
         """
         recipe = load_recipe(file_path, recipe_variables, unsupported=unsupported)
-        return cls([*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], metadata)
+        modifiers = cls([*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], metadata)
+        modifiers._told = lint(recipe, sampled=True)  # whether there is a sampler shows later
+        for warning in modifiers._told:
+            _logger.warning("%s: %s", recipe.source, warning)
+        return modifiers
 
     @classmethod
     def compose_staged(

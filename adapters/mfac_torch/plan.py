@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
-from mfac_core.recipe.linting import ModifierPlan, lint_model
+from mfac_core.recipe.linting import lint_model
 from mfac_core.settings import MFACSettings
 from mfac_core.training_settings import TrainingSettings
 from mfac_torch.live_pruning import LivePruning
 
 __all__ = ["log_plan"]
 
-_NAMED = 3
-"""So many parameters of a modifier are named in the log, and the last."""
-
 _logger = logging.getLogger("mfac_torch")
 
 
 def log_plan(
-    prunings: Sequence[LivePruning], others: Sequence[TrainingSettings], steps_per_epoch: int, *, sampled: bool
+    prunings: Sequence[LivePruning],
+    others: Sequence[TrainingSettings],
+    steps_per_epoch: int,
+    *,
+    sampled: bool,
+    told: Container[str] = (),
 ) -> None:
     """Log what each pruning modifier matches and when it prunes, and warn of what looks wrong.
 
@@ -28,6 +30,7 @@ def log_plan(
         others: The settings of all other modifiers.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
+        told: Warnings that the log has already.
     """
     plan = lint_model(
         [*(pruning.settings for pruning in prunings), *others],
@@ -36,27 +39,12 @@ def log_plan(
         sampled=sampled,
     )
     for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
-        _logger.info("%s: %s; %s%s", modifier.modifier, _matched(modifier), _scheduled(pruning), _computed(pruning))
+        _logger.info("%s%s", modifier.summary(pruning.schedule), _computed(pruning))
         for step in modifier.steps:
             _logger.debug("%s", step)
     for warning in plan.warnings:
-        _logger.warning("%s", warning)
-
-
-def _matched(plan: ModifierPlan) -> str:
-    names = list(plan.weights)
-    named = ", ".join(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], "...", names[-1]])
-    return f"{plan.num_weights:,} weights in {len(names)} parameters ({named})"
-
-
-def _scheduled(pruning: LivePruning) -> str:
-    first, last = pruning.schedule[0], pruning.schedule[-1]
-    if first == last:
-        return f"one pruning step at epoch {first.epoch:g} (step {first.step}), sparsity {first.sparsity:.4g}"
-    return (
-        f"{len(pruning.schedule)} pruning steps from epoch {first.epoch:g} (step {first.step}), sparsity "
-        f"{first.sparsity:.4g}, to epoch {last.epoch:g} (step {last.step}), sparsity {last.sparsity:.4g}"
-    )
+        if warning not in told:
+            _logger.warning("%s", warning)
 
 
 def _computed(pruning: LivePruning) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.writing import modifier_name
-from mfac_core.schedule import num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.schedule import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
 from mfac_core.settings import (
     FROM_PARAM,
     ACDCSettings,
@@ -26,6 +26,8 @@ __all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_mode
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
+_NAMED = 3
+"""So many parameters of a modifier are named in its summary, and the last."""
 
 
 class ScheduleRow(NamedTuple):
@@ -73,6 +75,22 @@ class ModifierPlan(NamedTuple):
         """Bytes of its largest gradient window."""
         return self.window[0] * self.window[1] * _BYTES_PER_GRADIENT
 
+    def summary(self, schedule: Sequence[PlannedStep]) -> str:
+        """Return in one line what the modifier matches, and when it prunes.
+
+        Args:
+            schedule: Its pruning steps as the pruner has them, which knows what the weights are.
+
+        Returns:
+            The line.
+        """
+        names = list(self.weights)
+        shown = ", ".join(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], "...", names[-1]])
+        return (
+            f"{self.modifier}: {self.num_weights:,} weights in {len(names)} parameters ({shown}); "
+            f"{_scheduled(schedule)}"
+        )
+
 
 class Plan(NamedTuple):
     """What the pruning modifiers of a recipe will do to a model.
@@ -91,15 +109,14 @@ class Plan(NamedTuple):
         return sum(modifier.window_bytes for modifier in self.modifiers)
 
 
-def lint(recipe: Recipe, steps_per_epoch: int | None = None) -> tuple[str, ...]:
+def lint(recipe: Recipe, steps_per_epoch: int | None = None, *, sampled: bool = False) -> tuple[str, ...]:
     """Return warnings about a recipe that can be run, but hardly as it was meant.
-
-    Gradients are taken to be live: one row per optimizer step. With a gradient sampler, warnings about windows that are
-    not full do not apply.
 
     Args:
         recipe: A loaded recipe.
         steps_per_epoch: Optimizer steps per epoch; without it, the check for full windows is left out.
+        sampled: Whether gradient samples are drawn at each pruning step, so that windows are always full; otherwise
+            they are those of training, one row per optimizer step.
 
     Returns:
         One sentence per warning.
@@ -109,7 +126,7 @@ def lint(recipe: Recipe, steps_per_epoch: int | None = None) -> tuple[str, ...]:
     """
     named = _named(recipe.pruning)
     return (
-        *_window_warnings(named, steps_per_epoch),
+        *(() if sampled else _window_warnings(named, steps_per_epoch)),
         *_ends_too_late(named, _end_of_training(recipe.modifiers)),
         *_same_params(named),
     )
@@ -212,6 +229,16 @@ def notes(recipe: Recipe) -> tuple[str, ...]:
                 "for it, and in host memory otherwise; grads_device says it outright"
             )
     return tuple(found)
+
+
+def _scheduled(schedule: Sequence[PlannedStep]) -> str:
+    first, last = schedule[0], schedule[-1]
+    if first == last:
+        return f"one pruning step at epoch {first.epoch:g} (step {first.step}), sparsity {first.sparsity:.4g}"
+    return (
+        f"{len(schedule)} pruning steps from epoch {first.epoch:g} (step {first.step}), sparsity "
+        f"{first.sparsity:.4g}, to epoch {last.epoch:g} (step {last.step}), sparsity {last.sparsity:.4g}"
+    )
 
 
 def _chooses_window_device(settings: MFACSettings) -> bool:

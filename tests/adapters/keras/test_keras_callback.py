@@ -146,11 +146,19 @@ def test_an_optimizer_with_a_schedule_of_its_own_is_refused(task):
 
 
 @pytest.mark.feature("logs, progress lines, TensorBoard")
+def test_what_will_hardly_go_as_it_was_meant_is_warned_of_when_training_begins(task, caplog):
+    task.fit(task.model(), MFACPruningCallback(task.recipe(num_grads=7), verbose=0), epochs=2)
+    assert "has 5 of 7 rows" in caplog.text
+    assert "final_sparsity 0.75 is not reached" in caplog.text
+
+
+@pytest.mark.feature("logs, progress lines, TensorBoard")
 def test_each_pruning_step_is_one_line(task, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_keras"):
         task.fit(task.model(), MFACPruningCallback(task.recipe()))
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    plan, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    assert plan.endswith("3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75")
     assert printed == logged
     assert len(printed) == 3
     assert printed[0].startswith("pruning step at epoch 1.00 (step 5): sparsity 0.2083, 3 gradient rows, predicted")

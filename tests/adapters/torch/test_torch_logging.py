@@ -115,6 +115,12 @@ def test_warnings_of_the_linter_are_said_once_at_modify(task, caplog):
     assert caplog.text.count("train longer or end pruning earlier") == 1
 
 
+def test_what_a_recipe_alone_shows_is_warned_of_when_it_is_loaded(task, caplog):
+    recipe = task.recipe() + "  - !EpochRangeModifier {start_epoch: 0.0, end_epoch: 3.0}\n"
+    ScheduledModifierManager.from_yaml(recipe)
+    assert "train longer or end pruning earlier" in caplog.text
+
+
 def test_a_sampler_leaves_no_window_to_warn_of(task, caplog):
     sampler = {"data_loader_builder": lambda: task.batches, "loss_function": torch.nn.functional.mse_loss}
     with caplog.at_level(logging.WARNING):
