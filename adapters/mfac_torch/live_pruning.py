@@ -13,6 +13,7 @@ from torch import nn
 from mfac_core.backends import Array, device_of
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
+from mfac_core.recipe.linting import listed
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
@@ -260,12 +261,13 @@ class LivePruning:
         increase = result.predicted_loss_increase
         by_mfac = "" if increase is None else f", {rows} gradient rows, predicted loss increase {increase:.3g}"
         _logger.info(
-            "pruning step at epoch %.2f (step %d): sparsity %.4f%s, %.2f s",
+            "pruning step at epoch %.2f (step %d): sparsity %.4f%s, %.2f s (%s)",
             step / self._steps_per_epoch,
             step,
             result.sparsity,
             by_mfac,
             seconds,
+            listed(self.parameters),
         )
 
 

@@ -61,6 +61,7 @@ class ScheduledModifierManager(ModifierList):
     """
 
     _model: nn.Module | None = None
+    _is_finalized: bool = False
     _prunings: tuple[LivePruning, ...] = ()
     _session: TrainingSession | None = None
     _loggers: ScalarLoggers | None = None
@@ -267,6 +268,8 @@ class ScheduledModifierManager(ModifierList):
     def finalize(self, module: nn.Module | None = None, reset_loggers: bool = True, **unsupported: object) -> None:
         """Detach from model and optimizers: a plain module remains, whose pruned weights are exactly zero.
 
+        A second call, and one after :meth:`apply`, which finalizes by itself, does nothing.
+
         Args:
             module: The model, to check that it is the one that was modified.
             reset_loggers: Whether to forget the loggers that :meth:`initialize_loggers` has kept.
@@ -278,6 +281,9 @@ class ScheduledModifierManager(ModifierList):
             TypeError: If an argument is not supported.
         """
         _refuse("finalize", unsupported)
+        if self._model is None and self._is_finalized:
+            _logger.info("there is nothing more to finalize")
+            return
         if self._model is None:
             raise RuntimeError("there is nothing to finalize; call modify() or apply() first")
         if module is not None and unwrapped(module) is not self._model:
@@ -287,10 +293,12 @@ class ScheduledModifierManager(ModifierList):
             self._warn_unfinished(self._session)
         for pruning in self._prunings:
             pruning.hold_masks()
+        self._warn_replaced(self._model)
         if reset_loggers:
             self._loggers = None
         self._session = None
         self._model = None
+        self._is_finalized = True
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
         """Return all that a resumed run needs beside model and optimizers: tensors and plain values only.
@@ -333,6 +341,21 @@ class ScheduledModifierManager(ModifierList):
         if self._session is None:
             raise RuntimeError(f"{method}() is about a run in progress; call modify() first")
         return self._session
+
+    def _warn_replaced(self, model: nn.Module) -> None:
+        now = {id(parameter) for parameter in model.parameters()}
+        replaced = [
+            name
+            for pruning in self._prunings
+            for name, parameter in pruning.parameters.items()
+            if id(parameter) not in now
+        ]
+        if replaced:
+            _logger.warning(
+                "%s: the model has other parameters there than when the recipe was attached, and those are not pruned; "
+                "attach the recipe after the model has its layers",
+                ", ".join(replaced),
+            )
 
     def _warn_unfinished(self, session: TrainingSession) -> None:
         for pruning in self._prunings:

@@ -262,9 +262,10 @@ class Pruner(ABC):
         limited = out_of_reach(sparsity, scope, patterns)
         if limited:
             _logger.warning(
-                "mask_type %s does not divide the inputs of %s: a sparsity of %g is not reached there",
+                "mask_type %s does not divide the inputs of %s: the sparsity there ends below %g; take what has too "
+                "few inputs out of params",
                 mask_type,
-                ", ".join(f"{name} (at most {most:.3g})" for name, most in limited.items()),
+                ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
             )
 

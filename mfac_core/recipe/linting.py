@@ -22,7 +22,7 @@ from mfac_core.settings import (
 )
 from mfac_core.training_settings import EpochRange
 
-__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes"]
+__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "listed", "notes"]
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
@@ -84,11 +84,9 @@ class ModifierPlan(NamedTuple):
         Returns:
             The line.
         """
-        names = list(self.weights)
-        shown = ", ".join(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], "...", names[-1]])
         return (
-            f"{self.modifier}: {self.num_weights:,} weights in {len(names)} parameters ({shown}); "
-            f"{_scheduled(schedule)}"
+            f"{self.modifier}: {self.num_weights:,} weights in {len(self.weights)} parameters "
+            f"({listed(self.weights)}); {_scheduled(schedule)}"
         )
 
 
@@ -107,6 +105,19 @@ class Plan(NamedTuple):
     def window_bytes(self) -> int:
         """Bytes of the largest gradient windows of all modifiers together."""
         return sum(modifier.window_bytes for modifier in self.modifiers)
+
+
+def listed(weights: Iterable[str]) -> str:
+    """Return the names of weights for one line: all of a few, the first and the last of many.
+
+    Args:
+        weights: Names.
+
+    Returns:
+        The names with commas between.
+    """
+    names = list(weights)
+    return ", ".join(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], "...", names[-1]])
 
 
 def lint(recipe: Recipe, steps_per_epoch: int | None = None, *, sampled: bool = False) -> tuple[str, ...]:

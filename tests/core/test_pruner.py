@@ -709,7 +709,8 @@ def test_a_sparsity_that_a_layer_cannot_reach_is_said_once(settings, caplog):
     assert [int(np.sum(~mask)) for mask in result.masks.values()] == [2, 8]
     said = [record.message for record in caplog.records]
     assert said == [
-        "mask_type 2:4 does not divide the inputs of first (at most 0.333): a sparsity of 0.5 is not reached there"
+        "mask_type 2:4 does not divide the inputs of first (which gets a sparsity of at most 0.333): the sparsity "
+        "there ends below 0.5; take what has too few inputs out of params"
     ]
     make_pruner(settings, {"second": weights["second"]}, steps_per_epoch=1)
     assert len(caplog.records) == 1

@@ -679,10 +679,10 @@ def test_each_pruning_step_is_logged(task, caplog):
     assert len(lines) == 8
     assert re.fullmatch(
         r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient rows, "
-        r"predicted loss increase \d\S*, \d\.\d\d s",
+        r"predicted loss increase \d\S*, \d\.\d\d s \(0\.weight, 2\.weight\)",
         lines[0],
     )
-    assert re.fullmatch(r"pruning step at epoch 4\.00 \(step 20\): sparsity 0\.7500, \d\.\d\d s", lines[7])
+    assert re.fullmatch(r"pruning step at epoch 4\.00 \(step 20\): sparsity 0\.7500, \d\.\d\d s \(.*\)", lines[7])
     assert other.scalars == board.scalars[:8]
     assert board.scalars[0] == ("ParamPruning/0.weight", pytest.approx(10 / 48), 5)
     assert board.scalars[-1] == ("ParamPruning/2.weight", 0.75, 20)
@@ -738,6 +738,29 @@ def test_a_manager_is_attached_once_at_a_time_and_can_be_used_again(task):
     task.train(model, optimizer)
     second.finalize(model)
     assert zeros(model) == round(48 * 0.9) + round(24 * 0.9)
+
+
+def test_a_second_finalize_and_one_after_apply_do_nothing(task):
+    model = task.model()
+    manager = ScheduledModifierManager.from_yaml(task.recipe("MagnitudePruningModifier"))
+    manager.apply(model)
+    pruned = zeros(model)
+    manager.finalize(model)
+    manager.finalize()
+    assert zeros(model) == pruned == round(48 * 0.75) + round(24 * 0.75)
+
+
+def test_a_layer_that_was_replaced_after_modify_is_named(task, caplog):
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    manager = ScheduledModifierManager.from_yaml(task.recipe("MagnitudePruningModifier"))
+    manager.modify(model, optimizer, task.steps_per_epoch)
+    model[2] = torch.nn.Linear(8, 3)
+    optimizer.add_param_group({"params": model[2].parameters()})
+    task.train(model, optimizer)
+    manager.finalize(model)
+    (warning,) = [record.getMessage() for record in caplog.records if "other parameters" in record.getMessage()]
+    assert warning.startswith("2.weight: the model has other parameters there")
 
 
 def test_finalize_refuses_what_it_was_not_given(task):
