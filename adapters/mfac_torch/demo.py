@@ -3,134 +3,77 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from mfac_core import report
-from mfac_core.backends import resolve_devices
-from mfac_core.recipe import load_recipe
-from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
+from mfac_core import demo_runs
+from mfac_core.demo_runs import (
+    DENSE_EPOCHS,
+    DENSE_LEARNING_RATE,
+    MOMENTUM,
+    PRUNING_LEARNING_RATE,
+    SAMPLE_BATCH_SIZE,
+    Demo,
+    Pruned,
+    by_method,
+    pruned,
+    recipe_path,
+)
+from mfac_core.recipe import Recipe
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import Settings, modifier_for
 from mfac_torch.sampling import GradSampler
 from mfac_torch.selection import select_parameters
 
-__all__ = [
-    "Pruned",
-    "compare",
-    "manager_for",
-    "prune_gradually",
-    "prune_in_one_shot",
-    "recipe_path",
-    "run",
-    "train_dense",
-]
-
-GRADUAL = "digits_gradual.yaml"
-ONE_SHOT = "digits_one_shot.yaml"
-DENSE_EPOCHS = 12
-DENSE_LEARNING_RATE = 0.05
-PRUNING_LEARNING_RATE = 0.02
-SAMPLE_BATCH_SIZE = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Pruned:
-    """One pruned network.
-
-    Args:
-        record: What was measured.
-        model: The network, plain.
-        masks: Name and mask of each pruned weight; True keeps.
-    """
-
-    record: report.RunRecord
-    model: nn.Module
-    masks: dict[str, Tensor]
+__all__ = ["demo", "manager_for", "prune_gradually", "prune_in_one_shot", "recipe_path", "run", "train_dense"]
 
 
 def run(*, recipe: Path | None, output: Path, seed: int) -> None:
-    """Run the comparison, print its table, and write network, masks, numbers and picture.
+    """Run the comparison, as :func:`mfac_core.demo_runs.run` says.
 
     Args:
         recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
         output: Folder for the results; made if missing.
         seed: Seed of the split, the weights, and the order of the batches.
-
-    Raises:
-        RecipeError: If the recipe is wrong.
-        SettingError: If a name in ``params`` matches nothing in the network.
-        DeviceError: If a listed device does not exist.
-    """
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
-    gradual = recipe or recipe_path(GRADUAL)
-    for settings in load_recipe(gradual).pruning:  # refuse what cannot work before any training
-        select_parameters(make_network(seed), settings.params)
-        if isinstance(settings, MFACSettings):
-            resolve_devices(settings.devices)
-    console.print(f"Pruning a network for handwritten digits by [bold]{gradual}[/bold], beside magnitude pruning.")
-    started = time.perf_counter()
-    results = compare(gradual, recipe_path(ONE_SHOT), seed=seed, console=console)
-    best = results[0]
-    save_file(
-        {name: tensor.contiguous() for name, tensor in best.model.state_dict().items()}, output / "pruned.safetensors"
-    )
-    save_file({name: mask.contiguous() for name, mask in best.masks.items()}, output / "masks.safetensors")
-    records = [result.record for result in results]
-    report.write_json(
-        records, output / report.RUN_FILE, framework="torch", seed=seed, recipe=str(gradual), torch=torch.__version__
-    )
-    report.picture(records, output / "report.png")
-    console.print(report.table(records))
-    console.print(
-        f"In {time.perf_counter() - started:.0f} s. Written to [bold]{output}[/bold]: pruned.safetensors (the network "
-        f"pruned gradually by M-FAC), masks.safetensors, {report.RUN_FILE}, report.png."
-    )
-
-
-def compare(gradual: Path, one_shot: Path, *, seed: int, console: Console | None = None) -> list[Pruned]:
-    """Train a network once, then prune copies of it: gradually and in one shot, by M-FAC and by magnitude.
-
-    Args:
-        gradual: Recipe of the gradual runs.
-        one_shot: Recipe of the one-shot runs; its schedule is not used.
-        seed: Seed of the split, the weights, and the order of the batches.
-        console: Where progress bars are shown; ``None`` shows none.
-
-    Returns:
-        M-FAC gradual, magnitude gradual, M-FAC one-shot, magnitude one-shot.
     """
     torch.set_num_threads(1)  # fastest for so small a network, and the same numbers on any number of cores
+    demo_runs.run(demo(seed), recipe=recipe, output=output, seed=seed)
+
+
+def demo(seed: int) -> Demo:
+    """Return what PyTorch adds to the demo.
+
+    Args:
+        seed: Seed of the split, the weights, and the order of the batches.
+
+    Returns:
+        The network for digits, its training and its pruning.
+    """
     digits = Digits.load(seed)
-    settings = {path: load_recipe(path) for path in (gradual, one_shot)}
-    epochs = round(settings[gradual].max_epochs)
-    with _progress(console) as progress:
-        task = progress.add_task("training the dense network", total=DENSE_EPOCHS)
-        dense = train_dense(digits, seed, partial(_advance, progress, task))
-        results = []
-        for method in ("M-FAC", "magnitude"):
-            task = progress.add_task(f"{method} gradual: pruning while training", total=epochs)
-            manager = manager_for(settings[gradual].modifiers, method)
-            advance = partial(_advance, progress, task)
-            results.append(prune_gradually(manager, method, dense, digits, epochs=epochs, seed=seed, advance=advance))
-        for method in ("M-FAC", "magnitude"):
-            task = progress.add_task(f"{method} one-shot: pruning without training", total=1)
-            manager = manager_for(settings[one_shot].modifiers, method)
-            results.append(prune_in_one_shot(manager, method, dense, digits, seed=seed))
-            progress.advance(task)
-    return results
+
+    def gradually(recipe: Recipe, method: str, dense: nn.Module, advance: Callable[[int], None]) -> Pruned:
+        manager, epochs = _manager(recipe.modifiers), round(recipe.max_epochs)
+        return prune_gradually(manager, method, dense, digits, epochs=epochs, seed=seed, advance=advance)
+
+    def in_one_shot(recipe: Recipe, method: str, dense: nn.Module) -> Pruned:
+        return prune_in_one_shot(_manager(recipe.modifiers), method, dense, digits, seed=seed)
+
+    return Demo(
+        framework="torch",
+        versions={"torch": torch.__version__},
+        check_params=partial(select_parameters, make_network(seed)),
+        train_dense=partial(train_dense, digits, seed),
+        prune_gradually=gradually,
+        prune_in_one_shot=in_one_shot,
+        save=_save,
+    )
 
 
 def train_dense(digits: Digits, seed: int, advance: Callable[[int], None] = lambda epoch: None) -> nn.Module:
@@ -145,12 +88,12 @@ def train_dense(digits: Digits, seed: int, advance: Callable[[int], None] = lamb
         The network.
     """
     model = make_network(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=DENSE_LEARNING_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=DENSE_LEARNING_RATE, momentum=MOMENTUM)
     train(model, optimizer, digits, epochs=DENSE_EPOCHS, seed=seed, after_epoch=advance)
     return model
 
 
-def manager_for(modifiers: Sequence[Settings], method: str) -> ScheduledModifierManager:
+def manager_for(modifiers: Iterable[Settings], method: str) -> ScheduledModifierManager:
     """Return a manager of a recipe's modifiers, for M-FAC or for magnitude with the same schedule, masks and scope.
 
     Args:
@@ -160,14 +103,7 @@ def manager_for(modifiers: Sequence[Settings], method: str) -> ScheduledModifier
     Returns:
         The manager.
     """
-    names = [field.name for field in dataclasses.fields(GradualSettings)]
-    settings = [
-        MagnitudeSettings(**{name: getattr(each, name) for name in names})
-        if method == "magnitude" and isinstance(each, MFACSettings)
-        else each
-        for each in modifiers
-    ]
-    return ScheduledModifierManager([modifier_for(each) for each in settings])
+    return _manager(by_method(modifiers, method))
 
 
 def prune_gradually(
@@ -196,7 +132,7 @@ def prune_gradually(
     """
     started = time.perf_counter()
     model = copy.deepcopy(dense)
-    optimizer = torch.optim.SGD(model.parameters(), lr=PRUNING_LEARNING_RATE, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=PRUNING_LEARNING_RATE, momentum=MOMENTUM)
     optimizer = manager.modify(model, optimizer, digits.steps_per_epoch)
     history = [(0.0, accuracy(model, digits), 0.0)]
 
@@ -206,7 +142,15 @@ def prune_gradually(
 
     train(model, optimizer, digits, epochs=epochs, seed=seed + 1, after_epoch=after_epoch)
     manager.finalize(model)
-    return _pruned(f"{method} gradual", manager, model, dense, digits, history, started)
+    return pruned(
+        f"{method} gradual",
+        model,
+        manager.masks,
+        sparsity=manager.sparsity,
+        accuracies=(accuracy(dense, digits), accuracy(model, digits)),
+        started=started,
+        history=history,
+    )
 
 
 def prune_in_one_shot(
@@ -229,50 +173,22 @@ def prune_in_one_shot(
     generator = torch.Generator().manual_seed(seed)
     sampler = GradSampler(lambda: iter(digits.batches(generator, SAMPLE_BATCH_SIZE)), nn.functional.cross_entropy)
     manager.apply(model, grad_sampler=sampler)
-    return _pruned(f"{method} one-shot", manager, model, dense, digits, [], started)
-
-
-def recipe_path(name: str) -> Path:
-    """Return the path of one of the project's recipes.
-
-    Args:
-        name: File name of the recipe.
-
-    Returns:
-        Its path in the installed package, or in the source tree.
-    """
-    installed = Path(__file__).parent / "recipes" / name
-    return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
-
-
-def _pruned(
-    method: str,
-    manager: ScheduledModifierManager,
-    model: nn.Module,
-    dense: nn.Module,
-    digits: Digits,
-    history: list[tuple[float, float, float]],
-    started: float,
-) -> Pruned:
-    masks = manager.masks
-    record = report.RunRecord(
-        method=method,
+    return pruned(
+        f"{method} one-shot",
+        model,
+        manager.masks,
         sparsity=manager.sparsity,
-        accuracy_before=accuracy(dense, digits),
-        accuracy_after=accuracy(model, digits),
-        seconds=time.perf_counter() - started,
-        history=history,
-        layer_sparsity={name: float((~mask).float().mean()) for name, mask in masks.items()},
+        accuracies=(accuracy(dense, digits), accuracy(model, digits)),
+        started=started,
     )
-    return Pruned(record, model, masks)
 
 
-def _advance(progress: Progress, task: TaskID, epoch: int) -> None:
-    progress.advance(task)
+def _manager(modifiers: Iterable[Settings]) -> ScheduledModifierManager:
+    return ScheduledModifierManager([modifier_for(each) for each in modifiers])
 
 
-@contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
-    columns = (TextColumn("{task.description:<42}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=console is None) as progress:
-        yield progress
+def _save(result: Pruned, folder: Path) -> tuple[str, str]:
+    weights = result.model.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "pruned.safetensors")
+    save_file({name: mask.contiguous() for name, mask in result.masks.items()}, folder / "masks.safetensors")
+    return "pruned.safetensors", "masks.safetensors"

@@ -6,15 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-__all__ = ["Digits", "accuracy", "make_network", "train"]
+from mfac_core.demo_runs import BATCH_SIZE, DigitImages
 
-BATCH_SIZE = 32
+__all__ = ["Digits", "accuracy", "make_network", "train"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,8 @@ class Digits:
         Returns:
             The data.
         """
-        images, labels = load_digits(return_X_y=True)
-        images = (images / 16).astype(np.float32).reshape(-1, 1, 8, 8)
-        parts = train_test_split(images, labels, test_size=0.3, random_state=seed, stratify=labels)
-        train_images, test_images, train_labels, test_labels = (torch.from_numpy(part) for part in parts)
-        return cls(train_images, train_labels, test_images, test_labels)
+        train_images, train_labels, test_images, test_labels = map(torch.from_numpy, DigitImages.load(seed))
+        return cls(train_images.unsqueeze(1), train_labels, test_images.unsqueeze(1), test_labels)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,0 +1,288 @@
+"""What the demos of all frameworks share: the data, the methods to compare, and the run from recipe to report."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core import report
+from mfac_core.backends import resolve_devices
+from mfac_core.recipe import Recipe, Settings, load_recipe
+from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+__all__ = [
+    "BATCH_SIZE",
+    "DENSE_EPOCHS",
+    "DENSE_LEARNING_RATE",
+    "GRADUAL",
+    "METHODS",
+    "MOMENTUM",
+    "ONE_SHOT",
+    "PRUNING_LEARNING_RATE",
+    "SAMPLE_BATCH_SIZE",
+    "Demo",
+    "DigitImages",
+    "Pruned",
+    "by_method",
+    "compare",
+    "pruned",
+    "recipe_path",
+    "run",
+]
+
+METHODS = ("M-FAC", "magnitude")
+GRADUAL = "digits_gradual.yaml"
+ONE_SHOT = "digits_one_shot.yaml"
+BATCH_SIZE = 32
+SAMPLE_BATCH_SIZE = 8
+DENSE_EPOCHS = 12
+DENSE_LEARNING_RATE = 0.05
+PRUNING_LEARNING_RATE = 0.02
+MOMENTUM = 0.9
+
+_COLUMNS_OF_A_TASK = 42
+
+
+class DigitImages(NamedTuple):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, three tenths of them for testing.
+
+    Attributes:
+        train_images: Shape ``(n, 8, 8)``, float32 in ``[0, 1]``.
+        train_labels: Shape ``(n,)``, integers from 0 to 9.
+        test_images: Shape ``(k, 8, 8)``.
+        test_labels: Shape ``(k,)``.
+    """
+
+    train_images: npt.NDArray[np.float32]
+    train_labels: npt.NDArray[np.int64]
+    test_images: npt.NDArray[np.float32]
+    test_labels: npt.NDArray[np.int64]
+
+    @classmethod
+    def load(cls, seed: int) -> DigitImages:
+        """Return the digits, split by a seed with equal shares of each digit.
+
+        Args:
+            seed: Seed of the split.
+
+        Returns:
+            The data.
+        """
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        pixels, labels = load_digits(return_X_y=True)
+        images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8)
+        parts = train_test_split(images, labels, test_size=0.3, random_state=seed, stratify=labels)
+        train_images, test_images, train_labels, test_labels = parts
+        return cls(train_images, train_labels, test_images, test_labels)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One pruned network.
+
+    Args:
+        record: What was measured.
+        model: The network of the framework, plain.
+        masks: Name and mask of each pruned weight; True keeps.
+    """
+
+    record: report.RunRecord
+    model: Any
+    masks: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a framework adds to the demo: the network for digits, its training and its pruning, for one seed.
+
+    Args:
+        framework: Name of the framework.
+        versions: Name and version of what the network runs on.
+        check_params: Refuses ``params`` of a recipe that match nothing in the network.
+        train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called with
+            the number of completed epochs.
+        prune_gradually: Prunes a copy of the dense network while it is trained further, for as many epochs as the
+            recipe has. Takes the recipe, the name of the method, the dense network, and what is called with the number
+            of completed epochs.
+        prune_in_one_shot: Prunes a copy of the dense network in one step, without training. Takes the recipe, the name
+            of the method, and the dense network.
+        save: Writes a pruned network and its masks to a folder, and returns the names of the two files.
+    """
+
+    framework: str
+    versions: Mapping[str, str]
+    check_params: Callable[[Sequence[str]], object]
+    train_dense: Callable[[Callable[[int], None]], Any]
+    prune_gradually: Callable[[Recipe, str, Any, Callable[[int], None]], Pruned]
+    prune_in_one_shot: Callable[[Recipe, str, Any], Pruned]
+    save: Callable[[Pruned, Path], tuple[str, str]]
+
+
+def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
+    """Run the comparison, print its table, and write network, masks, numbers and picture.
+
+    Args:
+        demo: What the framework adds, for this seed.
+        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        output: Folder for the results; made if missing.
+        seed: Seed of the split, the weights, and the order of the batches.
+
+    Raises:
+        RecipeError: If the recipe is wrong.
+        SettingError: If a name in ``params`` matches nothing in the network.
+        DeviceError: If a listed device does not exist.
+    """
+    from rich.console import Console
+
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    path = recipe or recipe_path(GRADUAL)
+    gradual = load_recipe(path)
+    for settings in gradual.pruning:  # refuse what cannot work before any training
+        demo.check_params(settings.params)
+        if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
+            resolve_devices(settings.devices)
+    console.print(f"Pruning a network for handwritten digits by [bold]{path}[/bold], beside magnitude pruning.")
+    started = time.perf_counter()
+    results = compare(demo, gradual, load_recipe(recipe_path(ONE_SHOT)), console=console)
+    network, masks = demo.save(results[0], output)
+    records = [result.record for result in results]
+    facts = {"framework": demo.framework, "seed": seed, "recipe": str(path), **demo.versions}
+    report.write_json(records, output / report.RUN_FILE, **facts)
+    report.picture(records, output / "report.png")
+    console.print(report.table(records))
+    console.print(
+        f"In {time.perf_counter() - started:.0f} s. Written to [bold]{output}[/bold]: {network} (the network "
+        f"pruned gradually by M-FAC), {masks}, {report.RUN_FILE}, report.png."
+    )
+
+
+def compare(demo: Demo, gradual: Recipe, one_shot: Recipe, *, console: Console | None = None) -> list[Pruned]:
+    """Train a network once, then prune copies of it: gradually and in one shot, by M-FAC and by magnitude.
+
+    Args:
+        demo: What the framework adds.
+        gradual: Recipe of the gradual runs.
+        one_shot: Recipe of the one-shot runs; its schedule is not used.
+        console: Where progress bars are shown; ``None`` shows none.
+
+    Returns:
+        M-FAC gradual, magnitude gradual, M-FAC one-shot, magnitude one-shot.
+    """
+    epochs = round(gradual.max_epochs)
+    results = []
+    with _progress(console) as progress:
+        dense = demo.train_dense(_bar(progress, "training the dense network", DENSE_EPOCHS))
+        for method in METHODS:
+            advance = _bar(progress, f"{method} gradual: pruning while training", epochs)
+            results.append(demo.prune_gradually(_recipe_by(method, gradual), method, dense, advance))
+        for method in METHODS:
+            advance = _bar(progress, f"{method} one-shot: pruning without training", 1)
+            results.append(demo.prune_in_one_shot(_recipe_by(method, one_shot), method, dense))
+            advance(1)
+    return results
+
+
+def by_method(modifiers: Iterable[Settings], method: str) -> tuple[Settings, ...]:
+    """Return a recipe's modifiers for M-FAC, or for magnitude with the same schedule, masks and scope.
+
+    Args:
+        modifiers: The settings of a recipe for M-FAC.
+        method: One of :data:`METHODS`.
+
+    Returns:
+        The settings of the method.
+    """
+    if method == "M-FAC":
+        return tuple(modifiers)
+    names = [field.name for field in dataclasses.fields(GradualSettings)]
+    return tuple(
+        MagnitudeSettings(**{name: getattr(each, name) for name in names}) if isinstance(each, MFACSettings) else each
+        for each in modifiers
+    )
+
+
+def pruned(
+    method: str,
+    model: Any,
+    masks: Mapping[str, Any],
+    *,
+    sparsity: float,
+    accuracies: tuple[float, float],
+    started: float,
+    history: Sequence[tuple[float, float, float]] = (),
+) -> Pruned:
+    """Return a pruned network with its record.
+
+    Args:
+        method: Name of the method and kind of run, such as ``"M-FAC gradual"``.
+        model: The network.
+        masks: Name and mask of each pruned weight, arrays or tensors on the CPU; True keeps.
+        sparsity: Pruned fraction of the weights in scope.
+        accuracies: Test accuracy of the dense network, and of the pruned one.
+        started: When the run began, by :func:`time.perf_counter`.
+        history: ``(epoch, accuracy, sparsity)`` after each epoch.
+
+    Returns:
+        Both.
+    """
+    record = report.RunRecord(
+        method=method,
+        sparsity=sparsity,
+        accuracy_before=accuracies[0],
+        accuracy_after=accuracies[1],
+        seconds=time.perf_counter() - started,
+        history=history,
+        layer_sparsity={name: 1.0 - float(np.asarray(mask).mean()) for name, mask in masks.items()},
+    )
+    return Pruned(record, model, masks)
+
+
+def recipe_path(name: str) -> Path:
+    """Return the path of one of the project's recipes.
+
+    Args:
+        name: File name of the recipe.
+
+    Returns:
+        Its path in the installed package, or in the source tree.
+    """
+    installed = Path(__file__).parent / "demo_recipes" / name
+    return installed if installed.exists() else Path(__file__).parents[1] / "recipes" / name
+
+
+def _recipe_by(method: str, recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, modifiers=by_method(recipe.modifiers, method))
+
+
+@contextmanager
+def _progress(console: Console | None) -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn(f"{{task.description:<{_COLUMNS_OF_A_TASK}}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        yield progress
+
+
+def _bar(progress: Progress, description: str, total: int) -> Callable[[int], None]:
+    task = progress.add_task(description, total=total)
+    return lambda completed: progress.update(task, completed=completed)
