@@ -249,6 +249,12 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         )
         if self._first_epoch:
             self._resume(session)
+        elif self._last_session is not None and self._last_session.sparsity:
+            _logger.warning(
+                "this callback has pruned in an earlier fit (sparsity %.4f) and begins anew at epoch 0: its masks are "
+                "let go, and weights come back until it prunes them again; to go on, pass initial_epoch=... to fit",
+                self._last_session.sparsity,
+            )
         self._log_plan(prunings, steps_per_epoch)
         self._session = session
         session.begin()

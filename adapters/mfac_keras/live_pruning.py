@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -21,21 +20,9 @@ from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
 from mfac_keras.selection import select_variables
 
-__all__ = ["LivePruning", "check_disjoint", "one_shot"]
+__all__ = ["LivePruning", "check_disjoint"]
 
 _logger = logging.getLogger("mfac_keras")
-
-
-def one_shot(settings: PruningSettings) -> PruningSettings:
-    """Return settings that reach the final sparsity in a single pruning step, before any training.
-
-    Args:
-        settings: Settings of a gradual run.
-
-    Returns:
-        The same with a schedule of one step.
-    """
-    return dataclasses.replace(settings, start_epoch=0.0, end_epoch=0.0, leave_enabled=True)
 
 
 class LivePruning:
@@ -81,8 +68,7 @@ class LivePruning:
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
         """The masks held now by path, True keeps; empty before the first pruning step and once released."""
-        is_released = self.is_finished and not self.settings.leave_enabled
-        if is_released or not self._pruner.sparsity:
+        if self._pruner.is_released or not self._pruner.sparsity:
             return {}
         return {name: self.forms[name].back(mask) for name, mask in self._pruner.masks.items()}
 
@@ -145,12 +131,16 @@ class LivePruning:
         """
         return self._pruner.is_due(step)
 
-    def prune_if_due(self, step: int) -> None:
+    def prune_if_due(self, step: int) -> bool:
         """Do the pruning step that is due, if there is one.
 
         Args:
             step: Completed training steps.
+
+        Returns:
+            Whether what optimizers remember of the variables in scope is stale, and to be set to zero.
         """
+        is_stale = False
         while self._pruner.is_due(step):
             planned = self._pruner.next_step
             start = time.perf_counter()
@@ -160,6 +150,8 @@ class LivePruning:
             for name, variable in self.variables.items():
                 variable.assign(current_backend().to_tensor(self.forms[name].back(result.weights[name])))
             self._report(planned, step, rows, result, time.perf_counter() - start)
+            is_stale = is_stale or result.resets_optimizer
+        return is_stale
 
     def hold_zeros(self) -> int:
         """Set pruned weights to exactly zero.

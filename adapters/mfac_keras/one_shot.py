@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.one_shot_settings import one_shot
 from mfac_core.recipe import Recipe
 from mfac_core.settings import PruningSettings
-from mfac_keras.live_pruning import LivePruning, check_disjoint, one_shot
+from mfac_keras.live_pruning import LivePruning, check_disjoint
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
 
@@ -60,7 +61,10 @@ def prune_one_shot(
         raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
     keys = {"end_epoch": 0.0, **recipe_keys} if recipe_keys else {}
     settings = [
-        one_shot(each) for each in modifiers_of(recipe, keys, recipe_variables) if isinstance(each, PruningSettings)
+        at_once
+        for each in modifiers_of(recipe, keys, recipe_variables)
+        if isinstance(each, PruningSettings)
+        for at_once in one_shot(each)
     ]
     sampler = GradientSampler(dataset, loss)
     prunings = [LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0) for each in settings]

@@ -38,6 +38,11 @@ def modifiers_of(
         raise TypeError(
             f"got {given}; pass a path, a text or a Recipe, or else keys such as final_sparsity=0.9, end_epoch=8"
         )
+    if recipe is not None and not isinstance(recipe, str | os.PathLike | Recipe):
+        raise TypeError(
+            f"recipe is a {type(recipe).__name__}; pass a path, a text or a Recipe, or the keys of one as keywords, "
+            "such as final_sparsity=0.9"
+        )
     if recipe is None:
         every: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
     else:

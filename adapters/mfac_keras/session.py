@@ -159,7 +159,8 @@ class TrainingSession:
         if any(pruning.needs_pruning(self.step) for pruning in self.prunings):
             self._hooks.sync()
             for pruning in self.prunings:
-                pruning.prune_if_due(self.step)
+                if pruning.prune_if_due(self.step):
+                    self._hooks.forget(pruning.variables.values())
             self._hold_masks()
         self._taps = self._wants_gradients()
         self._hooks.tap(self._taps)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfac_core.one_shot_settings import one_shot
 from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_torch.conditions import check_disjoint, check_optimizers, check_trained, refuse_distributed, unwrapped
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.one_shot import one_shot
 from mfac_torch.plan import log_plan
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -125,6 +125,19 @@ class TrainingHooks(ABC):
             for leaf in innermost(self._optimizer):
                 for slot in remembered(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
+
+    def forget(self, variables: Iterable[Any]) -> None:
+        """Set what optimizers remember of variables to zero, except for moving averages of the variables themselves.
+
+        Args:
+            variables: Variables in scope.
+        """
+        for variable in variables:
+            for leaf in innermost(self._optimizer):
+                average = average_of(leaf, variable)
+                for slot in remembered(leaf, variable):
+                    if slot is not average:
+                        slot.assign(keras.ops.zeros(slot.shape, dtype=slot.dtype))
 
     def sync(self) -> None:  # noqa: B027
         """Make sure that the variables have their current values."""

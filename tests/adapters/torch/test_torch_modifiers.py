@@ -7,6 +7,7 @@ import pytest
 
 import mfac_torch
 from mfac_core.errors import RecipeError
+from mfac_core.one_shot_settings import one_shot
 from mfac_core.recipe import load_recipe
 from mfac_torch import (
     ACDCPruningModifier,
@@ -25,7 +26,6 @@ from mfac_torch import (
     SetWeightDecayModifier,
     TrainableParamsModifier,
 )
-from mfac_torch.one_shot import one_shot
 
 GRADUAL = {"final_sparsity": 0.8, "init_sparsity": 0.1, "start_epoch": 1.0, "end_epoch": 5.5, "params": ["re:.*weight"]}
 EVERY = {
