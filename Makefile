@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --quiet --numprocesses=auto --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --quiet
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -25,7 +25,8 @@ demo: $(VENV)/.installed-demo
 
 test: lint
 	@echo "== tests"
-	@$(PYTEST) --ignore=tests/adapters/keras
+	@$(PYTEST) --ignore=tests/adapters/keras --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	@# Keras uses all cores by itself; several processes would wait for each other.
 	@for backend in tensorflow torch jax; do \
 	  echo "== tests: Keras on $$backend"; \
 	  KERAS_BACKEND=$$backend $(PYTEST) tests/adapters/keras || exit 1; \
