@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
 from mfac_core.settings import PruningSettings
 from mfac_core.training_settings import EpochRange
@@ -31,7 +32,7 @@ def modifiers_of(
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
-        ValueError: If the recipe does not prune, or has a modifier that is not supported in Keras.
+        RecipeError: If the recipe does not prune, or has a modifier that is not supported in Keras.
     """
     if (recipe is None) == (not keys):
         given = "a recipe and keys of one" if keys else "neither a recipe nor keys of one"
@@ -49,16 +50,16 @@ def modifiers_of(
         every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables)).modifiers
     for modifier in every:
         if not isinstance(modifier, PruningSettings | LearningRate | EpochRange):
-            raise ValueError(
+            raise RecipeError(
                 f"{type(modifier).__name__} is not supported in Keras; take it out of the recipe, or train with "
                 "PyTorch and mfac_torch"
             )
         if isinstance(modifier, LearningRate) and getattr(modifier, "param_groups", None) is not None:
-            raise ValueError(
+            raise RecipeError(
                 f"{type(modifier).__name__}: param_groups: Keras optimizers have no parameter groups; take the key out"
             )
     if not any(isinstance(modifier, PruningSettings) for modifier in every):
-        raise ValueError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
+        raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     return tuple(
         part
         for modifier in every

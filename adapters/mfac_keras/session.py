@@ -59,6 +59,7 @@ class TrainingSession:
         self._hooks = hooks
         self._variables = [variable for pruning in prunings for variable in pruning.variables.values()]
         self._taps = False
+        self._sparsity: float | None = None
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -68,9 +69,11 @@ class TrainingSession:
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        weights = sum(pruning.num_weights for pruning in self.prunings)
-        pruned = sum(int(np.count_nonzero(~mask)) for mask in self.masks.values())
-        return pruned / weights if weights else 0.0
+        if self._sparsity is None:  # asked for at every step
+            weights = sum(pruning.num_weights for pruning in self.prunings)
+            pruned = sum(int(np.count_nonzero(~mask)) for mask in self.masks.values())
+            self._sparsity = pruned / weights if weights else 0.0
+        return self._sparsity
 
     def begin(self) -> None:
         """Attach to the training step, and do what is due before the next one."""
@@ -142,6 +145,7 @@ class TrainingSession:
             )
         for pruning, saved in zip(self.prunings, state["prunings"], strict=True):
             pruning.load_state_dict(saved)
+        self._sparsity = None
         self._rates_set = list(state["rates_set"])
 
     def resume_without_state(self) -> None:
@@ -171,6 +175,7 @@ class TrainingSession:
         return any(pruning.needs_gradients(step) for step in steps for pruning in self.prunings)
 
     def _hold_masks(self) -> None:
+        self._sparsity = None
         masks = self.masks
         self._hooks.hold([masks.get(name) for pruning in self.prunings for name in pruning.variables])
 

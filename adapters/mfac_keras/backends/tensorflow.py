@@ -84,12 +84,17 @@ def loss_gradients(
     Yields:
         One array per variable, of its shape; ``None`` where the loss does not depend on it.
     """
-    for batch in batches:
+    values = [variable.value for variable in variables]
+
+    def scaled_gradients(batch: Any) -> list[Any]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch([variable.value for variable in variables])
+            tape.watch(values)
             loss = loss_of(*batch) * scale
-        gradients = tape.gradient(loss, [variable.value for variable in variables])
-        yield [None if each is None else to_array(tf.convert_to_tensor(each) / scale) for each in gradients]
+        return [None if each is None else tf.convert_to_tensor(each) for each in tape.gradient(loss, values)]
+
+    compiled = scaled_gradients if model.run_eagerly else tf.function(scaled_gradients, reduce_retracing=True)
+    for batch in batches:
+        yield [None if each is None else to_array(each / scale) for each in compiled(batch)]
 
 
 class Hooks(TrainingHooks):
