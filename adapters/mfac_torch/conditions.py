@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -12,7 +13,9 @@ from torch import nn
 from mfac_core.settings import PruningSettings
 from mfac_torch.live_pruning import LivePruning
 
-__all__ = ["check_disjoint", "check_optimizers", "check_trained", "refuse_distributed", "unwrapped"]
+__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped", "warn_of_overlap"]
+
+_logger = logging.getLogger("mfac_torch")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -76,22 +79,20 @@ def check_optimizers(
     return optimizers
 
 
-def check_disjoint(prunings: Sequence[LivePruning], times: Sequence[PruningSettings]) -> None:
-    """Refuse two modifiers that prune a parameter at the same time.
+def warn_of_overlap(prunings: Sequence[LivePruning], times: Sequence[PruningSettings]) -> None:
+    """Warn of modifiers that prune a parameter at the same time.
 
     Args:
         prunings: The pruning modifiers.
         times: The settings that say when each of them prunes.
-
-    Raises:
-        ValueError: If there are such; the message names the parameters.
     """
     for (one, when), (other, when_other) in combinations(zip(prunings, times, strict=True), 2):
         twice = sorted(set(one.parameters) & set(other.parameters))
         if twice and _overlap(when, when_other):
-            raise ValueError(
-                f"two pruning modifiers select {', '.join(twice)} at the same time; let one of them prune each "
-                "parameter, or begin the second when the first has ended"
+            _logger.warning(
+                "two pruning modifiers select %s at the same time: each holds its own masks there, so that more is "
+                "pruned than either says; let one of them prune each parameter",
+                ", ".join(twice),
             )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mfac_core.one_shot_settings import one_shot
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_torch.conditions import check_disjoint, check_optimizers, check_trained, refuse_distributed, unwrapped
+from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped, warn_of_overlap
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.plan import log_plan
@@ -239,6 +239,8 @@ class ScheduledModifierManager(ModifierList):
         )
         for pruning in prunings:
             pruning.prune_if_due(0)
+        for pruning in prunings:  # an update may have moved what another modifier has pruned
+            pruning.hold_masks()
         self._model, self._prunings = model, prunings
         if finalize:
             self.finalize(module)
@@ -414,5 +416,6 @@ def _live_prunings(
         )
         for _, part in parts
     )
-    check_disjoint(prunings, [whole for whole, _ in parts])
+    if one_shot_at is not None:  # for a gradual run the linter says it
+        warn_of_overlap(prunings, [whole for whole, _ in parts])
     return prunings

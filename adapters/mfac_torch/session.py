@@ -178,6 +178,9 @@ class TrainingSession:
     def _prune_if_due(self) -> None:
         for pruning in self._prunings:
             pruning.prune_if_due(self.step)
+        if len(self._prunings) > 1:  # an update may have moved what another modifier has pruned
+            for pruning in self._prunings:
+                pruning.hold_masks()
 
     def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         def observed() -> Any:

@@ -370,8 +370,8 @@ def _same_weights(planned: Iterable[tuple[PruningSettings, ModifierPlan]]) -> It
         if shared and _at_the_same_time(one, other):
             more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
             yield (
-                f"{first.modifier} and {second.modifier} prune the same parameters ({', '.join(shared[:3])}{more}); "
-                "give each weight to one modifier"
+                f"{first.modifier} and {second.modifier} prune the same parameters ({', '.join(shared[:3])}{more}), so "
+                "that more is pruned than either says; give each weight to one modifier"
             )
 
 

@@ -298,8 +298,8 @@ class TestModel:
     def test_two_modifiers_on_one_parameter(self):
         both = [{"a": 1, "b": 2}, {"b": 2, "c": 3}]
         assert only(self.plan(magnitude(params="re:[ab]"), magnitude(params="re:[bc]"), weights=both).warnings) == (
-            "MagnitudePruningModifier 1 and MagnitudePruningModifier 2 prune the same parameters (b); "
-            "give each weight to one modifier"
+            "MagnitudePruningModifier 1 and MagnitudePruningModifier 2 prune the same parameters (b), so that more is "
+            "pruned than either says; give each weight to one modifier"
         )
         assert self.plan(magnitude(), ConstantSettings(start_epoch=6.0), weights=both).warnings == ()
 

@@ -785,7 +785,6 @@ def test_finalize_refuses_what_it_was_not_given(task):
         (TypeError, "does not support 'distillation_teacher'", {"distillation_teacher": "self"}),
         (TypeError, "no method log_scalar", {"loggers": [print]}),
         (TypeError, "grad_sampler is a list", {"grad_sampler": []}),
-        (ValueError, "two pruning modifiers select 0.weight", {"second": {"params": ["re:0.w"]}}),
         (ValueError, r"does not train 0\.weight", {"trained": slice(2, None)}),
         (SettingError, "'nothing' matches no parameter", {"second": {"params": ["nothing"]}}),
     ],
@@ -897,21 +896,41 @@ def test_one_shot_may_stop_where_the_recipe_is_at_an_epoch(task):
         assert zeros(model) == pruned
 
 
-def test_one_shot_follows_modifiers_that_follow_each_other_and_refuses_those_that_overlap(task):
-    def modifier(final_sparsity, start_epoch, end_epoch):
-        return MagnitudePruningModifier(
-            final_sparsity=final_sparsity, start_epoch=start_epoch, end_epoch=end_epoch, params="__ALL_PRUNABLE__"
-        )
+def a_modifier(final_sparsity, start_epoch, end_epoch, kind=MagnitudePruningModifier, **keys):
+    schedule = {"start_epoch": start_epoch, "end_epoch": end_epoch, "params": "__ALL_PRUNABLE__"}
+    return kind(final_sparsity=final_sparsity, **schedule, **keys)
 
+
+def test_one_shot_follows_modifiers_that_follow_each_other_and_warns_of_those_that_overlap(task, caplog):
     model = task.model()
-    ScheduledModifierManager([modifier(0.75, 2.0, 3.0), modifier(0.5, 1.0, 2.0)]).apply(model)
+    ScheduledModifierManager([a_modifier(0.75, 2.0, 3.0), a_modifier(0.5, 1.0, 2.0)]).apply(model)
     assert zeros(model) == 54
-    for other in (modifier(0.5, 1.0, 2.5), modifier(0.5, 2.0, 2.0), modifier(0.5, 2.0, 3.0)):
-        with pytest.raises(ValueError, match="two pruning modifiers select 0.weight, 2.weight at the same time"):
-            ScheduledModifierManager([modifier(0.75, 2.0, 3.0), other, other]).apply(model)
-    at_once = modifier(0.5, 2.0, 2.0)
-    with pytest.raises(ValueError, match="at the same time"):
-        ScheduledModifierManager([at_once, at_once]).apply(model)
+    assert not caplog.records
+    for other in (a_modifier(0.5, 1.0, 2.5), a_modifier(0.5, 2.0, 3.0)):
+        caplog.clear()
+        model = task.model()
+        ScheduledModifierManager([a_modifier(0.75, 2.0, 3.0), other]).apply(model)
+        assert zeros(model) == 54
+        assert "two pruning modifiers select 0.weight, 2.weight at the same time" in caplog.text
+
+
+@pytest.mark.parametrize("begins", [2.0, 1.0])
+def test_what_one_modifier_has_pruned_stays_zero_while_another_updates_the_weights(task, begins, caplog):
+    of_mfac = {"num_grads": 4, "fisher_block_size": 16, "damp": 0.01}
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    recipe = [a_modifier(0.5, 1.0, 2.0), a_modifier(0.75, begins, 4.0, MFACPruningModifier, **of_mfac)]
+    manager = ScheduledModifierManager(recipe)
+    manager.modify(model, optimizer, task.steps_per_epoch)
+
+    def holds(step):
+        for name, mask in manager.masks.items():
+            assert not model.get_parameter(name)[~mask].any(), (step, name)
+
+    task.train(model, optimizer, after_step=holds)
+    assert ("prune the same parameters" in caplog.text) == (begins == 1.0)
+    manager.finalize(model)
+    assert zeros(model) >= 54
 
 
 def test_one_shot_samples_even_where_a_gradual_run_would_take_the_gradients_of_training(task):
