@@ -916,10 +916,10 @@ def test_one_shot_follows_modifiers_that_follow_each_other_and_warns_of_those_th
 
 @pytest.mark.parametrize("begins", [2.0, 1.0])
 def test_what_one_modifier_has_pruned_stays_zero_while_another_updates_the_weights(task, begins, caplog):
-    of_mfac = {"num_grads": 4, "fisher_block_size": 16, "damp": 0.01}
+    of_mfac = {"num_grads": 4, "fisher_block_size": 16, "damp": 0.01, "mask_type": "1:2"}  # not zeros alone go first
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    recipe = [a_modifier(0.5, 1.0, 2.0), a_modifier(0.75, begins, 4.0, MFACPruningModifier, **of_mfac)]
+    recipe = [a_modifier(0.75, 1.0, 2.0), a_modifier(0.5, begins, 4.0, MFACPruningModifier, **of_mfac)]
     manager = ScheduledModifierManager(recipe)
     manager.modify(model, optimizer, task.steps_per_epoch)
 
