@@ -64,7 +64,8 @@ def page(reports: dict[str, dict[str, list[str]]]) -> str:
             f"| --- | {' | '.join('---' for _ in heads)} |",
             *rows,
             "",
-            "n/a: Keras does not have it on this backend, or it is another backend's.",
+            "n/a: no test, because Keras does not have it on this backend, or it is another backend's. On torch, "
+            "jit_compile=True is torch.compile, which needs a C++ compiler: not part of the tests.",
             "",
         ]
     )
