@@ -84,9 +84,10 @@ class ModifierPlan(NamedTuple):
         Returns:
             The line.
         """
+        memory = f", gradient window of up to {self.window_bytes:,} bytes" if self.window_bytes else ""
         return (
             f"{self.modifier}: {self.num_weights:,} weights in {len(self.weights)} parameters "
-            f"({listed(self.weights)}); {_scheduled(schedule)}"
+            f"({listed(self.weights)}){memory}; {_scheduled(schedule)}"
         )
 
 
