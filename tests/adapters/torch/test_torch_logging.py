@@ -86,7 +86,8 @@ def test_modify_says_what_each_modifier_matches_and_when_it_prunes(task, caplog)
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
         "MFACPruningModifier 1: 72 weights in 2 parameters (0.weight, 2.weight), gradient window of up to "
-        "1,152 bytes; 4 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 4 (step 20), sparsity 0.75; computed on cpu (the recipe names no devices: where the "
+        "1,152 bytes; 4 pruning steps from epoch 1 (step 5), sparsity 0.2, "
+        "to epoch 4 (step 20), sparsity 0.75; computed on cpu (the recipe names no devices: where the "
         "weights are, on a GPU if CuPy is installed)",
         "MagnitudePruningModifier 2: 8 weights in 1 parameters (0.bias); one pruning step at epoch 1 (step 5), "
         "sparsity 0.5",
