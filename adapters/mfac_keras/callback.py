@@ -17,12 +17,13 @@ from mfac_core.recipe import Recipe
 from mfac_core.recipe.linting import lint_model
 from mfac_core.settings import PruningSettings
 from mfac_keras.backends import current_backend
-from mfac_keras.live_pruning import LivePruning, check_disjoint
+from mfac_keras.live_pruning import LivePruning, variables_in_scope
 from mfac_keras.optimizers import innermost, trained_by
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
-from mfac_keras.session import LearningRate, TrainingSession, refuse_scheduled_learning_rate
+from mfac_keras.session import TrainingSession
 from mfac_keras.state_file import read_states, write_state
+from mfac_keras.training_changes import TrainingChanges
 
 __all__ = ["MFACPruningCallback"]
 
@@ -197,7 +198,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
             return
         _warn_unfinished(session)
-        regrown = sum(pruning.regrown() for pruning in session.prunings)
+        regrown = session.regrown()
         if regrown:
             _logger.warning(
                 "%d pruned weights are not zero at the end of fit: another callback has put earlier, denser weights "
@@ -220,10 +221,6 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if not optimizer.built:
             with _scope(model):
                 optimizer.build(model.trainable_variables)
-        settings = [each for each in self._modifiers if isinstance(each, PruningSettings)]
-        learning_rates = [each for each in self._modifiers if isinstance(each, LearningRate)]
-        if learning_rates:
-            refuse_scheduled_learning_rate(optimizer)
         prunings = [
             LivePruning(
                 each,
@@ -232,17 +229,23 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 sampler=self._sampler,
                 verbose=self._verbose > 0,
             )
-            for each in settings
+            for each in self._modifiers
+            if isinstance(each, PruningSettings)
         ]
-        check_disjoint(prunings)
         _check_trained(prunings, optimizer)
-        variables = [variable for pruning in prunings for variable in pruning.variables.values()]
-        axes = [form.axes for pruning in prunings for form in pruning.forms.values()]
-        session = TrainingSession(
+        others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
+        forms = {name: form for pruning in prunings for name, form in pruning.forms.items()}
+        hooks = current_backend().Hooks(
+            model,
             optimizer,
+            list(variables_in_scope(prunings).values()),
+            [form.axes for form in forms.values()],
+            metrics=self._metrics_now,
+        )
+        session = TrainingSession(
             prunings,
-            learning_rates,
-            current_backend().Hooks(model, optimizer, variables, axes, metrics=self._metrics_now),
+            TrainingChanges(others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch),
+            hooks,
             steps_per_epoch=steps_per_epoch,
             steps_per_execution=int(model.steps_per_execution),
             step=self._epoch * steps_per_epoch + step_of_epoch,
@@ -255,12 +258,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "let go, and weights come back until it prunes them again; to go on, pass initial_epoch=... to fit",
                 self._last_session.sparsity,
             )
-        self._log_plan(prunings, steps_per_epoch)
+        self._log_plan(prunings, others, steps_per_epoch)
         self._session = session
         session.begin()
 
-    def _log_plan(self, prunings: Sequence[LivePruning], steps_per_epoch: int) -> None:
-        others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
+    def _log_plan(self, prunings: Sequence[LivePruning], others: Sequence[Any], steps_per_epoch: int) -> None:
         plan = lint_model(
             [*(pruning.settings for pruning in prunings), *others],
             [

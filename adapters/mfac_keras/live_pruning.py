@@ -14,13 +14,13 @@ from mfac_core.backends import Array
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
-from mfac_core.settings import PruningSettings
+from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
 from mfac_keras.selection import select_variables
 
-__all__ = ["LivePruning", "check_disjoint"]
+__all__ = ["LivePruning", "combined_masks", "prune_if_due", "variables_in_scope"]
 
 _logger = logging.getLogger("mfac_keras")
 
@@ -32,8 +32,14 @@ class LivePruning:
         settings: What to prune, when and how.
         model: The model, built.
         steps_per_epoch: Training steps per epoch.
-        sampler: Where gradient samples come from; ``None`` takes those of training.
+        sampler: Where gradient samples come from, unless the settings ask for those of training; ``None`` takes those
+            of training.
         verbose: Whether to print a line for each pruning step.
+
+    Attributes:
+        settings: What to prune, when and how.
+        variables: The variables in scope by path.
+        forms: Their forms in PyTorch by path.
 
     Raises:
         SettingError: If ``params`` of the settings does not fit the model.
@@ -55,13 +61,14 @@ class LivePruning:
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
-        self._sampler = sampler
+        uses_sampler = isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
+        self._sampler = sampler if uses_sampler else None
         self._verbose = verbose
         self._pruner = make_pruner(
             settings,
             self._weights(),
             steps_per_epoch=steps_per_epoch,
-            live_gradients=sampler is None,
+            live_gradients=self._sampler is None,
             axes={name: form.core_axes for name, form in self.forms.items() if form.core_axes is not None},
         )
 
@@ -81,11 +88,6 @@ class LivePruning:
     def schedule(self) -> tuple[PlannedStep, ...]:
         """Its pruning steps."""
         return self._pruner.schedule
-
-    @property
-    def num_weights(self) -> int:
-        """Number of weights in scope."""
-        return self._pruner.layout.num_weights
 
     @property
     def is_finished(self) -> bool:
@@ -168,10 +170,6 @@ class LivePruning:
             wrong += found
         return wrong
 
-    def regrown(self) -> int:
-        """Return how many pruned weights are not zero."""
-        return sum(int(np.count_nonzero(self.variables[name].numpy()[~mask])) for name, mask in self.masks.items())
-
     def take_zeros_as_masks(self, step: int) -> bool:
         """Take every weight that is zero as pruned, where pruning steps have been done that nothing is known of.
 
@@ -222,7 +220,8 @@ class LivePruning:
             return
         self._pruner.forget_gradients()
         variables = list(self.variables.values())
-        for row in self._sampler.gradients(self._model, variables, self._pruner.num_gradients):
+        options = self._pruner.settings.sampler_options
+        for row in self._sampler.gradients(self._model, variables, self._pruner.num_gradients, options):
             self._pruner.observe(
                 {name: form.of(array) for (name, form), array in zip(self.forms.items(), row, strict=True)}
             )
@@ -247,20 +246,46 @@ class LivePruning:
             )
 
 
-def check_disjoint(prunings: Sequence[LivePruning]) -> None:
-    """Refuse two modifiers that prune one variable.
+def variables_in_scope(prunings: Sequence[LivePruning]) -> dict[str, Any]:
+    """Return every variable that modifiers prune.
 
     Args:
-        prunings: The modifiers at work.
+        prunings: The modifiers at work on one model.
 
-    Raises:
-        ValueError: If there are such; the message names the variables.
+    Returns:
+        The variables by path, each once.
     """
-    seen: set[str] = set()
+    return {name: variable for pruning in prunings for name, variable in pruning.variables.items()}
+
+
+def combined_masks(prunings: Sequence[LivePruning]) -> dict[str, npt.NDArray[np.bool_]]:
+    """Return the masks held now; where several modifiers hold one, a weight is kept that all of them keep.
+
+    Args:
+        prunings: The modifiers at work on one model.
+
+    Returns:
+        The masks by path, True keeps.
+    """
+    combined: dict[str, npt.NDArray[np.bool_]] = {}
     for pruning in prunings:
-        twice = seen.intersection(pruning.variables)
-        if twice:
-            raise ValueError(
-                f"two pruning modifiers select {', '.join(sorted(twice))}; let one of them prune each variable"
-            )
-        seen.update(pruning.variables)
+        for name, mask in pruning.masks.items():
+            combined[name] = combined[name] & mask if name in combined else mask
+    return combined
+
+
+def prune_if_due(prunings: Sequence[LivePruning], step: int) -> list[Any]:
+    """Do the pruning steps that are due.
+
+    Args:
+        prunings: The modifiers at work on one model.
+        step: Completed training steps.
+
+    Returns:
+        The variables of which optimizers have to forget everything, because their weights have come back.
+    """
+    stale = [variable for pruning in prunings if pruning.prune_if_due(step) for variable in pruning.variables.values()]
+    if sum(len(pruning.variables) for pruning in prunings) > len(variables_in_scope(prunings)):
+        for pruning in prunings:  # the update of one may have moved what another has pruned
+            pruning.hold_zeros()
+    return stale

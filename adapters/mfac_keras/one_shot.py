@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.errors import RecipeError
 from mfac_core.one_shot_settings import one_shot
 from mfac_core.recipe import Recipe
 from mfac_core.settings import PruningSettings
-from mfac_keras.live_pruning import LivePruning, check_disjoint
+from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
 
@@ -46,7 +47,7 @@ def prune_one_shot(
         The masks by variable path, True keeps.
 
     Raises:
-        RecipeError: If the recipe or a key is wrong.
+        RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
         ValueError: If the model is not built, has no loss, or a batch has another form.
 
     Example:
@@ -66,9 +67,9 @@ def prune_one_shot(
         if isinstance(each, PruningSettings)
         for at_once in one_shot(each)
     ]
+    if not settings:
+        raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     sampler = GradientSampler(dataset, loss)
     prunings = [LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0) for each in settings]
-    check_disjoint(prunings)
-    for pruning in prunings:
-        pruning.prune_if_due(0)
-    return {name: mask for pruning in prunings for name, mask in pruning.masks.items()}
+    prune_if_due(prunings, 0)
+    return combined_masks(prunings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["average_of", "innermost", "remembered", "trained_by"]
+__all__ = ["average_of", "innermost", "remembered", "set_weight_decay", "trained_by"]
 
 
 def innermost(optimizer: Any) -> list[Any]:
@@ -72,6 +72,18 @@ def average_of(optimizer: Any, variable: Any) -> Any:
     place = _place(optimizer, variable)
     averages = getattr(optimizer, "_model_variables_moving_average", None) if optimizer.use_ema else None
     return None if place is None or averages is None else averages[place]
+
+
+def set_weight_decay(optimizer: Any, value: float | None) -> None:
+    """Set the weight decay of an innermost optimizer; a compiled training step does not see it.
+
+    Args:
+        optimizer: One of :func:`innermost`.
+        value: The weight decay; ``None`` for none.
+    """
+    optimizer.weight_decay = value
+    if hasattr(optimizer, "adam_weight_decay"):  # Muon trains some variables as Adam does
+        optimizer.adam_weight_decay = value
 
 
 def _place(optimizer: Any, variable: Any) -> int | None:

@@ -10,7 +10,6 @@ from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
 from mfac_core.settings import PruningSettings
 from mfac_core.training_settings import EpochRange
-from mfac_keras.session import LearningRate
 
 __all__ = ["modifiers_of"]
 
@@ -32,7 +31,7 @@ def modifiers_of(
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
-        RecipeError: If the recipe does not prune, or has a modifier that is not supported in Keras.
+        RecipeError: If the recipe is wrong, or does nothing.
     """
     if (recipe is None) == (not keys):
         given = "a recipe and keys of one" if keys else "neither a recipe nor keys of one"
@@ -48,17 +47,7 @@ def modifiers_of(
         every: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
     else:
         every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables)).modifiers
-    for modifier in every:
-        if not isinstance(modifier, PruningSettings | LearningRate | EpochRange):
-            raise RecipeError(
-                f"{type(modifier).__name__} is not supported in Keras; take it out of the recipe, or train with "
-                "PyTorch and mfac_torch"
-            )
-        if isinstance(modifier, LearningRate) and getattr(modifier, "param_groups", None) is not None:
-            raise RecipeError(
-                f"{type(modifier).__name__}: param_groups: Keras optimizers have no parameter groups; take the key out"
-            )
-    if not any(isinstance(modifier, PruningSettings) for modifier in every):
+    if all(isinstance(modifier, EpochRange) for modifier in every):
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     return tuple(
         part

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.sample_batches import batches_to_sample
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
 
 _SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
 _BATCH_SIZE = 32
-
-_logger = logging.getLogger("mfac_keras")
 
 
 class GradientSampler:
@@ -27,8 +25,8 @@ class GradientSampler:
 
     Args:
         dataset: Batches, each ``(x, y)`` or ``(x, y, sample_weight)``: a ``tf.data.Dataset``, a ``PyDataset``, a torch
-            ``DataLoader``, any other iterable, or a callable without arguments that returns one. A tuple of arrays is
-            all the data at once, and is cut into batches of 32.
+            ``DataLoader``, any other iterable, or a callable that returns one and gets what a recipe gives as
+            ``grad_sampler_kwargs``. A tuple of arrays is all the data at once, and is cut into batches of 32.
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with, regularization included.
 
@@ -42,10 +40,12 @@ class GradientSampler:
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
                 "tf.data.Dataset or a PyDataset"
             )
-        self._dataset = dataset
+        self._source = _batches_of(dataset)
         self._loss = None if loss is None else keras.losses.get(loss)
 
-    def gradients(self, model: Any, variables: Sequence[Any], count: int) -> Iterator[list[Array]]:
+    def gradients(
+        self, model: Any, variables: Sequence[Any], count: int, options: Mapping[str, object] | None = None
+    ) -> Iterator[list[Array]]:
         """Yield gradient samples.
 
         When the data end early they are started again; an iterator, which cannot be, yields what it had.
@@ -54,19 +54,21 @@ class GradientSampler:
             model: The model to evaluate.
             variables: The variables to differentiate by.
             count: How many samples to draw.
+            options: Passed to the callable that makes the batches.
 
         Yields:
             The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
             not depend on.
 
         Raises:
+            TypeError: If there are options and the batches do not come from a callable that takes them.
             ValueError: If there is no loss, no batch at all, a batch has another form, or the loss depends on none of
                 the variables.
         """
         if self._loss is None and not model.compiled:
             raise ValueError(f"{model.name} is not compiled, so it has no loss; compile it, or pass loss=...")
         metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
-        batches = (_batch(each) for each in self._batches(count))
+        batches = (_batch(each) for each in batches_to_sample(self._source, count, options))
         try:
             for gradients in current_backend().loss_gradients(
                 model, variables, self._loss_of(model), batches, _scale(model)
@@ -96,40 +98,28 @@ class GradientSampler:
 
         return loss_of
 
-    def _batches(self, count: int) -> Iterator[Any]:
-        drawn = 0
-        while drawn < count:
-            before = drawn
-            for batch in self._one_pass():
-                yield batch
-                drawn += 1
-                if drawn == count:
-                    return
-            if drawn == before:
-                if drawn == 0:
-                    raise ValueError(
-                        "the dataset to sample gradients from yields no batch; a used-up generator must be passed as "
-                        "a callable that makes a new one"
-                    )
-                _logger.warning(
-                    "the data ended after %d of %d gradient samples and cannot be started again", drawn, count
-                )
-                return
-            if before == 0:
-                _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
 
-    def _one_pass(self) -> Iterable[Any]:
-        dataset = self._dataset
-        if isinstance(dataset, keras.utils.PyDataset):
-            return (dataset[place] for place in range(dataset.num_batches))
-        if isinstance(dataset, tuple):
-            size = len(keras.tree.flatten(dataset)[0])
-            return (
-                keras.tree.map_structure(lambda array, start=start: array[start : start + _BATCH_SIZE], dataset)
-                for start in range(0, size, _BATCH_SIZE)
-            )
-        iterable: Iterable[Any] = dataset if isinstance(dataset, Iterable) else dataset()
-        return iterable
+def _batches_of(dataset: Any) -> Any:
+    """Return the dataset as something that yields its batches once in each iteration, or the callable that it is."""
+    if isinstance(dataset, keras.utils.PyDataset):
+        return _Cut(dataset.__getitem__, lambda: range(dataset.num_batches))
+    if isinstance(dataset, tuple):
+        return _Cut(
+            lambda start: keras.tree.map_structure(lambda array: array[start : start + _BATCH_SIZE], dataset),
+            lambda: range(0, len(keras.tree.flatten(dataset)[0]), _BATCH_SIZE),
+        )
+    return dataset
+
+
+class _Cut:
+    """Batches that are made one by one from their places."""
+
+    def __init__(self, batch_at: Callable[[int], Any], places: Callable[[], range]) -> None:
+        self._batch_at = batch_at
+        self._places = places
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._batch_at, self._places())
 
 
 def _batch(batch: Any) -> tuple[Any, Any, Any]:

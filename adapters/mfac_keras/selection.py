@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.weight_names import matching_names
+from mfac_core.recipe.linting import listed
+from mfac_core.weight_names import PATTERN, matching_names
 
-__all__ = ["prunable_variables", "select_variables"]
+__all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
 
 _KERNELS = frozenset({"kernel", "depthwise_kernel", "pointwise_kernel"})
 _PRUNABLE_LAYERS = tuple(
@@ -32,8 +33,8 @@ _logger = logging.getLogger("mfac_keras")
 def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``.
 
-    A frozen variable (of a layer with ``trainable=False``) is left out with a log line, unless it is selected by its
-    exact path.
+    A frozen variable (of a layer with ``trainable=False``) is left out with a log line, a warning where a pattern
+    matches it; selected by its exact path it is an error.
 
     Args:
         model: A built Keras model.
@@ -53,31 +54,49 @@ def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
         >>> [path.rpartition("/")[2] for path in select_variables(model, ["re:.*body"])]
         ['kernel', 'bias']
     """
-    weights = _named(model.weights)
-    weights = {name: variable for name, variable in weights.items() if _is_float(variable)}
-    trainable = {id(variable) for variable in model.trainable_variables}
-    by_name: set[str] = set()
-    selected: set[str] = set()
+    selected: dict[str, str] = {}
     for entry in params:
-        names = matching_names(
-            entry,
-            list(weights),
-            prunable=lambda: prunable_variables(model),
-            of_all=lambda: [name for name, variable in weights.items() if id(variable) in trainable],
-            kind="variable",
+        for name in _matching(model, entry, strict=True):
+            selected.setdefault(name, entry)
+    named = _trainable_by_nature(model)
+    trainable = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    frozen = [name for name in selected if id(named[name]) not in trainable]
+    by_name = next((name for name in frozen if name in params), None)
+    if by_name is not None:
+        raise SettingError(
+            "params",
+            f"{by_name!r} is frozen (its layer is not trainable); set trainable=True or take its path out of params",
         )
-        selected.update(names)
-        by_name.update(name for name in names if name == entry)
-    for name in selected:
-        if id(weights[name]) not in trainable:
-            _refuse_or_tell_frozen(name, by_name=name in by_name)
-    order = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
-    chosen = [name for name in selected if id(weights[name]) in order]
+    _tell_left_out(frozen, by_pattern=any(selected[name].startswith(PATTERN) for name in frozen))
+    chosen = [name for name in selected if name not in frozen]
     if not chosen:
         raise SettingError(
             "params", f"{list(params)} leaves nothing to prune: every variable that it selects is frozen"
         )
-    return {name: weights[name] for name in sorted(chosen, key=lambda name: order[id(weights[name])])}
+    return {name: named[name] for name in sorted(chosen, key=lambda name: trainable[id(named[name])])}
+
+
+def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
+    """Return the variables that ``params`` matches, frozen or not, in the order of ``model.weights``.
+
+    Args:
+        model: A built Keras model.
+        params: As in :func:`select_variables`.
+        strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
+
+    Returns:
+        The variables by path.
+
+    Raises:
+        SettingError: If an entry matches nothing, and ``strict``.
+    """
+    found: set[str] = set()
+    for entry in params:
+        names = _matching(model, entry, strict=strict)
+        if not names:
+            _logger.warning("params: %r matches no variable of the model and is left out", entry)
+        found.update(names)
+    return {name: variable for name, variable in _trainable_by_nature(model).items() if name in found}
 
 
 def prunable_variables(model: Any) -> dict[str, Any]:
@@ -93,7 +112,12 @@ def prunable_variables(model: Any) -> dict[str, Any]:
 
     Returns:
         The variables by path, in the order of ``model.trainable_variables``; frozen ones are left out.
+
+    Raises:
+        ValueError: If the model is not built.
     """
+    if not model.built:
+        raise ValueError(f"{model.name} is not built, so it has no variables; call it on a batch first")
     kernels = {
         id(variable)
         for layer in layers_of(model)
@@ -102,7 +126,7 @@ def prunable_variables(model: Any) -> dict[str, Any]:
         if variable.name in _KERNELS
     }
     trainable = {id(variable) for variable in model.trainable_variables}
-    return {name: v for name, v in _named(model.weights).items() if id(v) in kernels & trainable}
+    return {name: variable for name, variable in _named(model).items() if id(variable) in kernels & trainable}
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -117,10 +141,31 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
-def _named(variables: Iterable[Any]) -> dict[str, Any]:
+def _matching(model: Any, entry: str, *, strict: bool) -> list[str]:
+    named = _trainable_by_nature(model)
+    trainable = {id(variable) for variable in model.trainable_variables}
+    return matching_names(
+        entry,
+        list(named),
+        prunable=lambda: prunable_variables(model),
+        of_all=lambda: [name for name, variable in named.items() if id(variable) in trainable],
+        kind="variable",
+        strict=strict,
+    )
+
+
+def _trainable_by_nature(model: Any) -> dict[str, Any]:
+    """Return what a loss can train, frozen or not: no statistics, seeds or counters."""
+    nature = {id(variable) for layer in layers_of(model) for variable in layer._trainable_variables}
+    return {
+        name: variable for name, variable in _named(model).items() if id(variable) in nature and _is_float(variable)
+    }
+
+
+def _named(model: Any) -> dict[str, Any]:
     named: dict[str, Any] = {}
     seen: set[int] = set()
-    for variable in variables:
+    for variable in model.weights:
         if id(variable) in seen:
             continue
         seen.add(id(variable))
@@ -136,10 +181,10 @@ def _is_float(variable: Any) -> bool:
     return bool(keras.backend.is_float_dtype(variable.dtype))
 
 
-def _refuse_or_tell_frozen(name: str, *, by_name: bool) -> None:
-    if by_name:
-        raise SettingError(
-            "params",
-            f"{name!r} is frozen (its layer is not trainable); set trainable=True or take its path out of params",
+def _tell_left_out(frozen: Sequence[str], *, by_pattern: bool) -> None:
+    if frozen:
+        _logger.log(
+            logging.WARNING if by_pattern else logging.INFO,
+            "frozen (the layer is not trainable) and left out of pruning: %s",
+            listed(frozen),
         )
-    _logger.info("%s is frozen (its layer is not trainable) and is left out of pruning", name)

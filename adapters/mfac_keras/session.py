@@ -6,31 +6,24 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.learning_rate import learning_rate_at
-from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
 from mfac_keras.backends.base import TrainingHooks
-from mfac_keras.live_pruning import LivePruning
-from mfac_keras.optimizers import innermost
+from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
+from mfac_keras.training_changes import TrainingChanges
 
-__all__ = ["LearningRate", "TrainingSession", "refuse_scheduled_learning_rate"]
-
-LearningRate = SetLearningRate | LearningRateFunction | LearningRateSchedule
-"""A modifier that sets the learning rate."""
+__all__ = ["TrainingSession"]
 
 _logger = logging.getLogger("mfac_keras")
 
 
 class TrainingSession:
-    """Runs the pruning modifiers and sets learning rates while Keras trains.
+    """Runs the modifiers of a recipe while Keras trains.
 
     Args:
-        optimizer: The optimizer that trains the variables in scope.
         prunings: The pruning modifiers at work.
-        learning_rates: The learning rates to set.
+        changes: What else changes in training.
         hooks: What runs inside the training step, for the variables of all modifiers.
         steps_per_epoch: Training steps per epoch.
         steps_per_execution: Training steps between two calls of :meth:`advance`.
@@ -39,9 +32,8 @@ class TrainingSession:
 
     def __init__(
         self,
-        optimizer: Any,
         prunings: Sequence[LivePruning],
-        learning_rates: Sequence[LearningRate],
+        changes: TrainingChanges,
         hooks: TrainingHooks,
         *,
         steps_per_epoch: int,
@@ -51,29 +43,30 @@ class TrainingSession:
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step
-        self._optimizer = optimizer
-        self._learning_rates = sorted(learning_rates, key=lambda setting: setting.start_epoch)
-        # what each has set last: until it asks for something else, the learning rate is the user's to change
-        self._rates_set: list[float | None] = [None] * len(learning_rates)
+        self._changes = changes
         self._steps_per_execution = steps_per_execution
         self._hooks = hooks
-        self._variables = [variable for pruning in prunings for variable in pruning.variables.values()]
+        self._variables = variables_in_scope(prunings)
         self._taps = False
         self._sparsity: float | None = None
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
         """The masks held now by path, True keeps."""
-        return {name: mask for pruning in self.prunings for name, mask in pruning.masks.items()}
+        return combined_masks(self.prunings)
 
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
         if self._sparsity is None:  # asked for at every step
-            weights = sum(pruning.num_weights for pruning in self.prunings)
+            weights = sum(int(np.prod(variable.shape)) for variable in self._variables.values())
             pruned = sum(int(np.count_nonzero(~mask)) for mask in self.masks.values())
             self._sparsity = pruned / weights if weights else 0.0
         return self._sparsity
+
+    def regrown(self) -> int:
+        """Return how many pruned weights are not zero."""
+        return sum(int(np.count_nonzero(self._variables[name].numpy()[~mask])) for name, mask in self.masks.items())
 
     def begin(self) -> None:
         """Attach to the training step, and do what is due before the next one."""
@@ -98,7 +91,7 @@ class TrainingSession:
             )
         if self._taps:
             for done, row in enumerate(self._hooks.rows()):
-                gradients = {id(variable): array for variable, array in zip(self._variables, row, strict=True)}
+                gradients = {id(variable): array for variable, array in zip(self._variables.values(), row, strict=True)}
                 for pruning in self.prunings:
                     pruning.observe(self.step + done, gradients)
         self.step = step
@@ -120,7 +113,7 @@ class TrainingSession:
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
-            "rates_set": list(self._rates_set),
+            "changes": self._changes.state_dict(),
             "prunings": [pruning.state_dict(window=window) for pruning in self.prunings],
         }
 
@@ -146,7 +139,7 @@ class TrainingSession:
         for pruning, saved in zip(self.prunings, state["prunings"], strict=True):
             pruning.load_state_dict(saved)
         self._sparsity = None
-        self._rates_set = list(state["rates_set"])
+        self._changes.load_state_dict(state["changes"])
 
     def resume_without_state(self) -> None:
         """Go on in the middle of a schedule of which only the weights are known."""
@@ -157,18 +150,15 @@ class TrainingSession:
                 self.step,
                 self.sparsity,
             )
-        self._rates_set = self._rates_at(self.step - 1)
 
     def _do_what_is_due(self) -> None:
         if any(pruning.needs_pruning(self.step) for pruning in self.prunings):
             self._hooks.sync()
-            for pruning in self.prunings:
-                if pruning.prune_if_due(self.step):
-                    self._hooks.forget(pruning.variables.values())
+            self._hooks.forget(prune_if_due(self.prunings, self.step))
             self._hold_masks()
         self._taps = self._wants_gradients()
         self._hooks.tap(self._taps)
-        self._set_learning_rates()
+        self._changes.make(self.step)
 
     def _wants_gradients(self) -> bool:
         steps = range(self.step, self.step + self._steps_per_execution)
@@ -177,33 +167,4 @@ class TrainingSession:
     def _hold_masks(self) -> None:
         self._sparsity = None
         masks = self.masks
-        self._hooks.hold([masks.get(name) for pruning in self.prunings for name in pruning.variables])
-
-    def _set_learning_rates(self) -> None:
-        for place, rate in enumerate(self._rates_at(self.step)):
-            if rate is None or rate == self._rates_set[place]:
-                continue
-            self._hooks.sync()
-            for leaf in innermost(self._optimizer):
-                leaf.learning_rate = rate
-            self._rates_set[place] = rate
-
-    def _rates_at(self, step: int) -> list[float | None]:
-        return [learning_rate_at(setting, step / self.steps_per_epoch) for setting in self._learning_rates]
-
-
-def refuse_scheduled_learning_rate(optimizer: Any) -> None:
-    """Refuse an optimizer whose learning rate cannot be set.
-
-    Args:
-        optimizer: The optimizer that trains the model.
-
-    Raises:
-        ValueError: If its learning rate is computed by a schedule or a function.
-    """
-    for leaf in innermost(optimizer):
-        if not isinstance(leaf.learning_rate, keras.Variable):
-            raise ValueError(
-                f"the recipe sets learning rates, and {leaf.name} computes its own by a schedule; compile the model "
-                "with a number as learning_rate, or take the learning rates out of the recipe"
-            )
+        self._hooks.hold([masks.get(name) for name in self._variables])

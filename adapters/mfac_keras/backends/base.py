@@ -48,6 +48,7 @@ class TrainingHooks(ABC):
         self._sizes = [int(np.prod(variable.shape)) for variable in variables]
         self._place = {id(variable): place for place, variable in enumerate(variables)}
         self._metrics = metrics
+        self._frozen: frozenset[int] = frozenset()
         self._tapping = False
         self._met_apply = False
         self._hooked: list[tuple[Any, str]] = []
@@ -93,6 +94,22 @@ class TrainingHooks(ABC):
         if on != self._tapping:
             self._tapping = on
             self._model.train_function = self._train_function()
+
+    def freeze(self, variables: Iterable[Any]) -> None:
+        """Say which variables are not trained from now on: neither they nor what optimizers remember of them changes.
+
+        Args:
+            variables: Variables that the optimizer trains; those of an earlier call are trained again.
+        """
+        frozen = frozenset(map(id, variables))
+        if frozen != self._frozen:
+            self._frozen = frozen
+            self.recompile()
+
+    def recompile(self) -> None:
+        """Compile the training step anew, because something that is a constant in it has changed."""
+        self._drop_compiled()
+        self._model.train_function = self._train_function()
 
     def rows(self) -> list[list[Any]]:
         """Return the gradients that were tapped since the last call.
@@ -156,6 +173,10 @@ class TrainingHooks(ABC):
         """Return the function that ``fit`` calls for each execution: the tapping one while gradients are wanted."""
 
     @abstractmethod
+    def _drop_compiled(self) -> None:
+        """Forget the compiled steps."""
+
+    @abstractmethod
     def _store(self, gradients: list[Any]) -> None:
         """Keep the gradients of a step, one per variable in scope; runs inside the compiled step."""
 
@@ -189,6 +210,11 @@ class TrainingHooks(ABC):
     def _masking(self, leaf: Any, apply: Apply) -> Apply:
         def masked_apply(grads: Any, trainable_variables: Any = None) -> Any:
             variables = trained_by(leaf) if trainable_variables is None else list(trainable_variables)
+            if self._frozen:
+                pairs = zip(grads, variables, strict=True)
+                trained = [(gradient, variable) for gradient, variable in pairs if id(variable) not in self._frozen]
+                grads, variables = [gradient for gradient, _ in trained], [variable for _, variable in trained]
+                trainable_variables = variables
             masks = [self._mask_for(variable) for variable in variables]
             gradients = [
                 gradient if gradient is None or mask is None else self._masked(gradient, mask)

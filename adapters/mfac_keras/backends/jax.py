@@ -126,11 +126,14 @@ class Hooks(TrainingHooks):
     def detach(self) -> None:
         """Take the hooks away, and the compiled steps with them."""
         super().detach()
-        self._flavours = {}
+        self._drop_compiled()
 
     def sync(self) -> None:
         """Give the variables their current values, which are kept elsewhere during an epoch."""
         self._model.jax_state_sync()
+
+    def _drop_compiled(self) -> None:
+        self._flavours = {}
 
     def _train_function(self) -> Callable[..., Any]:
         if self._tapping not in self._flavours:

@@ -118,6 +118,9 @@ class Hooks(TrainingHooks):
     def detach(self) -> None:
         """Take the hooks away, and the compiled steps with them."""
         super().detach()
+        self._drop_compiled()
+
+    def _drop_compiled(self) -> None:
         self._functions = {}
 
     def _train_function(self) -> Callable[..., Any]:

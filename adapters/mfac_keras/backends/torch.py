@@ -107,6 +107,9 @@ class Hooks(TrainingHooks):
     def _prepare(self) -> None:
         self._masks: list[Any] = [None] * len(self._variables)  # True where pruned
         self._rows: list[Any] = []
+        self._drop_compiled()
+
+    def _drop_compiled(self) -> None:
         type(self._model).make_train_function(self._model, force=True)
         self._plain = self._model.train_function
 

@@ -105,10 +105,7 @@ def test_what_does_not_fit_the_model_is_an_error_before_the_first_step(task, rec
 
 
 @pytest.mark.feature("errors at fit, by name")
-def test_two_modifiers_on_one_variable_and_two_callbacks_are_refused(task):
-    twice = task.recipe() + task.recipe("MagnitudePruningModifier").partition("\n")[2]
-    with pytest.raises(ValueError, match="two pruning modifiers select"):
-        task.fit(task.model(), MFACPruningCallback(twice))
+def test_two_callbacks_on_one_optimizer_are_refused(task):
     model = task.model()
     with pytest.raises(RuntimeError, match="another callback prunes"):
         task.fit(model, MFACPruningCallback(task.recipe()), MFACPruningCallback(task.recipe()))
@@ -121,28 +118,6 @@ def test_an_optimizer_that_does_not_train_the_variables_is_refused(task):
     other.build(model.trainable_variables[2:])
     with pytest.raises(ValueError, match=r"does not train .*body.kernel"):
         task.fit(model, MFACPruningCallback(task.recipe(), optimizer=other))
-
-
-@pytest.mark.feature("learning rates of a recipe")
-def test_learning_rates_are_set_at_their_epochs(task):
-    recipe = task.recipe() + "  - !SetLearningRateModifier\n    learning_rate: 0.05\n    start_epoch: 1.6\n"
-    rates = []
-
-    class Rates(keras.callbacks.Callback):
-        def on_train_batch_begin(self, batch, logs=None):
-            rates.append(round(float(self.model.optimizer.learning_rate.numpy()), 6))
-
-    task.fit(task.model(keras.optimizers.SGD(0.01)), MFACPruningCallback(recipe, verbose=0), Rates(), epochs=3)
-    assert rates == [0.01] * 8 + [0.05] * 7
-
-
-@pytest.mark.feature("learning rates of a recipe")
-def test_an_optimizer_with_a_schedule_of_its_own_is_refused(task):
-    recipe = task.recipe() + "  - !SetLearningRateModifier\n    learning_rate: 0.05\n"
-    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    with pytest.raises(ValueError, match="computes its own by a schedule"):
-        task.fit(task.model(keras.optimizers.SGD(schedule)), MFACPruningCallback(recipe))
-    task.fit(task.model(keras.optimizers.SGD(schedule)), MFACPruningCallback(task.recipe(), verbose=0), epochs=2)
 
 
 @pytest.mark.feature("logs, progress lines, TensorBoard")

@@ -7,7 +7,9 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 
 from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
 
-pytestmark = pytest.mark.feature("constant masks, AC/DC, OBS, a mapping of final sparsities")
+pytestmark = pytest.mark.feature("constant masks, AC/DC, OBS, a mapping of final sparsities, several modifiers")
+
+BODY = "tiny/body/kernel"
 
 
 class ZerosPerBatch(keras.callbacks.Callback):
@@ -122,3 +124,76 @@ def test_a_finished_callback_that_begins_anew_says_so(task, caplog):
 def test_keys_in_a_dictionary_are_refused_with_the_cure():
     with pytest.raises(TypeError, match=r"recipe is a dict; pass a path, a text or a Recipe, or the keys"):
         MFACPruningCallback({"final_sparsity": 0.8})
+
+
+def two_modifiers(task):
+    """Magnitude pruning of the body that ends early, and M-FAC of everything that goes on."""
+    first = task.recipe("MagnitudePruningModifier", params="['re:.*body/kernel']", start_epoch=0.0, end_epoch=1.0)
+    return first + task.recipe(final_sparsity=0.5, start_epoch=0.6).partition("\n")[2]
+
+
+def test_two_modifiers_on_one_variable_hold_the_zeros_of_both_and_are_warned_of(task, watch, caplog):
+    pruning = MFACPruningCallback(two_modifiers(task), verbose=0)
+    watching = watch(pruning)
+    model = task.model()
+    history = task.fit(model, pruning, watching)
+    assert "prune the same parameters (tiny/body/kernel), so that more is pruned than either says" in caplog.text
+    assert (watching.grown, sum(watching.remembered.values())) == (0, 0)
+    zeros = {name: np.mean(kernel == 0) for name, kernel in task.kernels(model).items()}
+    assert zeros[BODY] >= 0.75
+    assert {name: np.mean(~mask) for name, mask in pruning.masks.items()} == zeros
+    pruned = sum(np.count_nonzero(kernel == 0) for kernel in task.kernels(model).values())
+    assert history.history["sparsity"][-1] == pruned / 72
+
+
+def test_an_update_of_one_modifier_does_not_bring_back_what_another_has_pruned(task):
+    regrown = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            regrown.append(np.count_nonzero(task.kernels(self.model)[BODY][~pruning.masks[BODY]]))
+
+    pruning = MFACPruningCallback(two_modifiers(task), verbose=0)
+    task.fit(task.model(), pruning, Look())
+    assert regrown == [0] * 20
+
+
+def test_two_modifiers_on_one_variable_in_one_shot(task):
+    model = task.model()
+    masks = prune_one_shot(model, [task.batch(number) for number in range(5)], recipe=two_modifiers(task))
+    for name, kernel in task.kernels(model).items():
+        np.testing.assert_array_equal(kernel != 0, masks[name])
+    assert np.mean(~masks[BODY]) >= 0.75
+
+
+def test_a_modifier_that_asks_for_gradients_of_training_gets_them_in_spite_of_a_sampler(task):
+    drawn = []
+
+    def batches():
+        drawn.append(1)
+        return [task.batch(number) for number in range(5)]
+
+    live, asked, sampled = task.model(), task.model(), task.model()
+    task.fit(live, MFACPruningCallback(task.recipe(), verbose=0))
+    text = task.recipe(use_gradient_buffering="true")
+    task.fit(asked, MFACPruningCallback(text, sampler=batches, verbose=0))
+    assert not drawn
+    for one, other in zip(live.get_weights(), asked.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    task.fit(sampled, MFACPruningCallback(task.recipe(), sampler=batches, verbose=0))
+    assert len(drawn) == 3
+
+
+def test_a_function_that_makes_the_batches_gets_what_the_recipe_gives_it(task):
+    seen = []
+
+    def batches(size, offset=0):
+        seen.append((size, offset))
+        return [(task.x[offset : offset + size], task.y[offset : offset + size])]
+
+    text = task.recipe(grad_sampler_kwargs="{size: 8, offset: 4}")
+    model = task.model()
+    task.fit(model, MFACPruningCallback(text, sampler=batches, verbose=0))
+    assert set(seen) == {(8, 4)}
+    with pytest.raises(TypeError, match=r"gives grad_sampler_kwargs .* from a list that takes none of these"):
+        task.fit(model, MFACPruningCallback(text, sampler=[task.batch(0)], verbose=0))

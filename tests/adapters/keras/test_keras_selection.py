@@ -73,11 +73,28 @@ def test_names_and_patterns(zoo):
 def test_a_frozen_variable_is_an_error_by_name_and_left_out_by_pattern(zoo, caplog):
     with pytest.raises(SettingError, match="'frozen/kernel' is frozen"):
         select_variables(zoo, ["frozen/kernel"])
+    assert "frozen/kernel" not in select_variables(zoo, ["re:.*kernel"])
+    assert "WARNING" in caplog.text
+    assert "frozen (the layer is not trainable) and left out of pruning: frozen/kernel" in caplog.text
+    caplog.clear()
     with caplog.at_level(logging.INFO, logger="mfac_keras"):
-        assert "frozen/kernel" not in select_variables(zoo, ["re:.*kernel"])
-    assert "frozen/kernel is frozen" in caplog.text
+        assert "frozen/kernel" not in select_variables(zoo, ["__ALL__"])
+    assert not caplog.text
     with pytest.raises(SettingError, match="leaves nothing to prune"):
         select_variables(zoo, ["re:frozen/kernel"])
+
+
+def test_statistics_are_no_variables_to_prune_and_are_not_suggested(zoo):
+    assert not [name for name in select_variables(zoo, ["re:.*"]) if "moving" in name or "seed" in name]
+    with pytest.raises(SettingError, match="'norm/moving_mean' matches no variable") as error:
+        select_variables(zoo, ["norm/moving_mean"])
+    assert "moving" not in str(error.value).partition("nearest")[2]
+
+
+def test_a_model_that_is_not_built_has_no_variables_and_says_so():
+    model = keras.Sequential([keras.layers.Dense(3)], name="lazy")
+    with pytest.raises(ValueError, match="lazy is not built, so it has no variables; call it on a batch first"):
+        prunable_variables(model)
 
 
 def test_two_variables_of_one_path_have_two_names():

@@ -1,0 +1,86 @@
+"""The batches that gradient samples come from, begun anew whenever they have run out."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+__all__ = ["BatchSource", "batches_to_sample"]
+
+BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
+"""Batches, or a function that makes them."""
+
+_logger = logging.getLogger("mfac_core")
+
+
+def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, object] | None = None) -> Iterator[Any]:
+    """Yield batches, as many as are asked for.
+
+    When the batches have run out, they are begun anew, and a function is called anew; an iterator, which cannot begin
+    anew, yields what it had, with a warning.
+
+    Args:
+        source: The batches, or a function that makes them.
+        count: How many to yield.
+        options: What the recipe gives as ``grad_sampler_kwargs``. A function gets them by name where it has these
+            arguments, otherwise as one dictionary.
+
+    Yields:
+        The batches.
+
+    Raises:
+        TypeError: If there are options and the source does not take them, or none and it needs some.
+        ValueError: If the source yields no batch at all.
+
+    Example:
+        >>> list(batches_to_sample(["first", "second"], 3))
+        ['first', 'second', 'first']
+    """
+    drawn = 0
+    while drawn < count:
+        before = drawn
+        for batch in _opened(source, options or {}):
+            yield batch
+            drawn += 1
+            if drawn == count:
+                return
+        if drawn == before:
+            if drawn == 0:
+                raise ValueError(
+                    f"what to sample gradients from (a {type(source).__name__}) yields no batch; a used-up generator "
+                    "must be passed as a callable that makes a new one"
+                )
+            _logger.warning("the data ended after %d of %d gradient samples and cannot be started again", drawn, count)
+            return
+        if before == 0:
+            _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
+
+
+def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:
+    if not isinstance(source, Iterable):
+        signature = inspect.signature(source)
+        if _takes(signature, **options):
+            return source(**options)
+        if _takes(signature, options):  # one dictionary, which may be None: what SparseML passes
+            return source(dict(options) or None)
+    elif not options:
+        return source
+    if not options:
+        raise TypeError(
+            f"the batches to sample gradients from come from {source!r}, which cannot be called without arguments; "
+            "pass a function without arguments that makes the batches"
+        )
+    raise TypeError(
+        f"the recipe gives grad_sampler_kwargs {dict(options)}, and the batches to sample gradients from come from a "
+        f"{type(source).__name__} that takes none of these; pass a function of them that makes the batches"
+    )
+
+
+def _takes(signature: inspect.Signature, /, *args: object, **kwargs: object) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

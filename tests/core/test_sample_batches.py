@@ -1,0 +1,53 @@
+import itertools
+
+import pytest
+
+from mfac_core.sample_batches import batches_to_sample
+
+
+def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
+    calls = []
+
+    def make():
+        calls.append(1)
+        return iter("ab")
+
+    assert list(batches_to_sample("ab", 5)) == list("ababa")
+    with caplog.at_level("INFO", logger="mfac_core"):
+        assert list(batches_to_sample(make, 5)) == list("ababa")
+    assert len(calls) == 3
+    assert caplog.text.count("the data ended after 2 of 5 gradient samples; starting them again") == 1
+
+
+def test_no_batch_more_than_asked_for_is_drawn():
+    source = itertools.count()
+    assert list(batches_to_sample(source, 3)) == [0, 1, 2]
+    assert next(source) == 3
+
+
+def test_an_iterator_yields_what_it_has_with_a_warning(caplog):
+    assert list(batches_to_sample(iter("abc"), 5)) == list("abc")
+    assert "the data ended after 3 of 5 gradient samples and cannot be started again" in caplog.text
+
+
+@pytest.mark.parametrize("source", [[], lambda: []])
+def test_a_source_without_batches_is_refused(source):
+    with pytest.raises(ValueError, match="yields no batch; a used-up generator must be passed as a callable"):
+        list(batches_to_sample(source, 2))
+
+
+def test_a_function_gets_its_options_by_name_or_as_one_dictionary():
+    assert list(batches_to_sample(lambda size: "x" * size, 2, {"size": 2})) == ["x", "x"]
+    assert list(batches_to_sample(lambda kwargs: [kwargs], 1, {"size": 2})) == [{"size": 2}]
+    assert list(batches_to_sample(lambda kwargs: [kwargs], 1)) == [None]
+
+
+@pytest.mark.parametrize("source", [[1], lambda: [1]])
+def test_options_that_the_source_does_not_take_are_refused(source):
+    with pytest.raises(TypeError, match=r"gives grad_sampler_kwargs \{'size': 2\}.*takes none of these"):
+        list(batches_to_sample(source, 1, {"size": 2}))
+
+
+def test_a_function_that_needs_arguments_is_refused():
+    with pytest.raises(TypeError, match="cannot be called without arguments"):
+        list(batches_to_sample(lambda output, target: [output], 1))
