@@ -273,6 +273,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             epochs=self.params.get("epochs"),
             sampled=self._sampler is not None,
         )
+        if not prunings:
+            _logger.warning("the recipe has no pruning modifier: nothing is pruned")
         for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
             _logger.info("%s", modifier.summary(pruning.schedule))
         for warning in plan.warnings:

@@ -280,7 +280,7 @@ def test_an_interrupted_fit_leaves_nothing_frozen(task):
 
 
 @RATES
-def test_a_recipe_that_does_not_prune_sets_what_it_sets(task):
+def test_a_recipe_that_does_not_prune_sets_what_it_sets_and_says_so(task, caplog):
     text = recipe(
         modifier("EpochRangeModifier", start_epoch=0.0, end_epoch=2.0),
         modifier("SetLearningRateModifier", learning_rate=0.01),
@@ -290,3 +290,4 @@ def test_a_recipe_that_does_not_prune_sets_what_it_sets(task):
     assert float(callback.model.optimizer.learning_rate.numpy()) == pytest.approx(0.01)
     assert history.history["sparsity"] == [0.0, 0.0]
     assert callback.masks == {}
+    assert "the recipe has no pruning modifier: nothing is pruned" in caplog.text
