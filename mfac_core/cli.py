@@ -115,7 +115,8 @@ def plan(
         typer.Option(help="The model instead: JSON of names and shapes, or a .safetensors file.", show_default=False),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(min=0.0, help="Epochs of training, if no EpochRangeModifier says it.")
+        float | None,
+        typer.Option(min=0.0, help="Epochs of training, instead of the end of the recipe's EpochRangeModifier."),
     ] = None,
     sampled: Annotated[bool, typer.Option("--sampled", help="There is a gradient sampler.")] = False,
     variables: _Variables = "",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from rich.table import Table
 
@@ -115,6 +116,7 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
     """
     # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
@@ -122,7 +124,9 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
     colors = {record.method: f"C{index}" for index, record in enumerate(records)}
     _draw_history([record for record in records if record.history], over_epochs, colors)
     _draw_layers([record for record in records if record.layer_sparsity], per_layer, colors)
-    handles = [Patch(color=color, label=method) for method, color in colors.items()]
+    handles: list[Artist] = [Patch(color=color, label=method) for method, color in colors.items()]
+    if any(record.history for record in records):
+        handles.append(Line2D([], [], color="gray", linestyle="--", linewidth=1, label="sparsity"))
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
     figure.savefig(path)
 

@@ -70,7 +70,7 @@ def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]
     if not options:
         raise TypeError(
             f"the batches to sample gradients from come from {source!r}, which cannot be called without arguments; "
-            "pass a function without arguments that makes the batches"
+            "pass a function without arguments that makes the batches, and the loss function after it"
         )
     raise TypeError(
         f"the recipe gives grad_sampler_kwargs {dict(options)}, and the batches to sample gradients from come from a "

@@ -43,6 +43,7 @@ MaskType = str | tuple[int, int]
 FROM_PARAM = "__FROM_PARAM__"
 """In place of an initial sparsity: the sparsity that the weights have when pruning is attached to them."""
 
+_PATTERN = "re:"
 _N_OF_M = re.compile(r"(?P<n>[1-9][0-9]*):(?P<m>[1-9][0-9]*)")
 
 
@@ -55,6 +56,8 @@ class PruningSettings:
         start_epoch: Epoch of the first pruning step, fractions allowed, ``>= 0``.
         params: Names of the weights to prune: exact names, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
         leave_enabled: Whether masks go on being held after ``end_epoch``.
+        written_as: Name of the modifier in the recipe that says this, by which messages call it; empty where there is
+            none. Settings that differ in it alone are equal.
 
     Raises:
         SettingError: If a value breaks its rule; the message names the setting, the value and the rule.
@@ -64,6 +67,7 @@ class PruningSettings:
     start_epoch: float = 0.0
     params: tuple[str, ...] = ("__ALL_PRUNABLE__",)
     leave_enabled: bool = True
+    written_as: str = field(default="", repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_number("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
@@ -403,14 +407,27 @@ def checked_params(params: object) -> tuple[str, ...]:
         The names.
 
     Raises:
-        SettingError: If it is neither, or a name is empty.
+        SettingError: If it is neither, a name is empty, or what follows ``re:`` is not a regular expression.
     """
     names = (params,) if isinstance(params, str) else params
     if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
         raise SettingError(
             "params", f"{params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__"
         )
+    for name in names:
+        if name.startswith(_PATTERN):
+            _check_pattern(name)
     return tuple(names)
+
+
+def _check_pattern(name: str) -> None:
+    try:
+        re.compile(name.removeprefix(_PATTERN))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise SettingError(
+            "params",
+            f"{name!r} is not a regular expression: {error}; in one, .* is any text, [.] a dot and [0-9]+ a number",
+        ) from error
 
 
 def _checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Which names a recipe's ``params`` mean: exact names, patterns, and the two words for all of a kind."""
+"""Names of weights: which of them a recipe's ``params`` mean, and how to write many on one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from mfac_core.errors import SettingError
 
-__all__ = ["ALL", "ALL_PRUNABLE", "PATTERN", "matching_names"]
+__all__ = ["ALL", "ALL_PRUNABLE", "PATTERN", "listed", "matching_names"]
 
 ALL = "__ALL__"
 ALL_PRUNABLE = "__ALL_PRUNABLE__"
@@ -57,6 +57,25 @@ def matching_names(
     if not found and strict:
         raise SettingError("params", f"{entry!r} matches no {kind} of the model; {_suggestion(entry, names, kind)}")
     return found
+
+
+def listed(names: Iterable[str], at_most: int = 5) -> str:
+    """Return names for one line.
+
+    Args:
+        names: Names.
+        at_most: How many to write out.
+
+    Returns:
+        The names with commas between, and how many more there are.
+
+    Example:
+        >>> listed(["a", "b", "c", "d"], at_most=2)
+        'a, b and 2 more'
+    """
+    every = list(names)
+    more = f" and {len(every) - at_most} more" if len(every) > at_most else ""
+    return ", ".join(every[:at_most]) + more
 
 
 def _compiled(entry: str) -> re.Pattern[str]:

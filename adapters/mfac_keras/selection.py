@@ -9,8 +9,7 @@ from typing import Any
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.recipe.linting import listed
-from mfac_core.weight_names import PATTERN, matching_names
+from mfac_core.weight_names import PATTERN, listed, matching_names
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from itertools import combinations
 
 import torch
 import torch.distributed
 from torch import nn
 
-from mfac_core.settings import PruningSettings
 from mfac_torch.live_pruning import LivePruning
+from mfac_torch.session import is_followed
 
-__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped", "warn_of_overlap"]
-
-_logger = logging.getLogger("mfac_torch")
+__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped"]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -67,6 +63,7 @@ def check_optimizers(
 
     Raises:
         TypeError: If it is anything else.
+        RuntimeError: If a manager is attached to one of them already.
     """
     optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
     for each in optimizers:
@@ -76,24 +73,14 @@ def check_optimizers(
             )
     if not optimizers:
         raise TypeError("optimizer is an empty list; pass the torch.optim.Optimizer of the model")
-    return optimizers
-
-
-def warn_of_overlap(prunings: Sequence[LivePruning], times: Sequence[PruningSettings]) -> None:
-    """Warn of modifiers that prune a parameter at the same time.
-
-    Args:
-        prunings: The pruning modifiers.
-        times: The settings that say when each of them prunes.
-    """
-    for (one, when), (other, when_other) in combinations(zip(prunings, times, strict=True), 2):
-        twice = sorted(set(one.parameters) & set(other.parameters))
-        if twice and _overlap(when, when_other):
-            _logger.warning(
-                "two pruning modifiers select %s at the same time: each holds its own masks there, so that more is "
-                "pruned than either says; let one of them prune each parameter",
-                ", ".join(twice),
+    for each in optimizers:
+        if is_followed(each):
+            raise RuntimeError(
+                f"another manager is attached to this {type(each).__name__} optimizer already, and two would undo each "
+                "other's masks; write the modifiers of both into one recipe, or call finalize() of the first manager "
+                "(where that is lost, make a new optimizer)"
             )
+    return optimizers
 
 
 def check_trained(prunings: Sequence[LivePruning]) -> None:
@@ -111,9 +98,3 @@ def check_trained(prunings: Sequence[LivePruning]) -> None:
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so their masks could not be held; give "
                 "them to the optimizer, or name in params only what it trains"
             )
-
-
-def _overlap(one: PruningSettings, other: PruningSettings) -> bool:
-    first, second = sorted((one, other), key=lambda settings: (settings.start_epoch, settings.end_epoch))
-    both_at_once = (one.start_epoch, one.end_epoch) == (other.start_epoch, other.end_epoch)
-    return second.start_epoch < first.end_epoch or both_at_once

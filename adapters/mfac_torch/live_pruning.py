@@ -13,9 +13,9 @@ from torch import nn
 from mfac_core.backends import Array, device_of
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
-from mfac_core.recipe.linting import listed
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.weight_names import listed
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler

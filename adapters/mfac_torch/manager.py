@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from mfac_core.one_shot_settings import one_shot
-from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped, warn_of_overlap
+from mfac_core.recipe.linting import overlaps
+from mfac_core.settings import MFACSettings, PruningSettings, check_number
+from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.plan import log_plan
@@ -162,7 +163,7 @@ class ScheduledModifierManager(ModifierList):
             ``wrap_optim`` if there is one, otherwise ``optimizer`` itself.
 
         Raises:
-            RuntimeError: If the manager is attached already.
+            RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If training is distributed over several processes.
             SettingError: If a modifier does not fit the model. Model and optimizer are untouched then.
             TypeError: If an argument is of the wrong kind or not supported.
@@ -380,11 +381,12 @@ def _refuse(method: str, unsupported: Mapping[str, object]) -> None:
 
 
 def _whole(steps_per_epoch: float) -> int:
-    if not isinstance(steps_per_epoch, float) or not math.isfinite(steps_per_epoch):
-        return steps_per_epoch  # type: ignore[return-value]  # what is no integer is refused by the schedule
-    if not steps_per_epoch.is_integer():
-        _logger.info("steps_per_epoch %g is taken as %d", steps_per_epoch, math.ceil(steps_per_epoch))
-    return math.ceil(steps_per_epoch)
+    rule = "steps_per_epoch > 0, such as len(loader) for one step per batch; a fraction is rounded up"
+    check_number("steps_per_epoch", steps_per_epoch, rule, lambda x: x > 0)
+    whole = math.ceil(steps_per_epoch)
+    if whole != steps_per_epoch:
+        _logger.info("steps_per_epoch %g is taken as %d", steps_per_epoch, whole)
+    return whole
 
 
 def _live_prunings(
@@ -417,5 +419,6 @@ def _live_prunings(
         for _, part in parts
     )
     if one_shot_at is not None:  # for a gradual run the linter says it
-        warn_of_overlap(prunings, [whole for whole, _ in parts])
+        for warning in overlaps([whole for whole, _ in parts], [pruning.parameters for pruning in prunings]):
+            _logger.warning("%s", warning)
     return prunings

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from mfac_core.recipe import modifier_name, settings_from_keys
+from mfac_core.recipe import name_in_messages, settings_from_keys
 from mfac_core.settings import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
 from mfac_core.training_settings import (
     EpochRange,
@@ -296,4 +296,4 @@ def modifier_for(settings: Settings) -> Modifier:
     Returns:
         The modifier.
     """
-    return _CLASSES[modifier_name(settings)].from_settings(settings)
+    return _CLASSES[name_in_messages(settings)].from_settings(settings)

@@ -34,13 +34,21 @@ class ModifierList:
         metadata: What was given.
 
     Raises:
-        TypeError: If ``modifiers`` is a recipe, or an entry is not a modifier.
+        TypeError: If ``modifiers`` is a recipe or a single modifier, or an entry is not a modifier.
         ValueError: If there is none.
     """
 
     def __init__(self, modifiers: Iterable[Modifier], metadata: Mapping[str, Any] | None = None) -> None:
         if isinstance(modifiers, str | os.PathLike):
             raise TypeError("modifiers is a path or text; pass a recipe to ScheduledModifierManager.from_yaml")
+        if isinstance(modifiers, Modifier):
+            name = type(modifiers).__name__
+            raise TypeError(f"modifiers is a single {name}; pass a list of modifiers, such as [{name}(...)]")
+        if not isinstance(modifiers, Iterable):
+            raise TypeError(
+                f"modifiers is a {type(modifiers).__name__}; pass a list of modifiers such as "
+                "MFACPruningModifier(...), or a recipe to ScheduledModifierManager.from_yaml"
+            )
         self.modifiers = tuple(modifiers)
         self.metadata = dict(metadata or {})
         self._told: tuple[str, ...] = ()  # what the linter has said of the recipe
@@ -70,7 +78,8 @@ class ModifierList:
             add_modifiers: Further modifiers, after those of the recipe.
             recipe_variables: Values to use instead of those of the recipe's variables: a mapping, JSON, or
                 ``name=value`` pairs with commas between.
-            metadata: Anything to keep beside the modifiers: :meth:`save` writes it.
+            metadata: Anything to keep beside the modifiers and the recipe's own ``__metadata__``: :meth:`save` writes
+                both.
             unsupported: ``skip`` leaves out modifiers that are known but not supported, with a warning in the log.
 
         Returns:
@@ -78,9 +87,17 @@ class ModifierList:
 
         Raises:
             RecipeError: If the recipe is wrong; the message names line, key, rule and cure.
+            TypeError: If ``file_path`` is neither a path nor text.
         """
+        if not isinstance(file_path, str | os.PathLike):
+            raise TypeError(
+                f"file_path is a {type(file_path).__name__}; pass the path of a recipe or its text, or give modifiers "
+                "made in Python to ScheduledModifierManager([MFACPruningModifier(...)])"
+            )
         recipe = load_recipe(file_path, recipe_variables, unsupported=unsupported)
-        modifiers = cls([*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], metadata)
+        modifiers = cls(
+            [*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], {**recipe.metadata, **(metadata or {})}
+        )
         modifiers._told = lint(recipe, sampled=True)  # whether there is a sampler shows later
         for warning in modifiers._told:
             _logger.warning("%s: %s", recipe.source, warning)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -11,9 +10,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from mfac_core.sample_batches import BatchSource, batches_to_sample
+
 __all__ = ["GradSampler"]
 
-Batches = Iterable[Any] | Callable[..., Iterable[Any]]
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 _logger = logging.getLogger("mfac_torch")
@@ -47,7 +47,13 @@ class GradSampler:
         [torch.Size([1, 4]), torch.Size([1, 4])]
     """
 
-    def __init__(self, data_loader_or_builder: Batches, loss_fn: LossFunction, *, progress: bool = False) -> None:
+    def __init__(self, data_loader_or_builder: BatchSource, loss_fn: LossFunction, *, progress: bool = False) -> None:
+        batches_last = not callable(loss_fn) and isinstance(loss_fn, Iterable) and not isinstance(loss_fn, str)
+        if isinstance(data_loader_or_builder, nn.Module) or (callable(data_loader_or_builder) and batches_last):
+            raise TypeError(
+                f"data_loader_or_builder is a {type(data_loader_or_builder).__name__} and loss_fn a "
+                f"{type(loss_fn).__name__}; the batches come first: write GradSampler(data_loader, loss_fn)"
+            )
         if not callable(data_loader_or_builder) and not isinstance(data_loader_or_builder, Iterable):
             raise TypeError(
                 f"data_loader_or_builder is a {type(data_loader_or_builder).__name__}; pass an iterable of batches, "
@@ -112,34 +118,11 @@ class GradSampler:
                 on the parameters.
             TypeError: If the batches do not come from a callable that takes the options.
         """
-        batches = self._batches(count, options or {})
+        batches = batches_to_sample(self._source, count, options)
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
             for batch in batches:
                 yield self._gradient(model, parameters, batch)
                 advance()
-
-    def _batches(self, count: int, options: Mapping[str, object]) -> Iterator[Any]:
-        drawn = 0
-        while drawn < count:
-            source = _opened(self._source, options)
-            before = drawn
-            for batch in source:
-                yield batch
-                drawn += 1
-                if drawn == count:
-                    return
-            if drawn == before:
-                if drawn == 0:
-                    raise ValueError(
-                        f"the data loader of the GradSampler ({_described(self._source)}) yields no batch; "
-                        "a used-up generator must be passed as a callable that makes a new one"
-                    )
-                _logger.warning(
-                    "the data ended after %d of %d gradient samples and cannot be started again", drawn, count
-                )
-                return
-            if before == 0:
-                _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
 
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
@@ -173,29 +156,6 @@ class GradSampler:
             self._takes_first_entry = True
             _logger.info("loss_fn of the GradSampler does not take the tuple that the model returns: it gets its first")
             return loss
-
-
-def _opened(source: Batches, options: Mapping[str, object]) -> Iterable[Any]:
-    if not isinstance(source, Iterable):
-        signature = inspect.signature(source)
-        if _takes(signature, **options):
-            return source(**options)
-        if _takes(signature, options):  # one dictionary, which may be None: what SparseML passes
-            return source(dict(options) or None)
-    elif not options:
-        return source
-    raise TypeError(
-        f"the recipe gives grad_sampler_kwargs {dict(options)}, and the batches of the GradSampler come from a "
-        f"{type(source).__name__} that takes none of these; pass a function of them that makes the batches"
-    )
-
-
-def _takes(signature: inspect.Signature, /, *args: object, **kwargs: object) -> bool:
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
 
 
 def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

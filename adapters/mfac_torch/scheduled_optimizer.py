@@ -18,7 +18,7 @@ def ScheduledOptimizer(
     optimizer: torch.optim.Optimizer,
     module: nn.Module,
     manager: ScheduledModifierManager,
-    steps_per_epoch: int,
+    steps_per_epoch: float,
     loggers: ScalarLoggers | None = None,
     initialize_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -28,7 +28,7 @@ def ScheduledOptimizer(
         optimizer: The optimizer that trains the model.
         module: The model.
         manager: The manager of the recipe.
-        steps_per_epoch: Optimizer steps per epoch.
+        steps_per_epoch: Optimizer steps per epoch; a fraction is rounded up.
         loggers: As in ``modify``.
         initialize_kwargs: Further arguments of ``modify`` by name, such as ``grad_sampler``.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from mfac_core.errors import SettingError
-from mfac_core.weight_names import ALL_PRUNABLE, matching_names
+from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, listed, matching_names
 
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
 
@@ -21,7 +21,8 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
     A tied parameter counts once, under its first name, and is selected by any of its names. A frozen parameter
-    (``requires_grad`` is False) is left out with a log line, unless it is selected by its exact name.
+    (``requires_grad`` is False) is left out with a log line, a warning where a pattern selects it, unless it is
+    selected by its exact name.
 
     Args:
         model: The model to look into.
@@ -40,14 +41,23 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
         ['0.weight', '0.bias']
     """
     selected = _selected(model, params, strict=True)
-    chosen = {}
+    chosen: dict[str, nn.Parameter] = {}
+    frozen: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) in selected and _is_usable(name, parameter, by_name=selected[id(parameter)]):
+        if id(parameter) not in selected:
+            continue
+        if is_lazy(parameter):
+            raise SettingError("params", f"{name!r} has no values yet; run one batch through the model first")
+        if parameter.requires_grad:
             chosen[name] = parameter
+        else:
+            frozen[name] = selected[id(parameter)]
+    _check_not_by_name(frozen)
     if not chosen:
         raise SettingError(
             "params", f"{list(params)} leaves nothing to prune: every parameter that it selects is frozen"
         )
+    _tell_left_out(frozen)
     return chosen
 
 
@@ -139,10 +149,10 @@ def _is_transposed_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
 
 
-def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[int, bool]:
-    """Return the ids of the parameters that match, and whether the exact name of each was written."""
+def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[int, list[str]]:
+    """Return the ids of the parameters that match, and the entries that each matches."""
     named = dict(model.named_parameters(remove_duplicate=False))
-    selected: dict[int, bool] = {}
+    selected: dict[int, list[str]] = {}
     for entry in params:
         names = matching_names(
             entry, list(named), prunable=lambda: prunable_parameters(model), kind="parameter", strict=strict
@@ -150,20 +160,23 @@ def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[
         if not names:
             _logger.info("%r matches no parameter of the model and is left out", entry)
         for name in names:
-            key = id(named[name])
-            selected[key] = selected.get(key, False) or name == entry
+            selected.setdefault(id(named[name]), []).append(entry)
     return selected
 
 
-def _is_usable(name: str, parameter: nn.Parameter, *, by_name: bool) -> bool:
-    if is_lazy(parameter):
-        raise SettingError("params", f"{name!r} has no values yet; run one batch through the model first")
-    if parameter.requires_grad:
-        return True
-    if by_name:
-        raise SettingError(
-            "params",
-            f"{name!r} is frozen (requires_grad is False); unfreeze the parameter or take its name out of params",
-        )
-    _logger.info("%s is frozen (requires_grad is False) and is left out of pruning", name)
-    return False
+def _check_not_by_name(frozen: Mapping[str, Sequence[str]]) -> None:
+    for name, entries in frozen.items():
+        if not all(entry in (ALL, ALL_PRUNABLE) or entry.startswith(PATTERN) for entry in entries):
+            raise SettingError(
+                "params",
+                f"{name!r} is frozen (requires_grad is False); unfreeze the parameter or take its name out of params",
+            )
+
+
+def _tell_left_out(frozen: Mapping[str, Sequence[str]]) -> None:
+    """Say which frozen parameters are left out; where a pattern was meant to select them, as a warning."""
+    by_pattern = [name for name, entries in frozen.items() if any(entry.startswith(PATTERN) for entry in entries)]
+    others = [name for name in frozen if name not in by_pattern]
+    for level, names in ((logging.WARNING, by_pattern), (logging.INFO, others)):
+        if names:
+            _logger.log(level, "frozen (requires_grad is False) and left out of pruning: %s", listed(names))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -12,11 +13,25 @@ from mfac_torch.live_pruning import LivePruning
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
 
-__all__ = ["TrainingSession"]
+__all__ = ["TrainingSession", "is_followed"]
 
 _KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
 
 _logger = logging.getLogger("mfac_torch")
+
+_followed: WeakSet[torch.optim.Optimizer] = WeakSet()
+
+
+def is_followed(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a session follows an optimizer now.
+
+    Args:
+        optimizer: Any optimizer.
+
+    Returns:
+        Whether one has attached to it and not detached since.
+    """
+    return optimizer in _followed
 
 
 class TrainingSession:
@@ -64,6 +79,7 @@ class TrainingSession:
                 optimizer.register_step_pre_hook(_untraced(self._before_step, number)),
                 optimizer.register_step_post_hook(_untraced(self._after_step, number)),
             ]
+        _followed.update(self._optimizers)
 
     def detach(self) -> None:
         """Remove the hooks, and let each parameter be trained as before."""
@@ -72,6 +88,7 @@ class TrainingSession:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _followed.difference_update(self._optimizers)
         self._changes.restore()
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:

@@ -42,9 +42,7 @@ class TrainingChanges:
         self._optimizers = optimizers
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._found = [
-            matching_parameters(model, each.params, strict=each.strict) for each in self._trainable.settings
-        ]
+        self._found = [matching_parameters(model, each.params, strict=each.strict) for each in self._trainable.settings]
         self._trained_before = {
             parameter: parameter.requires_grad for found in self._found for parameter in found.values()
         }

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import MaskType, PruningSettings, Scope
 from mfac_core.weight_layout import WeightLayout
+from mfac_core.weight_names import listed
 
 __all__ = ["Outcome", "Pruner"]
 
@@ -26,6 +28,9 @@ _logger = logging.getLogger("mfac_core")
 
 Vector = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
+
+_NEARLY_ALL = 0.99
+"""From this sparsity on, a layer that ends without any weight is what was asked for."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ class Pruner(ABC):
             self.layout.check(masks, "masks")
             self._kept = self.layout.flatten(masks).astype(bool)
         self._done = 0
+        self._told_empty: set[str] = set()
 
     @property
     def masks(self) -> dict[str, Mask]:
@@ -208,6 +214,7 @@ class Pruner(ABC):
             "steps whose gradients are not finite",
         )
         outcome = self._prune(vector, index)
+        self._warn_of_empty(vector, outcome.kept, self.schedule[index])
         self._kept = outcome.kept
         self._advance(index)
         return PruneResult(
@@ -242,17 +249,15 @@ class Pruner(ABC):
         missing = {"method", "schedule", "pruning_steps_done", "masks"} - set(state)
         if missing:
             raise ValueError(f"this is not the state of a pruner: it lacks {', '.join(sorted(missing))}")
-        self.layout.check(state["masks"], "masks")
-        done = int(state["pruning_steps_done"])
-        if (
-            state["method"] != type(self).__name__
-            or not self._is_same_schedule(np.asarray(state["schedule"]))
-            or not 0 <= done <= len(self.schedule)
-        ):
+        strange = [*self._other_weights(state["masks"]), *self._other_schedule(state)]
+        if strange:
             raise ValueError(
-                "the state was saved with another method or schedule of pruning; "
-                "resume with the recipe and steps_per_epoch that it was saved with"
+                f"the state belongs to another recipe or model: {'; '.join(strange)}. "
+                "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
             )
+        done = int(state["pruning_steps_done"])
+        if not 0 <= done <= len(self.schedule):
+            raise ValueError(f"the state is broken: it counts {done} of {len(self.schedule)} pruning steps as done")
         self._kept = self.layout.flatten(state["masks"]).astype(bool)
         self._done = done
 
@@ -267,6 +272,50 @@ class Pruner(ABC):
                 mask_type,
                 ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
+            )
+
+    def _other_weights(self, masks: Mapping[str, Array]) -> Iterator[str]:
+        """Yield what differs between the weights of a state and these."""
+        lacking = [name for name in self.layout.shapes if name not in masks]
+        if lacking:
+            yield f"it has no mask for {listed(lacking)}"
+        unknown = [name for name in masks if name not in self.layout.shapes]
+        if unknown:
+            yield f"it has masks for {listed(unknown)}, which are not pruned here"
+        for name, shape in self.layout.shapes.items():
+            if name in masks and tuple(masks[name].shape) != shape:
+                yield f"its {name} has shape {tuple(masks[name].shape)}, and here {shape}"
+                return
+
+    def _other_schedule(self, state: Mapping[str, Any]) -> Iterator[str]:
+        """Yield what differs between the method and the pruning steps of a state and these."""
+        what = "it has another method or schedule of pruning"
+        if state["method"] != type(self).__name__:
+            yield f"{what} ({state['method']}, and here {type(self).__name__})"
+            return
+        saved = np.asarray(state["schedule"])
+        if not self._is_same_schedule(saved):
+            yield f"{what} ({_first_difference(saved, self._planned())})"
+
+    def _warn_of_empty(self, weights: Vector, kept: Mask, planned: PlannedStep) -> None:
+        """Warn once of each array that this pruning step leaves without a single weight."""
+        within_layers = getattr(self.settings, "scope", "layer") == "layer"
+        if within_layers and planned.sparsity >= _NEARLY_ALL:
+            return
+        alive = self._kept & (weights != 0)
+        emptied = [
+            name
+            for name, (start, stop) in self.layout.segments.items()
+            if name not in self._told_empty and not kept[start:stop].any() and alive[start:stop].any()
+        ]
+        self._told_empty.update(emptied)
+        if emptied:
+            _logger.warning(
+                "the pruning step of epoch %g prunes every weight of %s, so that nothing passes there any more; "
+                "%stake it out of params, or prune less",
+                planned.epoch,
+                listed(emptied),
+                "" if within_layers else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
     def _planned(self) -> Vector:
@@ -286,3 +335,13 @@ class Pruner(ABC):
     @abstractmethod
     def _prune(self, weights: Vector, index: int) -> Outcome:
         """Return what the pruning step with this index makes of all weights. Nothing is changed."""
+
+
+def _first_difference(saved: Vector, planned: Vector) -> str:
+    numbered = enumerate(zip_longest(saved.tolist(), planned.tolist()), start=1)
+    number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])
+    return f"pruning step {number} is {_described(then)}, and here {_described(now)}"
+
+
+def _described(planned: Sequence[float] | None) -> str:
+    return "lacking" if planned is None else f"at step {planned[0]:g} to sparsity {planned[1]:g}"

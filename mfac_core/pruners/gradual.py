@@ -87,8 +87,8 @@ class GradualPruner(Pruner):
             expected = len(_values(self._measured))
             if saved.shape != (expected,):
                 raise ValueError(
-                    f"the state holds initial sparsities of shape {saved.shape}, expected ({expected},); resume with "
-                    "the recipe and the model that it was saved with"
+                    f"the state belongs to another recipe or model: it holds {saved.size} initial sparsities, and "
+                    f"this run has {expected}. Resume with the recipe and the model that it was saved with"
                 )
             self._measured = _like(self._measured, saved.tolist())
             self.schedule = self._planned_schedule()

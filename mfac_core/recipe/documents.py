@@ -21,7 +21,10 @@ from mfac_core.errors import RecipeError
 from mfac_core.recipe.indentation import restore_indentation
 from mfac_core.recipe.places import Place
 
-__all__ = ["Document", "Entry", "Section", "entries", "pairs", "read_document", "scalar_value"]
+__all__ = ["METADATA", "Document", "Entry", "Section", "data", "entries", "pairs", "read_document", "scalar_value"]
+
+METADATA = "__metadata__"
+"""The key of a recipe whose value says nothing to do, and is kept."""
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MARKDOWN_SUFFIXES = (".md", ".markdown")
@@ -115,11 +118,16 @@ def read_document(path_or_text: str | os.PathLike[str]) -> Document:
 
     Raises:
         RecipeError: If there is no such file, or it is not a recipe's YAML.
+        TypeError: If it is neither a path nor text.
     """
     if isinstance(path_or_text, str) and ("\n" in path_or_text or "\r" in path_or_text):
         source, text = "<text>", path_or_text
         markdown = _begins_like_markdown(text)
     else:
+        if not isinstance(path_or_text, str | os.PathLike):
+            raise TypeError(
+                f"the recipe is a {type(path_or_text).__name__}; pass the path of a file or the text of a recipe"
+            )
         source = os.fspath(path_or_text)
         text = _read_file(source)
         markdown = Path(source).suffix.lower() in _MARKDOWN_SUFFIXES
@@ -165,6 +173,22 @@ def pairs(mapping: yaml.MappingNode, place: Place) -> list[tuple[yaml.ScalarNode
     return list(found.values())
 
 
+def data(node: yaml.Node, place: Place) -> object:
+    """Return the Python value of a node as it stands, without variables put in.
+
+    Args:
+        node: A scalar, a list or a mapping.
+        place: Where it stands.
+
+    Returns:
+        ``None``, a bool, a number, a string, or a list or dict of such values; one object for all aliases of a node.
+
+    Raises:
+        RecipeError: If it holds itself, or a text that does not fit its tag.
+    """
+    return _data(node, place, known={}, inside=())
+
+
 def scalar_value(node: yaml.ScalarNode, place: Place) -> object:
     """Return the Python value of a scalar node.
 
@@ -188,6 +212,21 @@ def scalar_value(node: yaml.ScalarNode, place: Place) -> object:
     except (ValueError, KeyError, IndexError) as error:
         raise place.error(f"{node.value!r} is not a valid {_shown_tag(node.tag)}") from error
     return value
+
+
+def _data(node: yaml.Node, place: Place, known: dict[int, object], inside: tuple[int, ...]) -> object:
+    if isinstance(node, yaml.ScalarNode):
+        return scalar_value(node, place)
+    if id(node) in inside:
+        raise place.error("this holds an alias of itself; remove it")
+    if id(node) not in known:
+        inside = (*inside, id(node))
+        known[id(node)] = (
+            {scalar_value(key, place): _data(value, place, known, inside) for key, value in pairs(node, place)}
+            if isinstance(node, yaml.MappingNode)
+            else [_data(item, place, known, inside) for item in node.value]
+        )
+    return known[id(node)]
 
 
 def _read_file(path: str) -> str:

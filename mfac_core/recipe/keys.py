@@ -9,6 +9,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from mfac_core.recipe.places import nearest
+from mfac_core.settings import FROM_PARAM
+
 __all__ = [
     "ACDC_KEYS",
     "CONSTANT_KEYS",
@@ -98,7 +101,12 @@ def _write_end(value: object) -> object:
 
 
 def _initial_sparsity(value: object) -> object:
-    return value if value == "__FROM_PARAM__" else _number(value)
+    if value == FROM_PARAM:
+        return value
+    hint = nearest(value, [FROM_PARAM]) if isinstance(value, str) else ""
+    if hint:
+        raise ValueError(f"is neither a number nor {FROM_PARAM}{hint}")
+    return _number(value)
 
 
 def _final_sparsity(value: object) -> object:

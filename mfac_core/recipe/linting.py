@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import Settings
-from mfac_core.recipe.writing import modifier_name
+from mfac_core.recipe.writing import name_in_messages
 from mfac_core.schedule import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
 from mfac_core.settings import (
     FROM_PARAM,
@@ -21,13 +21,14 @@ from mfac_core.settings import (
     PruningSettings,
 )
 from mfac_core.training_settings import EpochRange
+from mfac_core.weight_names import listed
 
-__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "listed", "notes"]
+__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes", "overlaps"]
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
 _NAMED = 3
-"""So many parameters of a modifier are named in its summary, and the last."""
+"""So many parameters of a modifier are named in its summary."""
 
 
 class ScheduleRow(NamedTuple):
@@ -87,7 +88,7 @@ class ModifierPlan(NamedTuple):
         memory = f", gradient window of up to {self.window_bytes:,} bytes" if self.window_bytes else ""
         return (
             f"{self.modifier}: {self.num_weights:,} weights in {len(self.weights)} parameters "
-            f"({listed(self.weights)}){memory}; {_scheduled(schedule)}"
+            f"({listed(self.weights, _NAMED)}){memory}; {_scheduled(schedule)}"
         )
 
 
@@ -106,19 +107,6 @@ class Plan(NamedTuple):
     def window_bytes(self) -> int:
         """Bytes of the largest gradient windows of all modifiers together."""
         return sum(modifier.window_bytes for modifier in self.modifiers)
-
-
-def listed(weights: Iterable[str]) -> str:
-    """Return the names of weights for one line: all of a few, the first and the last of many.
-
-    Args:
-        weights: Names.
-
-    Returns:
-        The names with commas between.
-    """
-    names = list(weights)
-    return ", ".join(names if len(names) <= _NAMED + 1 else [*names[:_NAMED], "...", names[-1]])
 
 
 def lint(recipe: Recipe, steps_per_epoch: int | None = None, *, sampled: bool = False) -> tuple[str, ...]:
@@ -193,9 +181,22 @@ def lint_model(
         *(f"{plan.modifier}: no weights match params; nothing is pruned" for plan in plans if not plan.num_weights),
         *_window_warnings(named, steps_per_epoch, sampled=sampled),
         *_ends_too_late(named, end),
-        *_same_weights([(part, plan) for (_, part), plan in zip(parts, plans, strict=True)]),
+        *_same_weights([(name, part, plan.weights) for (name, part), plan in zip(parts, plans, strict=True)]),
     )
     return Plan(plans, warnings)
+
+
+def overlaps(times: Sequence[PruningSettings], weights: Sequence[Collection[str]]) -> tuple[str, ...]:
+    """Return warnings about modifiers that prune the same parameters at the same time; :func:`lint_model` has them too.
+
+    Args:
+        times: The settings that say when each of them prunes.
+        weights: Names of the parameters that each of them prunes.
+
+    Returns:
+        One sentence for each two such modifiers.
+    """
+    return tuple(_same_weights([(*named, names) for named, names in zip(_named(times), weights, strict=True)]))
 
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:
@@ -264,7 +265,7 @@ def _named(pruning: Iterable[PruningSettings]) -> list[_Named]:
     """Return the modifiers that prune with a name for each, numbered where there are several."""
     pruning = list(pruning)
     return [
-        (f"{modifier_name(settings)} {number}" if len(pruning) > 1 else modifier_name(settings), settings)
+        (f"{name_in_messages(settings)} {number}" if len(pruning) > 1 else name_in_messages(settings), settings)
         for number, settings in enumerate(pruning, start=1)
     ]
 
@@ -365,13 +366,12 @@ def _same_params(named: Iterable[_Named]) -> Iterator[str]:
             )
 
 
-def _same_weights(planned: Iterable[tuple[PruningSettings, ModifierPlan]]) -> Iterator[str]:
-    for (one, first), (other, second) in combinations(planned, 2):
-        shared = [name for name in first.weights if name in second.weights]
+def _same_weights(planned: Iterable[tuple[str, PruningSettings, Collection[str]]]) -> Iterator[str]:
+    for (first, one, weights), (second, other, theirs) in combinations(planned, 2):
+        shared = [name for name in weights if name in theirs]
         if shared and _at_the_same_time(one, other):
-            more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
             yield (
-                f"{first.modifier} and {second.modifier} prune the same parameters ({', '.join(shared[:3])}{more}), so "
+                f"{first} and {second} prune the same parameters ({listed(shared, _NAMED)}), so "
                 "that more is pruned than either says; give each weight to one modifier"
             )
 
@@ -382,8 +382,8 @@ def _all_params(settings: PruningSettings) -> list[str]:
 
 def _at_the_same_time(one: PruningSettings, other: PruningSettings) -> bool:
     """Return whether two modifiers overlap in time; the one may begin when the other ends."""
-    begin, end = max(one.start_epoch, other.start_epoch), min(one.end_epoch, other.end_epoch)
-    return begin < end or (one.start_epoch, one.end_epoch) == (other.start_epoch, other.end_epoch)
+    first, second = sorted([(one.start_epoch, one.end_epoch), (other.start_epoch, other.end_epoch)])
+    return second[0] < first[1] or first == second
 
 
 def _rows(name: str, settings: PruningSettings, steps_per_epoch: int | None) -> list[ScheduleRow]:

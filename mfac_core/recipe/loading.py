@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import yaml
 
-from mfac_core.recipe.documents import Document, Entry, entries, read_document
+from mfac_core.recipe.documents import METADATA, Document, Entry, data, entries, read_document
 from mfac_core.recipe.modifiers import Settings, is_out_of_scope, name_of, read_modifier
 from mfac_core.recipe.places import Place
 from mfac_core.recipe.variables import Variables, VariableValues, read_variables
@@ -32,10 +32,12 @@ class Recipe:
     Args:
         modifiers: The settings of every modifier: those at the top in document order, then those of each stage.
         source: Path of the recipe, or ``<text>``.
+        metadata: What stands under its key ``__metadata__``: plain values by name.
     """
 
     modifiers: tuple[Settings, ...]
     source: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def pruning(self) -> tuple[PruningSettings, ...]:
@@ -70,6 +72,7 @@ def load_recipe(
     Raises:
         RecipeError: If there is no such file, or anything in it is unknown, missing, given twice or out of range. The
             message has the form ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>``.
+        TypeError: If ``path_or_text`` is neither a path nor text.
         ValueError: If ``unsupported`` is neither of the two.
 
     Example:
@@ -98,7 +101,7 @@ def load_recipe(
         for item in items
         if not (unsupported == "skip" and _left_out(item))
     )
-    return Recipe(modifiers=modifiers, source=document.source)
+    return Recipe(modifiers=modifiers, source=document.source, metadata=_metadata(document))
 
 
 class _Item(NamedTuple):
@@ -140,3 +143,17 @@ def _left_out(item: _Item) -> bool:
         return False
     _logger.warning(item.place.message(f"{item.name} is not supported and is left out"))
     return True
+
+
+def _metadata(document: Document) -> dict[str, object]:
+    entry = next((entry for entry in document.sections()[0].others if entry.key == METADATA), None)
+    if entry is None:
+        return {}
+    place = document.place(entry.line, entry.key)
+    found = data(entry.value, place)
+    if isinstance(found, dict):
+        return found
+    if found:
+        cure = "write `name: value` lines below it"
+        _logger.warning(place.message(f"{found!r} is not a mapping and is not kept; {cure}"))
+    return {}

@@ -410,6 +410,8 @@ def _settle_params(fields: dict[str, Any], written: Mapping[str, _Written]) -> N
 
 
 def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place) -> Settings:
+    if issubclass(modifier.settings, PruningSettings):
+        fields = {**fields, "written_as": place.name}
     try:
         settings = modifier.settings(**fields)
         if isinstance(settings, PruningSettings):

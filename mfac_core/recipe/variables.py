@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import yaml
 
 from mfac_core.errors import RecipeError
-from mfac_core.recipe.documents import Document, Entry, pairs, scalar_value
+from mfac_core.recipe.documents import METADATA, Document, Entry, pairs, scalar_value
 from mfac_core.recipe.expressions import ExpressionError, evaluate
 from mfac_core.recipe.places import Place, nearest
 from mfac_core.recipe.values import plain
@@ -31,7 +31,7 @@ VariableValues = Mapping[str, object] | str
 
 _DEEPEST = 4
 _MOST_VALUES = 100_000
-_NOT_VARIABLES = frozenset({"version", "__metadata__"})
+_NOT_VARIABLES = frozenset({"version", METADATA})
 _GIVEN = Place("variables")
 _CURE = 'write a mapping, JSON, or "name=value,other=value"'
 

@@ -10,7 +10,7 @@ from mfac_core.recipe.modifiers import MODIFIERS, Settings
 from mfac_core.recipe.values import flow_text
 from mfac_core.settings import MagnitudeSettings
 
-__all__ = ["modifier_name", "recipe_text"]
+__all__ = ["modifier_name", "name_in_messages", "recipe_text"]
 
 _NAMES: Mapping[type[Settings], str] = {
     MODIFIERS[name].settings: name for name in reversed(list(MODIFIERS)) if not MODIFIERS[name].defaults
@@ -41,6 +41,27 @@ def modifier_name(settings: Settings) -> str:
         return _NAMES[type(settings)]
     except KeyError:
         raise TypeError(f"{type(settings).__name__} is not what a modifier of a recipe carries") from None
+
+
+def name_in_messages(settings: Settings) -> str:
+    """Return the name of a modifier as its recipe has it, for whoever reads about it.
+
+    Args:
+        settings: What the modifier says.
+
+    Returns:
+        The name it was written by, where there is one that still fits; otherwise that of :func:`modifier_name`.
+
+    Raises:
+        TypeError: If a recipe has no modifier for such settings.
+
+    Example:
+        >>> name_in_messages(MagnitudeSettings(final_sparsity=0.9, end_epoch=3.0, written_as="GMPruningModifier"))
+        'GMPruningModifier'
+    """
+    written = getattr(settings, "written_as", "")
+    fits = written in MODIFIERS and MODIFIERS[written].settings is type(settings)
+    return written if fits else modifier_name(settings)
 
 
 def recipe_text(settings: Sequence[Settings]) -> str:

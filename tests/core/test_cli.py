@@ -189,11 +189,9 @@ m_modifiers:
         ["ACDCPruningModifier", "1", "2", "20", "0.00%", "-"],
         ["ACDCPruningModifier", "1", "3", "30", "90.00%", "-"],
         ["ACDCPruningModifier", "1", "4", "40", "90.00%", "-"],
-        ["MagnitudePruningModifier", "3", "1", "10", "50.00%", "-"],
+        ["GMPruningModifier", "3", "1", "10", "50.00%", "-"],
     ]
-    assert ["MagnitudePruningModifier", "3", "0", "0", "-", "-"] in [
-        line.split() for line in result.stdout.splitlines()
-    ]
+    assert ["GMPruningModifier", "3", "0", "0", "-", "-"] in [line.split() for line in result.stdout.splitlines()]
     assert "note: ConstantPruningModifier 2: holds the zeros that are there at epoch 4" in result.stdout
     assert "warning: ACDCPruningModifier 1: its last compressed phase is not reached" in result.stdout
     assert result.stdout.endswith("7 pruning steps, 1 warning\n")
@@ -243,8 +241,8 @@ def test_plan_takes_each_final_sparsity_on_its_own(write_recipe: Callable[[str],
         for line in mfac("plan", path, "--shapes", tmp_path / "model.json", "--steps-per-epoch", 5).stdout.splitlines()
     ]
 
-    assert ["MagnitudePruningModifier", "(0.5)", "1", "200", "-", "-"] in lines
-    assert ["MagnitudePruningModifier", "(0.75)", "1", "9", "-", "-"] in lines
+    assert ["GMPruningModifier", "(0.5)", "1", "200", "-", "-"] in lines
+    assert ["GMPruningModifier", "(0.75)", "1", "9", "-", "-"] in lines
 
 
 def test_plan_prints_the_warnings(write_recipe: Callable[[str], Path]) -> None:
@@ -253,6 +251,16 @@ def test_plan_prints_the_warnings(write_recipe: Callable[[str], Path]) -> None:
     assert "warning: MFACPruningModifier: the pruning step at epoch 1 (optimizer step 10)" in mfac(*arguments).stdout
     assert "warning:" not in mfac(*arguments, "--sampled").stdout
     assert "final_sparsity 0.85 is not reached" in mfac(*arguments, "--sampled", "--epochs", "2").stdout
+
+
+def test_the_epochs_given_to_plan_count_whatever_the_recipe_says(write_recipe: Callable[[str], Path]) -> None:
+    path = write_recipe(RECIPE + "epoch_modifiers:\n  - !EpochRangeModifier {end_epoch: 2}\n")
+    arguments = ["plan", path, "--weights", "10", "--steps-per-epoch", "10", "--sampled"]
+
+    assert "is not reached" in mfac(*arguments).stdout
+    assert "is not reached" not in mfac(*arguments, "--epochs", "99").stdout
+    said = " ".join(mfac("plan", "--help").stdout.replace("│", " ").split())
+    assert "Epochs of training, instead of the end of the recipe's" in said
 
 
 @pytest.mark.parametrize(

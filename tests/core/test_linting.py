@@ -5,7 +5,7 @@ import pytest
 from mfac_core.errors import SettingError
 from mfac_core.planning import peak_window
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
-from mfac_core.recipe.linting import Plan, describe, lint, lint_model, notes
+from mfac_core.recipe.linting import Plan, describe, lint, lint_model, notes, overlaps
 from mfac_core.schedule import pruning_schedule
 from mfac_core.settings import (
     FROM_PARAM,
@@ -302,6 +302,13 @@ class TestModel:
             "pruned than either says; give each weight to one modifier"
         )
         assert self.plan(magnitude(), ConstantSettings(start_epoch=6.0), weights=both).warnings == ()
+
+    @pytest.mark.parametrize(("epoch", "count"), [(1.0, 0), (2.0, 0), (4.0, 1), (6.0, 0), (7.0, 0)])
+    def test_a_single_pruning_step_amid_those_of_another_modifier(self, epoch, count):
+        at_once = magnitude(start_epoch=epoch, end_epoch=epoch)
+        for settings in ([magnitude(), at_once], [at_once, magnitude()]):
+            assert len(self.plan(*settings, weights=[{"a": 1}] * 2).warnings) == count
+            assert self.plan(*settings, weights=[{"a": 1}] * 2).warnings == overlaps(settings, ["a", "a"])
 
     def test_long_lists_of_shared_parameters_are_cut_short(self):
         many = {f"layer{number}": 1 for number in range(9)}

@@ -326,6 +326,25 @@ def test_a_state_of_another_schedule_or_method_is_refused():
         pruner.load_state_dict({"schedule": state["schedule"], "pruning_steps_done": 1})
 
 
+def test_a_state_of_another_run_says_what_differs():
+    def refusal(**changes):
+        with pytest.raises(ValueError, match="^the state belongs to another recipe or model: ") as caught:
+            make_mfac().load_state_dict({**make_mfac().state_dict(), **changes})
+        return str(caught.value)
+
+    masks = make_mfac().masks
+    others = {f"layer{number}": np.ones(2, bool) for number in range(7)}
+    renamed = refusal(masks={"a": masks["a"], **others})
+    assert "no mask for b, c; it has masks for layer0, layer1, layer2, layer3, layer4 and 2 more, which" in renamed
+    assert "Resume with the recipe, the model and the steps_per_epoch" in renamed
+    assert "its b has shape (3,), and here (11,)" in refusal(masks={**masks, "b": np.ones(3, bool)})
+    schedule = make_mfac().state_dict()["schedule"]
+    assert "(pruning step 4 is lacking, and here at step 32 to sparsity 0.8)" in refusal(schedule=schedule[:3])
+    doubled = schedule * [2, 1]
+    assert "(pruning step 1 is at step 16 to sparsity 0.2, and here at step 8 to spars" in refusal(schedule=doubled)
+    assert "(MagnitudePruner, and here MFACPruner)" in refusal(method="MagnitudePruner")
+
+
 def test_a_state_without_a_window_collects_rows_anew():
     pruner = make_mfac()
     train(pruner, make_weights(), last=12)
@@ -714,3 +733,48 @@ def test_a_sparsity_that_a_layer_cannot_reach_is_said_once(settings, caplog):
     ]
     make_pruner(settings, {"second": weights["second"]}, steps_per_epoch=1)
     assert len(caplog.records) == 1
+
+
+def emptied(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "prunes every weight of" in record.getMessage()]
+
+
+def pruned_to_the_end(settings, weights, steps_per_epoch: int = 4):
+    pruner = make_pruner(settings, weights, steps_per_epoch=steps_per_epoch)
+    while not pruner.is_finished:
+        result = pruner.prune(weights)
+        weights = {name: np.where(result.masks[name], array * 1.01, 0) for name, array in result.weights.items()}
+    return pruner
+
+
+def test_a_layer_that_loses_its_last_weight_is_named_once(caplog):
+    weights = {"small": np.full(10, 0.01), "large": np.linspace(1, 2, 30), "tiny": np.full(5, 0.1)}
+    settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=4.0, interpolation="linear", scope="global")
+    pruned_to_the_end(settings, weights)
+    first, second = emptied(caplog)
+    assert first.startswith("the pruning step of epoch 2 prunes every weight of small, so that nothing passes there")
+    assert "; prune within layers (global_sparsity: false in a recipe), take it out of params" in first
+    assert second.startswith("the pruning step of epoch 3 prunes every weight of tiny,")
+
+
+def test_no_layer_is_named_that_was_empty_before_or_ends_as_was_asked_for(caplog):
+    weights = {"zero": np.zeros(4), "a": np.linspace(1, 2, 30)}
+    pruned_to_the_end(MagnitudeSettings(final_sparsity=0.5, end_epoch=1.0, scope="global"), weights)
+    pruned_to_the_end(ConstantSettings(), weights)
+    pruned_to_the_end(MagnitudeSettings(final_sparsity=0.995, end_epoch=1.0), weights)
+    assert not emptied(caplog)
+
+
+def test_a_layer_too_small_for_its_sparsity_and_one_of_acdc_are_named(caplog):
+    pruned_to_the_end(MagnitudeSettings(final_sparsity=0.9, end_epoch=1.0), {"tiny": np.ones(4), "b": np.ones(20)})
+    (warning,) = emptied(caplog)
+    assert warning.endswith(
+        "every weight of tiny, so that nothing passes there any more; take it out of params, or prune less"
+    )
+    caplog.clear()
+    weights = {"small": np.full(10, 0.01), "large": np.linspace(1, 2, 30)}
+    pruner = make_pruner(ACDCSettings(compression_sparsity=0.5, end_epoch=8.0), weights, steps_per_epoch=4)
+    while not pruner.is_finished:  # each compressed phase empties the layer anew
+        pruner.prune(weights)
+    (warning,) = emptied(caplog)
+    assert warning.startswith("the pruning step of epoch 1 prunes every weight of small")

@@ -445,6 +445,39 @@ second_stage:
         assert refusal(text[: text.index("second_stage")]).startswith("<text>:5: SparseGPTModifier is not supported")
 
 
+@pytest.mark.parametrize("value", [{"final_sparsity": 0.5}, [], 3, None, b"a.yaml"])
+def test_what_is_neither_a_path_nor_text_is_refused(value):
+    with pytest.raises(TypeError, match=f"the recipe is a {type(value).__name__}; pass the path of a file or the text"):
+        load_recipe(value)
+
+
+class TestMetadata:
+    def test_they_are_kept_as_they_stand(self):
+        text = "__metadata__: {a: &x [1, 2:4, 'eval(b)'], b: *x, deep: {c: {d: {e: {f: [[2025-01-02]]}}}}, n: null}\n"
+        metadata = load_recipe(text + mfac()).metadata
+        assert metadata == {
+            "a": [1, "2:4", "eval(b)"],
+            "b": [1, "2:4", "eval(b)"],
+            "deep": {"c": {"d": {"e": {"f": [["2025-01-02"]]}}}},
+            "n": None,
+        }
+        assert metadata["a"] is metadata["b"]  # text that repeats itself by aliases stays small
+
+    @pytest.mark.parametrize("text", ["", "__metadata__:\n", "__metadata__: {}\n"])
+    def test_there_may_be_none(self, text, caplog):
+        assert load_recipe(text + mfac()).metadata == {}
+        assert not caplog.records
+
+    def test_what_is_not_a_mapping_is_left_out_and_said(self, caplog):
+        assert load_recipe("__metadata__: draft\n" + mfac()).metadata == {}
+        assert [record.getMessage() for record in caplog.records] == [
+            "<text>:1: __metadata__: 'draft' is not a mapping and is not kept; write `name: value` lines below it"
+        ]
+
+    def test_what_holds_itself_is_refused(self):
+        assert "__metadata__: this holds an alias of itself" in refusal("__metadata__: &a {b: [*a]}\n" + mfac())
+
+
 class TestShippedFiles:
     @pytest.mark.parametrize("path", sorted((ROOT / "recipes").iterdir()), ids=lambda path: path.name)
     def test_every_recipe_loads(self, path, caplog):

@@ -142,7 +142,16 @@ class TestMFACPruningModifier:
             ("params: []", "params: () must be a name or a non-empty list of names"),
             ("init_sparsity: 1.0", "init_sparsity: 1.0 is out of range; the rule is 0 <= init_sparsity < 1"),
             ("init_sparsity: 0.9", "init_sparsity: 0.9 is above final_sparsity 0.8"),
-            ("init_sparsity: __FROM__", "init_sparsity: '__FROM__' is text where a number must stand"),
+            ("init_sparsity: half", "init_sparsity: 'half' is text where a number must stand"),
+            (
+                "init_sparsity: __FROM_PARAMS__",
+                "'__FROM_PARAMS__' is neither a number nor __FROM_PARAM__ (did you mean __FROM_PARAM__?)",
+            ),
+            (
+                "params: ['re:.*w', 're:*.b']",
+                "<text>:5: MFACPruningModifier.params: 're:*.b' is not a regular expression",
+            ),
+            ("params: 're:a{9999999999999}'", "params: 're:a{9999999999999}' is not a regular expression"),
             ("start_epoch: -2", "start_epoch: -2.0 is out of range; the rule is start_epoch >= 0"),
             ("start_epoch: .nan", "start_epoch: nan is not a finite number"),
             ("start_epoch: yes", "start_epoch: True is not a finite number"),

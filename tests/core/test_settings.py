@@ -46,6 +46,8 @@ def acdc(**changes: object) -> ACDCSettings:
         (gradual, {"params": ("",)}, "params", "('',) must be a name"),
         (gradual, {"params": {"a"}}, "params", "{'a'} must be a name"),
         (gradual, {"params": [3]}, "params", "[3] must be a name"),
+        (gradual, {"params": ("a", "re:(b")}, "params", "'re:(b' is not a regular expression: missing )"),
+        (gradual, {"final_sparsity": {0.5: "re:["}}, "final_sparsity", "'re:[' is not a regular expression"),
         (gradual, {"final_sparsity": 0.0}, "final_sparsity", "the rule is 0 < final_sparsity < 1"),
         (gradual, {"final_sparsity": 1.0}, "final_sparsity", "1.0 is out of range"),
         (gradual, {"final_sparsity": {}}, "final_sparsity", "{} is empty"),
@@ -119,6 +121,7 @@ def acdc(**changes: object) -> ACDCSettings:
         ),
         (SetWeightDecay, {"weight_decay": 0.1, "param_groups": 0}, "param_groups", "0 must be a list of indices"),
         (TrainableParams, {"params": ()}, "params", "() must be a name"),
+        (TrainableParams, {"params": "re:+"}, "params", "'re:+' is not a regular expression"),
         (TrainableParams, {"params": "a", "trainable": "no"}, "trainable", "'no' is not a boolean"),
         (TrainableParams, {"params": "a", "strict": 0}, "strict", "0 is not a boolean"),
         (

@@ -740,6 +740,20 @@ def test_a_manager_is_attached_once_at_a_time_and_can_be_used_again(task):
     assert zeros(model) == round(48 * 0.9) + round(24 * 0.9)
 
 
+def test_a_second_manager_on_an_optimizer_is_refused_until_the_first_is_finalized(task):
+    model = task.model()
+    optimizer, spare = (torch.optim.SGD(model.parameters(), lr=0.05) for _ in range(2))
+    first, second = (ScheduledModifierManager.from_yaml(task.recipe()) for _ in range(2))
+    first.modify(model, optimizer, task.steps_per_epoch)
+    for optimizers in (optimizer, [spare, optimizer]):
+        with pytest.raises(RuntimeError, match=r"one recipe, or call finalize\(\) of the first manager"):
+            second.modify(model, optimizers, task.steps_per_epoch)
+    assert (hooks(optimizer), hooks(spare), second.initialized) == (2, 0, False)
+    first.finalize(model)
+    second.modify(model, optimizer, task.steps_per_epoch)
+    assert hooks(optimizer) == 2
+
+
 def test_a_second_finalize_and_one_after_apply_do_nothing(task):
     model = task.model()
     manager = ScheduledModifierManager.from_yaml(task.recipe("MagnitudePruningModifier"))
@@ -812,6 +826,13 @@ def test_a_modify_that_fails_leaves_model_and_optimizer_untouched(task, error, m
 def test_what_is_not_a_modifier_is_refused():
     with pytest.raises(TypeError, match="is not a modifier"):
         ScheduledModifierManager(["MFACPruningModifier"])
+    with pytest.raises(TypeError, match=r"is a single EpochRangeModifier; .* such as \[EpochRangeModifier\(...\)\]"):
+        ScheduledModifierManager(EpochRangeModifier(end_epoch=1.0))
+    with pytest.raises(TypeError, match="modifiers is a int; pass a list of modifiers"):
+        ScheduledModifierManager(3)
+    for recipe in ({"final_sparsity": 0.5}, [EpochRangeModifier(end_epoch=1.0)]):
+        with pytest.raises(TypeError, match=r"file_path is a (dict|list); pass the path of a recipe or its text"):
+            ScheduledModifierManager.from_yaml(recipe)
     with pytest.raises(ValueError, match="no modifiers"):
         ScheduledModifierManager([])
     with pytest.raises(TypeError, match="does not support 'teacher', 'metadata'"):
@@ -911,7 +932,8 @@ def test_one_shot_follows_modifiers_that_follow_each_other_and_warns_of_those_th
         model = task.model()
         ScheduledModifierManager([a_modifier(0.75, 2.0, 3.0), other]).apply(model)
         assert zeros(model) == 54
-        assert "two pruning modifiers select 0.weight, 2.weight at the same time" in caplog.text
+        (warning,) = [record.getMessage() for record in caplog.records]
+        assert "1 and MagnitudePruningModifier 2 prune the same parameters (0.weight, 2.weight)" in warning
 
 
 @pytest.mark.parametrize("begins", [2.0, 1.0])
@@ -948,8 +970,12 @@ def test_a_fraction_of_steps_per_epoch_is_rounded_up(task, caplog):
     assert manager.state_dict()["steps_per_epoch"] == 5
     assert "steps_per_epoch 4.375 is taken as 5" in caplog.text
     manager.finalize(model)
-    with pytest.raises(SettingError, match="steps_per_epoch"):
-        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=math.nan)
+    for wrong in (math.nan, math.inf, 0, -2.5, True, "5", None):
+        with pytest.raises(SettingError, match="the rule is steps_per_epoch > 0, .*; a fraction is rounded up"):
+            manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=wrong)
+    manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=np.float32(2.5))
+    assert manager.state_dict()["steps_per_epoch"] == 3
+    manager.finalize(model)
     manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=3.0)
     assert manager.state_dict()["steps_per_epoch"] == 3
 

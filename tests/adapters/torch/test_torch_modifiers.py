@@ -145,3 +145,26 @@ def test_one_step_goes_as_far_as_the_recipe_is_at_an_epoch():
     assert one_shot(from_param)[0].final_sparsity == 0.8
     with pytest.raises(ValueError, match="leaves the sparsity at epoch 2 open"):
         one_shot(from_param, 2.0)
+
+
+RECIPE_WITH_METADATA = """
+__metadata__:
+  author: me
+  runs: [{seed: 1, note: "eval(seed)"}, 1.5]
+seed: 3
+modifiers:
+  - !GMPruningModifier {final_sparsity: 0.5, end_epoch: 1}
+"""
+
+
+def test_the_metadata_of_a_recipe_are_saved_with_it(tmp_path):
+    manager = ScheduledModifierManager.from_yaml(RECIPE_WITH_METADATA, metadata={"author": "you", "host": "here"})
+    expected = {"author": "you", "runs": [{"seed": 1, "note": "eval(seed)"}, 1.5], "host": "here"}
+    assert manager.metadata == expected
+    manager.save(tmp_path / "recipe.yaml")
+    assert ScheduledModifierManager.from_yaml(tmp_path / "recipe.yaml").metadata == expected
+
+
+def test_a_modifier_of_a_recipe_has_the_class_that_the_recipe_names():
+    (modifier,) = ScheduledModifierManager.from_yaml(RECIPE_WITH_METADATA).modifiers
+    assert type(modifier) is GMPruningModifier

@@ -88,7 +88,7 @@ def test_sampling_works_where_gradients_are_off(model, data):
 
 
 def test_data_that_end_early_are_started_again_with_one_line(model, data, caplog):
-    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+    with caplog.at_level(logging.INFO, logger="mfac_core"):
         rows = draw(GradSampler(data, nn.functional.cross_entropy), model, 8)
     assert_rows_equal(rows, model, [*data, *data, *data[:2]])
     assert [record.getMessage() for record in caplog.records] == [
@@ -152,7 +152,7 @@ def test_a_parameter_the_loss_does_not_touch_has_zero_gradient(model, data):
 
 def test_an_iterator_that_ends_early_yields_what_it_had_and_says_so(model, data, caplog):
     sampler = GradSampler(iter(data), nn.functional.cross_entropy)
-    with caplog.at_level(logging.WARNING, logger="mfac_torch"):
+    with caplog.at_level(logging.WARNING, logger="mfac_core"):
         assert len(draw(sampler, model, 5)) == 3
     assert "after 3 of 5" in caplog.text
     with pytest.raises(ValueError, match="yields no batch"):
@@ -160,7 +160,7 @@ def test_an_iterator_that_ends_early_yields_what_it_had_and_says_so(model, data,
 
 
 def test_a_source_without_batches_is_an_error_that_names_it(model):
-    with pytest.raises(ValueError, match=r"a list of nothing\) yields no batch"):
+    with pytest.raises(ValueError, match=r"a list\) yields no batch"):
         draw(GradSampler([], nn.functional.cross_entropy), model, 1)
 
 
@@ -189,6 +189,9 @@ def test_what_is_not_a_batch_or_a_loss_is_refused_by_name(model, batches, loss_f
     [
         (lambda: GradSampler(3, nn.functional.mse_loss), "data_loader_or_builder is a int"),
         (lambda: GradSampler([], "mse"), "loss_fn is a str"),
+        (lambda: GradSampler(list, "mse"), "loss_fn is a str"),
+        (lambda: GradSampler(nn.functional.mse_loss, []), r"write GradSampler\(data_loader, loss_fn\)"),
+        (lambda: GradSampler(nn.MSELoss(), list), r"is a MSELoss .* write GradSampler\(data_loader, loss_fn\)"),
         (lambda: GradSampler.of([]), "grad_sampler is a list"),
         (lambda: GradSampler.of({"loader": []}), r"has the keys \['loader'\]"),
     ],
@@ -196,6 +199,12 @@ def test_what_is_not_a_batch_or_a_loss_is_refused_by_name(model, batches, loss_f
 def test_what_is_not_a_sampler_is_refused_by_name(build, message):
     with pytest.raises(TypeError, match=message):
         build()
+
+
+def test_two_functions_in_the_wrong_order_are_refused_once_batches_are_drawn(model, data):
+    swapped = GradSampler(nn.functional.cross_entropy, lambda: data)
+    with pytest.raises(TypeError, match=r"cross_entropy.*without arguments.*and the loss function after it"):
+        draw(swapped, model, 1)
 
 
 def test_progress_is_shown_only_on_request(model, data, capsys):

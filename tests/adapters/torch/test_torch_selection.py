@@ -92,9 +92,32 @@ def test_a_frozen_parameter_is_an_error_by_name_and_left_out_by_token(zoo, caplo
             select_parameters(zoo, params)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         assert "conv.weight" not in select_parameters(zoo, ["__ALL_PRUNABLE__"])
-    assert "conv.weight is frozen" in caplog.text
+    assert "left out of pruning: conv.weight" in caplog.text
     with pytest.raises(SettingError, match="leaves nothing to prune"):
         select_parameters(zoo, [r"re:conv\.weight"])
+
+
+def test_frozen_parameters_that_a_pattern_selects_are_one_warning(zoo, caplog):
+    for parameter in zoo.body.parameters():
+        parameter.requires_grad_(False)
+    zoo.head.weight.requires_grad_(False)
+    zoo.rnn.requires_grad_(False)
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        select_parameters(zoo, ["__ALL_PRUNABLE__", "re:(body|conv)"])
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "frozen (requires_grad is False) and left out of pruning: body.0.weight, body.0.bias, body.2.weight, "
+            "body.2.bias",
+        ),
+        ("INFO", "frozen (requires_grad is False) and left out of pruning: head.weight"),
+    ]
+    caplog.clear()
+    select_parameters(zoo, ["re:.*"])
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        ": body.0.weight, body.0.bias, body.2.weight, body.2.bias, rnn.weight_ih_l0 and 4 more"
+    )
 
 
 def test_a_parametrized_layer_is_left_out_with_a_line(caplog):
