@@ -9,6 +9,7 @@ from mfac_core.errors import SettingError  # noqa: E402
 from mfac_keras import MFACPruningCallback  # noqa: E402
 from mfac_keras.optimizers import innermost, remembered  # noqa: E402
 
+BODY = "tiny/body/kernel"
 RATES = pytest.mark.feature("learning rates of a recipe")
 DECAY = pytest.mark.feature("weight decay of a recipe")
 TRAINABLE = pytest.mark.feature("variables that a recipe freezes for some epochs")
@@ -291,3 +292,58 @@ def test_a_recipe_that_does_not_prune_sets_what_it_sets_and_says_so(task, caplog
     assert history.history["sparsity"] == [0.0, 0.0]
     assert callback.masks == {}
     assert "the recipe has no pruning modifier: nothing is pruned" in caplog.text
+
+
+FROZEN_AND_DECAYED = recipe(
+    modifier("TrainableParamsModifier", params="['re:.*/body/']", trainable="false", start_epoch=1.0, end_epoch=2.0),
+    modifier("SetWeightDecayModifier", weight_decay=0.5, start_epoch=1.0),
+)
+
+
+@TRAINABLE
+@pytest.mark.backends("tensorflow")
+def test_each_replica_is_frozen_and_decayed(task):
+    import tensorflow as tf
+
+    plain = task.model("sgd")
+    task.fit(plain, MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), epochs=3)
+    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        model = task.model("sgd")
+    weights = Weights()
+    task.fit(model, MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), weights, epochs=3)
+    assert weights.changes("body") == [True] * 4 + [False] * 5 + [True] * 5
+    for one, other in zip(plain.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@TRAINABLE
+@pytest.mark.backends("jax")
+def test_weights_on_two_devices_are_frozen_and_decayed(task):
+    plain = task.model("sgd")
+    task.fit(plain, MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), epochs=3)
+    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=["cpu:0", "cpu:1"]))
+    try:
+        model = task.model("sgd")
+        weights = Weights()
+        task.fit(model, MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), weights, epochs=3)
+    finally:
+        keras.distribution.set_distribution(None)
+    assert weights.changes("body") == [True] * 4 + [False] * 5 + [True] * 5
+    for one, other in zip(plain.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+@TRAINABLE
+@pytest.mark.backends("tensorflow", "jax")
+def test_changes_wait_for_the_end_of_an_execution(task):
+    class Bodies(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            bodies.append(task.kernels(self.model)[BODY])
+
+    bodies = []
+    text = FROZEN_AND_DECAYED.replace("end_epoch: 2.0", "end_epoch: 3.0").replace(
+        "start_epoch: 1.0", "start_epoch: 0.6"
+    )
+    task.fit(task.model("sgd", steps_per_execution=5), MFACPruningCallback(text, verbose=0), Bodies(), epochs=4)
+    changes = [not np.array_equal(one, other) for one, other in zip(bodies[:-1], bodies[1:], strict=True)]
+    assert changes == [False, False, True]
