@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import commit, processor
 
 OUTPUT = Path("docs/benchmarks-keras.md")
 BACKENDS = ("tensorflow", "torch", "jax")
@@ -193,9 +194,9 @@ def _lines(found: dict[str, dict[str, Any]]) -> list[str]:
         "time, is taken round by round. Made by `tests/benchmarks/bench_keras_overhead.py`.",
         "",
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}, NumPy {np.__version__}, "
-        f"Python {platform.python_version()}, {platform.system()} on {_processor()}, "
+        f"Python {platform.python_version()}, {platform.system()} on {processor()}, "
         f"{len(os.sched_getaffinity(0))} cores, one thread. Measured on "
-        f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {_commit()}.",
+        f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {commit()}.",
         "",
         "| backend | step | ratio: median | quarter of the rounds below | quarter above | plain step, ms (median) |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -208,16 +209,6 @@ def _lines(found: dict[str, dict[str, Any]]) -> list[str]:
             step = 1e3 * statistics.median(plain)
             lines.append(f"| {backend} | {meaning} | {middle:.3f} | {low:.3f} | {high:.3f} | {step:.2f} |")
     return lines
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

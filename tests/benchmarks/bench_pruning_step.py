@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from machine import commit, processor
 
 SHAPES = [  # m, B, d; None is one block
     (64, 50, 500_000),
@@ -266,9 +267,9 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             "standard normal gradients and weights, half of the weights pruned.",
             "",
             f"Made by `tests/benchmarks/bench_pruning_step.py --write` with mfac-core {mfac_core.__version__}, NumPy "
-            f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {_processor()}, "
+            f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {processor()}, "
             f"{len(os.sched_getaffinity(0))} cores; its matrix product runs at {rate:.0f} GFLOP/s (median over rows).",
-            f"Measured at commit {_commit()}.",
+            f"Measured at commit {commit()}.",
             "",
             "* *step*: seconds, the median of seven runs (of three for steps over ten seconds); *diagonal*, *mask*,",
             "  *update*: these parts of one step (saliency and writing back take what is left)",
@@ -311,16 +312,6 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             "",
         ]
     )
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

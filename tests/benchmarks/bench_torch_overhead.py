@@ -11,13 +11,13 @@ import datetime
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import commit, processor
 from torch import nn
 
 from mfac_torch import MagnitudePruningModifier, MFACPruningModifier, ScheduledModifierManager
@@ -109,8 +109,8 @@ def _lines(seconds: dict[str, list[float]]) -> list[str]:
         "time, is taken round by round. Made by `tests/benchmarks/bench_torch_overhead.py`.",
         "",
         f"PyTorch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}, "
-        f"{platform.system()} on {_processor()}, {len(os.sched_getaffinity(0))} cores, one thread. Measured on "
-        f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {_commit()}.",
+        f"{platform.system()} on {processor()}, {len(os.sched_getaffinity(0))} cores, one thread. Measured on "
+        f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {commit()}.",
         "",
         f"The plain step takes {1e3 * statistics.median(plain):.2f} ms (median).",
         "",
@@ -122,16 +122,6 @@ def _lines(seconds: dict[str, list[float]]) -> list[str]:
         low, middle, high = statistics.quantiles(ratios, n=4)
         lines.append(f"| {meaning} | {middle:.3f} | {low:.3f} | {high:.3f} |")
     return lines
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import commit, processor
 from rich.progress import track
 
 import mfac_core
@@ -59,11 +60,6 @@ def main() -> None:
     print(f"written: {OUTPUT}")
 
 
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
 def _at(modifiers: Sequence[object], sparsity: float, update: str, **changes: object) -> list[object]:
     changes |= {"final_sparsity": sparsity} | ({"update": update} if update else {})
     return [
@@ -95,7 +91,8 @@ def _document(rows: dict[tuple[str, float], list[RunRecord]], final: float) -> s
             "",
             f"Made by `tests/benchmarks/digits_results.py` (`make results`) with mfac-core {mfac_core.__version__}, "
             f"torch {torch.__version__.partition('+')[0]}, NumPy {np.__version__}, {platform.system()} "
-            f"{platform.machine()}, Python {platform.python_version()}, on one thread of {_processor()}.",
+            f"{platform.machine()}, Python {platform.python_version()}, on one thread of {processor()}. "
+            f"Measured at commit {commit()}.",
             "",
             "Differences well below the spread say nothing. Where most weights are still superfluous (here up to 70%",
             "in one shot and 90% gradually), both methods remove only those, and M-FAC costs time and memory",
