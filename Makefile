@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest --quiet
+OLDEST_KERAS := 3.12.4
+OLDEST_KERAS_FOLDER := $(VENV)/keras-$(OLDEST_KERAS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -23,7 +25,7 @@ help:
 demo: $(VENV)/.installed-demo
 	@$(BIN)/mfac demo
 
-test: lint
+test: lint $(OLDEST_KERAS_FOLDER)/.installed
 	@echo "== tests"
 	@$(PYTEST) --ignore=tests/adapters/keras --numprocesses=auto --maxprocesses=4 --dist=loadfile
 	@# Keras uses all cores by itself; several processes would wait for each other.
@@ -31,6 +33,9 @@ test: lint
 	  echo "== tests: Keras on $$backend"; \
 	  KERAS_BACKEND=$$backend $(PYTEST) tests/adapters/keras || exit 1; \
 	done
+	@echo "== tests: Keras $(OLDEST_KERAS), the oldest that is supported, on torch"
+	@# torch.compile takes minutes to compile its step.
+	@PYTHONPATH=$(abspath $(OLDEST_KERAS_FOLDER)) KERAS_BACKEND=torch $(PYTEST) -m "not jit_compile" tests/adapters/keras
 
 lint: $(VENV)/.installed-test
 	@echo "== ruff: rules"
@@ -67,6 +72,13 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing mfac-core, PyTorch, TensorFlow, JAX and the test tools into $(VENV) (several minutes the first time)"
 	@$(INSTALL) --editable ".[torch,demo,dev]"
 	@touch $(VENV)/.installed-demo $@
+
+$(OLDEST_KERAS_FOLDER)/.installed: $(VENV)/.installed-test
+	@echo "Installing Keras $(OLDEST_KERAS) into $(OLDEST_KERAS_FOLDER)"
+	@rm -rf $(OLDEST_KERAS_FOLDER)
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --target $(OLDEST_KERAS_FOLDER) \
+	  keras==$(OLDEST_KERAS)
+	@touch $@
 
 $(VENV)/.created:
 	@command -v "$(PYTHON)" > /dev/null || { \

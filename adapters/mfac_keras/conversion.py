@@ -1,4 +1,4 @@
-"""Tensors on a GPU to arrays of the core, without a copy where CuPy is installed."""
+"""Tensors on a GPU to arrays of the core, which stay on that GPU where CuPy is installed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,44 @@ __all__ = ["gpu_array"]
 _logger = logging.getLogger("mfac_keras")
 
 
-def gpu_array(tensor: Any, index: int) -> Array:
+def gpu_array(tensor: Any, index: int, *, on_default_stream: bool) -> Array:
     """Return a tensor on a GPU as an array that the core computes with.
 
+    The core reads on CUDA's default stream, later than it is asked to. A framework that computes on streams of its own
+    does not wait for that before it uses the memory for something else, so from such a one a copy is taken.
+
     Args:
-        tensor: A tensor of float32 or float64 on an NVIDIA GPU, of any backend.
+        tensor: A tensor of float32 or float64 on an NVIDIA GPU, of any backend; where it is not computed on the default
+            stream, exporting it without a stream waits for its values.
         index: Which GPU.
+        on_default_stream: Whether the framework computes on CUDA's default stream, as torch does.
 
     Returns:
-        A CuPy array that shares its memory through DLPack, or a NumPy copy where CuPy is not installed (logged once).
+        A CuPy array, which shares the tensor's memory where the framework computes on the default stream; or a NumPy
+        copy where CuPy is not installed (logged once).
     """
     device = _array_device(index)
-    return np.asarray(keras.ops.convert_to_numpy(tensor)) if device is None else device.asarray(tensor)
+    if device is None:
+        return np.asarray(keras.ops.convert_to_numpy(tensor))
+    if on_default_stream:
+        return device.asarray(tensor)
+    with device.backend.on(device.name):
+        copy = device.asarray(_WithoutStream(tensor)).copy()
+    device.backend.synchronize(device.name)
+    return copy
+
+
+class _WithoutStream:
+    """Exports a tensor without a stream: TensorFlow refuses one."""
+
+    def __init__(self, tensor: Any) -> None:
+        self._tensor = tensor
+
+    def __dlpack__(self, **kwargs: Any) -> Any:
+        return self._tensor.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._tensor.__dlpack_device__()
 
 
 @cache

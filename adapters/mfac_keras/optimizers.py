@@ -50,10 +50,14 @@ def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
     if place is None:
         return
     count = len(trained_by(optimizer))
+    slot: Any
     for name, value in list(vars(optimizer).items()):
-        if name == "_variables" or not isinstance(value, list | tuple) or len(value) != count:
+        if isinstance(value, dict):  # Muon of Keras 3.12
+            slot = value.get(variable.path)
+        elif name != "_variables" and isinstance(value, list | tuple) and len(value) == count:
+            slot = value[place]
+        else:
             continue
-        slot = value[place]
         is_slot = slot is not None and slot is not variable and hasattr(slot, "assign")
         if is_slot and tuple(slot.shape) == tuple(variable.shape):
             yield slot

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.dlpack
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -49,8 +48,8 @@ def to_array(tensor: Any) -> Array:
         tensor: A Keras variable or JAX array, of any float type.
 
     Returns:
-        A NumPy array that shares memory with the tensor where it can, or a CuPy array on the tensor's GPU where CuPy
-        is installed; float32, or float64 as it was. Treat it as read-only.
+        A NumPy array that shares memory with the tensor where it can, or a copy on the tensor's GPU where CuPy is
+        installed; float32, or float64 as it was. Treat it as read-only.
     """
     value = tensor.value if isinstance(tensor, keras.Variable) else tensor
     if value.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
@@ -58,7 +57,7 @@ def to_array(tensor: Any) -> Array:
     devices = value.devices()
     device = next(iter(devices))
     if device.platform == "gpu" and len(devices) == 1:
-        return gpu_array(value, device.local_hardware_id or 0)
+        return gpu_array(value, device.local_hardware_id or 0, on_default_stream=False)
     return np.asarray(value)
 
 
@@ -69,9 +68,10 @@ def to_tensor(array: Array) -> Any:
         array: A NumPy or CuPy array.
 
     Returns:
-        The NumPy array itself, or a tensor that shares the memory of the CuPy array.
+        The NumPy array itself, or a NumPy copy of the CuPy array.
     """
-    return array if isinstance(array, np.ndarray) else jax.dlpack.from_dlpack(array)
+    # DLPack would bind the variable to a device and to memory that JAX must not donate to the next step.
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def loss_gradients(

@@ -43,8 +43,8 @@ def to_array(tensor: Any) -> Array:
         tensor: A Keras variable, TensorFlow variable or eager tensor, of any float type.
 
     Returns:
-        A NumPy array that shares memory with a snapshot of the values, or a CuPy array on the tensor's GPU where CuPy
-        is installed; float32, or float64 as it was. Treat it as read-only.
+        A NumPy array that shares memory with a snapshot of the values, or a copy on the tensor's GPU where CuPy is
+        installed; float32, or float64 as it was. Treat it as read-only.
     """
     value = tensor.value if isinstance(tensor, keras.Variable) else tensor
     if isinstance(value, tf.Variable):
@@ -53,7 +53,7 @@ def to_array(tensor: Any) -> Array:
         value = tf.cast(value, tf.float32)
     device = tf.DeviceSpec.from_string(value.device)
     if device.device_type == "GPU":
-        return gpu_array(value, device.device_index or 0)
+        return gpu_array(value, device.device_index or 0, on_default_stream=False)
     return np.from_dlpack(value)
 
 
@@ -64,9 +64,10 @@ def to_tensor(array: Array) -> Any:
         array: A NumPy or CuPy array.
 
     Returns:
-        The NumPy array itself, or a tensor that shares the memory of the CuPy array.
+        The NumPy array itself, or a NumPy copy of the CuPy array.
     """
-    return array if isinstance(array, np.ndarray) else tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    # DLPack gives TensorFlow no transposed arrays, and most kernels are transposed here.
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def loss_gradients(

@@ -45,14 +45,14 @@ def to_array(tensor: Any) -> Array:
         tensor: A Keras variable or torch tensor, of any float type.
 
     Returns:
-        A NumPy array that shares memory with the tensor, or a CuPy array on the tensor's GPU where CuPy is installed;
-        float32, or float64 as it was. Treat it as read-only.
+        A NumPy array that shares memory with the tensor, or a CuPy array that does, on the tensor's GPU, where CuPy is
+        installed; float32, or float64 as it was. Treat it as read-only.
     """
     value = (tensor.value if isinstance(tensor, keras.Variable) else tensor).detach()
     if value.dtype not in {torch.float32, torch.float64}:
         value = value.to(torch.float32)
-    if value.device.type == "cuda":
-        return gpu_array(value, value.get_device())
+    if value.device.type == "cuda" and _is_on_default_stream(value.device):
+        return gpu_array(value, value.get_device(), on_default_stream=True)
     return value.cpu().numpy()
 
 
@@ -90,6 +90,10 @@ def loss_gradients(
         yield [None if each is None else to_array(each.float() / scale) for each in gradients]
 
 
+def _is_on_default_stream(device: torch.device) -> bool:
+    return bool(torch.cuda.current_stream(device) == torch.cuda.default_stream(device))
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
@@ -102,7 +106,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 class Hooks(TrainingHooks):
-    """See :class:`TrainingHooks`. The training step runs eagerly: masks and gradients are tensors."""
+    """See :class:`TrainingHooks`. Masks and gradients are tensors that the step, eager or compiled, reads and makes."""
 
     def _prepare(self) -> None:
         self._masks: list[Any] = [None] * len(self._variables)  # True where pruned
@@ -141,7 +145,12 @@ class Hooks(TrainingHooks):
 
     def _set_mask(self, place: int, mask: npt.NDArray[np.bool_] | None) -> None:
         value = self._variables[place].value
-        self._masks[place] = None if mask is None else torch.from_numpy(~mask).to(value.device)
+        if mask is not None:
+            self._masks[place] = torch.from_numpy(np.logical_not(mask, order="C")).to(value.device)
+        elif self._model.jit_compile:  # torch.compile would compile the step once more for a mask that comes later
+            self._masks[place] = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+        else:
+            self._masks[place] = None
 
     def _mask_of(self, place: int) -> Any:
         return self._masks[place]

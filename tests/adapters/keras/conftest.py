@@ -5,6 +5,7 @@ The backend is the one that ``KERAS_BACKEND`` names, ``tensorflow`` by default; 
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -23,12 +24,15 @@ except ImportError:
     keras = None
 
 STEPS_PER_EPOCH = 5
+COMPILERS = ("g++", "c++", "clang++")
 REPORT = "MFAC_KERAS_FEATURES"  # where to write the outcome of each feature, as JSON
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "feature(name): what the test shows, a row of the matrix of backends")
     config.addinivalue_line("markers", "backends(*names): the backends of Keras that have what the test is about")
+    config.addinivalue_line("markers", "needs(*names): names in keras.optimizers that older versions of Keras lack")
+    config.addinivalue_line("markers", "jit_compile: the test compiles the training step, with torch.compile on torch")
     # Keras on TensorFlow asks for arrays in a way that NumPy 2 warns about.
     config.addinivalue_line(
         "filterwarnings",
@@ -42,6 +46,13 @@ def pytest_runtest_setup(item):
     marker = item.get_closest_marker("backends")
     if marker is not None and BACKEND not in marker.args:
         pytest.skip(f"is about {', '.join(marker.args)}; Keras runs on {BACKEND}")
+    marker = item.get_closest_marker("needs")
+    missing = [name for name in marker.args if not hasattr(keras.optimizers, name)] if marker else []
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}, which keras {keras.__version__} does not have")
+    compiles = item.get_closest_marker("jit_compile") and BACKEND == "torch"
+    if compiles and not any(map(shutil.which, COMPILERS)):
+        pytest.skip(f"needs a C++ compiler: torch.compile finds none of {', '.join(COMPILERS)}")
 
 
 def _two_virtual_cpus():
@@ -139,6 +150,14 @@ def task():
     return TinyTask()
 
 
+@pytest.fixture(scope="session")
+def two_replicas():
+    """A strategy over two CPUs: one for all tests, because TensorFlow mixes up what two of them reduce in a process."""
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def watch():
     """A callback that counts pruned weights, and what optimizers remember of them, that are not zero."""
@@ -151,7 +170,7 @@ def watch():
             self.remembered = Counter()  # by variable
 
         def on_train_batch_end(self, batch, logs=None):
-            from mfac_keras.optimizers import innermost, remembered
+            from mfac_keras.optimizers import innermost
 
             self.steps += bool(self.pruning.masks)
             variables = {variable.path: variable for variable in self.model.trainable_variables}
@@ -159,7 +178,8 @@ def watch():
                 value = variables[name].numpy()
                 self.grown += int(np.count_nonzero(value[~mask])) + int(np.signbit(value[~mask]).sum())
                 for leaf in innermost(self.model.optimizer):
-                    for slot in remembered(leaf, variables[name]):
-                        self.remembered[name] += int(np.count_nonzero(slot.numpy()[~mask]))
+                    for slot in leaf.variables:  # Keras names it after its variable
+                        if name.replace("/", "_") in slot.path and slot.shape == mask.shape:
+                            self.remembered[name] += int(np.count_nonzero(slot.numpy()[~mask]))
 
     return Watch

@@ -65,7 +65,7 @@ def page(reports: dict[str, dict[str, list[str]]]) -> str:
             *rows,
             "",
             "n/a: no test, because Keras does not have it on this backend, or it is another backend's. On torch, "
-            "jit_compile=True is torch.compile, which needs a C++ compiler: not part of the tests.",
+            "jit_compile=True is torch.compile, which needs a C++ compiler, also for its tests.",
             "",
         ]
     )

@@ -32,17 +32,14 @@ def assert_row_of_the_whole_batch(task, model, rows):
 
 @pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
 @pytest.mark.backends("tensorflow")
-def test_two_replicas_hold_one_mask(task, first_row):
-    import tensorflow as tf
-
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+def test_two_replicas_hold_one_mask(task, two_replicas, first_row):
+    with two_replicas.scope():
         model = task.model("sgd")
-    assert strategy.num_replicas_in_sync == 2
+    assert two_replicas.num_replicas_in_sync == 2
     pruning = MFACPruningCallback(task.recipe(num_grads=5), verbose=0)
     task.fit(model, pruning)
     for variable in model.trainable_variables:
-        replicas = strategy.experimental_local_results(variable.value)
+        replicas = two_replicas.experimental_local_results(variable.value)
         assert len(replicas) == 2
         if variable.path in pruning.masks:
             for replica in replicas:
@@ -53,11 +50,8 @@ def test_two_replicas_hold_one_mask(task, first_row):
 
 @pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
 @pytest.mark.backends("tensorflow")
-def test_two_replicas_under_mixed_precision(task, watch):
-    import tensorflow as tf
-
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
+def test_two_replicas_under_mixed_precision(task, two_replicas, watch):
+    with two_replicas.scope():
         optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01), initial_scale=64.0)
         model = task.model(optimizer)
     pruning = MFACPruningCallback(task.recipe(), verbose=0)

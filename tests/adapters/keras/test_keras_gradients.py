@@ -5,7 +5,10 @@ import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
-from mfac_keras import MFACPruningCallback  # noqa: E402
+from mfac_core.backends import Device  # noqa: E402
+from mfac_core.backends.numpy_backend import NumpyBackend  # noqa: E402
+from mfac_keras import MFACPruningCallback, conversion  # noqa: E402
+from mfac_keras.backends import current_backend  # noqa: E402
 from mfac_keras.live_pruning import LivePruning  # noqa: E402
 from mfac_keras.sampling import GradientSampler  # noqa: E402
 
@@ -62,12 +65,38 @@ def test_the_window_holds_the_gradients_of_the_training_batches_where_it_wants_t
     assert_rows_are_gradients(task, observed, weights)
 
 
+class NothingNewToCompile(keras.callbacks.Callback):
+    """Has torch.compile fail where it would compile a step once more after the first epoch."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch and keras.backend.backend() == "torch":
+            import torch
+
+            torch.compiler.set_stance("fail_on_recompile")
+
+    def on_train_end(self, logs=None):
+        if keras.backend.backend() == "torch":
+            import torch
+
+            torch.compiler.set_stance("default")
+
+
+@pytest.mark.jit_compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch[.]", "ignore::UserWarning:torch[.]")
 @pytest.mark.feature("jit_compile=True")
-@pytest.mark.backends("tensorflow", "jax")
-def test_live_gradients_under_xla(task, observed):
-    weights = Weights()
-    task.fit(task.model(jit_compile=True), weights, MFACPruningCallback(task.recipe(), verbose=0))
+def test_gradients_and_masks_where_the_step_is_compiled(task, observed, watch):
+    model = task.model(jit_compile=True)
+    task.fit(model, epochs=1)  # a compiled step without hooks, which must not be taken for the one with them
+    weights, pruning = Weights(), MFACPruningCallback(task.recipe(), verbose=0)
+    watching = watch(pruning)
+    task.fit(model, weights, pruning, watching, NothingNewToCompile())
     assert_rows_are_gradients(task, observed, weights)
+    assert watching.steps == 16
+    assert watching.grown == sum(watching.remembered.values()) == 0
+    assert pruning.sparsity == 0.75
+    masks = pruning.masks
+    task.fit(model, epochs=1)  # plain again: pruned weights are free
+    assert all(kernel[~masks[name]].all() for name, kernel in task.kernels(model).items())
 
 
 @pytest.mark.feature("run_eagerly=True")
@@ -80,7 +109,14 @@ def test_live_gradients_of_an_eager_model(task, observed):
 
 
 @pytest.mark.feature("mixed precision (LossScaleOptimizer)")
-@pytest.mark.parametrize("how", ["LossScaleOptimizer", "loss_scale_factor", "MultiOptimizer"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "LossScaleOptimizer",
+        "loss_scale_factor",
+        pytest.param("MultiOptimizer", marks=pytest.mark.needs("MultiOptimizer")),
+    ],
+)
 def test_rows_are_unscaled(task, observed, how):
     optimizers = keras.optimizers
     optimizer = {
@@ -135,6 +171,7 @@ def test_each_micro_batch_gives_a_row(task, observed):
 
 
 @pytest.mark.feature("MultiOptimizer")
+@pytest.mark.needs("MultiOptimizer")
 def test_several_optimizers_give_one_row_for_all(task, observed):
     optimizers = keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.01), {".*body.*": keras.optimizers.Adam(0.01)})
     weights = Weights()
@@ -292,8 +329,6 @@ def test_a_model_without_a_loss_is_refused_by_name(task):
 
 @pytest.mark.feature("arrays shared with the core without a copy")
 def test_arrays_on_the_cpu_share_memory_with_tensors():
-    from mfac_keras.backends import current_backend
-
     variable = keras.Variable(np.arange(6.0, dtype="float32").reshape(2, 3))
     to_array = current_backend().to_array
     one, other = to_array(variable), to_array(variable)
@@ -301,3 +336,49 @@ def test_arrays_on_the_cpu_share_memory_with_tensors():
     np.testing.assert_array_equal(one, variable.numpy())
     half = keras.Variable(np.ones([2]), dtype="bfloat16")
     assert to_array(half).dtype == np.float32
+
+
+class TakesThroughDLPack(NumpyBackend):
+    """Asks for a tensor on a stream, as CuPy does."""
+
+    def asarray(self, x, device, dtype=None):
+        if isinstance(x, conversion._WithoutStream):
+            assert type(x.__dlpack__(stream=1, max_version=(1, 0))).__name__ == "PyCapsule"
+        return np.from_dlpack(x)
+
+
+@pytest.mark.feature("arrays shared with the core without a copy")
+@pytest.mark.parametrize("on_default_stream", [True, False])
+def test_a_framework_with_streams_of_its_own_gives_a_copy(monkeypatch, on_default_stream):
+    device = Device(TakesThroughDLPack(), "cpu")
+    monkeypatch.setattr(conversion, "_array_device", {3: device}.get)
+    tensor = keras.ops.convert_to_tensor(np.arange(6.0, dtype="float32").reshape(2, 3))
+    array = conversion.gpu_array(tensor, 3, on_default_stream=on_default_stream)
+    np.testing.assert_array_equal(array, np.arange(6.0).reshape(2, 3))
+    assert np.shares_memory(array, np.from_dlpack(tensor)) == on_default_stream
+
+
+@pytest.mark.feature("arrays shared with the core without a copy")
+def test_without_cupy_tensors_on_a_gpu_are_copied_to_host_memory_and_the_log_says_so_once(caplog):
+    tensor = keras.ops.convert_to_tensor(np.arange(6.0, dtype="float32"))
+    conversion._array_device.cache_clear()  # what other tests were told
+    for _ in range(3):
+        array = conversion.gpu_array(tensor, 99, on_default_stream=True)
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(array, np.arange(6.0))
+    assert caplog.text.count("tensors on GPU 99 are copied to host memory for the pruning step") == 1
+
+
+class OnTheGpu:
+    """What a CuPy array has that the backends use."""
+
+    def get(self):
+        return np.arange(6.0, dtype="float32").reshape(3, 2).T
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.feature("arrays shared with the core without a copy")
+def test_a_variable_takes_a_transposed_array_of_a_gpu():
+    variable = keras.Variable(np.zeros([2, 3]))
+    variable.assign(current_backend().to_tensor(OnTheGpu()))
+    np.testing.assert_array_equal(variable.numpy(), OnTheGpu().get())

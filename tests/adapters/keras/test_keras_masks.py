@@ -22,9 +22,12 @@ OPTIMIZERS = {
     "Muon": {},
     "ScheduleFreeAdamW": {},
 }
+NEWER = {"ScheduleFreeAdamW"}  # than the oldest Keras that is supported
 
 
 def optimizer_of(name, **options):
+    if name == "Muon" and keras.backend.backend() == "tensorflow" and keras.__version__.startswith("3.12."):
+        pytest.skip("keras 3.12 cannot train with Muon on tensorflow: it asks a tf.Variable for its path")
     kind = getattr(keras.optimizers, name.split()[0])
     return kind(**{"learning_rate": 0.01, **OPTIMIZERS[name], **options})
 
@@ -50,10 +53,12 @@ def test_every_optimizer_that_keras_ships_is_tried():
         for name in dir(keras.optimizers)
         if isinstance(getattr(keras.optimizers, name), type) and name not in {"Optimizer", "OptimizerMap"}
     }
-    assert shipped - {"LossScaleOptimizer", "MultiOptimizer"} == {name.split()[0] for name in OPTIMIZERS}
+    tried = {name.split()[0] for name in OPTIMIZERS}
+    assert shipped - {"LossScaleOptimizer", "MultiOptimizer"} == tried - (NEWER - shipped)
 
 
 @pytest.mark.feature("masks hold inside the step, with every optimizer")
+@pytest.mark.needs("MultiOptimizer")
 def test_pruned_weights_and_slots_stay_zero(task, watch):
     layers = {name: keras.layers.Dense(6, name=name.replace(" ", "_")) for name in OPTIMIZERS}
     of_layers = {f".*/{layer.name}/kernel": optimizer_of(name) for name, layer in layers.items()}
@@ -63,16 +68,18 @@ def test_pruned_weights_and_slots_stay_zero(task, watch):
     assert_masks_held(task, watch, model, exempt=[layers["Adafactor"].kernel.path])
 
 
+@pytest.mark.feature("masks hold inside the step, with every optimizer")
+@pytest.mark.skipif(hasattr(keras.optimizers, "MultiOptimizer"), reason="MultiOptimizer tries all of them at once")
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name.split()[0])) for name in OPTIMIZERS])
+def test_pruned_weights_and_slots_stay_zero_with_one_optimizer(task, watch, name):
+    model = task.model(optimizer_of(name))
+    assert_masks_held(task, watch, model, exempt=task.kernels(model) if name == "Adafactor" else [])
+
+
 @pytest.mark.feature("masks hold inside the compiled step")
 @pytest.mark.parametrize("jit", [False, "auto"])
 def test_masks_hold_in_the_compiled_step(task, watch, jit):
     assert_masks_held(task, watch, task.model(jit_compile=jit))
-
-
-@pytest.mark.backends("tensorflow", "jax")
-@pytest.mark.feature("jit_compile=True")
-def test_masks_hold_under_xla(task, watch):
-    assert_masks_held(task, watch, task.model(jit_compile=True))
 
 
 @pytest.mark.feature("weight decay, clipping, regularizers and constraints are kept")
@@ -113,6 +120,7 @@ def test_averaged_weights_are_zero_where_pruned(task, watch, name, every):
 
 
 @pytest.mark.feature("MultiOptimizer")
+@pytest.mark.needs("MultiOptimizer")
 def test_masks_hold_with_an_optimizer_per_layer(task, watch):
     optimizers = keras.optimizers.OptimizerMap(optimizer_of("SGD nesterov"), {".*body.*": optimizer_of("Adam")})
     assert_masks_held(task, watch, task.model(keras.optimizers.MultiOptimizer(optimizers)))
