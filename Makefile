@@ -4,7 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest --quiet
+# Several processes at once, each on one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
+IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 OLDEST_KERAS := 3.12.4
 OLDEST_KERAS_FOLDER := $(VENV)/keras-$(OLDEST_KERAS)
 
@@ -27,15 +29,15 @@ demo: $(VENV)/.installed-demo
 
 test: lint $(OLDEST_KERAS_FOLDER)/.installed
 	@echo "== tests"
-	@$(PYTEST) --ignore=tests/adapters/keras --numprocesses=auto --maxprocesses=4 --dist=loadfile
-	@# Keras uses all cores by itself; several processes would wait for each other.
+	@$(PYTEST) $(IN_PARALLEL) --ignore=tests/adapters/keras
 	@for backend in tensorflow torch jax; do \
 	  echo "== tests: Keras on $$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) tests/adapters/keras || exit 1; \
+	  KERAS_BACKEND=$$backend $(PYTEST) $(IN_PARALLEL) tests/adapters/keras || exit 1; \
 	done
 	@echo "== tests: Keras $(OLDEST_KERAS), the oldest that is supported, on torch"
 	@# torch.compile takes minutes to compile its step.
-	@PYTHONPATH=$(abspath $(OLDEST_KERAS_FOLDER)) KERAS_BACKEND=torch $(PYTEST) -m "not jit_compile" tests/adapters/keras
+	@PYTHONPATH=$(abspath $(OLDEST_KERAS_FOLDER)) KERAS_BACKEND=torch $(PYTEST) $(IN_PARALLEL) \
+	  -m "not jit_compile" tests/adapters/keras
 
 lint: $(VENV)/.installed-test
 	@echo "== ruff: rules"

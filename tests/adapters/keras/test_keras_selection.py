@@ -12,7 +12,7 @@ from mfac_keras.layout import pytorch_forms  # noqa: E402
 pytestmark = pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def zoo():
     """One of each kind of layer."""
     images = keras.Input([8, 8, 4], name="images")
