@@ -199,7 +199,7 @@ class LivePruning:
         return state if window else {**state, "window": None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; weights at pruned entries are set to zero.
+        """Go on from :meth:`state_dict`; call :meth:`hold_zeros` after it.
 
         Args:
             state: What :meth:`state_dict` returned for the same settings and variables of the same shapes in the same
@@ -209,7 +209,6 @@ class LivePruning:
         if [np.shape(mask) for mask in masks.values()] == [form.shape for form in self.forms.values()]:
             masks = dict(zip(self.variables, masks.values(), strict=True))
         self._pruner.load_state_dict({**state, "masks": masks})
-        self.hold_zeros()
 
     def _weights(self) -> dict[str, Array]:
         to_array = current_backend().to_array

@@ -118,13 +118,13 @@ class TrainingSession:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; call it before :meth:`begin`.
+        """Go on from :meth:`state_dict`; call it before :meth:`begin`. Weights that are pruned there become zero.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
 
         Raises:
-            ValueError: If the state does not belong to this run.
+            ValueError: If the state does not belong to this run; no weight is changed then.
         """
         if state["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
@@ -138,8 +138,10 @@ class TrainingSession:
             )
         for pruning, saved in zip(self.prunings, state["prunings"], strict=True):
             pruning.load_state_dict(saved)
-        self._sparsity = None
         self._changes.load_state_dict(state["changes"])
+        for pruning in self.prunings:
+            pruning.hold_zeros()
+        self._sparsity = None
 
     def resume_without_state(self) -> None:
         """Go on in the middle of a schedule of which only the weights are known."""

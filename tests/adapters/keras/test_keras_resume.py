@@ -116,6 +116,21 @@ def test_a_state_of_another_recipe_is_refused(task, tmp_path):
 
 
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
+def test_a_state_that_fits_in_part_changes_no_weight(task, tmp_path):
+    def text(end):
+        body = task.recipe("MagnitudePruningModifier", params="['re:.*body/kernel']", end_epoch=4.0)
+        head = task.recipe("MagnitudePruningModifier", params="['re:.*head/kernel']", end_epoch=end)
+        return body + head.partition("\n")[2]
+
+    task.fit(task.model(), MFACPruningCallback(text(4.0), state_path=tmp_path / "state", verbose=0), epochs=3)
+    model = task.model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="belongs to another recipe or model"):
+        task.fit(model, MFACPruningCallback(text(5.0), state_path=tmp_path / "state"), initial_epoch=3, epochs=5)
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+@pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_layers_that_keras_numbers_anew_are_the_same_layers(task, tmp_path, caplog):
     def model():
         layers = [keras.Input([6]), keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(3)]
