@@ -17,7 +17,7 @@ from mfac_core.training_settings import (
     TrainingSettings,
 )
 
-__all__ = ["OptionChange", "OptionSettings", "OptionsSchedule", "TrainableSchedule"]
+__all__ = ["OptionChange", "OptionSettings", "OptionsSchedule", "TrainableSchedule", "check_param_groups"]
 
 OptionSettings = SetLearningRate | LearningRateFunction | LearningRateSchedule | SetWeightDecay
 """Settings that change an option of the optimizer."""
@@ -46,6 +46,24 @@ class OptionChange(NamedTuple):
             Whether it does.
         """
         return self.param_groups is None or group in self.param_groups
+
+
+def check_param_groups(settings: OptionSettings, count: int) -> None:
+    """Refuse ``param_groups`` that name a group that is not there.
+
+    Args:
+        settings: Settings of one modifier.
+        count: Number of parameter groups.
+
+    Raises:
+        SettingError: If there is such an index.
+    """
+    for group in _param_groups(settings) or ():
+        if group >= count:
+            raise SettingError(
+                "param_groups",
+                f"{group} is not the index of a parameter group; the optimizer has {count}, counted from 0",
+            )
 
 
 class OptionsSchedule:
@@ -88,22 +106,6 @@ class OptionsSchedule:
             value = each.weight_decay if isinstance(each, SetWeightDecay) else learning_rate_at(each, epoch)
             if value is not None:
                 yield OptionChange(_option_of(each), value, _param_groups(each))
-
-    def check_param_groups(self, count: int) -> None:
-        """Refuse a ``param_groups`` that names a group that is not there.
-
-        Args:
-            count: Number of parameter groups.
-
-        Raises:
-            SettingError: If there is such an index.
-        """
-        for each in self.settings:
-            for group in _param_groups(each) or ():
-                if group >= count:
-                    raise SettingError(
-                        "param_groups", f"{group} is not the index of a parameter group; there are {count}, from 0 on"
-                    )
 
     def options_of(self, group: int) -> list[str]:
         """Return the options that will be set in a parameter group.

@@ -88,5 +88,8 @@ def _compiled(entry: str) -> re.Pattern[str]:
 def _suggestion(entry: str, names: Sequence[str], kind: str) -> str:
     if not names:
         return f"the model has no {kind}s"
+    inside = next((sign for sign in "./" if any(name.startswith(entry + sign) for name in names)), None)
+    if inside is not None:
+        return f"it is a layer; {PATTERN}{entry}[{inside}] selects what is in it"
     nearest = get_close_matches(entry.removeprefix(PATTERN), names, n=3, cutoff=0.0)
     return f"the nearest names are {', '.join(nearest)}"

@@ -6,14 +6,15 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.recipe import Recipe
+from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_model
 from mfac_core.settings import PruningSettings
 from mfac_keras.backends import current_backend
@@ -47,6 +48,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         steps_per_epoch: Training steps per epoch, for data of which Keras does not know the length.
         verbose: 1 prints a line for each pruning step, 0 does not; it is logged either way.
         recipe_variables: Values to use instead of those of the recipe's variables.
+        unsupported: What to do with a modifier of the recipe that is out of scope, such as one that quantizes:
+            ``error``, or ``skip`` it with a warning.
         **recipe_keys: In place of a recipe, the keys of an ``MFACPruningModifier``: ``final_sparsity``, ``end_epoch``,
             ``num_grads``, ``fisher_block_size``, ``damp``, ...
 
@@ -76,10 +79,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         steps_per_epoch: int | None = None,
         verbose: int = 1,
         recipe_variables: Mapping[str, object] | None = None,
+        unsupported: Literal["error", "skip"] = "error",
         **recipe_keys: Any,
     ) -> None:
         super().__init__()
-        self._modifiers = modifiers_of(recipe, recipe_keys, recipe_variables)
+        self._modifiers = modifiers_of(recipe, recipe_keys, recipe_variables, unsupported)
         if loss is not None and sampler is None:
             raise TypeError("loss is the loss of sampled batches; pass the batches too, as sampler=dataset")
         self._sampler = None if sampler is None else GradientSampler(sampler, loss)
@@ -90,6 +94,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._verbose = verbose
         self._session: TrainingSession | None = None
         self._last_session: TrainingSession | None = None
+        self._pruned_model: Any = None
+        self._begun: int | None = None
         self._counted_steps: int | None = None
         self._first_epoch: int | None = None
         self._seen = 0
@@ -113,6 +119,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._session is not None:
             self._session.detach()
             self._last_session, self._session = self._session, None
+            self._pruned_model = self._model
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Forget an earlier run that was interrupted.
@@ -121,7 +128,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             logs: Not used.
         """
         self.close()
-        self._counted_steps = self._first_epoch = None
+        if self._pruned_model is not self._model:
+            self._last_session = None
+        self._counted_steps = self._first_epoch = self._begun = None
         current_backend().refuse_unsupported(self._model)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -130,7 +139,13 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Args:
             epoch: Completed epochs.
             logs: Not used.
+
+        Raises:
+            ValueError: If this callback is in the list of callbacks twice.
         """
+        if self._begun == epoch:
+            raise ValueError("the same MFACPruningCallback stands twice among the callbacks of fit; leave one of them")
+        self._begun = epoch
         self._epoch, self._seen = epoch, 0
         if self._first_epoch is None:
             self._first_epoch = epoch
@@ -222,15 +237,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             with _scope(model):
                 optimizer.build(model.trainable_variables)
         prunings = [
-            LivePruning(
-                each,
-                model,
-                steps_per_epoch=steps_per_epoch,
-                sampler=self._sampler,
-                verbose=self._verbose > 0,
-            )
-            for each in self._modifiers
-            if isinstance(each, PruningSettings)
+            self._live_pruning(each, steps_per_epoch) for each in self._modifiers if isinstance(each, PruningSettings)
         ]
         _check_trained(prunings, optimizer)
         others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
@@ -242,9 +249,10 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             [form.axes for form in forms.values()],
             metrics=self._metrics_now,
         )
+        changes = TrainingChanges(others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch)
         session = TrainingSession(
             prunings,
-            TrainingChanges(others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch),
+            changes,
             hooks,
             steps_per_epoch=steps_per_epoch,
             steps_per_execution=int(model.steps_per_execution),
@@ -258,11 +266,38 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "let go, and weights come back until it prunes them again; to go on, pass initial_epoch=... to fit",
                 self._last_session.sparsity,
             )
-        self._log_plan(prunings, others, steps_per_epoch)
+        elif self._state_path is not None:
+            self._warn_of_replacing(self._state_path)
+        self._log_plan(prunings, others, changes, steps_per_epoch)
         self._session = session
         session.begin()
 
-    def _log_plan(self, prunings: Sequence[LivePruning], others: Sequence[Any], steps_per_epoch: int) -> None:
+    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int) -> LivePruning:
+        with named_in_errors(settings):
+            return LivePruning(
+                settings,
+                self.model,
+                steps_per_epoch=steps_per_epoch,
+                sampler=self._sampler,
+                verbose=self._verbose > 0,
+            )
+
+    def _warn_of_replacing(self, state_path: Path) -> None:
+        for state in islice(read_states(state_path), 1):
+            _logger.warning(
+                "%s holds the state of a run at step %d, and will be replaced, because this fit begins anew at epoch "
+                "0; to go on, use BackupAndRestore beside this callback, or pass initial_epoch=... to fit",
+                state_path,
+                state["step"],
+            )
+
+    def _log_plan(
+        self,
+        prunings: Sequence[LivePruning],
+        others: Sequence[Any],
+        changes: TrainingChanges,
+        steps_per_epoch: int,
+    ) -> None:
         plan = lint_model(
             [*(pruning.settings for pruning in prunings), *others],
             [
@@ -272,6 +307,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             steps_per_epoch,
             epochs=self.params.get("epochs"),
             sampled=self._sampler is not None,
+            trainable=changes.trainable,
         )
         if not prunings:
             _logger.warning("the recipe has no pruning modifier: nothing is pruned")
@@ -281,7 +317,10 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             _logger.warning("%s", warning)
 
     def _metrics_now(self) -> dict[str, float]:
-        return {} if self._is_testing else {"sparsity": self._sparsity_now()}
+        if self._is_testing:
+            return {}
+        rate = None if self._session is None else self._session.learning_rate
+        return {"sparsity": self._sparsity_now()} | ({} if rate is None else {"learning_rate": rate})
 
     def _sparsity_now(self) -> float:
         return 0.0 if self._session is None else self._session.sparsity

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mfac_core.errors import RecipeError
 from mfac_core.one_shot_settings import one_shot
-from mfac_core.recipe import Recipe
+from mfac_core.recipe import Recipe, named_in_errors
+from mfac_core.recipe.linting import overlaps
 from mfac_core.settings import PruningSettings
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
 
 __all__ = ["prune_one_shot"]
+
+_logger = logging.getLogger("mfac_keras")
 
 
 def prune_one_shot(
@@ -28,6 +32,7 @@ def prune_one_shot(
     *,
     verbose: int = 0,
     recipe_variables: Mapping[str, object] | None = None,
+    unsupported: Literal["error", "skip"] = "error",
     **recipe_keys: Any,
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Prune a model to the final sparsity in a single pruning step; its weights are changed in place.
@@ -41,6 +46,8 @@ def prune_one_shot(
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
         verbose: 1 prints a line for each modifier, 0 does not.
         recipe_variables: Values to use instead of those of the recipe's variables.
+        unsupported: What to do with a modifier of the recipe that is out of scope, such as one that quantizes:
+            ``error``, or ``skip`` it with a warning.
         **recipe_keys: In place of a recipe, the keys of an ``MFACPruningModifier``; ``end_epoch`` may be left out.
 
     Returns:
@@ -48,6 +55,7 @@ def prune_one_shot(
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
+        TypeError: If there is neither a recipe nor keys, or the recipe stands in the place of the loss.
         ValueError: If the model is not built, has no loss, or a batch has another form.
 
     Example:
@@ -60,16 +68,25 @@ def prune_one_shot(
     """
     if not model.built:
         raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
+    if isinstance(loss, os.PathLike | Recipe) or (
+        isinstance(loss, str) and ("\n" in loss or loss.endswith((".yaml", ".yml", ".md")))
+    ):
+        raise TypeError("loss, the third argument, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
     keys = {"end_epoch": 0.0, **recipe_keys} if recipe_keys else {}
     settings = [
         at_once
-        for each in modifiers_of(recipe, keys, recipe_variables)
+        for each in modifiers_of(recipe, keys, recipe_variables, unsupported)
         if isinstance(each, PruningSettings)
         for at_once in one_shot(each)
     ]
     if not settings:
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     sampler = GradientSampler(dataset, loss)
-    prunings = [LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0) for each in settings]
+    prunings = []
+    for each in settings:
+        with named_in_errors(each):
+            prunings.append(LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0))
+    for warning in overlaps(settings, [pruning.variables for pruning in prunings]):
+        _logger.warning("%s", warning)
     prune_if_due(prunings, 0)
     return combined_masks(prunings)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
@@ -18,6 +18,7 @@ def modifiers_of(
     recipe: str | os.PathLike[str] | Recipe | None,
     keys: Mapping[str, Any],
     variables: Mapping[str, object] | None,
+    unsupported: Literal["error", "skip"] = "error",
 ) -> tuple[Any, ...]:
     """Return the settings of each modifier.
 
@@ -25,9 +26,11 @@ def modifiers_of(
         recipe: Path of a recipe, the text of one, or a loaded one; ``None`` where there are keys.
         keys: Keys and values of an ``MFACPruningModifier``, as a recipe would give them.
         variables: Values to use instead of those of the recipe's variables.
+        unsupported: What to do with a modifier that is out of scope, see :func:`mfac_core.load_recipe`.
 
     Returns:
-        The settings, in order; one for each final sparsity.
+        The settings, one for each final sparsity, in the order in which they begin: one that follows another sees its
+        zeros.
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
@@ -46,11 +49,11 @@ def modifiers_of(
     if recipe is None:
         every: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
     else:
-        every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables)).modifiers
+        every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
     if all(isinstance(modifier, EpochRange) for modifier in every):
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     return tuple(
         part
-        for modifier in every
+        for modifier in sorted(every, key=lambda each: each.start_epoch)
         for part in (modifier.by_final_sparsity() if isinstance(modifier, PruningSettings) else (modifier,))
     )

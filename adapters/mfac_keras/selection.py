@@ -143,14 +143,20 @@ def layers_of(model: Any) -> list[Any]:
 def _matching(model: Any, entry: str, *, strict: bool) -> list[str]:
     named = _trainable_by_nature(model)
     trainable = {id(variable) for variable in model.trainable_variables}
-    return matching_names(
-        entry,
-        list(named),
-        prunable=lambda: prunable_variables(model),
-        of_all=lambda: [name for name, variable in named.items() if id(variable) in trainable],
-        kind="variable",
-        strict=strict,
-    )
+    try:
+        return matching_names(
+            entry,
+            list(named),
+            prunable=lambda: prunable_variables(model),
+            of_all=lambda: [name for name, variable in named.items() if id(variable) in trainable],
+            kind="variable",
+            strict=strict,
+        )
+    except SettingError as error:
+        if "weight" in entry:
+            hint = "PyTorch's `weight` is a `kernel` in Keras, and paths are written with slashes"
+            raise SettingError(error.field, f"{error.message}; {hint}") from error
+        raise
 
 
 def _trainable_by_nature(model: Any) -> dict[str, Any]:

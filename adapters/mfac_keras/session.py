@@ -64,6 +64,11 @@ class TrainingSession:
             self._sparsity = pruned / weights if weights else 0.0
         return self._sparsity
 
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the last step, where the recipe sets it."""
+        return self._changes.learning_rate
+
     def regrown(self) -> int:
         """Return how many pruned weights are not zero."""
         return sum(int(np.count_nonzero(self._variables[name].numpy()[~mask])) for name, mask in self.masks.items())

@@ -55,7 +55,9 @@ def read_states(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             with np.load(each, allow_pickle=False) as file:
                 yield _with_arrays(json.loads(str(file["structure"])), file)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{each} is not the state of a pruning run: {error}; remove it or name another") from error
+            raise ValueError(
+                f"{each} is not the state of a pruning run, or is damaged; remove it or name another"
+            ) from error
 
 
 def _previous(path: Path) -> Path:

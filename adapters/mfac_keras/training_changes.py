@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule
-from mfac_core.training_settings import TrainingSettings
+from mfac_core.recipe import named_in_errors
+from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
+from mfac_core.training_settings import TrainableParams, TrainingSettings
+from mfac_core.weight_names import listed
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay
 from mfac_keras.selection import matching_variables
 
 __all__ = ["TrainingChanges"]
+
+_logger = logging.getLogger("mfac_keras")
 
 
 class TrainingChanges:
@@ -47,12 +52,13 @@ class TrainingChanges:
         self._hooks = hooks
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._found = [
-            list(matching_variables(model, each.params, strict=each.strict).values())
-            for each in self._trainable.settings
-        ]
+        self._found = [_found(model, each) for each in self._trainable.settings]
+        self._frozen_now: list[Any] = []
         self._rates: dict[int, float] = {}  # set last, by group: to set one again would cost a step some time
-        self._options.check_param_groups(len(self._groups))
+        for each in self._options.settings:
+            with named_in_errors(each):
+                check_param_groups(each, len(self._groups))
+        self._replaced: float | None = None  # the learning rate of the last step, where the next has another
         self._refuse_scheduled()
         self._refuse_unfreezing(model)
 
@@ -69,7 +75,22 @@ class TrainingChanges:
             values.update((group, change.value) for group in range(len(self._groups)) if change.concerns(group))
         self._set_learning_rates({group: rate for group, rate in rates.items() if self._rates.get(group) != rate})
         self._set_weight_decays(decays)
-        self._hooks.freeze(self._frozen(step))
+        self._freeze(self._frozen(step), step)
+
+    @property
+    def trainable(self) -> list[tuple[TrainableParams, Collection[str]]]:
+        """The settings that freeze or unfreeze variables, and the paths of those."""
+        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._found, strict=True)]
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The learning rate of the last step; ``None`` where the recipe sets none, or there are several optimizers."""
+        if len(self._groups) > 1 or "learning_rate" not in self._options.options_of(0):
+            return None
+        if self._replaced is not None:
+            return self._replaced
+        self._hooks.sync()
+        return _rate_of(self._groups[0])
 
     def state_dict(self) -> dict[str, Any]:
         """Return which changes are done with, and the weight decays, which no optimizer saves."""
@@ -92,8 +113,10 @@ class TrainingChanges:
             set_weight_decay(self._groups[int(group)], value)
 
     def _set_learning_rates(self, rates: Mapping[int, float]) -> None:
+        self._replaced = None
         if rates:
             self._hooks.sync()
+            self._replaced = _rate_of(self._groups[0])
         for group, rate in rates.items():
             self._groups[group].learning_rate = rate
         self._rates.update(rates)
@@ -101,8 +124,16 @@ class TrainingChanges:
     def _set_weight_decays(self, decays: Mapping[int, float]) -> None:
         for group, decay in decays.items():
             set_weight_decay(self._groups[group], decay)
+            _logger.info("the weight decay of %s is %g", self._groups[group].name, decay)
         if decays:
             self._hooks.recompile()
+
+    def _freeze(self, variables: list[Any], step: int) -> None:
+        paths, before = [[variable.path for variable in each] for each in (variables, self._frozen_now)]
+        if paths != before:
+            _logger.info("from step %d on, not trained: %s", step, listed(paths) or "nothing, all are trained again")
+        self._frozen_now = variables
+        self._hooks.freeze(variables)
 
     def _frozen(self, step: int) -> list[Any]:
         is_trained: dict[int, tuple[Any, bool]] = {}
@@ -110,7 +141,7 @@ class TrainingChanges:
             self._trainable.settings, self._found, self._trainable.active(step), strict=True
         ):
             if active:
-                is_trained.update({id(variable): (variable, each.trainable) for variable in found})
+                is_trained.update({id(variable): (variable, each.trainable) for variable in found.values()})
         return [variable for variable, trained in is_trained.values() if not trained]
 
     def _decayed(self) -> Iterator[int]:
@@ -128,11 +159,21 @@ class TrainingChanges:
     def _refuse_unfreezing(self, model: Any) -> None:
         trained = {id(variable) for variable in model.trainable_variables}
         for each, found in zip(self._trainable.settings, self._found, strict=True):
-            frozen = [variable.path for variable in found if id(variable) not in trained]
+            frozen = [name for name, variable in found.items() if id(variable) not in trained]
             if each.trainable and frozen:
-                raise SettingError(
-                    "params",
-                    f"{', '.join(frozen)} cannot be unfrozen during fit, because the layer is not trainable and so the "
-                    "optimizer does not know it; set layer.trainable = True before compile, and let "
-                    "`trainable: false` with an end_epoch keep it as it is until then",
-                )
+                with named_in_errors(each):
+                    raise SettingError(
+                        "params",
+                        f"{listed(frozen)} cannot be unfrozen during fit, because the layer is not trainable and so "
+                        "the optimizer does not know it; set layer.trainable = True before compile, and let "
+                        "`trainable: false` with an end_epoch keep it as it is until then",
+                    )
+
+
+def _rate_of(optimizer: Any) -> float:
+    return float(optimizer.learning_rate.numpy())
+
+
+def _found(model: Any, settings: TrainableParams) -> dict[str, Any]:
+    with named_in_errors(settings):
+        return matching_variables(model, settings.params, strict=settings.strict)

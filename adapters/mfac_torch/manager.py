@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mfac_core.one_shot_settings import one_shot
+from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped
@@ -186,7 +187,7 @@ class ScheduledModifierManager(ModifierList):
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
-        log_plan(prunings, others, steps, sampled=sampler is not None, told=self._told)
+        log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, told=self._told)
         start = self._epoch if epoch is None else epoch
         self._session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         self._model, self._prunings = model, prunings
@@ -407,18 +408,20 @@ def _live_prunings(
         for each in in_order
         for part in (each.by_final_sparsity() if one_shot_at is None else one_shot(each, one_shot_at))
     ]
-    prunings = tuple(
-        LivePruning(
-            part,
-            model,
-            steps_per_epoch=steps_per_epoch,
-            optimizers=optimizers,
-            grad_sampler=sampler,
-            loggers=functions,
-        )
-        for _, part in parts
-    )
+    prunings = []
+    for _, part in parts:
+        with named_in_errors(part):
+            prunings.append(
+                LivePruning(
+                    part,
+                    model,
+                    steps_per_epoch=steps_per_epoch,
+                    optimizers=optimizers,
+                    grad_sampler=sampler,
+                    loggers=functions,
+                )
+            )
     if one_shot_at is not None:  # for a gradual run the linter says it
         for warning in overlaps([whole for whole, _ in parts], [pruning.parameters for pruning in prunings]):
             _logger.warning("%s", warning)
-    return prunings
+    return tuple(prunings)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Collection, Container, Sequence
 
 from mfac_core.recipe.linting import lint_model
 from mfac_core.settings import MFACSettings
-from mfac_core.training_settings import TrainingSettings
+from mfac_core.training_settings import TrainableParams, TrainingSettings
 from mfac_torch.live_pruning import LivePruning
 
 __all__ = ["log_plan"]
@@ -21,6 +21,7 @@ def log_plan(
     steps_per_epoch: int,
     *,
     sampled: bool,
+    trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
     told: Container[str] = (),
 ) -> None:
     """Log what each pruning modifier matches and when it prunes, and warn of what looks wrong.
@@ -30,6 +31,7 @@ def log_plan(
         others: The settings of all other modifiers.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
+        trainable: Which parameters each modifier that freezes or unfreezes matches.
         told: Warnings that the log has already.
     """
     plan = lint_model(
@@ -37,6 +39,7 @@ def log_plan(
         [{name: each.numel() for name, each in pruning.parameters.items()} for pruning in prunings],
         steps_per_epoch,
         sampled=sampled,
+        trainable=trainable,
     )
     for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
         _logger.info("%s%s", modifier.summary(pruning.schedule), _computed(pruning))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mfac_core.errors import SettingError
-from mfac_core.training_schedule import OptionChange, OptionsSchedule, TrainableSchedule
-from mfac_core.training_settings import TrainingSettings
+from mfac_core.recipe import named_in_errors
+from mfac_core.training_schedule import OptionChange, OptionsSchedule, TrainableSchedule, check_param_groups
+from mfac_core.training_settings import TrainableParams, TrainingSettings
 from mfac_torch.selection import matching_parameters
 
 __all__ = ["TrainingChanges"]
@@ -42,12 +43,17 @@ class TrainingChanges:
         self._optimizers = optimizers
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._found = [matching_parameters(model, each.params, strict=each.strict) for each in self._trainable.settings]
+        self._found = [_found(model, each) for each in self._trainable.settings]
         self._trained_before = {
             parameter: parameter.requires_grad for found in self._found for parameter in found.values()
         }
         self._active = (False,) * len(self._found)
         self._check_groups()
+
+    @property
+    def trainable(self) -> list[tuple[TrainableParams, Collection[str]]]:
+        """The settings that freeze or unfreeze parameters, and the names of those."""
+        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._found, strict=True)]
 
     def set_options(self, step: int) -> None:
         """Set learning rates and weight decays for the optimizer step that comes after ``step`` completed ones.
@@ -113,7 +119,9 @@ class TrainingChanges:
 
     def _check_groups(self) -> None:
         groups = list(self._groups())
-        self._options.check_param_groups(len(groups))
+        for each in self._options.settings:
+            with named_in_errors(each):
+                check_param_groups(each, len(groups))
         for number, group in enumerate(groups):
             for option in map(_NAMES.__getitem__, self._options.options_of(number)):
                 if option not in group:
@@ -121,6 +129,11 @@ class TrainingChanges:
                         option,
                         f"parameter group {number} of the optimizer has no such option; it has {', '.join(group)}",
                     )
+
+
+def _found(model: nn.Module, settings: TrainableParams) -> dict[str, nn.Parameter]:
+    with named_in_errors(settings):
+        return matching_parameters(model, settings.params, strict=settings.strict)
 
 
 def _set_option(group: dict[str, Any], change: OptionChange) -> None:

@@ -279,10 +279,12 @@ class MFACPruner(GradualPruner):
     def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
         self._store_arriving()
         if self._window is None or not self._window.count:
-            raise ValueError(
-                "there are no gradient samples to prune with; observe at least one before prune "
-                f"({self.refused_rows} were refused for NaN or Inf)"
-            )
+            if self.refused_rows:
+                raise ValueError(
+                    f"there are no gradient samples to prune with: all {self.refused_rows} held NaN or Inf and were "
+                    "refused; look for NaN in the data, the weights and the loss"
+                )
+            raise ValueError("there are no gradient samples to prune with; observe at least one before prune")
         if not self._window.is_full:
             cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
             self._tell_once(

@@ -20,7 +20,13 @@ from mfac_core.settings import (
     MFACSettings,
     PruningSettings,
 )
-from mfac_core.training_settings import EpochRange
+from mfac_core.training_settings import (
+    EpochRange,
+    LearningRateFunction,
+    LearningRateSchedule,
+    SetLearningRate,
+    TrainableParams,
+)
 from mfac_core.weight_names import listed
 
 __all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes", "overlaps"]
@@ -128,7 +134,9 @@ def lint(recipe: Recipe, steps_per_epoch: int | None = None, *, sampled: bool = 
     return (
         *(() if sampled else _window_warnings(named, steps_per_epoch)),
         *_ends_too_late(named, _end_of_training(recipe.modifiers)),
+        *_begins_too_late(recipe.modifiers, _end_of_training(recipe.modifiers)),
         *_same_params(named),
+        *_same_learning_rate(recipe.modifiers),
     )
 
 
@@ -139,16 +147,18 @@ def lint_model(
     *,
     epochs: float | None = None,
     sampled: bool = False,
+    trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
 ) -> Plan:
     """Return what settings will do to a model, with warnings about what will hardly go as it was meant.
 
     Args:
-        settings: What each modifier says; those that do not prune matter only for the end of training.
+        settings: What each modifier says.
         weights: Which parameters each pruning modifier matches: name -> number of weights. One mapping per entry of
             ``by_final_sparsity()`` of each, in order: one for most, one per sparsity where it has several.
         steps_per_epoch: Optimizer steps per epoch.
         epochs: Epochs of the training; ``None`` takes the end of an ``EpochRange``, if there is one.
         sampled: Whether there is a gradient sampler, so that windows are full at each pruning step.
+        trainable: Which parameters each modifier that freezes or unfreezes matches.
 
     Returns:
         Pruning steps, matched weights and memory of each pruning modifier, and the warnings.
@@ -181,6 +191,10 @@ def lint_model(
         *(f"{plan.modifier}: no weights match params; nothing is pruned" for plan in plans if not plan.num_weights),
         *_window_warnings(named, steps_per_epoch, sampled=sampled),
         *_ends_too_late(named, end),
+        *_begins_too_late(settings, end),
+        *_cut_short(settings, epochs),
+        *_same_learning_rate(settings),
+        *_pruned_while_frozen(((part, plan) for (_, part), plan in zip(parts, plans, strict=True)), trainable),
         *_same_weights([(name, part, plan.weights) for (name, part), plan in zip(parts, plans, strict=True)]),
     )
     return Plan(plans, warnings)
@@ -349,6 +363,56 @@ def _ends_too_late(named: Iterable[_Named], end_of_training: tuple[float, str]) 
             f"{name}: {what} is not reached, because its end_epoch {settings.end_epoch:g} lies after the end of "
             f"training at epoch {end:g}{source}; train longer or end pruning earlier"
         )
+
+
+def _begins_too_late(settings: Iterable[Settings], end_of_training: tuple[float, str]) -> Iterator[str]:
+    end, source = end_of_training
+    for each in settings:
+        if not isinstance(each, PruningSettings | EpochRange) and each.start_epoch >= end:
+            yield (
+                f"{name_in_messages(each)}: nothing happens, because its start_epoch {each.start_epoch:g} lies at or "
+                f"after the end of training at epoch {end:g}{source}; train longer or begin earlier"
+            )
+
+
+def _cut_short(settings: Iterable[Settings], epochs: float | None) -> Iterator[str]:
+    wanted, source = _end_of_training(settings)
+    if epochs is not None and source and epochs < wanted:
+        yield f"training ends at epoch {epochs:g}, and the recipe is for training to epoch {wanted:g}{source}"
+
+
+def _same_learning_rate(settings: Iterable[Settings]) -> Iterator[str]:
+    rates = [
+        each for each in settings if isinstance(each, SetLearningRate | LearningRateFunction | LearningRateSchedule)
+    ]
+    for one, other in combinations(rates, 2):
+        first, second = sorted((one, other), key=lambda each: each.start_epoch)
+        groups = [getattr(each, "param_groups", None) for each in (first, second)]
+        apart = None not in groups and not set(groups[0] or ()) & set(groups[1] or ())
+        end = first.start_epoch if isinstance(first, SetLearningRate) else first.end_epoch
+        if first.start_epoch < second.start_epoch < end and not apart:
+            yield (
+                f"{name_in_messages(second)} sets the learning rate at epoch {second.start_epoch:g}, while "
+                f"{name_in_messages(first)} moves it from epoch {first.start_epoch:g} to {end:g}: at each step the one "
+                "that begins later is set last, and once it is done the other goes on; let one end before the other "
+                "begins"
+            )
+
+
+def _pruned_while_frozen(
+    planned: Iterable[tuple[PruningSettings, ModifierPlan]],
+    trainable: Sequence[tuple[TrainableParams, Collection[str]]],
+) -> Iterator[str]:
+    for pruning, plan in planned:
+        for freezing, names in trainable:
+            shared = [name for name in plan.weights if name in names]
+            at_once = pruning.start_epoch < freezing.end_epoch and freezing.start_epoch <= pruning.end_epoch
+            if shared and at_once and not freezing.trainable and not isinstance(pruning, ConstantSettings):
+                yield (
+                    f"{plan.modifier} prunes {listed(shared, _NAMED)} while {name_in_messages(freezing)} freezes "
+                    "training there: pruning steps zero and move weights that are frozen too; let pruning end before, "
+                    "or take them out of params"
+                )
 
 
 def _final_sparsity(settings: PruningSettings) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe.keys import OMIT
@@ -10,7 +11,7 @@ from mfac_core.recipe.modifiers import MODIFIERS, Settings
 from mfac_core.recipe.values import flow_text
 from mfac_core.settings import MagnitudeSettings
 
-__all__ = ["modifier_name", "name_in_messages", "recipe_text"]
+__all__ = ["modifier_name", "name_in_messages", "named_in_errors", "recipe_text"]
 
 _NAMES: Mapping[type[Settings], str] = {
     MODIFIERS[name].settings: name for name in reversed(list(MODIFIERS)) if not MODIFIERS[name].defaults
@@ -62,6 +63,32 @@ def name_in_messages(settings: Settings) -> str:
     written = getattr(settings, "written_as", "")
     fits = written in MODIFIERS and MODIFIERS[written].settings is type(settings)
     return written if fits else modifier_name(settings)
+
+
+@contextmanager
+def named_in_errors(settings: Settings) -> Iterator[None]:
+    """Put the name of a modifier before the message of an error in its settings.
+
+    Args:
+        settings: What the modifier says.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SettingError: The error that was raised inside, with the name.
+
+    Example:
+        >>> with named_in_errors(MagnitudeSettings(final_sparsity=0.9, end_epoch=3.0)):
+        ...     raise SettingError("params", "'fc' matches no weight")
+        Traceback (most recent call last):
+        mfac_core.errors.SettingError: MagnitudePruningModifier.params: 'fc' matches no weight
+    """
+    try:
+        yield
+    except SettingError as error:
+        error.args = (f"{name_in_messages(settings)}.{error}",)
+        raise
 
 
 def recipe_text(settings: Sequence[Settings]) -> str:

@@ -15,6 +15,7 @@ from mfac_core.settings import (
     MFACSettings,
     PruningSettings,
 )
+from mfac_core.training_settings import LearningRateFunction, SetWeightDecay, TrainableParams
 
 
 def recipe(*modifiers) -> Recipe:
@@ -343,3 +344,68 @@ def test_steps_per_epoch_is_checked(function):
 def test_lint_model_checks_the_steps_per_epoch():
     with pytest.raises(SettingError, match="steps_per_epoch: 0 must be a positive integer"):
         lint_model([mfac()], [{"a": 1}], 0)
+
+
+def curve(**changes: object) -> LearningRateFunction:
+    return LearningRateFunction(
+        **{"function": "linear", "initial": 0.1, "final": 0.0, "start_epoch": 1.0, "end_epoch": 3.0, **changes}
+    )
+
+
+class TestTrainingModifiers:
+    @pytest.mark.parametrize(
+        ("one", "other", "count"),
+        [
+            (curve(), SetLearningRate(learning_rate=0.5, start_epoch=2.0), 1),
+            (SetLearningRate(learning_rate=0.5, start_epoch=2.0), curve(), 1),
+            (curve(), curve(start_epoch=2.0, end_epoch=9.0), 1),
+            (curve(), curve(start_epoch=3.0, end_epoch=9.0), 0),
+            (curve(), SetLearningRate(learning_rate=0.5, start_epoch=1.0), 0),
+            (curve(), SetLearningRate(learning_rate=0.5, start_epoch=3.0), 0),
+            (curve(param_groups=(0,)), SetLearningRate(learning_rate=0.5, start_epoch=2.0, param_groups=(1,)), 0),
+            (curve(param_groups=(0,)), SetLearningRate(learning_rate=0.5, start_epoch=2.0, param_groups=(0, 1)), 1),
+            (curve(param_groups=(0,)), SetLearningRate(learning_rate=0.5, start_epoch=2.0), 1),
+            (curve(), SetWeightDecay(weight_decay=0.5, start_epoch=2.0), 0),
+        ],
+    )
+    def test_two_learning_rates_at_once(self, one, other, count):
+        warnings = lint(recipe(one, other, mfac()))
+        assert len(warnings) == count
+        assert lint_model([one, other], [], 10).warnings == warnings
+        if count:
+            assert "at epoch 2, while LearningRateFunctionModifier moves it from epoch 1 to 3" in only(warnings)
+
+    def test_what_begins_after_the_end_of_training_does_nothing(self):
+        late = SetWeightDecay(weight_decay=0.1, start_epoch=6.0)
+        assert lint(recipe(late, mfac())) == ()
+        assert only(lint(recipe(late, mfac(), EpochRange(end_epoch=6.0)))) == (
+            "SetWeightDecayModifier: nothing happens, because its start_epoch 6 lies at or after the end of training "
+            "at epoch 6 (EpochRangeModifier); train longer or begin earlier"
+        )
+        assert "end of training at epoch 5;" in only(lint_model([late], [], 10, epochs=5.0).warnings)
+
+    def test_shorter_training_than_the_recipe_is_for(self):
+        assert only(lint_model([EpochRange(end_epoch=9.0)], [], 10, epochs=8).warnings) == (
+            "training ends at epoch 8, and the recipe is for training to epoch 9 (EpochRangeModifier)"
+        )
+        assert lint_model([EpochRange(end_epoch=9.0)], [], 10, epochs=9).warnings == ()
+        assert lint_model([EpochRange(end_epoch=9.0)], [], 10).warnings == ()
+
+    @pytest.mark.parametrize(
+        ("freezing", "names", "count"),
+        [
+            ({"start_epoch": 3.0}, "ab", 1),
+            ({"start_epoch": 6.0}, "ab", 1),
+            ({"start_epoch": 6.5}, "ab", 0),
+            ({"start_epoch": 0.0, "end_epoch": 2.0}, "ab", 0),
+            ({"start_epoch": 0.0, "end_epoch": 2.5}, "ab", 1),
+            ({"start_epoch": 3.0}, "c", 0),
+            ({"start_epoch": 3.0, "trainable": True}, "ab", 0),
+        ],
+    )
+    def test_pruning_what_is_frozen(self, freezing, names, count):
+        settings = TrainableParams(**{"params": ("re:.*",), "trainable": False, **freezing})
+        plan = lint_model([magnitude(), settings], [{"a": 5, "b": 5}], 10, trainable=[(settings, names)])
+        assert len(plan.warnings) == count
+        if count:
+            assert "MagnitudePruningModifier prunes a, b while TrainableParamsModifier freezes" in only(plan.warnings)

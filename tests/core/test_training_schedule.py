@@ -1,7 +1,7 @@
 import pytest
 
 from mfac_core.errors import SettingError
-from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule
+from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
 from mfac_core.training_settings import (
     EpochRange,
     LearningRateFunction,
@@ -57,9 +57,13 @@ def test_param_groups_are_checked_and_told_apart():
         LearningRateSchedule(kind="ExponentialLR", initial=0.1, options={"gamma": 0.5}, start_epoch=1.0),
     ]
     schedule = OptionsSchedule(settings[:2], steps_per_epoch=5)
-    schedule.check_param_groups(2)
-    with pytest.raises(SettingError, match="param_groups: 1 is not the index of a parameter group; there are 1"):
-        schedule.check_param_groups(1)
+    for each in settings:
+        check_param_groups(each, 2)
+    check_param_groups(settings[1], 1)
+    with pytest.raises(
+        SettingError, match="param_groups: 1 is not the index of a parameter group; the optimizer has 1"
+    ):
+        check_param_groups(settings[0], 1)
     assert schedule.options_of(0) == ["weight_decay"]
     assert schedule.options_of(1) == ["learning_rate", "weight_decay"]
     assert OptionsSchedule(settings[1:], steps_per_epoch=5).options_of(0) == ["learning_rate", "weight_decay"]

@@ -112,6 +112,45 @@ def test_two_callbacks_on_one_optimizer_are_refused(task):
 
 
 @pytest.mark.feature("errors at fit, by name")
+def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
+    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    with pytest.raises(ValueError, match="stands twice among the callbacks of fit; leave one of them"):
+        task.fit(task.model(), pruning, pruning)
+    task.fit(task.model(), pruning)
+    assert pruning.sparsity == 0.75
+
+
+@pytest.mark.feature("errors at fit, by name")
+def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
+    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    task.fit(task.model(), pruning)
+    task.fit(task.model(), pruning)
+    assert not caplog.text
+    assert pruning.sparsity == 0.75
+
+
+@pytest.mark.feature("errors at fit, by name")
+def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
+    text = task.recipe() + "  - !QuantizationModifier {start_epoch: 1.0}\n"
+    with pytest.raises(RecipeError, match=r"QuantizationModifier .* unsupported=.skip"):
+        MFACPruningCallback(text)
+    model = task.model()
+    task.fit(model, MFACPruningCallback(text, unsupported="skip", verbose=0))
+    assert "QuantizationModifier is not supported and is left out" in caplog.text
+    assert_pruned(task, model)
+
+
+@pytest.mark.feature("errors at fit, by name")
+def test_names_in_the_style_of_pytorch_are_told_apart(task):
+    with pytest.raises(
+        SettingError, match=r"MFACPruningModifier.params: 'body.weight' .*PyTorch's `weight` is a `kernel`"
+    ):
+        task.fit(task.model(), MFACPruningCallback(task.recipe(params="[body.weight]")))
+    with pytest.raises(SettingError, match=r"it is a layer; re:tiny/body\[/\] selects what is in it"):
+        task.fit(task.model(), MFACPruningCallback(task.recipe(params="[tiny/body]")))
+
+
+@pytest.mark.feature("errors at fit, by name")
 def test_an_optimizer_that_does_not_train_the_variables_is_refused(task):
     model = task.model()
     other = keras.optimizers.SGD()

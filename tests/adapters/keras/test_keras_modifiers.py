@@ -166,6 +166,21 @@ def test_two_modifiers_on_one_variable_in_one_shot(task):
     assert np.mean(~masks[BODY]) >= 0.75
 
 
+def test_a_modifier_that_follows_another_sees_its_zeros_wherever_it_stands_in_the_recipe(task):
+    first = task.recipe("MagnitudePruningModifier", start_epoch=0.0, end_epoch=1.0, final_sparsity=0.5)
+    second = task.recipe("MagnitudePruningModifier", init_sparsity="__FROM_PARAM__", start_epoch=1.0, end_epoch=3.0)
+    zeros = []
+    for one, other in ((first, second), (second, first)):
+        model = task.model()
+        watching = ZerosPerBatch(task)
+        text = one + other.partition("\n")[2]
+        task.fit(model, MFACPruningCallback(text, verbose=0), watching)
+        zeros.append(watching.zeros)
+    assert zeros[0] == zeros[1]
+    assert zeros[0][4] == 0.5
+    assert min(zeros[0][4:]) == 0.5
+
+
 def test_a_modifier_that_asks_for_gradients_of_training_gets_them_in_spite_of_a_sampler(task):
     drawn = []
 

@@ -64,3 +64,15 @@ def test_zeros_are_kept_in_a_fine_tuning(task):
     task.fit(model, MFACPruningCallback(keep, verbose=0), epochs=2)
     for name, kernel in task.kernels(model).items():
         np.testing.assert_array_equal(kernel != 0, masks[name])
+
+
+def test_a_recipe_in_the_place_of_the_loss_is_refused_by_name(task, tmp_path):
+    for recipe in (task.recipe(), "recipe.yaml", tmp_path / "recipe.yaml"):
+        with pytest.raises(TypeError, match=r"the third argument, is a recipe; pass it by name: .*recipe="):
+            prune_one_shot(task.model(), [task.batch(0)], recipe)
+
+
+def test_samples_that_all_hold_nan_are_refused_with_the_likely_cause(task):
+    task.x[:] = np.nan
+    with pytest.raises(ValueError, match=r"all 3 held NaN or Inf and were refused; look for NaN in the data"):
+        prune_one_shot(task.model(), [task.batch(0)], recipe=task.recipe())

@@ -1,5 +1,7 @@
 """Learning rates, weight decay and frozen variables of a recipe, by the step."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -133,7 +135,7 @@ def test_a_parameter_group_is_an_optimizer_of_a_multi_optimizer(task):
 def test_any_other_optimizer_is_the_parameter_group_0(task):
     text = recipe(modifier("SetLearningRateModifier", learning_rate=0.01, param_groups=[0]))
     assert rates_of(task, text, epochs=1) == [[0.01]] * 5
-    with pytest.raises(SettingError, match=r"param_groups: 1 is not the index of a parameter group; there are 1"):
+    with pytest.raises(SettingError, match=r"SetLearningRateModifier.param_groups: 1 is not .* the optimizer has 1,"):
         rates_of(task, text.replace("[0]", "[1]"))
 
 
@@ -348,3 +350,46 @@ def test_changes_wait_for_the_end_of_an_execution(task):
     task.fit(task.model("sgd", steps_per_execution=5), MFACPruningCallback(text, verbose=0), Bodies(), epochs=4)
     changes = [not np.array_equal(one, other) for one, other in zip(bodies[:-1], bodies[1:], strict=True)]
     assert changes == [False, False, True]
+
+
+@RATES
+def test_the_learning_rate_is_in_the_logs_where_the_recipe_sets_it(task):
+    text = recipe(modifier("SetLearningRateModifier", learning_rate=0.05, start_epoch=1.0))
+    history = task.fit(task.model("sgd"), MFACPruningCallback(text, verbose=0), epochs=3, validation_data=task.batch(0))
+    assert history.history["learning_rate"] == pytest.approx([0.01, 0.05, 0.05])
+    assert set(history.history) == {"loss", "val_loss", "sparsity", "learning_rate"}
+    plain = task.fit(task.model("sgd"), MFACPruningCallback(task.recipe(), verbose=0), epochs=1)
+    assert set(plain.history) == {"loss", "sparsity"}
+
+
+@TRAINABLE
+def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
+    keys = {"params": "['re:.*/body/']", "trainable": "false", "start_epoch": 1.5}
+    text = task.recipe() + modifier("TrainableParamsModifier", **keys)
+    task.fit(task.model(), MFACPruningCallback(text, verbose=0))
+    warned = "MFACPruningModifier prunes tiny/body/kernel while TrainableParamsModifier freezes training there"
+    assert warned in caplog.text
+    caplog.clear()
+    task.fit(task.model(), MFACPruningCallback(text.replace("1.5", "3.2"), verbose=0))
+    assert "freezes" not in caplog.text
+
+
+@TRAINABLE
+@DECAY
+def test_changes_are_told_when_they_are_made(task, caplog):
+    with caplog.at_level("INFO", logger="mfac_keras"):
+        task.fit(task.model("sgd"), MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), epochs=3)
+    told = [line.getMessage() for line in caplog.records if line.levelname == "INFO" and line.name == "mfac_keras"]
+    assert [re.sub("sgd[_0-9]*", "sgd", line.lower()) for line in told] == [
+        "the weight decay of sgd is 0.5",
+        "from step 5 on, not trained: tiny/body/kernel, tiny/body/bias",
+        "from step 10 on, not trained: nothing, all are trained again",
+    ]
+
+
+def test_a_recipe_for_longer_training_than_fit_makes_is_warned_of(task, caplog):
+    text = task.recipe() + modifier("EpochRangeModifier", end_epoch=9.0)
+    text += modifier("SetWeightDecayModifier", weight_decay=0.1, start_epoch=7.0)
+    task.fit(task.model(), MFACPruningCallback(text, verbose=0), epochs=4)
+    assert "training ends at epoch 4, and the recipe is for training to epoch 9 (EpochRangeModifier)" in caplog.text
+    assert "SetWeightDecayModifier: nothing happens, because its start_epoch 7 lies at or after the end" in caplog.text

@@ -5,6 +5,7 @@ import torch
 
 from mfac_core.errors import SettingError
 from mfac_torch import (
+    GMPruningModifier,
     LearningRateFunctionModifier,
     LearningRateModifier,
     ScheduledModifierManager,
@@ -124,7 +125,7 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place(task):
         (
             SetLearningRateModifier(learning_rate=0.1, param_groups=[2]),
             None,
-            "param_groups: 2 is not the index of a parameter group; there are 2",
+            "SetLearningRateModifier.param_groups: 2 is not the index of a parameter group; the optimizer has 2,",
         ),
         (
             SetWeightDecayModifier(weight_decay=0.1),
@@ -134,7 +135,7 @@ def test_a_rate_that_is_a_tensor_is_changed_in_place(task):
         (
             TrainableParamsModifier(params=["nothing"], trainable=False),
             None,
-            "'nothing' matches no parameter",
+            "TrainableParamsModifier.params: 'nothing' matches no parameter",
         ),
     ],
 )
@@ -273,3 +274,19 @@ def test_a_rate_that_you_changed_since_is_not_set_again_on_resuming(task):
     again.load_state_dict(state)
     task.train(model, optimizer, stop=1)
     assert optimizer.param_groups[0]["lr"] == 0.001
+
+
+def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruning = GMPruningModifier(final_sparsity=0.5, start_epoch=1.0, end_epoch=2.0, params=["0.weight", "2.weight"])
+    freezing = TrainableParamsModifier(params=["0.weight"], trainable=False, start_epoch=1.5)
+    ScheduledModifierManager([pruning, freezing]).modify(model, optimizer, task.steps_per_epoch)
+    assert "GMPruningModifier prunes 0.weight while TrainableParamsModifier freezes training there" in caplog.text
+
+
+def test_a_pruning_modifier_that_does_not_fit_is_named(task):
+    model = task.model()
+    manager = ScheduledModifierManager([GMPruningModifier(final_sparsity=0.5, end_epoch=2.0, params=["nothing"])])
+    with pytest.raises(SettingError, match=r"^GMPruningModifier\.params: 'nothing' matches no parameter"):
+        manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), task.steps_per_epoch)
