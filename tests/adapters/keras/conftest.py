@@ -43,6 +43,9 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("feature")
+    if marker is not None:
+        item.user_properties.append(("feature", marker.args[0]))
     marker = item.get_closest_marker("backends")
     if marker is not None and BACKEND not in marker.args:
         pytest.skip(f"is about {', '.join(marker.args)}; Keras runs on {BACKEND}")
@@ -71,20 +74,17 @@ class Features:
         self.path = Path(path)
         self.outcomes = {}
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = yield
-        marker = item.get_closest_marker("feature")
-        if marker is not None and (report.when == "call" or report.outcome != "passed"):
-            self.outcomes.setdefault(marker.args[0], []).append(report.outcome)
-        return report
+    def pytest_runtest_logreport(self, report):
+        feature = dict(report.user_properties).get("feature")
+        if feature is not None and (report.when == "call" or report.outcome != "passed"):
+            self.outcomes.setdefault(feature, []).append(report.outcome)
 
     def pytest_sessionfinish(self):
         self.path.write_text(json.dumps(self.outcomes, indent=1), encoding="utf-8")
 
 
 def pytest_sessionstart(session):
-    if REPORT in os.environ:
+    if REPORT in os.environ and not hasattr(session.config, "workerinput"):  # workers report to the first process
         session.config.pluginmanager.register(Features(os.environ[REPORT]))
 
 

@@ -35,9 +35,10 @@ def main() -> None:
 def run(backend: str, folder: Path) -> None:
     """Run the tests on a backend; failures are for the table to show."""
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent)],
+        [sys.executable, "-m", "pytest", "-q", "-n", "auto", "--dist", "loadfile", str(Path(__file__).parent)],
         cwd=ROOT,
-        env=os.environ | {"KERAS_BACKEND": backend, "MFAC_KERAS_FEATURES": str(folder / f"{backend}.json")},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "KERAS_BACKEND": backend, "MFAC_KERAS_FEATURES": str(folder / f"{backend}.json")},
         check=False,
     )
 
