@@ -5,6 +5,7 @@ Read in this order:
 * ``callback``: :class:`MFACPruningCallback`, the entry point: gradual pruning, resume
 * ``one_shot``: :func:`prune_one_shot`, without training
 * ``session``: what happens between training steps
+* ``training_changes``: learning rates, weight decay, which variables are trained
 * ``live_pruning``: one pruning modifier at work on one model
 * ``backends``: what happens inside the training step, for each backend of Keras
 * ``optimizers``: what an optimizer is made of

@@ -116,7 +116,7 @@ class TrainingChanges:
         self._replaced = None
         if rates:
             self._hooks.sync()
-            self._replaced = _rate_of(self._groups[0])
+            self._replaced = _rate_of(self._groups[0]) if 0 in rates else None
         for group, rate in rates.items():
             self._groups[group].learning_rate = rate
         self._rates.update(rates)

@@ -132,6 +132,21 @@ def test_a_parameter_group_is_an_optimizer_of_a_multi_optimizer(task):
 
 
 @RATES
+@pytest.mark.needs("MultiOptimizer")
+@pytest.mark.parametrize("of_head", [True, False])
+def test_an_optimizer_beside_may_have_a_schedule_of_its_own(task, of_head):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    rates = (0.2, schedule) if of_head else (schedule, 0.2)
+    default, head = map(keras.optimizers.SGD, rates)
+    optimizer = keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(default, {".*head.*": head}))
+    number = [isinstance(leaf.learning_rate, keras.Variable) for leaf in innermost(optimizer)].index(True)
+    text = recipe(modifier("SetLearningRateModifier", learning_rate=0.01, param_groups=[number]))
+    history = task.fit(task.model(optimizer), MFACPruningCallback(text, verbose=0), epochs=1)
+    assert float(innermost(optimizer)[number].learning_rate.numpy()) == pytest.approx(0.01)
+    assert "learning_rate" not in history.history
+
+
+@RATES
 def test_any_other_optimizer_is_the_parameter_group_0(task):
     text = recipe(modifier("SetLearningRateModifier", learning_rate=0.01, param_groups=[0]))
     assert rates_of(task, text, epochs=1) == [[0.01]] * 5
