@@ -78,9 +78,9 @@ def unfinished_line(
     Example:
         >>> unfinished_line(
         ...     "fit ended", modifier="", names=["fc.weight"], epoch=2.0, due=3.0, sparsity=0.5,
-        ...     refused_rows=7,
+        ...     refused_rows=0,
         ... )
-        'fit ended at epoch 2.00 without the pruning step of epoch 3 (fc.weight): sparsity is 0.5000; 7 gradient samples were refused for NaN or Inf'
+        'fit ended at epoch 2.00 without the pruning step of epoch 3 (fc.weight): sparsity is 0.5000'
     """
     refused = f"; {refused_rows} gradient samples were refused for NaN or Inf" if refused_rows else ""
     return (
