@@ -236,8 +236,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if not optimizer.built:
             with _scope(model):
                 optimizer.build(model.trainable_variables)
+        told: set[str] = set()
         prunings = [
-            self._live_pruning(each, steps_per_epoch) for each in self._modifiers if isinstance(each, PruningSettings)
+            self._live_pruning(each, steps_per_epoch, told)
+            for each in self._modifiers
+            if isinstance(each, PruningSettings)
         ]
         _check_trained(prunings, optimizer)
         others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
@@ -272,7 +275,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._session = session
         session.begin()
 
-    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int) -> LivePruning:
+    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, told: set[str]) -> LivePruning:
         with named_in_errors(settings):
             return LivePruning(
                 settings,
@@ -280,6 +283,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 steps_per_epoch=steps_per_epoch,
                 sampler=self._sampler,
                 verbose=self._verbose > 0,
+                told=told,
             )
 
     def _warn_of_replacing(self, state_path: Path) -> None:

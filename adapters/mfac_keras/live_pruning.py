@@ -35,6 +35,7 @@ class LivePruning:
         sampler: Where gradient samples come from, unless the settings ask for those of training; ``None`` takes those
             of training.
         verbose: Whether to print a line for each pruning step.
+        told: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
@@ -42,7 +43,7 @@ class LivePruning:
         forms: Their forms in PyTorch by path.
 
     Raises:
-        SettingError: If ``params`` of the settings does not fit the model.
+        SettingError: If ``params``, ``exclude`` or ``mask_type`` of the settings does not fit the model.
         DeviceError: If a listed device does not exist.
         MemoryBudgetError: If the gradient window would not fit.
     """
@@ -55,9 +56,10 @@ class LivePruning:
         steps_per_epoch: int,
         sampler: GradientSampler | None = None,
         verbose: bool = False,
+        told: set[str] | None = None,
     ) -> None:
         self.settings = settings
-        self.variables = select_variables(model, settings.params)
+        self.variables = select_variables(model, settings.params, settings.exclude, told=told)
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
         self._steps_per_epoch = steps_per_epoch

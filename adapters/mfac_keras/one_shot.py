@@ -83,9 +83,12 @@ def prune_one_shot(
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     sampler = GradientSampler(dataset, loss)
     prunings = []
+    told: set[str] = set()
     for each in settings:
         with named_in_errors(each):
-            prunings.append(LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0))
+            prunings.append(
+                LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, told=told)
+            )
     for warning in overlaps(settings, [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
     prune_if_due(prunings, 0)

@@ -40,13 +40,14 @@ class LivePruning:
         optimizers: The optimizers that train the model.
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
+        told: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
         parameters: The parameters in scope by name.
 
     Raises:
-        SettingError: If ``params`` of the settings does not fit the model.
+        SettingError: If ``params``, ``exclude`` or ``mask_type`` of the settings does not fit the model.
         DeviceError: If a listed device does not exist.
         MemoryBudgetError: If the gradient window would not fit.
     """
@@ -60,9 +61,10 @@ class LivePruning:
         optimizers: Sequence[torch.optim.Optimizer] = (),
         grad_sampler: GradSampler | None = None,
         loggers: Sequence[LogFunction] = (),
+        told: set[str] | None = None,
     ) -> None:
         self.settings = settings
-        self.parameters = select_parameters(model, settings.params)
+        self.parameters = select_parameters(model, settings.params, settings.exclude, told=told)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers

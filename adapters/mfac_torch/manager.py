@@ -409,6 +409,7 @@ def _live_prunings(
         for part in (each.by_final_sparsity() if one_shot_at is None else one_shot(each, one_shot_at))
     ]
     prunings = []
+    told: set[str] = set()
     for _, part in parts:
         with named_in_errors(part):
             prunings.append(
@@ -419,6 +420,7 @@ def _live_prunings(
                     optimizers=optimizers,
                     grad_sampler=sampler,
                     loggers=functions,
+                    told=told,
                 )
             )
     if one_shot_at is not None:  # for a gradual run the linter says it
