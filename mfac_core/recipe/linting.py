@@ -29,7 +29,7 @@ from mfac_core.training_settings import (
 )
 from mfac_core.weight_names import listed
 
-__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes", "overlaps"]
+__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "named_parts", "notes", "overlaps"]
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
@@ -211,6 +211,18 @@ def overlaps(times: Sequence[PruningSettings], weights: Sequence[Collection[str]
         One sentence for each two such modifiers.
     """
     return tuple(_same_weights([(*named, names) for named, names in zip(_named(times), weights, strict=True)]))
+
+
+def named_parts(pruning: Iterable[PruningSettings]) -> list[tuple[str, PruningSettings]]:
+    """Return the groups of weights that have a final sparsity of their own, with the names that messages call them.
+
+    Args:
+        pruning: The settings of the modifiers that prune.
+
+    Returns:
+        Name and settings, one for each entry of ``by_final_sparsity()`` of each modifier, in order.
+    """
+    return list(_parts(_named(pruning)))
 
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:

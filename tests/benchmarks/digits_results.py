@@ -23,7 +23,7 @@ from mfac_core.settings import MFACSettings
 from mfac_torch.demo import manager_for, prune_gradually, prune_in_one_shot, recipe_path, train_dense
 from mfac_torch.digits import Digits
 
-SEEDS = range(5)
+SEEDS = range(10)
 GRADUAL_SPARSITIES = (0.9, 0.96, 0.98)
 LONG = {"start_epoch": 2.0, "end_epoch": 10.0}
 LONG_EPOCHS = 16
@@ -128,8 +128,8 @@ def _document(rows: dict[tuple[str, float], list[RunRecord]], final: float) -> s
             "",
             "## Seconds",
             "",
-            "One gradual run at the recipe's final sparsity, training included, over that of magnitude pruning with the",
-            "same seed, mean ± standard deviation over seeds: "
+            "What one gradual run at the recipe's final sparsity takes, training included, as a ratio to magnitude",
+            "pruning with the same seed, mean ± standard deviation over seeds: "
             + "; ".join(f"{method} {_mean_and_spread(_ratios(rows, method, final))} times" for method in _OF_M_FAC)
             + ".",
             "",

@@ -227,7 +227,6 @@ def test_plan_finds_the_weights_in_a_file(write_recipe: Callable[[str], Path], t
     assert counted("__ALL_PRUNABLE__") == ["2", "248"]
     assert counted("__ALL__") == ["3", "258"]
     assert counted("[fc.bias, 're:conv']") == ["2", "58"]
-    assert counted("fc.wei") == ["0", "0"]
 
 
 def test_plan_takes_each_final_sparsity_on_its_own(write_recipe: Callable[[str], Path], tmp_path: Path) -> None:
