@@ -256,7 +256,10 @@ def _demo_runner(framework: str) -> Callable[..., Any]:
     if framework not in demos.names:
         found = f"the demos found are: {', '.join(sorted(demos.names))}" if demos else "no demo is installed"
         _fail(f'no demo for {framework!r} ({found}); the one for torch comes with: pip install "mfac-core[demo,torch]"')
-    runner: Callable[..., Any] = demos[framework].load()
+    try:
+        runner: Callable[..., Any] = demos[framework].load()
+    except ValueError as error:  # Keras with a backend that there is not
+        _fail(f"the demo for {framework} cannot be loaded: {error}")
     return runner
 
 
