@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -734,3 +736,79 @@ class TestSettingsFromKeys:
     def test_text_is_not_an_expression(self):
         keys = {"final_sparsity": 0.5, "end_epoch": 1, "params": "eval(x)"}
         assert settings_from_keys("GMPruningModifier", keys).params == ("eval(x)",)
+
+
+class TestSeveralErrors:
+    TEXT = """
+training_modifiers:
+  - !EpochRangeModifer {end_epoch: 8.0}
+  - !SetLearningRateModifier {learning_rate: 3}
+pruning_modifiers:
+  - !MFACPruningModifier
+    finl_sparsity: 0.8
+    init_sparsity: -1
+    end_epoch: 4.0
+    num_grads: 0
+    damp: many
+    mask_type: 3x
+  - !MagnitudePruningModifier
+    final_sparsity: 1.5
+    init_sparsity: 0.3
+    start_epoch: -3
+    end_epoch: true
+    end_epok: 5
+"""
+
+    def test_all_are_told_in_the_order_of_lines(self):
+        assert [line.partition(" ")[0] + line.split(" ")[1] for line in refusal(self.TEXT).splitlines()] == [
+            "<text>:3:!EpochRangeModifer",
+            "<text>:4:SetLearningRateModifier.learning_rate:",
+            "<text>:7:MFACPruningModifier.finl_sparsity:",
+            "<text>:8:MFACPruningModifier.init_sparsity:",
+            "<text>:10:MFACPruningModifier.num_grads:",
+            "<text>:11:MFACPruningModifier.damp:",
+            "<text>:12:MFACPruningModifier.mask_type:",
+            "<text>:14:MagnitudePruningModifier.final_sparsity:",
+            "<text>:16:MagnitudePruningModifier.start_epoch:",
+            "<text>:17:MagnitudePruningModifier.end_epoch:",
+            "<text>:18:MagnitudePruningModifier.end_epok:",
+        ]
+
+    def test_each_is_a_message_of_the_error(self):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(self.TEXT)
+        assert "\n".join(caught.value.messages) == str(caught.value)
+        assert len(caught.value.messages) == 11
+        copied = pickle.loads(pickle.dumps(caught.value))
+        assert copied.messages == caught.value.messages
+
+    @pytest.mark.parametrize(
+        ("keys", "wrong"),
+        [
+            # What fits together does not become wrong beside a wrong value.
+            (["final_sparsity: 2", "init_sparsity: 0.7", "end_epoch: 1"], ["final_sparsity"]),
+            (["final_sparsity: 2", "mask_type: '3:4'", "end_epoch: 1"], ["final_sparsity"]),
+            (["final_sparsity: 0.5", "start_epoch: 30", "end_epoch: -2"], ["end_epoch"]),
+            (["final_sparsity: 0.5", "start_epoch: 30", "end_epoch: 2"], ["end_epoch"]),
+            (["final_sparsity: 0.5", "start_epoch: -1.5", "end_epoch: 2"], ["start_epoch"]),
+            (["init_sparsity: 0.9", "end_epok: 2", "final_sparsity: 0.95"], ["end_epok"]),
+            (["final_sparsity: 2", "end_epoch: -2", "damp: 0"], ["final_sparsity", "end_epoch", "damp"]),
+            (["final_sparsity: 2", "init_sparsity: -1", "end_epoch: 2"], ["final_sparsity", "init_sparsity"]),
+            (["damp: 0", "damping: 1"], ["", "damp", "damping"]),
+        ],
+    )
+    def test_one_wrong_value_makes_no_other_wrong(self, keys, wrong):
+        names = [re.match(r"<text>:\d+: \w+[.]?(\w*):", line)[1] for line in refusal(item(*keys)).splitlines()]
+        assert names == wrong
+
+    @pytest.mark.parametrize("modifier", sorted(MODIFIERS))
+    def test_of_every_modifier(self, modifier):
+        wrong = refusal(item("no_key: 1", "no_other: 2", "start_epoch: -7", modifier=modifier)).splitlines()
+        said = [line for line in wrong if "missing" not in line]
+        assert [re.match(r"<text>:(\d+)", line)[1] for line in said][:2] == ["3", "4"]
+
+    def test_of_the_form_of_the_text_too(self):
+        text = "a: !!python/name:os.system\nb: 1\nb: 2\n" + item(
+            "params: !x [y]", "final_sparsity: 0.5", "end_epoch: 1"
+        )
+        assert [line.partition(": ")[0] for line in refusal(text).splitlines()] == ["<text>:1", "<text>:3", "<text>:6"]
