@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -22,7 +23,7 @@ from mfac_core.settings import MaskType, PruningSettings, Scope
 from mfac_core.weight_layout import WeightLayout
 from mfac_core.weight_names import listed
 
-__all__ = ["Outcome", "Pruner"]
+__all__ = ["Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -71,6 +72,19 @@ class Outcome:
         return cls(weights_now, kept_now, predicted_loss_increase)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a pruner has come: a pruning step replaces all of it in one assignment, or nothing.
+
+    Args:
+        kept: Which of all weights are unpruned, shape ``(n,)``; never written to.
+        done: Pruning steps of the schedule that are done or passed over.
+    """
+
+    kept: Mask
+    done: int = 0
+
+
 class Pruner(ABC):
     """What all pruners share. After each :meth:`prune` the masks of its result are to be held, until the next.
 
@@ -105,11 +119,11 @@ class Pruner(ABC):
         self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
         self.layout = WeightLayout({name: tuple(array.shape) for name, array in weights.items()})
         if masks is None:
-            self._kept = np.ones(self.layout.num_weights, bool)
+            kept = np.ones(self.layout.num_weights, bool)
         else:
             self.layout.check(masks, "masks")
-            self._kept = self.layout.flatten(masks).astype(bool)
-        self._done = 0
+            kept = self.layout.flatten(masks).astype(bool)
+        self._progress = Progress(kept)
         self._told_empty: set[str] = set()
 
     @property
@@ -120,7 +134,7 @@ class Pruner(ABC):
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        return int(np.count_nonzero(~self._kept)) / self.layout.num_weights
+        return _sparsity_of(self._kept)
 
     @property
     def is_finished(self) -> bool:
@@ -181,7 +195,9 @@ class Pruner(ABC):
         return self._latest(step) >= self._done
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
-        """Do the pruning step that is due.
+        """Do the pruning step that is due; an exception leaves the pruner as it was.
+
+        Use :meth:`pruning` where something may still go wrong when the weights are put to use.
 
         Args:
             weights: Name and array of each weight in scope, float32 or float64. Not modified.
@@ -193,8 +209,42 @@ class Pruner(ABC):
             unless :attr:`is_released`.
 
         Raises:
-            ValueError: If all pruning steps are done, none is planned up to ``step``, or the weights do not fit or
-                hold NaN or Inf.
+            ValueError: If all pruning steps are done, none is planned up to ``step``, the weights do not fit or hold
+                NaN or Inf, or there is no gradient sample where one is needed.
+            IllConditionedError: If a block of the Fisher cannot be inverted accurately.
+        """
+        with self.pruning(weights, step) as result:
+            return result
+
+    @contextmanager
+    def pruning(self, weights: Mapping[str, Array], step: int | None = None) -> Iterator[PruneResult]:
+        """Do the pruning step that is due, once the block of the ``with`` statement has put its result to use.
+
+        Masks, progress and gradients of the pruner change in one assignment when the block ends. An exception before
+        or inside it leaves all of them as they were, and the same pruning step can be done again, with the same result.
+
+        Args:
+            weights: As in :meth:`prune`.
+            step: As in :meth:`prune`.
+
+        Yields:
+            As :meth:`prune` returns.
+
+        Raises:
+            ValueError: As in :meth:`prune`.
+            IllConditionedError: As in :meth:`prune`.
+            RuntimeError: If the block itself prunes with this pruner, or loads a state into it.
+
+        Example:
+            >>> from mfac_core import MagnitudeSettings, make_pruner
+            >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
+            >>> pruner = make_pruner(settings, {"w": np.zeros(2)}, steps_per_epoch=1)
+            >>> try:
+            ...     with pruner.pruning({"w": np.array([2.0, 1.0])}, step=1) as result:
+            ...         raise OSError("these weights cannot be written back")
+            ... except OSError:
+            ...     print(pruner.sparsity, pruner.is_due(1))
+            0.0 True
         """
         if self.is_finished:
             raise ValueError("all pruning steps of the schedule are done; ask is_due(step) before prune")
@@ -213,20 +263,26 @@ class Pruner(ABC):
             "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
+        before = self._kept
         outcome = self._prune(vector, index)
         self._warn_of_empty(vector, outcome.kept, self.schedule[index])
-        self._kept = outcome.kept
-        self._advance(index)
-        return PruneResult(
+        after = self._after(outcome.kept, index)
+        yield PruneResult(
             weights={
                 name: device_of(weights[name]).asarray(array)
                 for name, array in self.layout.unflatten_like(outcome.weights, weights).items()
             },
-            masks=self.masks,
-            sparsity=self.sparsity,
+            masks=self.layout.unflatten(outcome.kept.copy()),
+            sparsity=_sparsity_of(outcome.kept),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
         )
+        if self._kept is not before:
+            raise RuntimeError(
+                "the pruner was used for another pruning step, or loaded a state, inside the block of pruning(); "
+                "end the block first"
+            )
+        self._progress = after
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only."""
@@ -258,8 +314,7 @@ class Pruner(ABC):
         done = int(state["pruning_steps_done"])
         if not 0 <= done <= len(self.schedule):
             raise ValueError(f"the state is broken: it counts {done} of {len(self.schedule)} pruning steps as done")
-        self._kept = self.layout.flatten(state["masks"]).astype(bool)
-        self._done = done
+        self._progress = Progress(self.layout.flatten(state["masks"]).astype(bool), done)
 
     def _say_what_is_out_of_reach(
         self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
@@ -328,13 +383,25 @@ class Pruner(ABC):
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
         return bisect_right(self.schedule, step, key=lambda planned: planned.step) - 1
 
-    def _advance(self, index: int) -> None:
-        """Note that a pruning step has been done."""
-        self._done = index + 1
+    @property
+    def _kept(self) -> Mask:
+        return self._progress.kept
+
+    @property
+    def _done(self) -> int:
+        return self._progress.done
+
+    def _after(self, kept: Mask, index: int) -> Progress:
+        """Return the progress once the pruning step with this index has left these weights. Nothing is changed."""
+        return Progress(kept, index + 1)
 
     @abstractmethod
     def _prune(self, weights: Vector, index: int) -> Outcome:
         """Return what the pruning step with this index makes of all weights. Nothing is changed."""
+
+
+def _sparsity_of(kept: Mask) -> float:
+    return int(np.count_nonzero(~kept)) / len(kept)
 
 
 def _first_difference(saved: Vector, planned: Vector) -> str:
