@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array
-from mfac_core.log_lines import pruning_step_line, unfinished_line
+from mfac_core.log_lines import pruning_step_line, scope_in_line, unfinished_line
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
@@ -262,10 +262,11 @@ class LivePruning:
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)
         if planned is not None and planned.step < step and steps_per_execution > 1:
             _logger.info(
-                "the pruning step of step %d was done at step %d, where an execution of %d steps ends",
+                "the pruning step of step %d was done at step %d, where an execution of %d steps ends (%s)",
                 planned.step,
                 step,
                 steps_per_execution,
+                scope_in_line(self._name, self.variables),
             )
 
 
