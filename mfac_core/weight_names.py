@@ -115,8 +115,8 @@ class ModelNames:
         """
         if name in self.prunable:
             return False
-        own = re.split("[./#]", name)
-        is_bias = any(part == "bias" or part.startswith("bias_") or part.endswith("_bias") for part in own[-2:])
+        own = re.split("[./]", name.partition("#")[0])[-1]
+        is_bias = own == "bias" or own.startswith("bias_") or own.endswith("_bias")
         return name in self.normalization or is_bias or self.num_axes(name) < 2  # noqa: PLR2004
 
     def num_axes(self, name: str) -> int:
