@@ -17,8 +17,8 @@ NET = names_of_shapes(SHAPES)
 KERNELS = ["stem.weight", "block1.conv.weight", "block2.conv.weight", "fc.weight"]
 
 
-def chosen(params, exclude=(), model=NET, **options):
-    return list(selected_names(params, exclude, model, **options))
+def chosen(params, exclude=(), model=NET):
+    return list(selected_names(params, exclude, model))
 
 
 def refusal(params, exclude=(), model=NET):
@@ -132,13 +132,11 @@ def test_what_is_excluded_must_match_something_and_leave_something():
     )
 
 
-def test_frozen_weights_are_left_out_unless_they_are_asked_for():
+def test_frozen_weights_are_left_out_and_an_error_by_name():
     model = ModelNames(
         shapes=SHAPES, prunable=KERNELS, layers=NET.layers, frozen=["stem.weight", "block1.conv.weight", "fc.bias"]
     )
     assert chosen(["__ALL_PRUNABLE__"], model=model) == ["block2.conv.weight", "fc.weight"]
-    assert chosen(["__ALL_PRUNABLE__"], model=model, with_frozen=True) == KERNELS
-    assert chosen(["stem.weight"], model=model, with_frozen=True) == ["stem.weight"]
     assert refusal(["stem.weight"], model=model) == (
         "params: 'stem.weight' is frozen (requires_grad is False); unfreeze it, or take it out of params"
     )

@@ -83,6 +83,7 @@ def test_a_frozen_variable_is_an_error_by_name_and_left_out_by_pattern(zoo, capl
     select_variables(zoo, ["__ALL_PRUNABLE__"], ["frozen"])
     select_variables(zoo, ["dense/kernel"])
     assert not caplog.text
+    assert list(select_variables(zoo, ["frozen/kernel"], frozen_too=True)) == ["frozen/kernel"]
     with pytest.raises(SettingError, match="leaves nothing to prune"):
         select_variables(zoo, ["re:frozen/kernel"])
 

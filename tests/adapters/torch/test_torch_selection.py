@@ -103,6 +103,13 @@ def test_a_frozen_parameter_is_an_error_by_name_and_left_out_by_token(zoo, caplo
         select_parameters(zoo, [r"re:conv\.weight"])
 
 
+def test_frozen_parameters_are_selected_like_others_where_that_is_asked_for(zoo, caplog):
+    zoo.conv.requires_grad_(False)
+    assert "conv.weight" in select_parameters(zoo, ["__ALL_PRUNABLE__"], ["attention.in_proj_weight"], frozen=True)
+    assert list(select_parameters(zoo, ["conv.weight"], frozen=True)) == ["conv.weight"]
+    assert not caplog.records
+
+
 def test_frozen_parameters_that_are_left_out_are_one_warning_with_their_share(zoo, caplog):
     for parameter in zoo.body.parameters():
         parameter.requires_grad_(False)
