@@ -33,6 +33,10 @@ from tests.core.recipe_lines import item, mfac, only, refusal
 class TestMFACPruningModifier:
     # Key lines -> what they change in the settings.
     CHANGES = (
+        (["exclude: fc"], {"exclude": ("fc",)}),
+        (["exclude: [stem, 're:.*bias']"], {"exclude": ("stem", "re:.*bias")}),
+        (["exclude: []"], {}),
+        (["ignore: [fc]"], {"exclude": ("fc",)}),
         (["params: __ALL__"], {"params": ("__ALL__",)}),
         (["params: [conv.weight, 're:fc.*']"], {"params": ("conv.weight", "re:fc.*")}),
         (["init_sparsity: 0.1"], {"initial_sparsity": 0.1}),
@@ -105,6 +109,10 @@ class TestMFACPruningModifier:
         tested = {line.partition(":")[0].strip() for keys, _ in self.CHANGES for line in keys}
         assert set(MODIFIERS["MFACPruningModifier"].keys) - {"num_pages"} <= tested
 
+    def test_what_is_excluded_is_written_once(self):
+        message = refusal(mfac("ignore: [a]", "exclude: [b]"))
+        assert message.startswith("<text>:6: MFACPruningModifier.exclude: ignore on line 5 already gives this setting")
+
     def test_absent_devices_are_decided_where_the_model_is(self):
         assert (only(mfac()).devices, only(mfac()).gradients_device) == (("auto",), "auto")
 
@@ -141,6 +149,8 @@ class TestMFACPruningModifier:
             ("params: 3", "params: 3 must be a name or a list of names"),
             ("params: [a, 3]", "params: ['a', 3] must be a name or a list of names"),
             ("params: {a: b}", "params: {'a': 'b'} must be a name or a list of names"),
+            ("exclude: 3", "exclude: 3 must be a name or a list of names, such as [stem, fc.weight]"),
+            ("ignore: [re:(]", "ignore: 're:(' is not a regular expression"),
             ("params: []", "params: () must be a name or a non-empty list of names"),
             ("init_sparsity: 1.0", "init_sparsity: 1.0 is out of range; the rule is 0 <= init_sparsity < 1"),
             ("init_sparsity: 0.9", "init_sparsity: 0.9 is above final_sparsity 0.8"),
@@ -196,7 +206,7 @@ class TestMFACPruningModifier:
             ("mfac_options: {dmap: 1.0}", "mfac_options.dmap: unknown key (did you mean damp?)"),
             ("mfac_options: {damp: -1}", "mfac_options.damp: -1.0 is out of range; the rule is damp > 0"),
             ("finl_sparsity: 3", "finl_sparsity: unknown key (did you mean final_sparsity?); the keys are params, "),
-            ("qqq: 3", "qqq: unknown key; the keys are params, init_sparsity, "),
+            ("qqq: 3", "qqq: unknown key; the keys are params, ignore, exclude, init_sparsity, "),
             ("grad_sampler_kwargs: 8", "grad_sampler_kwargs: 8 must be a mapping of arguments"),
             ("grad_sampler_kwargs: {1: 2}", "grad_sampler_kwargs: {1: 2} must be a mapping from argument to value"),
             ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer"),
@@ -331,6 +341,12 @@ class TestModifiers:
     # Modifier, key line -> what it changes in the settings.
     CHANGES = (
         ("MagnitudePruningModifier", "params: a", {"params": ("a",)}),
+        ("MagnitudePruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("GMPruningModifier", "ignore: [a, b]", {"exclude": ("a", "b")}),
+        ("ConstantPruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("ConstantPruningModifier", "ignore: a", {"exclude": ("a",)}),
+        ("ACDCPruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("ACDCPruningModifier", "ignore: a", {"exclude": ("a",)}),
         ("MagnitudePruningModifier", "init_sparsity: 0.2", {"initial_sparsity": 0.2}),
         ("MagnitudePruningModifier", "inter_func: linear", {"interpolation": "linear"}),
         ("MagnitudePruningModifier", "global_sparsity: false", {}),

@@ -49,6 +49,7 @@ def gradual(draw: st.DrawFn) -> dict[str, object]:
     return {
         **draw(spans()),
         **({} if grouped else {"params": draw(NAMES)}),
+        "exclude": draw(st.just(()) | NAMES),
         "final_sparsity": final,
         "initial_sparsity": draw(st.just(FROM_PARAM) | st.floats(0, lowest)),
         "update_frequency": draw(st.floats(0.01, 10)),

@@ -146,8 +146,9 @@ def test_names_in_the_style_of_pytorch_are_told_apart(task):
         SettingError, match=r"MFACPruningModifier.params: 'body.weight' .*PyTorch's `weight` is a `kernel`"
     ):
         task.fit(task.model(), MFACPruningCallback(task.recipe(params="[body.weight]")))
-    with pytest.raises(SettingError, match=r"it is a layer; re:tiny/body\[/\] selects what is in it"):
-        task.fit(task.model(), MFACPruningCallback(task.recipe(params="[tiny/body]")))
+    callback = MFACPruningCallback(task.recipe(params="[tiny/body]"))
+    task.fit(task.model(), callback)
+    assert list(callback.masks) == ["tiny/body/kernel"]
 
 
 @pytest.mark.feature("errors at fit, by name")
