@@ -64,7 +64,7 @@ class LivePruning:
     ) -> None:
         self.settings = settings
         self.variables = select_variables(
-            model, settings.params, settings.exclude, with_frozen=isinstance(settings, ConstantSettings), told=told
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
         )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
