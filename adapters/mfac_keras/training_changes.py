@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -99,8 +100,8 @@ class TrainingChanges:
             "weight_decays": {str(group): self._groups[group].weight_decay for group in self._decayed()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that does not fit.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
@@ -108,6 +109,31 @@ class TrainingChanges:
         Raises:
             ValueError: If it does not fit.
         """
+        done, decays = state.get("options_done"), state.get("weight_decays")
+        if not isinstance(done, list) or not isinstance(decays, Mapping):
+            raise ValueError("the state is broken: it does not say which changes in training are done")
+        self._options.check_state(done)
+        groups = [str(group) for group in self._decayed()]
+        for group, value in decays.items():
+            if group not in groups:
+                raise ValueError(
+                    f"the state holds the weight decay of optimizer {group}, which the recipe does not set here (it "
+                    f"sets those of {', '.join(groups) or 'none'}); resume with the recipe and the optimizer that the "
+                    "state was saved with"
+                )
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise ValueError(f"the state is broken: the weight decay of optimizer {group} is {value!r}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+
+        Raises:
+            ValueError: If it does not fit; nothing is changed then.
+        """
+        self.check_state(state)
         self._options.load_state_dict(state["options_done"])
         for group, value in state["weight_decays"].items():
             set_weight_decay(self._groups[int(group)], value)
