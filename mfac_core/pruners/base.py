@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -112,7 +110,6 @@ class Pruner(ABC):
             self.layout.check(masks, "masks")
             self._kept = self.layout.flatten(masks).astype(bool)
         self._done = 0
-        self._steps_in_epoch = steps_per_epoch
         self._told_empty: set[str] = set()
 
     @property
@@ -231,40 +228,9 @@ class Pruner(ABC):
             resets_optimizer=outcome.resets_optimizer,
         )
 
-    @contextmanager
-    def pruning(self, weights: Mapping[str, Array], step: int | None = None) -> Iterator[PruneResult]:
-        """Do the pruning step that is due, once the block of the ``with`` statement has put its result to use.
-
-        Args:
-            weights: As in :meth:`prune`.
-            step: As in :meth:`prune`.
-
-        Yields:
-            As :meth:`prune` returns.
-        """
-        trial = copy.copy(self)
-        for name, value in vars(self).items():
-            if name == "_window":
-                setattr(trial, name, copy.deepcopy(value))
-        result = trial.prune(weights, step)
-        yield result
-        vars(self).update(vars(trial))
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that does not fit.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If it does not fit.
-        """
-        copy.copy(self).load_state_dict(state)
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only."""
         return {
-            "steps_per_epoch": self._steps_in_epoch,
             "method": type(self).__name__,
             "schedule": self._planned(),
             "pruning_steps_done": self._done,
@@ -280,11 +246,6 @@ class Pruner(ABC):
         Raises:
             ValueError: If masks or schedule do not fit; nothing is changed then.
         """
-        saved = state.get("steps_per_epoch", self._steps_in_epoch)
-        if saved != self._steps_in_epoch:
-            schedule = np.array(state["schedule"], dtype=float)
-            schedule[:, 0] = np.round(schedule[:, 0] * self._steps_in_epoch / saved)
-            state = {**state, "schedule": schedule}
         missing = {"method", "schedule", "pruning_steps_done", "masks"} - set(state)
         if missing:
             raise ValueError(f"this is not the state of a pruner: it lacks {', '.join(sorted(missing))}")
