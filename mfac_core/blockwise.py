@@ -34,15 +34,17 @@ class GradientSource(Protocol):
 
     Attributes:
         slabs: How the columns are stored.
-        count: Rows ``m``.
         num_weights: Columns ``d``.
         dtype: dtype of the rows.
     """
 
     slabs: tuple[BlockGroup, ...]
-    count: int
     num_weights: int
     dtype: np.dtype[Any]
+
+    @property
+    def count(self) -> int:
+        """Rows ``m``."""
 
     def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the chunks of a group, each of shape ``(n, m, width)``."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
 from mfac_core.blocks import BlockGroup, cut
+from mfac_core.state_checks import check_keys, checked_array, checked_integer
 
 __all__ = ["GradientWindow"]
 
@@ -54,12 +55,18 @@ class GradientWindow:
         self.block_size = block_size
         self.device = resolve_device(device)
         self.dtype = np.dtype(dtype)
-        self.count = 0
-        self._position = 0
+        # both change in one assignment each, so that an interruption leaves whole rows only
+        self._pushed = 0  # rows since the window was empty
+        self._overwritten: int | None = None  # the value of `_pushed` at which a row was begun over the oldest
         self._feeds = tuple(feeds)
         self._slab_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
         self.slabs = self._cut(num_weights, num_gradients)
         self._storage = [self._allocate(slab, num_gradients) for slab in self.slabs]
+
+    @property
+    def count(self) -> int:
+        """Rows that are stored. One whose writing was interrupted does not count, nor the oldest that was under it."""
+        return min(self._pushed, self.num_gradients) - (self._torn is not None)
 
     @property
     def is_full(self) -> bool:
@@ -89,12 +96,13 @@ class GradientWindow:
                 f"{' and '.join(str(tuple(part.shape)) for part in parts)}"
             )
         with self.device.backend.on(self.device.name):
+            here = [self.device.asarray(part, self.dtype) for part in parts]
+            self._overwritten = self._pushed if self._pushed >= self.num_gradients else None
             first = 0
-            for part in parts:
-                self._write(first, self.device.asarray(part, self.dtype))
+            for part in here:
+                self._write(first, part)
                 first += part.shape[0]
-        self._position = (self._position + 1) % self.num_gradients
-        self.count = min(self.count + 1, self.num_gradients)
+        self._pushed += 1
 
     def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the rows stored so far of one group.
@@ -103,82 +111,125 @@ class GradientWindow:
             group: Consecutive blocks of one of the :attr:`slabs`.
 
         Returns:
-            For each chunk an array of shape ``(count, rows, width)``: views, in ring order.
+            For each chunk an array of shape ``(count, rows, width)``: views, in ring order; copies after an interrupted
+            :meth:`push`.
         """
         index = bisect_right(self.slabs, group.start, key=lambda slab: slab.start) - 1
         first = (group.start - self.slabs[index].start) // group.width
-        return [chunk[first : first + group.count, : self.count, :] for chunk in self._storage[index]]
+        return [self._rows(chunk[first : first + group.count, :, :]) for chunk in self._storage[index]]
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.count = 0
-        self._position = 0
+        self._pushed = 0
 
-    def rebuild(self, kept: npt.NDArray[np.bool_], num_gradients: int) -> None:
-        """Drop columns and change the number of rows, block by block, without a second window.
+    def rebuilt(self, kept: npt.NDArray[np.bool_], num_gradients: int) -> GradientWindow:
+        """Return a window with fewer columns and another number of rows. This one is not changed.
 
         Args:
             kept: Which columns stay, shape ``(d,)``, in host memory.
-            num_gradients: Rows kept from now on; the most recent ones stay.
+            num_gradients: Rows kept from then on; the most recent ones are in it.
+
+        Returns:
+            The new window, on the same device.
+
+        Example:
+            >>> window = GradientWindow(3, 2, block_size=None)
+            >>> window.push(np.arange(3.0))
+            >>> window.rebuilt(np.array([True, False, True]), 4).to_rows()
+            array([[0., 2.]], dtype=float32)
         """
         rows = self._chronological()[-num_gradients:]
-        num_weights = int(np.count_nonzero(kept))
-        slabs = self._cut(num_weights, num_gradients)
+        window = GradientWindow(
+            int(np.count_nonzero(kept)),
+            num_gradients,
+            block_size=self.block_size,
+            device=self.device,
+            feeds=self._feeds,
+            dtype=self.dtype,
+        )
         with self.device.backend.on(self.device.name):
-            pieces = self._drain(kept, rows)
-            storage = []
+            pieces = self._pieces(kept, rows)
             left: Array | None = None
-            for slab in slabs:
-                chunks = self._allocate(slab, num_gradients)
+            for slab, chunks in zip(window.slabs, window._storage, strict=True):
                 for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
                     columns, left = _take_columns(pieces, left, stop - start)
                     xp = array_namespace(columns)
                     chunk[:, : len(rows), :] = xp.permute_dims(
                         xp.reshape(columns, (len(rows), slab.count, chunk.shape[2])), (1, 0, 2)
                     )
-                storage.append(chunks)
-        self.num_weights = num_weights
-        self.num_gradients = num_gradients
-        self.slabs = slabs
-        self._storage = storage
-        self.count = len(rows)
-        self._position = self.count % num_gradients
+        window._pushed = len(rows)
+        return window
 
     def to_rows(self) -> npt.NDArray[Any]:
         """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""
         rows = np.empty((self.count, self.num_weights), self.dtype)
         for slab, chunks in zip(self.slabs, self._storage, strict=True):
             for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
-                part = self.device.to_numpy(chunk[:, : self.count, :])
+                part = self.device.to_numpy(self._rows(chunk))
                 rows[:, start:stop] = part.transpose(1, 0, 2).reshape(self.count, stop - start)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rows and the position of the ring."""
-        return {"rows": self.to_rows(), "position": self._position}
+        rows = self.to_rows()
+        if self._torn is None:
+            return {"rows": rows, "position": self._pushed % self.num_gradients}
+        # from the oldest on, so that the next row comes after them
+        return {"rows": np.roll(rows, -self._torn, axis=0), "position": self.count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is not the state of a window like this one. Nothing is changed.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If rows or position are broken or do not fit this window.
+        """
+        check_keys("a gradient window", state, ("rows", "position"))
+        rows = checked_array("rows of the gradient window", state["rows"], self.dtype, 2)
+        if rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
+            raise ValueError(
+                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
+                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
+            )
+        # until the window is full, the next row comes after the others
+        full = len(rows) == self.num_gradients
+        bounds = (0, len(rows) - 1) if full else (len(rows), len(rows))
+        checked_integer("position in the gradient window", state["position"], *bounds)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take rows and position from :meth:`state_dict`.
 
         Args:
             state: What :meth:`state_dict` returned, of a window with as many columns and rows.
 
         Raises:
-            ValueError: If the rows do not fit this window.
+            ValueError: As in :meth:`check_state`; nothing is changed then.
         """
-        rows = np.asarray(state["rows"])
-        if rows.ndim != 2 or rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
-            raise ValueError(
-                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
-                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
-            )
+        self.check_state(state)
+        rows = state["rows"]
         self.clear()
         for row in rows:
             self.push(row)
-        self._position = int(state["position"])
+        if self.is_full:
+            self._pushed = self.num_gradients + int(state["position"])
+
+    @property
+    def _torn(self) -> int | None:
+        """The place of a row that holds a part of another, after an interrupted :meth:`push` into a full window."""
+        return self._pushed % self.num_gradients if self._pushed == self._overwritten else None
+
+    def _rows(self, chunk: Array) -> Array:
+        """Return the rows stored so far of a chunk of shape ``(n, m, width)``."""
+        torn = self._torn
+        if torn is None:
+            return chunk[:, : self.count, :]
+        return array_namespace(chunk).concat([chunk[:, :torn, :], chunk[:, torn + 1 :, :]], axis=1)
 
     def _write(self, first: int, part: Array) -> None:
-        """Write a part of the row at the position of the ring, from column ``first`` on."""
+        """Write a part of the next row, from column ``first`` on."""
+        position = self._pushed % self.num_gradients
         last = first + part.shape[0]
         begin = max(bisect_right(self.slabs, first, key=lambda slab: slab.start) - 1, 0)
         for slab, chunks in zip(self.slabs[begin:], self._storage[begin:], strict=True):
@@ -187,7 +238,7 @@ class GradientWindow:
                     return
                 if first < stop:
                     here = part[max(start, first) - first : min(stop, last) - first]
-                    _write_blocks(chunk, self._position, max(first - start, 0), here)
+                    _write_blocks(chunk, position, max(first - start, 0), here)
 
     def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
         return cut(
@@ -205,17 +256,15 @@ class GradientWindow:
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
 
     def _chronological(self) -> npt.NDArray[np.intp]:
-        first = self._position if self.is_full else 0
-        return (first + np.arange(self.count)) % self.num_gradients
+        oldest = max(self._pushed - self.num_gradients, 0) + (self._torn is not None)
+        return np.arange(oldest, self._pushed) % self.num_gradients
 
-    def _drain(self, kept: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
-        """Yield the kept columns of chunk after chunk, shape ``(rows, columns)``, freeing each chunk on the way."""
+    def _pieces(self, kept: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
+        """Yield the kept columns of chunk after chunk, shape ``(rows, columns)``."""
         for slab, chunks in zip(self.slabs, self._storage, strict=True):
-            for (start, stop), width in zip(slab.chunk_bounds, slab.chunk_widths, strict=True):
-                chunk = chunks.pop(0)
+            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
                 xp = array_namespace(chunk)
-                wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], slab.count * width))
-                del chunk
+                wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], stop - start))
                 columns = self.device.asarray(np.flatnonzero(kept[start:stop]))
                 yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)
 

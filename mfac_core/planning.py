@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
 from mfac_core.blocks import cut, working_bytes
@@ -12,7 +14,7 @@ from mfac_core.errors import MemoryBudgetError
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 
-__all__ = ["WINDOW_ITEMSIZE", "check_memory", "choose_window_device", "peak_window"]
+__all__ = ["WINDOW_ITEMSIZE", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
 
 WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
@@ -39,13 +41,32 @@ def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[Pla
         >>> peak_window(settings, 1000, [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)])
         (512, 500)
     """
-    # the window before a pruning step is as large as the sparsity reached by the step before it demands
-    reached = [0.0, *(step.sparsity for step in schedule[:-1])]
-    windows = [
-        (num_gradients_at(settings.num_gradients, sparsity), num_weights - round(num_weights * sparsity))
-        for sparsity in reached
-    ]
-    return max(windows, key=lambda window: window[0] * window[1])
+    return max(_windows(settings, num_weights, schedule), key=_size)
+
+
+def window_bytes(
+    settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep], *, live_gradients: bool = True
+) -> int:
+    """Return the bytes that gradient windows of a run take at most.
+
+    Args:
+        settings: What is pruned and how.
+        num_weights: Number of weights in scope.
+        schedule: The planned pruning steps.
+        live_gradients: Whether rows outlive a pruning step: then the next window is made beside the one before.
+
+    Returns:
+        The bytes of the largest window, or of the two largest that stand side by side.
+
+    Example:
+        >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
+        >>> schedule = [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)]
+        >>> window_bytes(settings, 1000, schedule, live_gradients=False), window_bytes(settings, 1000, schedule)
+        (256000, 384000)
+    """
+    windows = [_size(window) for window in _windows(settings, num_weights, schedule)]
+    together = [before + after for before, after in pairwise(windows) if before != after and live_gradients]
+    return max(windows + together) * WINDOW_ITEMSIZE
 
 
 def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
@@ -54,7 +75,7 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
     Args:
         wanted: The name of a device, or ``"auto"`` for the first GPU with room for the window, else host memory.
         devices: Where the blocks are computed.
-        num_bytes: Bytes of the largest gradient window of the run.
+        num_bytes: Bytes that gradient windows of the run take at most.
 
     Returns:
         The device.
@@ -80,14 +101,25 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
     return resolve_device("cpu")
 
 
-def check_memory(settings: MFACSettings, device: Device, num_weights: int, schedule: Sequence[PlannedStep]) -> int:
+def check_memory(
+    settings: MFACSettings,
+    device: Device,
+    num_weights: int,
+    schedule: Sequence[PlannedStep],
+    *,
+    live_gradients: bool = True,
+) -> int:
     """Refuse a run that would not fit, before it starts.
+
+    Most is taken either while blocks are computed, beside the largest window, or after a pruning step, while the next
+    window is made beside the one before.
 
     Args:
         settings: What is pruned and how.
         device: Where the gradient window is kept.
         num_weights: Number of weights in scope.
         schedule: The planned pruning steps.
+        live_gradients: As in :func:`window_bytes`.
 
     Returns:
         The bytes that the run takes at most on the device of the gradient window.
@@ -95,25 +127,44 @@ def check_memory(settings: MFACSettings, device: Device, num_weights: int, sched
     Raises:
         MemoryBudgetError: If they exceed what is free; the message names both, and settings that would fit.
     """
-    rows, columns = peak_window(settings, num_weights, schedule)
 
-    def bytes_for(rows: int) -> int:
-        window = rows * columns * WINDOW_ITEMSIZE
+    def bytes_for(settings: MFACSettings) -> int:
+        rows, columns = peak_window(settings, num_weights, schedule)
         blocks = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
         working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
-        return window + working
+        windows = window_bytes(settings, num_weights, schedule, live_gradients=live_gradients)
+        return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
 
-    needed = bytes_for(rows)
+    needed = bytes_for(settings)
     free = device.backend.free_bytes(device.name)
     if free is None or needed <= free:
         return needed
-    fitting = bisect_right(range(rows), free, key=bytes_for) - 1
+    rows, columns = peak_window(settings, num_weights, schedule)
+    fitting = (
+        bisect_right(range(rows), free, key=lambda rows: bytes_for(replace(settings, num_gradients=rows or 1))) - 1
+    )
     cure = (
         f"num_gradients of at most {fitting} would fit"
         if fitting > 0
         else "choose a smaller block_size, or fewer weights in params, or a machine with more memory"
     )
     raise MemoryBudgetError(
-        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights "
-        f"and room to work in), and {free:,} are free; {cure}"
+        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights, "
+        f"and room to work in or for the window that follows a pruning step), and {free:,} are free; {cure}"
     )
+
+
+def _windows(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> Iterator[tuple[int, int]]:
+    """Yield rows and columns of the window before each pruning step, and before each of its parts."""
+    reached = 0.0  # the window is as large as the sparsity reached by the pruning step before demands
+    parts = settings.num_recomputations
+    for planned in schedule:
+        rows = num_gradients_at(settings.num_gradients, reached)
+        for part in range(parts):
+            sparsity = reached + (planned.sparsity - reached) * part / parts
+            yield rows, num_weights - round(num_weights * sparsity)
+        reached = planned.sparsity
+
+
+def _size(window: tuple[int, int]) -> int:
+    return window[0] * window[1]

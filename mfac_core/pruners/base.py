@@ -6,9 +6,11 @@ import logging
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +21,11 @@ from mfac_core.masks import out_of_reach
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import MaskType, PruningSettings, Scope
+from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_layout import WeightLayout
 from mfac_core.weight_names import listed
 
-__all__ = ["Outcome", "Pruner"]
+__all__ = ["Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -71,6 +74,19 @@ class Outcome:
         return cls(weights_now, kept_now, predicted_loss_increase)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a pruner has come: a pruning step replaces all of it in one assignment, or nothing.
+
+    Args:
+        kept: Which of all weights are unpruned, shape ``(n,)``; never written to.
+        done: Pruning steps of the schedule that are done or passed over.
+    """
+
+    kept: Mask
+    done: int = 0
+
+
 class Pruner(ABC):
     """What all pruners share. After each :meth:`prune` the masks of its result are to be held, until the next.
 
@@ -105,11 +121,11 @@ class Pruner(ABC):
         self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
         self.layout = WeightLayout({name: tuple(array.shape) for name, array in weights.items()})
         if masks is None:
-            self._kept = np.ones(self.layout.num_weights, bool)
+            kept = np.ones(self.layout.num_weights, bool)
         else:
             self.layout.check(masks, "masks")
-            self._kept = self.layout.flatten(masks).astype(bool)
-        self._done = 0
+            kept = self.layout.flatten(masks).astype(bool)
+        self._progress = Progress(kept)
         self._told_empty: set[str] = set()
 
     @property
@@ -120,7 +136,7 @@ class Pruner(ABC):
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        return int(np.count_nonzero(~self._kept)) / self.layout.num_weights
+        return _sparsity_of(self._kept)
 
     @property
     def is_finished(self) -> bool:
@@ -181,7 +197,9 @@ class Pruner(ABC):
         return self._latest(step) >= self._done
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
-        """Do the pruning step that is due.
+        """Do the pruning step that is due; an exception leaves the pruner as it was.
+
+        Use :meth:`pruning` where something may still go wrong when the weights are put to use.
 
         Args:
             weights: Name and array of each weight in scope, float32 or float64. Not modified.
@@ -193,8 +211,42 @@ class Pruner(ABC):
             unless :attr:`is_released`.
 
         Raises:
-            ValueError: If all pruning steps are done, none is planned up to ``step``, or the weights do not fit or
-                hold NaN or Inf.
+            ValueError: If all pruning steps are done, none is planned up to ``step``, the weights do not fit or hold
+                NaN or Inf, or there is no gradient sample where one is needed.
+            IllConditionedError: If a block of the Fisher cannot be inverted accurately.
+        """
+        with self.pruning(weights, step) as result:
+            return result
+
+    @contextmanager
+    def pruning(self, weights: Mapping[str, Array], step: int | None = None) -> Iterator[PruneResult]:
+        """Do the pruning step that is due, once the block of the ``with`` statement has put its result to use.
+
+        Masks, progress and gradients of the pruner change in one assignment when the block ends. An exception before
+        or inside it leaves all of them as they were, and the same pruning step can be done again, with the same result.
+
+        Args:
+            weights: As in :meth:`prune`.
+            step: As in :meth:`prune`.
+
+        Yields:
+            As :meth:`prune` returns.
+
+        Raises:
+            ValueError: As in :meth:`prune`.
+            IllConditionedError: As in :meth:`prune`.
+            RuntimeError: If the block itself prunes with this pruner, or loads a state into it.
+
+        Example:
+            >>> from mfac_core import MagnitudeSettings, make_pruner
+            >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
+            >>> pruner = make_pruner(settings, {"w": np.zeros(2)}, steps_per_epoch=1)
+            >>> try:
+            ...     with pruner.pruning({"w": np.array([2.0, 1.0])}, step=1) as result:
+            ...         raise OSError("these weights cannot be written back")
+            ... except OSError:
+            ...     print(pruner.sparsity, pruner.is_due(1))
+            0.0 True
         """
         if self.is_finished:
             raise ValueError("all pruning steps of the schedule are done; ask is_due(step) before prune")
@@ -213,20 +265,26 @@ class Pruner(ABC):
             "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
+        before = self._kept
         outcome = self._prune(vector, index)
         self._warn_of_empty(vector, outcome.kept, self.schedule[index])
-        self._kept = outcome.kept
-        self._advance(index)
-        return PruneResult(
+        after = self._after(outcome.kept, index)
+        yield PruneResult(
             weights={
                 name: device_of(weights[name]).asarray(array)
                 for name, array in self.layout.unflatten_like(outcome.weights, weights).items()
             },
-            masks=self.masks,
-            sparsity=self.sparsity,
+            masks=self.layout.unflatten(outcome.kept.copy()),
+            sparsity=_sparsity_of(outcome.kept),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
         )
+        if self._kept is not before:
+            raise RuntimeError(
+                "the pruner was used for another pruning step, or loaded a state, inside the block of pruning(); "
+                "end the block first"
+            )
+        self._progress = after
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only."""
@@ -237,6 +295,20 @@ class Pruner(ABC):
             "masks": self.masks,
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is not a whole and fitting state. Nothing is changed.
+
+        Arrays must be NumPy arrays of the dtype that :meth:`state_dict` gives them. Numbers may be those of Python or
+        NumPy, or arrays without dimensions. How sparse the masks are is not held against the schedule.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it is broken, or belongs to another recipe or model; the message names what.
+        """
+        self._loaded(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
 
@@ -244,22 +316,37 @@ class Pruner(ABC):
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If masks or schedule do not fit; nothing is changed then.
+            ValueError: As in :meth:`check_state`; nothing is changed then.
         """
-        missing = {"method", "schedule", "pruning_steps_done", "masks"} - set(state)
-        if missing:
-            raise ValueError(f"this is not the state of a pruner: it lacks {', '.join(sorted(missing))}")
-        strange = [*self._other_weights(state["masks"]), *self._other_schedule(state)]
-        if strange:
-            raise ValueError(
-                f"the state belongs to another recipe or model: {'; '.join(strange)}. "
-                "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
+        vars(self).update(vars(self._loaded(state)))
+
+    def _loaded(self, state: Mapping[str, Any]) -> Self:
+        """Return a pruner like this one that has taken a state, which may be refused. This one is not changed."""
+        check_keys("a pruner", state, ("method", "schedule", "pruning_steps_done", "masks"))
+        own = type(self).__name__
+        if not isinstance(state["method"], str):
+            refuse("method", state["method"], "the name of a pruner")
+        if state["method"] != own:
+            self._refuse_as_strange(
+                [f"it has another method or schedule of pruning ({state['method']}, and here {own})"]
             )
-        done = int(state["pruning_steps_done"])
-        if not 0 <= done <= len(self.schedule):
-            raise ValueError(f"the state is broken: it counts {done} of {len(self.schedule)} pruning steps as done")
-        self._kept = self.layout.flatten(state["masks"]).astype(bool)
-        self._done = done
+        loaded = copy(self)
+        loaded._take(state)
+        return loaded
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Check a state of this method and take it. One that is refused may be half taken: this runs on a copy."""
+        check_keys("a pruner (its masks)", state["masks"], ())
+        saved = checked_array("schedule", state["schedule"], np.float64, 2)
+        if saved.shape[1] != 2:
+            refuse("schedule", saved, "steps and sparsities, in two columns")
+        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved)]
+        if strange:
+            self._refuse_as_strange(strange)
+        for name, shape in self.layout.shapes.items():
+            checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
+        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(self.schedule))
+        self._progress = Progress(self.layout.flatten(state["masks"]), done)
 
     def _say_what_is_out_of_reach(
         self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
@@ -274,28 +361,30 @@ class Pruner(ABC):
                 sparsity,
             )
 
+    @staticmethod
+    def _refuse_as_strange(differences: Sequence[str]) -> NoReturn:
+        raise ValueError(
+            f"the state belongs to another recipe or model: {'; '.join(differences)}. "
+            "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
+        )
+
     def _other_weights(self, masks: Mapping[str, Array]) -> Iterator[str]:
         """Yield what differs between the weights of a state and these."""
         lacking = [name for name in self.layout.shapes if name not in masks]
         if lacking:
             yield f"it has no mask for {listed(lacking)}"
-        unknown = [name for name in masks if name not in self.layout.shapes]
+        unknown = [str(name) for name in masks if name not in self.layout.shapes]
         if unknown:
             yield f"it has masks for {listed(unknown)}, which are not pruned here"
         for name, shape in self.layout.shapes.items():
-            if name in masks and tuple(masks[name].shape) != shape:
-                yield f"its {name} has shape {tuple(masks[name].shape)}, and here {shape}"
+            if name in masks and np.shape(masks[name]) != shape:
+                yield f"its {name} has shape {np.shape(masks[name])}, and here {shape}"
                 return
 
-    def _other_schedule(self, state: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what differs between the method and the pruning steps of a state and these."""
-        what = "it has another method or schedule of pruning"
-        if state["method"] != type(self).__name__:
-            yield f"{what} ({state['method']}, and here {type(self).__name__})"
-            return
-        saved = np.asarray(state["schedule"])
+    def _other_schedule(self, saved: Vector) -> Iterator[str]:
+        """Yield what differs between the pruning steps of a state and these."""
         if not self._is_same_schedule(saved):
-            yield f"{what} ({_first_difference(saved, self._planned())})"
+            yield f"it has another method or schedule of pruning ({_first_difference(saved, self._planned())})"
 
     def _warn_of_empty(self, weights: Vector, kept: Mask, planned: PlannedStep) -> None:
         """Warn once of each array that this pruning step leaves without a single weight."""
@@ -328,13 +417,25 @@ class Pruner(ABC):
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
         return bisect_right(self.schedule, step, key=lambda planned: planned.step) - 1
 
-    def _advance(self, index: int) -> None:
-        """Note that a pruning step has been done."""
-        self._done = index + 1
+    @property
+    def _kept(self) -> Mask:
+        return self._progress.kept
+
+    @property
+    def _done(self) -> int:
+        return self._progress.done
+
+    def _after(self, kept: Mask, index: int) -> Progress:
+        """Return the progress once the pruning step with this index has left these weights. Nothing is changed."""
+        return Progress(kept, index + 1)
 
     @abstractmethod
     def _prune(self, weights: Vector, index: int) -> Outcome:
         """Return what the pruning step with this index makes of all weights. Nothing is changed."""
+
+
+def _sparsity_of(kept: Mask) -> float:
+    return int(np.count_nonzero(~kept)) / len(kept)
 
 
 def _first_difference(saved: Vector, planned: Vector) -> str:

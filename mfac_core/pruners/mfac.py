@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,32 @@ import numpy as np
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.masks import Sparsity, part_of_the_way
-from mfac_core.planning import WINDOW_ITEMSIZE, check_memory, choose_window_device, peak_window
-from mfac_core.pruners.base import Mask, Vector
+from mfac_core.planning import check_memory, choose_window_device, window_bytes
+from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner
-from mfac_core.pruning_step import PruneResult, Selection, mfac_step
+from mfac_core.pruning_step import Selection, mfac_step
 from mfac_core.schedule import num_gradients_at
 from mfac_core.settings import MFACSettings
+from mfac_core.state_checks import check_keys, checked_flag, checked_integer
 
 __all__ = ["MFACPruner"]
 
 _logger = logging.getLogger("mfac_core")
+
+
+@dataclass(frozen=True)
+class MFACProgress(Progress):
+    """How far an M-FAC pruner has come.
+
+    Args (beside those of :class:`Progress`):
+        parts_done: Parts of the next pruning step that are done.
+        waits: Whether a pruning step fell due before there was any row: it waits until the first window is full.
+        window: The gradient samples of the unpruned weights; ``None`` before there is any.
+    """
+
+    parts_done: int = 0
+    waits: bool = False
+    window: GradientWindow | None = None
 
 
 class MFACPruner(GradualPruner):
@@ -28,7 +46,8 @@ class MFACPruner(GradualPruner):
 
     With ``num_recomputations`` a pruning step is done in as many parts, one by each call of :meth:`prune`: each goes an
     equal part of the way to the sparsity of the step, by a Fisher of its own over what remains. Live gradients serve
-    all parts; sampled ones are to be drawn anew for each. :meth:`is_due` stays True until the last part is done.
+    all parts; sampled ones are forgotten with each and to be drawn anew. :meth:`is_due` stays True until the last part
+    is done.
 
     Args:
         settings: What to prune, when and how.
@@ -63,6 +82,7 @@ class MFACPruner(GradualPruner):
     """
 
     settings: MFACSettings
+    _progress: MFACProgress
 
     def __init__(
         self,
@@ -77,28 +97,27 @@ class MFACPruner(GradualPruner):
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
         where_weights_are = device_of(weights[self.layout.names[0]])
         self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
-        rows, columns = peak_window(settings, self.layout.num_weights, self.schedule)
         self._window_device = choose_window_device(
-            settings.gradients_device, self._devices, rows * columns * WINDOW_ITEMSIZE
+            settings.gradients_device,
+            self._devices,
+            window_bytes(settings, self.layout.num_weights, self.schedule, live_gradients=live_gradients),
         )
         self._live = live_gradients
-        self._window: GradientWindow | None = None
         # gives the sample that was observed last, once its copy has arrived
         self._arriving: Callable[[], Array] | None = None
-        self._unpruned: tuple[Device, dict[str, Array]] | None = None
-        # parts of the next pruning step that are done
-        self._parts_done = 0
-        # a pruning step fell due before there was any row: it waits until the first window is full
-        self._waits = False
+        # for which device and which unpruned weights, and how they are gathered there
+        self._unpruned: tuple[Device, Mask, dict[str, Array]] | None = None
+        self._progress = MFACProgress(self._kept)
         self._told: set[str] = set()
         self._refused_rows = 0
-        check_memory(settings, self._window_device, self.layout.num_weights, self.schedule)
+        check_memory(
+            settings, self._window_device, self.layout.num_weights, self.schedule, live_gradients=live_gradients
+        )
 
     @property
     def num_gradients(self) -> int:
         """Rows that the window keeps now, by the sparsity reached in the schedule."""
-        reached = self.schedule[self._done - 1].sparsity if self._done else 0.0
-        return num_gradients_at(self.settings.num_gradients, reached)
+        return self._num_gradients_of(self._progress)
 
     @property
     def num_rows(self) -> int:
@@ -146,15 +165,14 @@ class MFACPruner(GradualPruner):
             check_float(f"gradients[{name!r}]", array)
         self._store_arriving()
         device = device_of(gradients[self.layout.names[0]])
-        if self._unpruned is None or self._unpruned[0] != device:
-            self._unpruned = device, self.layout.unpruned(self._kept, device)
+        unpruned = self._unpruned_on(device)
         if device.backend.name == "numpy":
             with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
                 return self._store(
-                    [part.astype(np.float32, copy=False) for part in self.layout.parts(gradients, self._unpruned[1])]
+                    [part.astype(np.float32, copy=False) for part in self.layout.parts(gradients, unpruned)]
                 )
         with device.backend.on(device.name):
-            row = device.asarray(self.layout.gather(gradients, self._unpruned[1]), np.float32)
+            row = device.asarray(self.layout.gather(gradients, unpruned), np.float32)
             if device.backend is self._window_device.backend:
                 xp = array_namespace(row)
                 finite = device.backend.fetch(xp.all(xp.isfinite(row)))
@@ -189,92 +207,61 @@ class MFACPruner(GradualPruner):
         if not self.num_rows:
             return False
         full = self._window is not None and self._window.is_full
-        return full or not self._waits or self.schedule[self._latest(step)].step == step
-
-    def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
-        """Do the pruning step that is due, or its next part, and drop the pruned columns of the window.
-
-        Args:
-            weights: As in :meth:`Pruner.prune`.
-            step: As in :meth:`Pruner.prune`. Parts that are left of a pruning step are passed over with it.
-
-        Returns:
-            As in :meth:`Pruner.prune`.
-
-        Raises:
-            ValueError: As in :meth:`Pruner.prune`, or if there is no gradient sample.
-            IllConditionedError: If a block of the Fisher cannot be inverted accurately.
-        """
-        kept_before = self._kept
-        result = super().prune(weights, step)
-        self._waits = False
-        self._unpruned = None
-        if self.is_finished:
-            self._window = None
-        elif self._window is not None:
-            self._window.rebuild(self._kept[kept_before], self.num_gradients)
-        return result
+        return full or not self._progress.waits or self.schedule[self._latest(step)].step == step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the gradient window included: arrays and plain numbers only."""
+        """Return all that a resumed run needs: arrays and plain numbers only.
+
+        Its ``window`` may be left out of what is loaded, or be ``None``; rows are then collected anew.
+        """
         self._store_arriving()
         return {
             **super().state_dict(),
-            "parts_done": self._parts_done,
-            "waits": self._waits,
+            "parts_done": self._progress.parts_done,
+            "waits": self._progress.waits,
             "refused_rows": self._refused_rows,
             "window": None if self._window is None else self._window.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
-
-        Args:
-            state: What :meth:`state_dict` returned. Its ``window`` may be left out; rows are then collected anew.
-
-        Raises:
-            ValueError: If masks, schedule or window do not fit; nothing is changed then.
-        """
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        check_keys("an M-FAC pruner", state, ("parts_done", "waits", "refused_rows"))
         parts = self.settings.num_recomputations
-        parts_done = int(state.get("parts_done", 0))
-        if not 0 <= parts_done < parts:
+        parts_done = checked_integer("parts_done", state["parts_done"], at_least=-sys.maxsize)
+        if not 0 <= parts_done < parts or (parts_done and self.is_finished):
             raise ValueError(
-                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}; "
-                "resume with the recipe that it was saved with"
+                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}, with "
+                f"{len(self.schedule) - self._done} pruning steps to do; resume with the recipe that it was saved with"
             )
-        before = vars(self).copy()
-        super().load_state_dict(state)
-        window = None
+        self._progress = MFACProgress(self._kept, self._done, parts_done, checked_flag("waits", state["waits"]))
+        self._refused_rows = checked_integer("refused_rows", state["refused_rows"])
+        self._arriving = None
         if state.get("window") is not None:
             window = self._new_window(int(np.count_nonzero(self._kept)))
-            try:
-                window.load_state_dict(state["window"])
-            except ValueError:
-                vars(self).update(before)
-                raise
-        self._window = window
-        self._arriving = None
-        self._unpruned = None
-        self._parts_done = parts_done
-        self._waits = bool(state.get("waits", False))
-        self._refused_rows = int(state.get("refused_rows", 0))
+            window.load_state_dict(state["window"])
+            self._progress = replace(self._progress, window=window)
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
         parts_left = self.settings.num_recomputations - self._parts_of(index)
         return part_of_the_way(self._sparsity_of(~self._kept), self._sparsity_at(index), parts_left)
 
-    def _advance(self, index: int) -> None:
+    def _after(self, kept: Mask, index: int) -> MFACProgress:
         parts_done = self._parts_of(index) + 1
-        if parts_done == self.settings.num_recomputations:
-            super()._advance(index)
-            self._parts_done = 0
+        if parts_done < self.settings.num_recomputations:
+            after = MFACProgress(kept, index, parts_done)
         else:
-            self._done = index
-            self._parts_done = parts_done
+            after = MFACProgress(kept, index + 1)
+        if self._window is None or after.done == len(self.schedule) or not self._live:
+            return after
+        return replace(after, window=self._window.rebuilt(kept[self._kept], self._num_gradients_of(after)))
+
+    def _num_gradients_of(self, progress: MFACProgress) -> int:
+        reached = self.schedule[progress.done - 1].sparsity if progress.done else 0.0
+        return num_gradients_at(self.settings.num_gradients, reached)
 
     def _parts_of(self, index: int) -> int:
         """Return how many parts of a pruning step are done: none of one that passes others over."""
-        return self._parts_done if index == self._done else 0
+        return self._progress.parts_done if index == self._done else 0
 
     def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
         self._store_arriving()
@@ -301,11 +288,21 @@ class MFACPruner(GradualPruner):
             devices=self._devices,
         )
 
+    @property
+    def _window(self) -> GradientWindow | None:
+        return self._progress.window
+
+    def _unpruned_on(self, device: Device) -> dict[str, Array]:
+        """Return which entries of gradients on a device are stored."""
+        if self._unpruned is None or self._unpruned[0] != device or self._unpruned[1] is not self._kept:
+            self._unpruned = device, self._kept, self.layout.unpruned(self._kept, device)
+        return self._unpruned[2]
+
     def _store_arriving(self) -> None:
         if self._arriving is not None:
-            arriving, self._arriving = self._arriving, None
-            row = arriving()
+            row = self._arriving()
             self._store(None if row is None else [row])
+            self._arriving = None
 
     def _store(self, parts: list[Array] | None) -> bool:
         # looked at before any is written: in a full window they take the place of the oldest sample
@@ -313,9 +310,13 @@ class MFACPruner(GradualPruner):
             self._refused_rows += 1
             self._tell_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
             return False
-        if self._window is None:
-            self._window = self._new_window(sum(int(part.shape[0]) for part in parts))
-        self._window.push(*parts)
+        window = self._window
+        if window is not None:
+            window.push(*parts)
+        else:  # not kept without a row
+            window = self._new_window(sum(int(part.shape[0]) for part in parts))
+            window.push(*parts)
+            self._progress = replace(self._progress, window=window)
         return True
 
     def _new_window(self, num_weights: int) -> GradientWindow:
@@ -328,8 +329,8 @@ class MFACPruner(GradualPruner):
         )
 
     def _note_waiting(self, step: int) -> None:
-        if not self._waits and self._latest(step) >= self._done and not self.num_rows:
-            self._waits = True
+        if not self._progress.waits and self._latest(step) >= self._done and not self.num_rows:
+            self._progress = replace(self._progress, waits=True)
             self._tell_once(
                 "waits",
                 f"the pruning step at step {self.schedule[self._done].step} falls due before there is any gradient "

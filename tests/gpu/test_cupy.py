@@ -125,8 +125,7 @@ def test_the_window_on_cuda_holds_the_same_rows():
         for window in windows:
             window.push(row)
     kept = rng.random(70) < 0.6
-    for window in windows:
-        window.rebuild(kept, 7)
+    windows = [window.rebuilt(kept, 7) for window in windows]
     np.testing.assert_array_equal(windows[0].to_rows(), windows[1].to_rows())
 
 
