@@ -52,6 +52,18 @@ class BlockGroup:
             start += self.count * width
         return tuple(bounds)
 
+    def part(self, first: int, count: int) -> BlockGroup:
+        """Return some of these blocks.
+
+        Args:
+            first: The first of them, counted from 0.
+            count: How many.
+
+        Returns:
+            Their group.
+        """
+        return BlockGroup(self.start + first * self.width, count, self.chunk_widths)
+
 
 @dataclass(frozen=True)
 class DeviceShare:
@@ -135,7 +147,7 @@ def deal(
     dealt: dict[str, list[BlockGroup]] = {name: [] for name in shares}
     if not slabs:
         return {name: () for name in dealt}
-    needed = max(working_bytes(_blocks_of(slab, 0, 1), num_gradients, itemsize) for slab in slabs)
+    needed = max(working_bytes(slab.part(0, 1), num_gradients, itemsize) for slab in slabs)
     able = {name: share for name, share in shares.items() if share.free_bytes is None or share.free_bytes >= needed}
     if not able:
         most = max(share.free_bytes or 0 for share in shares.values())
@@ -155,7 +167,7 @@ def deal(
             left = slab.count - first
             if current < len(names) - 1:
                 left = min(left, math.ceil((bounds[current] - slab.start) / slab.width - 0.5) - first)
-            group = _blocks_of(slab, first, min(left, _blocks_at_once(slab, share, num_gradients, itemsize)))
+            group = slab.part(first, min(left, _blocks_at_once(slab, share, num_gradients, itemsize)))
             dealt[names[current]].append(group)
             first += group.count
     return {name: tuple(groups) for name, groups in dealt.items()}
@@ -179,10 +191,6 @@ def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
     return 2 * chunk + copies * 8 * group.count * small * small
 
 
-def _blocks_of(slab: BlockGroup, first: int, count: int) -> BlockGroup:
-    return BlockGroup(slab.start + first * slab.width, count, slab.chunk_widths)
-
-
 def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
     total = sum(share.speed for share in shares.values())
     bounds, reached = [], 0.0
@@ -193,7 +201,7 @@ def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
 
 
 def _blocks_at_once(slab: BlockGroup, share: DeviceShare, num_gradients: int, itemsize: int) -> int:
-    working = working_bytes(_blocks_of(slab, 0, 1), num_gradients, itemsize)
+    working = working_bytes(slab.part(0, 1), num_gradients, itemsize)
     count = share.group_bytes // (working // 2)  # half of the working memory, or more, is the factor where it is large
     if share.free_bytes is not None:
         count = min(count, share.free_bytes // working)

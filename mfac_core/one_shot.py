@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Integral
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.errors import SettingError
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
@@ -29,6 +31,8 @@ from mfac_core.settings import (
 from mfac_core.weight_layout import WeightLayout
 
 __all__ = ["prune"]
+
+_logger = logging.getLogger("mfac_core")
 
 _ARRAY = "weights"  # the name of a single array among the mappings below
 
@@ -68,7 +72,8 @@ def prune(
         num_recomputations: In how many equal parts the sparsity is reached, each by a Fisher of its own over what
             remains.
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
-            name to permutation; for arrays whose layout is not (output, input, kernel...).
+            name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
+            inputs alone mean that the others number separate matrices, as in a stack of experts.
         devices: Where the blocks are computed.
 
     Returns:
@@ -113,6 +118,10 @@ def prune(
     layout.check_finite(vector, kept, "prune from finite weights, or mask these")
     gradient_parts = _gradient_parts(gradients, weights, layout)
     vector[~kept] = 0
+    whole = GradientMatrix(gradient_parts, block_size=block_size)
+    distinct = num_distinct_rows(whole)
+    if distinct < whole.count:
+        _logger.warning(repeated_rows(whole.count, distinct))
     increase = 0.0
     for parts_left in range(int(num_recomputations), 0, -1):
         reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)

@@ -50,7 +50,7 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
         return None
     session.load_state_dict(best.state)
     _say_what_differs(session, best, best_rank)
-    if not session.has_zeros_of_masks():
+    if session.zeros().regrown:
         session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
     return best
 

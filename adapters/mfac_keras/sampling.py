@@ -31,14 +31,20 @@ class GradientSampler:
             compiled with, regularization included.
 
     Raises:
-        TypeError: If the dataset is neither iterable nor callable.
+        TypeError: If the dataset is neither iterable nor callable, or the loss is none.
     """
 
     def __init__(self, dataset: Any, loss: Any = None) -> None:
-        if not callable(dataset) and not isinstance(dataset, Iterable | keras.utils.PyDataset):
+        if not (loss is None or callable(loss) or isinstance(loss, str | Mapping)):
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; pass a Keras loss, its name, or a function loss(y_true, y_pred), "
+                "after the batches"
+            )
+        is_no_data = isinstance(dataset, str | keras.losses.Loss | Mapping)
+        if is_no_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
             raise TypeError(
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
-                "tf.data.Dataset or a PyDataset"
+                "tf.data.Dataset or a PyDataset, and the loss after them"
             )
         self._source = _batches_of(dataset)
         self._loss = None if loss is None else keras.losses.get(loss)

@@ -11,6 +11,7 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import named_in_errors
+from mfac_core.state_checks import check_keys, refuse
 from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
 from mfac_core.training_settings import TrainableParams, TrainingSettings
 from mfac_core.weight_names import listed
@@ -109,9 +110,12 @@ class TrainingChanges:
         Raises:
             ValueError: If it does not fit.
         """
-        done, decays = state.get("options_done"), state.get("weight_decays")
-        if not isinstance(done, list) or not isinstance(decays, Mapping):
-            raise ValueError("the state is broken: it does not say which changes in training are done")
+        check_keys("changes in training", state, ("options_done", "weight_decays"))
+        done, decays = state["options_done"], state["weight_decays"]
+        if not isinstance(done, list) or not all(isinstance(each, bool) for each in done):
+            refuse("options_done", done, "a list of true and false")
+        if not isinstance(decays, Mapping):
+            refuse("weight_decays", decays, "a mapping")
         self._options.check_state(done)
         groups = [str(group) for group in self._decayed()]
         for group, value in decays.items():
@@ -121,8 +125,10 @@ class TrainingChanges:
                     f"sets those of {', '.join(groups) or 'none'}); resume with the recipe and the optimizer that the "
                     "state was saved with"
                 )
-            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-                raise ValueError(f"the state is broken: the weight decay of optimizer {group} is {value!r}")
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+            ):
+                refuse(f"weight_decays[{group!r}]", value, "a number of at least 0, or none")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,17 +23,22 @@ _logger = logging.getLogger("mfac_torch")
 class GradSampler:
     """Draws gradient samples: the gradients of a loss, one per batch of a data loader.
 
-    The model is evaluated in eval mode and is left as it was: the training flag of each module, ``.grad`` and
-    normalization statistics do not change.
+    The model is left as it was: the training flag of each module, ``.grad`` and normalization statistics do not change.
 
     Args:
-        data_loader_or_builder: Batches, each ``(inputs, targets)`` for ``model(inputs)`` or ``(args, kwargs, target)``
-            for ``model(*args, **kwargs)``; or a callable that returns an iterator of such batches. It is called anew
-            for each drawing, and when its batches have run out. What a recipe gives as ``grad_sampler_kwargs`` is
-            passed to it: by name where it has these arguments, otherwise as one dictionary.
+        data_loader_or_builder: Batches, each ``(inputs, targets)`` for ``model(inputs)``, ``(args, kwargs, target)``
+            for ``model(*args, **kwargs)``, or a mapping for ``model(**batch)``, whose ``labels`` are the target of
+            ``loss_fn``; or a callable that returns an iterator of such batches. It is called anew for each drawing,
+            and when its batches have run out. What a recipe gives as ``grad_sampler_kwargs`` is passed to it: by name
+            where it has these arguments, otherwise as one dictionary.
             Tensors in host memory are moved to the device of the model.
         loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``output`` is what the model returned, or the first entry
-            of a tuple that the function does not take.
+            of a tuple that the function does not take. ``None`` takes the loss that the model returns itself, called
+            with all of the batch: a scalar tensor, ``output.loss``, the first entry of a tuple, or the sum of a
+            dictionary of losses.
+        training: Whether the model is evaluated in training mode, as models that return losses in that mode only need
+            it; normalization statistics are put back after each sample. In a model that is in training mode already,
+            modules that are not (a frozen normalization layer) stay as they are.
         progress: Whether to show a progress bar while sampling.
 
     Raises:
@@ -47,22 +53,37 @@ class GradSampler:
         [torch.Size([1, 4]), torch.Size([1, 4])]
     """
 
-    def __init__(self, data_loader_or_builder: BatchSource, loss_fn: LossFunction, *, progress: bool = False) -> None:
+    def __init__(
+        self,
+        data_loader_or_builder: BatchSource,
+        loss_fn: LossFunction | None = None,
+        *,
+        training: bool = False,
+        progress: bool = False,
+    ) -> None:
         batches_last = not callable(loss_fn) and isinstance(loss_fn, Iterable) and not isinstance(loss_fn, str)
         if isinstance(data_loader_or_builder, nn.Module) or (callable(data_loader_or_builder) and batches_last):
             raise TypeError(
                 f"data_loader_or_builder is a {type(data_loader_or_builder).__name__} and loss_fn a "
                 f"{type(loss_fn).__name__}; the batches come first: write GradSampler(data_loader, loss_fn)"
             )
-        if not callable(data_loader_or_builder) and not isinstance(data_loader_or_builder, Iterable):
+        if isinstance(data_loader_or_builder, torch.Tensor | str | Mapping) or not (
+            callable(data_loader_or_builder) or isinstance(data_loader_or_builder, Iterable)
+        ):
             raise TypeError(
                 f"data_loader_or_builder is a {type(data_loader_or_builder).__name__}; pass an iterable of batches, "
                 "such as a DataLoader, or a callable that returns one"
             )
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn is a {type(loss_fn).__name__}; pass a callable loss_fn(output, target)")
+        if loss_fn is not None and not callable(loss_fn):
+            raise TypeError(
+                f"loss_fn is a {type(loss_fn).__name__}; pass a callable loss_fn(output, target), or none where the "
+                "model returns its loss"
+            )
+        if isinstance(loss_fn, type):
+            raise TypeError(f"loss_fn is the class {loss_fn.__name__}; make a loss of it: {loss_fn.__name__}()")
         self._source = data_loader_or_builder
         self._loss_fn = loss_fn
+        self._training = training
         self._progress = progress
         self._takes_first_entry = False
 
@@ -72,7 +93,7 @@ class GradSampler:
 
         Args:
             sampler: A :class:`GradSampler`, or ``{"data_loader_builder": ..., "loss_function": ...}``; ``loss_fn`` is
-                taken for ``loss_function`` too.
+                taken for ``loss_function`` too, which may be left out where the model returns its loss.
 
         Returns:
             The sampler itself, or one made from the dictionary.
@@ -85,12 +106,12 @@ class GradSampler:
         if not isinstance(sampler, Mapping):
             raise TypeError(f"grad_sampler is a {type(sampler).__name__}; pass GradSampler(data_loader, loss_fn)")
         named = {"loss_function" if key == "loss_fn" else key: value for key, value in sampler.items()}
-        if set(named) != {"data_loader_builder", "loss_function"}:
+        if set(named) | {"loss_function"} != {"data_loader_builder", "loss_function"}:
             raise TypeError(
                 f"grad_sampler has the keys {sorted(sampler)}; as a dictionary it has the keys data_loader_builder "
                 "and loss_function"
             )
-        return cls(named["data_loader_builder"], named["loss_function"])
+        return cls(named["data_loader_builder"], named.get("loss_function"))
 
     def gradients(
         self,
@@ -127,21 +148,33 @@ class GradSampler:
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
     ) -> dict[str, torch.Tensor]:
-        args, kwargs, target = _to_device(_call_of(batch), _device_of(model))
-        with _evaluating(model), _trained(parameters.values()), torch.enable_grad():
+        args, kwargs, target = _call_of(_to_device(batch, _device_of(model)), with_target=self._loss_fn is not None)
+        leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
+        with (
+            _in_mode(model, training=self._training),
+            _trained(parameters.values()),
+            _without_gradients(leaves),
+            torch.enable_grad(),
+        ):
+            if self._loss_fn is None:
+                _check_takes(model, args, kwargs)
             loss = self._loss(model(*args, **kwargs), target)
             _check_loss(loss)
-            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        if all(gradient is None for gradient in gradients):
+            # Not torch.autograd.grad, which sees nothing of a block that is evaluated again in its own backward pass.
+            loss.backward()
+            gradients = {name: parameter.grad for name, parameter in parameters.items()}
+        if all(gradient is None for gradient in gradients.values()):
             raise ValueError(
                 f"the loss of the GradSampler depends on none of the weights to prune: {', '.join(parameters)}"
             )
         return {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+            name: torch.zeros_like(parameters[name]) if gradient is None else gradient
+            for name, gradient in gradients.items()
         }
 
     def _loss(self, output: Any, target: Any) -> Any:
+        if self._loss_fn is None:
+            return _own_loss(output)
         if self._takes_first_entry:
             return self._loss_fn(output[0], target)
         try:
@@ -158,16 +191,70 @@ class GradSampler:
             return loss
 
 
-def _call_of(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Return what to call the model with, and the target of the loss; without one, the model gets it all.
+
+    Raises:
+        ValueError: If the batch has another form, or no target.
+    """
+    if isinstance(batch, Mapping):
+        if with_target and "labels" not in batch:
+            raise ValueError(
+                f"the data loader of the GradSampler yields a {type(batch).__name__} of {', '.join(map(str, batch))}, "
+                "which has no labels for loss_fn; add them under that name, or pass no loss_fn where the model returns "
+                "its loss"
+            )
+        kwargs = {str(key): value for key, value in batch.items() if not (with_target and key == "labels")}
+        return (), kwargs, batch["labels"] if with_target else None
     if isinstance(batch, tuple | list):
         if len(batch) == 3 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
             return tuple(batch[0]), dict(batch[1]), batch[2]
         if len(batch) == 2:
-            return (batch[0],), {}, batch[1]
+            return ((batch[0],), {}, batch[1]) if with_target else (tuple(batch), {}, None)
     raise ValueError(
-        f"the data loader of the GradSampler yields {_described(batch)}; "
-        "each batch must be (inputs, targets) or ([args...], {kwargs...}, target)"
+        f"the data loader of the GradSampler yields {_described(batch)}; each batch must be (inputs, targets), "
+        "([args...], {kwargs...}, target), or a mapping of the model's keyword arguments"
     )
+
+
+def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse a batch that the model cannot be called with.
+
+    Raises:
+        TypeError: If it cannot; the message says why the model is called so.
+    """
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"the GradSampler has no loss_fn, so it calls {type(model).__name__} with all of a batch to get its own "
+            f"loss, and that does not fit ({error}); pass loss_fn, or batches that the model takes"
+        ) from error
+
+
+def _own_loss(output: Any) -> Any:
+    """Return the loss that a model returned by itself.
+
+    Raises:
+        ValueError: If there is none in it.
+    """
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and _is_scalar(output[0]):
+        return output[0]
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    if isinstance(output, Mapping) and output and all(map(_is_scalar, output.values())):
+        return sum(output.values())
+    raise ValueError(
+        f"there is no loss in what the model returned for the GradSampler ({_described(output)}); put the labels into "
+        "the batches, pass loss_fn, or pass training=True where the model returns losses in training mode only"
+    )
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1
 
 
 def _described(value: Any) -> str:
@@ -181,9 +268,10 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    # What the user has placed on another device already stays there.
+    # What the user has placed on another device already stays there. The user's own tensor gets no gradient.
     if isinstance(value, torch.Tensor):
-        return value.to(device) if value.device.type == "cpu" else value
+        moved = value.detach().to(device) if value.device.type == "cpu" else value.detach()
+        return moved.requires_grad_(value.requires_grad)
     if isinstance(value, Mapping):
         return {key: _to_device(item, device) for key, item in value.items()}
     if type(value) in {tuple, list}:
@@ -192,14 +280,42 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Evaluate a model in a mode; flags and buffers (normalization statistics) are as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in (model.modules() if training else ())
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    if not training or not model.training:
+        model.train(training)
     try:
         yield
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, flag in flags:
+            module.training = flag
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
+def _without_gradients(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Set ``.grad`` aside, and what is hooked to its arrival: an optimizer that steps inside the backward pass."""
+    before = []
+    for leaf in leaves:
+        hooks = leaf._post_accumulate_grad_hooks or {}
+        before.append((leaf, leaf.grad, hooks, dict(hooks)))
+        leaf.grad = None
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for leaf, gradient, hooks, hooked in before:
+            leaf.grad = gradient
+            hooks.update(hooked)
 
 
 @contextmanager

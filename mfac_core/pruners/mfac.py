@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.masks import Sparsity, part_of_the_way
 from mfac_core.planning import check_memory, choose_window_device, window_bytes
@@ -279,6 +280,10 @@ class MFACPruner(GradualPruner):
                 f"a pruning step uses {self._window.count} gradient samples where {self._window.num_gradients} are "
                 f"wanted; {cure} num_gradients (num_grads in a recipe)",
             )
+        if "repeated" not in self._told:
+            distinct = num_distinct_rows(self._window)
+            if distinct < self._window.count:
+                self._tell_once("repeated", repeated_rows(self._window.count, distinct))
         return mfac_step(
             weights,
             self._window,

@@ -85,8 +85,10 @@ def loss_gradients(
     """
     values = [variable.value for variable in variables]
     for batch in batches:
-        with _evaluating(model), torch.enable_grad():
-            gradients = torch.autograd.grad(loss_of(*batch) * scale, values, allow_unused=True)
+        with _evaluating(model), _without_gradients(model), torch.enable_grad():
+            # Not torch.autograd.grad, which sees nothing of a layer that is evaluated again in its own backward pass.
+            (loss_of(*batch) * scale).backward()
+            gradients = [each.grad for each in values]
         yield [None if each is None else to_array(each.float() / scale) for each in gradients]
 
 
@@ -103,6 +105,18 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def _without_gradients(model: Any) -> Iterator[None]:
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 class Hooks(TrainingHooks):

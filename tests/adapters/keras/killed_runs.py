@@ -27,12 +27,11 @@ ORDERS = ("pruning first", "backup first")
 PLACES = ("in the state", "between the two", "in the weights", "before the epoch", "after both")
 
 
-def callbacks_of(folder, order, **options):
+def callbacks_of(folder, order):
     """The callbacks of a script that is started again after it was killed, and what it is started with."""
     task = conftest.TinyTask()
-    pruning = MFACPruningCallback(
-        task.recipe(start_epoch=2.0, end_epoch=5.0, num_grads=7), state_path=folder / "pruning.npz", verbose=0, **options
-    )
+    recipe = task.recipe(start_epoch=2.0, end_epoch=5.0, num_grads=7)
+    pruning = MFACPruningCallback(recipe, state_path=folder / "pruning.npz", verbose=0)
     backup = keras.callbacks.BackupAndRestore(str(folder / "backup"), double_checkpoint=True, delete_checkpoint=False)
     return pruning, [pruning, backup] if order == "pruning first" else [backup, pruning]
 

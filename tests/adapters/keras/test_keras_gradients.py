@@ -382,3 +382,36 @@ def test_a_variable_takes_a_transposed_array_of_a_gpu():
     variable = keras.Variable(np.zeros([2, 3]))
     variable.assign(current_backend().to_tensor(OnTheGpu()))
     np.testing.assert_array_equal(variable.numpy(), OnTheGpu().get())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("mse", [1]), "loss is a list"),
+        ((keras.losses.mean_squared_error, (1, 2)), "loss is a tuple"),
+        (([1], np.ones(3)), "loss is a ndarray"),
+        (("mse",), "to sample gradients from is a str; pass batches"),
+        ((keras.losses.MeanSquaredError(),), "to sample gradients from is a MeanSquaredError; pass batches"),
+        (({"x": np.ones(3)},), "to sample gradients from is a dict; pass batches"),
+    ],
+)
+def test_arguments_of_a_sampler_in_the_wrong_place_are_refused_by_name(arguments, told):
+    with pytest.raises(TypeError, match=told):
+        GradientSampler(*arguments)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch alone has reentrant checkpoints")
+def test_a_layer_that_is_evaluated_again_in_its_backward_pass_has_its_gradient():
+    from torch.utils.checkpoint import checkpoint
+
+    class Again(keras.layers.Dense):
+        def call(self, inputs):
+            return checkpoint(super().call, inputs.detach().requires_grad_(), use_reentrant=True)
+
+    model = keras.Sequential([keras.Input([4]), Again(3), keras.layers.Dense(2)])
+    kernel = model.layers[0].kernel
+    kernel.value.grad = before = kernel.value.detach().clone()
+    batch = np.ones([5, 4], "float32"), np.ones([5, 2], "float32")
+    ((gradient,),) = GradientSampler([batch], "mse").gradients(model, [kernel], 1)
+    assert gradient.any()
+    assert kernel.value.grad is before
