@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -167,18 +167,21 @@ class TrainingHooks(ABC):
                 for slot in remembered(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
 
-    def forget(self, variables: Iterable[Any]) -> None:
-        """Set what optimizers remember of variables to zero, except for moving averages of the variables themselves.
+    def slots_of(self, variables: Iterable[Any]) -> Iterator[Any]:
+        """Yield what optimizers remember of variables, except for moving averages of the variables themselves.
 
         Args:
             variables: Variables in scope.
+
+        Yields:
+            Optimizer variables of the shapes of these.
         """
         for variable in variables:
             for leaf in innermost(self._optimizer):
                 average = average_of(leaf, variable)
                 for slot in remembered(leaf, variable):
                     if slot is not average:
-                        slot.assign(keras.ops.zeros(slot.shape, dtype=slot.dtype))
+                        yield slot
 
     def sync(self) -> None:  # noqa: B027
         """Make sure that the variables have their current values."""
