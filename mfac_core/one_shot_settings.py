@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from mfac_core.settings import (
     PruningSettings,
 )
 
-__all__ = ["one_shot"]
+__all__ = ["one_shot", "one_shot_in_order"]
 
 _FINE = 1_000_000
 """Steps per epoch so many that no two pruning steps of a schedule become one."""
@@ -47,6 +48,26 @@ def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[Pruning
         return [replace(settings, start_epoch=0.0, end_epoch=math.inf)] if held else []
     reached = ((each, _sparsity_at(each, epoch)) for each in settings.by_final_sparsity())
     return [_in_one_step(each, sparsity) for each, sparsity in reached if sparsity > 0]
+
+
+def one_shot_in_order(
+    settings: Iterable[PruningSettings], epoch: float = math.inf
+) -> list[tuple[PruningSettings, PruningSettings]]:
+    """Return what several modifiers prune in one shot, in the order in which they begin: one sees the zeros before it.
+
+    Args:
+        settings: Settings of a gradual run, one for each modifier.
+        epoch: Completed epochs; infinity for the end.
+
+    Returns:
+        The settings of :func:`one_shot`, each after the gradual ones that it comes from. Those say whether two
+        modifiers prune at the same time, or the one after the other.
+
+    Raises:
+        SettingError: If the sparsity at that epoch depends on what is zero in the weights.
+    """
+    in_order = sorted(settings, key=lambda each: each.start_epoch)
+    return [(gradual, at_once) for gradual in in_order for at_once in one_shot(gradual, epoch)]
 
 
 def _sparsity_at(settings: PruningSettings, epoch: float) -> float:

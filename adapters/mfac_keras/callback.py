@@ -15,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import lint_model
+from mfac_core.recipe.linting import lint_model, modifier_names
 from mfac_core.settings import PruningSettings
 from mfac_keras.backends import current_backend
+from mfac_keras.conditions import check_model, check_optimizer, check_trained, refuse_keras_2
+from mfac_keras.end_of_fit import call_at_end_of_fit
 from mfac_keras.live_pruning import LivePruning, variables_in_scope
 from mfac_keras.optimizers import innermost, trained_by
 from mfac_keras.recipes import modifiers_of
@@ -27,6 +29,18 @@ from mfac_keras.state_file import read_states, write_state
 from mfac_keras.training_changes import TrainingChanges
 
 __all__ = ["MFACPruningCallback"]
+
+_HELD = (
+    "Something has written other weights into the model between two training steps: another callback (one that calls "
+    "set_weights, load_weights or assign), or an optimizer that this callback does not follow. The masks are held, so "
+    "the next training step sets these weights to zero; let it write before the first pruning step, or zeros where "
+    "the callback's masks are False"
+)
+_LEFT = (
+    "Another callback has put earlier, denser weights back at the end of fit (EarlyStopping with "
+    "restore_best_weights?). They are left as they are; let it choose among the epochs after the last pruning step, "
+    "which EarlyStopping does with start_from_epoch"
+)
 
 _logger = logging.getLogger("mfac_keras")
 
@@ -55,7 +69,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     Raises:
         RecipeError: If the recipe or a key is wrong; the message names the key, the rule and the cure.
-        TypeError: If there is neither a recipe nor keys, or both.
+        TypeError: If there is neither a recipe nor keys, or both, or the optimizer or the loss is one of Keras 2.
 
     Example:
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4)])
@@ -86,6 +100,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._modifiers = modifiers_of(recipe, recipe_keys, recipe_variables, unsupported)
         if loss is not None and sampler is None:
             raise TypeError("loss is the loss of sampled batches; pass the batches too, as sampler=dataset")
+        refuse_keras_2("the loss", loss)
+        if optimizer is not None:
+            check_optimizer(optimizer)
         self._sampler = None if sampler is None else GradientSampler(sampler, loss)
         self._given_optimizer = optimizer
         self._state_path = None if state_path is None else Path(state_path)
@@ -101,6 +118,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._seen = 0
         self._epoch = 0
         self._is_testing = False
+        self._ended: TrainingSession | None = None
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -110,9 +128,21 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def sparsity(self) -> float:
-        """Pruned fraction of all weights in scope, by the masks."""
+        """Fraction of all weights in scope that is pruned and zero, counted from the weights that the model has now."""
         session = self._session or self._last_session
-        return 0.0 if session is None else session.sparsity
+        return 0.0 if session is None else session.zeros().sparsity
+
+    def set_model(self, model: Any) -> None:
+        """Take the model that is going to be trained; Keras calls this.
+
+        Args:
+            model: The model.
+
+        Raises:
+            TypeError: If it is not a model of Keras 3.
+        """
+        super().set_model(model)
+        check_model(self.model)
 
     def close(self) -> None:
         """Leave model and optimizer as they were; ``fit`` does so by itself, also when a training step raises."""
@@ -132,6 +162,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._last_session = None
         self._counted_steps = self._first_epoch = self._begun = None
         current_backend().refuse_unsupported(self._model)
+        self._ended = None
+        call_at_end_of_fit(self._model, self._warn_of_restored)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Attach to the model before its first epoch, once every other callback has restored what it restores.
@@ -152,6 +184,16 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._session is None and self._model.built:
             self._attach(step_of_epoch=0)
 
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Look before the first step of an epoch, when all others have written what they write, whether zeros are left.
+
+        Args:
+            batch: Number of the first batch of the execution, from 0.
+            logs: Not used.
+        """
+        if not self._seen and self._session is not None:
+            self._session.warn_of_regrown(_HELD)
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Take the gradients of the steps that were made, and prune if it is due.
 
@@ -166,7 +208,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         else:
             self._session.advance(self._epoch * self._session.steps_per_epoch + self._seen)
         if logs is not None:
-            logs["sparsity"] = self._sparsity_now()
+            logs["sparsity"] = 0.0 if self._session is None else self._session.sparsity
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Know that metrics are those of an evaluation.
@@ -189,10 +231,15 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
         Args:
             epoch: The epoch that has ended, from 0.
-            logs: Gains ``sparsity``.
+            logs: Gains ``sparsity``, counted from the weights.
+
+        Raises:
+            RuntimeError: If the optimizer is not the one that trains.
         """
         if self._counted_steps is None and self._seen:
             self._counted_steps = self._seen
+        if self._session is not None:
+            self._session.check_followed()
         if logs is not None:
             logs["sparsity"] = self._sparsity_now()
         if self._state_path is not None and self._session is not None:
@@ -212,15 +259,17 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 "steps_per_epoch=... to MFACPruningCallback"
             )
             return
-        _warn_unfinished(session)
-        regrown = session.regrown()
-        if regrown:
-            _logger.warning(
-                "%d pruned weights are not zero at the end of fit: another callback has put earlier, denser weights "
-                "back (EarlyStopping with restore_best_weights?). They are left as they are; let it choose among the "
-                "epochs after the last pruning step, with start_from_epoch",
-                regrown,
-            )
+        for pruning in session.prunings:
+            unfinished = pruning.unfinished("fit ended", session.step)
+            if unfinished:
+                _logger.warning("%s", unfinished)
+        self._ended = session
+        self._warn_of_restored()
+
+    def _warn_of_restored(self) -> None:
+        # Called twice, as a callback that restores weights may come before this one or after it.
+        if self._ended is not None:
+            self._ended.warn_of_regrown(_LEFT)
 
     def _attach(self, step_of_epoch: int) -> None:
         steps_per_epoch = self._steps_per_epoch()
@@ -232,21 +281,25 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 )
             return
         model = self.model
-        optimizer = self._given_optimizer or model.optimizer
+        optimizer = model.optimizer if self._given_optimizer is None else self._given_optimizer
+        check_optimizer(optimizer)
         if not optimizer.built:
             with _scope(model):
                 optimizer.build(model.trainable_variables)
+        settings = [each for each in self._modifiers if isinstance(each, PruningSettings)]
         prunings = [
-            self._live_pruning(each, steps_per_epoch) for each in self._modifiers if isinstance(each, PruningSettings)
+            self._live_pruning(each, steps_per_epoch, name)
+            for each, name in zip(settings, modifier_names(settings), strict=True)
         ]
-        _check_trained(prunings, optimizer)
+        check_trained(prunings, optimizer)
         others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
         forms = {name: form for pruning in prunings for name, form in pruning.forms.items()}
+        trained = _trained(prunings, optimizer)
         hooks = current_backend().Hooks(
             model,
             optimizer,
-            list(variables_in_scope(prunings).values()),
-            [form.axes for form in forms.values()],
+            list(trained.values()),
+            [forms[name].axes for name in trained],
             metrics=self._metrics_now,
         )
         changes = TrainingChanges(others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch)
@@ -254,17 +307,18 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             prunings,
             changes,
             hooks,
+            trained,
             steps_per_epoch=steps_per_epoch,
             steps_per_execution=int(model.steps_per_execution),
             step=self._epoch * steps_per_epoch + step_of_epoch,
         )
         if self._first_epoch:
             self._resume(session)
-        elif self._last_session is not None and self._last_session.sparsity:
+        elif self._last_session is not None and self.sparsity:
             _logger.warning(
                 "this callback has pruned in an earlier fit (sparsity %.4f) and begins anew at epoch 0: its masks are "
                 "let go, and weights come back until it prunes them again; to go on, pass initial_epoch=... to fit",
-                self._last_session.sparsity,
+                self.sparsity,
             )
         elif self._state_path is not None:
             self._warn_of_replacing(self._state_path)
@@ -272,7 +326,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._session = session
         session.begin()
 
-    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int) -> LivePruning:
+    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, name: str) -> LivePruning:
         with named_in_errors(settings):
             return LivePruning(
                 settings,
@@ -280,6 +334,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 steps_per_epoch=steps_per_epoch,
                 sampler=self._sampler,
                 verbose=self._verbose > 0,
+                name=name,
             )
 
     def _warn_of_replacing(self, state_path: Path) -> None:
@@ -309,8 +364,6 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             sampled=self._sampler is not None,
             trainable=changes.trainable,
         )
-        if not prunings:
-            _logger.warning("the recipe has no pruning modifier: nothing is pruned")
         for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
             _logger.info("%s", modifier.summary(pruning.schedule))
         for warning in plan.warnings:
@@ -323,7 +376,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         return {"sparsity": self._sparsity_now()} | ({} if rate is None else {"learning_rate": rate})
 
     def _sparsity_now(self) -> float:
-        return 0.0 if self._session is None else self._session.sparsity
+        return 0.0 if self._session is None else self._session.zeros().sparsity
 
     def _steps_per_epoch(self) -> int | None:
         if self._session is not None:
@@ -352,25 +405,6 @@ def _scope(model: Any) -> AbstractContextManager[Any]:
     return nullcontext() if strategy is None else strategy.scope()
 
 
-def _check_trained(prunings: Sequence[LivePruning], optimizer: Any) -> None:
+def _trained(prunings: Sequence[LivePruning], optimizer: Any) -> dict[str, Any]:
     trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
-    for pruning in prunings:
-        missing = [name for name, variable in pruning.variables.items() if id(variable) not in trained]
-        if missing:
-            raise ValueError(
-                f"{optimizer.name} does not train {', '.join(missing)}, so their masks could not be held; pass the "
-                "optimizer that does as optimizer=..., or name in params only what it trains"
-            )
-
-
-def _warn_unfinished(session: TrainingSession) -> None:
-    for pruning in session.prunings:
-        if not pruning.is_finished:
-            refused = pruning.refused_rows
-            _logger.warning(
-                "fit ended at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f%s",
-                session.step / session.steps_per_epoch,
-                pruning.settings.end_epoch,
-                pruning.sparsity,
-                f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
-            )
+    return {name: variable for name, variable in variables_in_scope(prunings).items() if id(variable) in trained}

@@ -11,10 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array
+from mfac_core.log_lines import pruning_step_line, unfinished_line
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
-from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
+from mfac_core.zero_count import count_zeros
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
@@ -35,10 +37,11 @@ class LivePruning:
         sampler: Where gradient samples come from, unless the settings ask for those of training; ``None`` takes those
             of training.
         verbose: Whether to print a line for each pruning step.
+        name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
 
     Attributes:
         settings: What to prune, when and how.
-        variables: The variables in scope by path.
+        variables: The variables in scope by path; frozen ones among them only where nothing but zeros is held.
         forms: Their forms in PyTorch by path.
 
     Raises:
@@ -55,15 +58,17 @@ class LivePruning:
         steps_per_epoch: int,
         sampler: GradientSampler | None = None,
         verbose: bool = False,
+        name: str = "",
     ) -> None:
         self.settings = settings
-        self.variables = select_variables(model, settings.params)
+        self.variables = select_variables(model, settings.params, frozen_too=isinstance(settings, ConstantSettings))
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         uses_sampler = isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
         self._sampler = sampler if uses_sampler else None
         self._verbose = verbose
+        self._name = name
         self._pruner = make_pruner(
             settings,
             self._weights(),
@@ -89,15 +94,27 @@ class LivePruning:
         """Its pruning steps."""
         return self._pruner.schedule
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the last pruning step is done."""
-        return self._pruner.is_finished
+    def unfinished(self, what: str, step: int) -> str:
+        """Return a sentence for the log where training ends before the last pruning step, and none where it is done.
 
-    @property
-    def refused_rows(self) -> int:
-        """Gradient samples that were left out because they held NaN or Inf."""
-        return self._pruner.refused_rows if isinstance(self._pruner, MFACPruner) else 0
+        Args:
+            what: What has happened, such as ``fit ended``.
+            step: Completed training steps.
+
+        Returns:
+            The sentence, or nothing.
+        """
+        if self._pruner.is_finished:
+            return ""
+        return unfinished_line(
+            what,
+            modifier=self._name,
+            names=self.variables,
+            epoch=step / self._steps_per_epoch,
+            due=self.schedule[-1].epoch,
+            sparsity=count_zeros(self._weights(), self._pruner.masks if self.masks else {}).sparsity,
+            refused_rows=self._pruner.refused_rows if isinstance(self._pruner, MFACPruner) else 0,
+        )
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the gradient that arrives after ``step`` completed steps is wanted.
@@ -226,13 +243,16 @@ class LivePruning:
             )
 
     def _report(self, planned: PlannedStep | None, step: int, rows: int, result: PruneResult, seconds: float) -> None:
-        increase = result.predicted_loss_increase
-        by_mfac = "" if increase is None else f", {rows} gradient rows, predicted loss increase {increase:.3g}"
-        line = (
-            f"pruning step at epoch {step / self._steps_per_epoch:.2f} (step {step}): "
-            f"sparsity {result.sparsity:.4f}{by_mfac}, {seconds:.2f} s"
+        line = pruning_step_line(
+            result,
+            modifier=self._name,
+            names=self.variables,
+            step=step,
+            steps_per_epoch=self._steps_per_epoch,
+            num_rows=rows,
+            seconds=seconds,
         )
-        _logger.info(line)
+        _logger.info("%s", line)
         if self._verbose:
             print(f"\n{line}")
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)

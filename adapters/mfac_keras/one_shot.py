@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.errors import RecipeError
-from mfac_core.one_shot_settings import one_shot
+from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import overlaps
-from mfac_core.settings import PruningSettings
+from mfac_core.recipe.linting import modifier_names, overlaps
+from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
@@ -26,7 +27,7 @@ _logger = logging.getLogger("mfac_keras")
 
 def prune_one_shot(
     model: Any,
-    dataset: Any,
+    dataset: Any = None,
     loss: Any = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
@@ -39,8 +40,8 @@ def prune_one_shot(
 
     Args:
         model: A built Keras model.
-        dataset: Batches to sample gradients from, see :class:`mfac_keras.sampling.GradientSampler`. Smaller batches
-            than in training tell more about the curvature.
+        dataset: Batches to sample gradients from, see :class:`mfac_keras.sampling.GradientSampler`; needed by M-FAC.
+            Smaller batches than in training tell more about the curvature.
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with.
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
@@ -55,7 +56,8 @@ def prune_one_shot(
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
-        TypeError: If there is neither a recipe nor keys, or the recipe stands in the place of the loss.
+        TypeError: If there is neither a recipe nor keys, the recipe stands in the place of the loss, M-FAC has no
+            dataset, or the model or the loss is none of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has another form.
 
     Example:
@@ -66,6 +68,8 @@ def prune_one_shot(
         >>> int((model.layers[0].kernel.numpy() == 0).sum())
         16
     """
+    check_model(model)
+    refuse_keras_2("the loss", loss)
     if not model.built:
         raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
     if isinstance(loss, os.PathLike | Recipe) or (
@@ -73,20 +77,23 @@ def prune_one_shot(
     ):
         raise TypeError("loss, the third argument, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
     keys = {"end_epoch": 0.0, **recipe_keys} if recipe_keys else {}
-    settings = [
-        at_once
-        for each in modifiers_of(recipe, keys, recipe_variables, unsupported)
-        if isinstance(each, PruningSettings)
-        for at_once in one_shot(each)
-    ]
-    if not settings:
+    modifiers = modifiers_of(recipe, keys, recipe_variables, unsupported)
+    parts = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
+    if not parts:
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
-    sampler = GradientSampler(dataset, loss)
+    settings = [at_once for _, at_once in parts]
+    if dataset is None and any(isinstance(each, MFACSettings) for each in settings):
+        raise TypeError(
+            "M-FAC in one shot needs gradients; pass batches (x, y) as dataset: prune_one_shot(model, dataset, ...)"
+        )
+    sampler = None if dataset is None else GradientSampler(dataset, loss)
     prunings = []
-    for each in settings:
+    for each, name in zip(settings, modifier_names(settings), strict=True):
         with named_in_errors(each):
-            prunings.append(LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0))
-    for warning in overlaps(settings, [pruning.variables for pruning in prunings]):
+            prunings.append(
+                LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name)
+            )
+    for warning in overlaps([gradual for gradual, _ in parts], [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
     prune_if_due(prunings, 0)
     return combined_masks(prunings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import keras
@@ -29,7 +29,7 @@ _PRUNABLE_LAYERS = tuple(
 _logger = logging.getLogger("mfac_keras")
 
 
-def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
+def select_variables(model: Any, params: Sequence[str], *, frozen_too: bool = False) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``.
 
     A frozen variable (of a layer with ``trainable=False``) is left out with a log line, a warning where a pattern
@@ -39,6 +39,7 @@ def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
         model: A built Keras model.
         params: Exact paths; ``re:`` patterns, matched from the start of the path (``re.match``); ``__ALL__``, every
             variable that a loss can train; ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
+        frozen_too: Whether frozen variables are selected like any other: their zeros are held without doing anything.
 
     Returns:
         The selected variables by path. Where several variables of a model have one path, the second is called
@@ -53,6 +54,8 @@ def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
         >>> [path.rpartition("/")[2] for path in select_variables(model, ["re:.*body"])]
         ['kernel', 'bias']
     """
+    if frozen_too:
+        return matching_variables(model, params, frozen_keywords=True)
     selected: dict[str, str] = {}
     for entry in params:
         for name in _matching(model, entry, strict=True):
@@ -75,13 +78,16 @@ def select_variables(model: Any, params: Sequence[str]) -> dict[str, Any]:
     return {name: named[name] for name in sorted(chosen, key=lambda name: trainable[id(named[name])])}
 
 
-def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
+def matching_variables(
+    model: Any, params: Sequence[str], *, strict: bool = True, frozen_keywords: bool = False
+) -> dict[str, Any]:
     """Return the variables that ``params`` matches, frozen or not, in the order of ``model.weights``.
 
     Args:
         model: A built Keras model.
         params: As in :func:`select_variables`.
         strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
+        frozen_keywords: Whether ``__ALL__`` and ``__ALL_PRUNABLE__`` mean frozen variables too.
 
     Returns:
         The variables by path.
@@ -91,7 +97,7 @@ def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True
     """
     found: set[str] = set()
     for entry in params:
-        names = _matching(model, entry, strict=strict)
+        names = _matching(model, entry, strict=strict, frozen_too=frozen_keywords)
         if not names:
             _logger.warning("params: %r matches no variable of the model and is left out", entry)
         found.update(names)
@@ -115,17 +121,7 @@ def prunable_variables(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: If the model is not built.
     """
-    if not model.built:
-        raise ValueError(f"{model.name} is not built, so it has no variables; call it on a batch first")
-    kernels = {
-        id(variable)
-        for layer in layers_of(model)
-        if isinstance(layer, _PRUNABLE_LAYERS)
-        for variable in layer.weights
-        if variable.name in _KERNELS
-    }
-    trainable = {id(variable) for variable in model.trainable_variables}
-    return {name: variable for name, variable in _named(model).items() if id(variable) in kernels & trainable}
+    return _kernels(model, {id(variable) for variable in model.trainable_variables})
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -140,14 +136,14 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
-def _matching(model: Any, entry: str, *, strict: bool) -> list[str]:
+def _matching(model: Any, entry: str, *, strict: bool, frozen_too: bool = False) -> list[str]:
     named = _trainable_by_nature(model)
-    trainable = {id(variable) for variable in model.trainable_variables}
+    trainable = {id(variable) for variable in (named.values() if frozen_too else model.trainable_variables)}
     try:
         return matching_names(
             entry,
             list(named),
-            prunable=lambda: prunable_variables(model),
+            prunable=lambda: _kernels(model, trainable),
             of_all=lambda: [name for name, variable in named.items() if id(variable) in trainable],
             kind="variable",
             strict=strict,
@@ -157,6 +153,19 @@ def _matching(model: Any, entry: str, *, strict: bool) -> list[str]:
             hint = "PyTorch's `weight` is a `kernel` in Keras, and paths are written with slashes"
             raise SettingError(error.field, f"{error.message}; {hint}") from error
         raise
+
+
+def _kernels(model: Any, among: Collection[int]) -> dict[str, Any]:
+    if not model.built:
+        raise ValueError(f"{model.name} is not built, so it has no variables; call it on a batch first")
+    kernels = {
+        id(variable)
+        for layer in layers_of(model)
+        if isinstance(layer, _PRUNABLE_LAYERS)
+        for variable in layer.weights
+        if variable.name in _KERNELS
+    }
+    return {name: variable for name, variable in _named(model).items() if id(variable) in kernels.intersection(among)}
 
 
 def _trainable_by_nature(model: Any) -> dict[str, Any]:

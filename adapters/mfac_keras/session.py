@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.weight_names import listed
+from mfac_core.zero_count import ZeroCount, count_zeros
+from mfac_keras.backends import current_backend
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
 from mfac_keras.training_changes import TrainingChanges
@@ -24,7 +28,8 @@ class TrainingSession:
     Args:
         prunings: The pruning modifiers at work.
         changes: What else changes in training.
-        hooks: What runs inside the training step, for the variables of all modifiers.
+        hooks: What runs inside the training step.
+        trained: The variables that the hooks are for, in order: those in scope that the optimizer trains.
         steps_per_epoch: Training steps per epoch.
         steps_per_execution: Training steps between two calls of :meth:`advance`.
         step: Completed training steps so far.
@@ -35,6 +40,7 @@ class TrainingSession:
         prunings: Sequence[LivePruning],
         changes: TrainingChanges,
         hooks: TrainingHooks,
+        trained: Mapping[str, Any],
         *,
         steps_per_epoch: int,
         steps_per_execution: int,
@@ -47,7 +53,11 @@ class TrainingSession:
         self._steps_per_execution = steps_per_execution
         self._hooks = hooks
         self._variables = variables_in_scope(prunings)
+        self._trained = trained
         self._taps = False
+        self._has_advanced = False
+        self._checksums: dict[str, int] = {}  # of variables that no training step has given to the optimizer so far
+        self._told: tuple[dict[str, int], str] = ({}, "")
         self._sparsity: float | None = None
 
     @property
@@ -57,7 +67,7 @@ class TrainingSession:
 
     @property
     def sparsity(self) -> float:
-        """Pruned fraction of all weights in scope."""
+        """Fraction of all weights in scope that the masks prune; :meth:`zeros` says what the weights are."""
         if self._sparsity is None:  # asked for at every step
             weights = sum(int(np.prod(variable.shape)) for variable in self._variables.values())
             pruned = sum(int(np.count_nonzero(~mask)) for mask in self.masks.values())
@@ -69,15 +79,45 @@ class TrainingSession:
         """The learning rate of the last step, where the recipe sets it."""
         return self._changes.learning_rate
 
-    def regrown(self) -> int:
-        """Return how many pruned weights are not zero."""
-        return sum(int(np.count_nonzero(self._variables[name].numpy()[~mask])) for name, mask in self.masks.items())
+    def zeros(self) -> ZeroCount:
+        """Count the zeros of pruned weights.
+
+        Returns:
+            What the weights are now, whoever has written them.
+        """
+        self._hooks.sync()
+        to_array = current_backend().to_array
+        return count_zeros({name: to_array(each) for name, each in self._variables.items()}, self.masks)
+
+    def warn_of_regrown(self, cause_and_cure: str) -> None:
+        """Warn of pruned weights that are not zero; of the same ones once.
+
+        Args:
+            cause_and_cure: What the warning says of them.
+        """
+        count = self.zeros()
+        before, self._told = self._told, (dict(count.regrown), cause_and_cure)
+        if count.regrown and self._told != before:
+            _logger.warning("%s. %s", count.difference(), cause_and_cure)
+
+    def check_followed(self) -> None:
+        """Check that nothing in scope is trained without the optimizer that is followed: its masks would not hold.
+
+        Raises:
+            RuntimeError: If something is. The hooks are gone then.
+        """
+        now = self._checksums_of_the_unfollowed()
+        moved = [name for name, checksum in now.items() if checksum != self._checksums.get(name, checksum)]
+        if moved:
+            self.detach()
+            raise self._hooks.not_followed(f"the gradients of {listed(moved)}")
 
     def begin(self) -> None:
         """Attach to the training step, and do what is due before the next one."""
         self._hooks.attach()
         self._hold_masks()
         self._do_what_is_due()
+        self._checksums = self._checksums_of_the_unfollowed()
 
     def advance(self, step: int) -> None:
         """Take the gradients of the training steps that were made, and do what is due after them.
@@ -86,7 +126,7 @@ class TrainingSession:
             step: Completed training steps now.
 
         Raises:
-            RuntimeError: If something has taken the hooks away.
+            RuntimeError: If something has taken the hooks away, or the optimizer is not the one that trains.
         """
         if not self._hooks.is_attached:
             raise RuntimeError(
@@ -96,10 +136,13 @@ class TrainingSession:
             )
         if self._taps:
             for done, row in enumerate(self._hooks.rows()):
-                gradients = {id(variable): array for variable, array in zip(self._variables.values(), row, strict=True)}
+                gradients = {id(variable): array for variable, array in zip(self._trained.values(), row, strict=True)}
                 for pruning in self.prunings:
                     pruning.observe(self.step + done, gradients)
         self.step = step
+        if not self._has_advanced:
+            self._has_advanced = True
+            self.check_followed()
         self._do_what_is_due()
 
     def detach(self) -> None:
@@ -161,8 +204,10 @@ class TrainingSession:
     def _do_what_is_due(self) -> None:
         if any(pruning.needs_pruning(self.step) for pruning in self.prunings):
             self._hooks.sync()
+            self.check_followed()
             self._hooks.forget(prune_if_due(self.prunings, self.step))
             self._hold_masks()
+            self._checksums = self._checksums_of_the_unfollowed()
         self._taps = self._wants_gradients()
         self._hooks.tap(self._taps)
         self._changes.make(self.step)
@@ -174,4 +219,11 @@ class TrainingSession:
     def _hold_masks(self) -> None:
         self._sparsity = None
         masks = self.masks
-        self._hooks.hold([masks.get(name) for name in self._variables])
+        self._hooks.hold([masks.get(name) for name in self._trained])
+
+    def _checksums_of_the_unfollowed(self) -> dict[str, int]:
+        followed = set(map(id, self._hooks.updated))
+        names = [name for name, each in self._variables.items() if each.trainable and id(each) not in followed]
+        if names:
+            self._hooks.sync()
+        return {name: zlib.crc32(self._variables[name].numpy().tobytes()) for name in names}

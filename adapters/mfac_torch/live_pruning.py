@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from mfac_core.backends import Array, device_of
+from mfac_core.log_lines import pruning_step_line
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_core.weight_names import listed
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
@@ -43,10 +43,12 @@ class LivePruning:
         optimizers: The optimizers that train the model.
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
+        name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
 
     Attributes:
         settings: What to prune, when and how.
         parameters: The parameters in scope by name.
+        name: Name of the modifier in the log; empty where it is the only one.
 
     Raises:
         SettingError: If ``params`` of the settings does not fit the model.
@@ -63,8 +65,10 @@ class LivePruning:
         optimizers: Sequence[torch.optim.Optimizer] = (),
         grad_sampler: GradSampler | None = None,
         loggers: Sequence[LogFunction] = (),
+        name: str = "",
     ) -> None:
         self.settings = settings
+        self.name = name
         self.parameters = select_parameters(model, settings.params)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
@@ -287,17 +291,16 @@ class LivePruning:
             self._pruner.forget_gradients()
 
     def _report(self, step: int, rows: int, result: PruneResult, seconds: float) -> None:
-        increase = result.predicted_loss_increase
-        by_mfac = "" if increase is None else f", {rows} gradient rows, predicted loss increase {increase:.3g}"
-        _logger.info(
-            "pruning step at epoch %.2f (step %d): sparsity %.4f%s, %.2f s (%s)",
-            step / self._steps_per_epoch,
-            step,
-            result.sparsity,
-            by_mfac,
-            seconds,
-            listed(self.parameters),
+        line = pruning_step_line(
+            result,
+            modifier=self.name,
+            names=self.parameters,
+            step=step,
+            steps_per_epoch=self._steps_per_epoch,
+            num_rows=rows,
+            seconds=seconds,
         )
+        _logger.info("%s", line)
 
 
 def _trained_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Collection[str]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac_core.one_shot_settings import one_shot
+from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import overlaps
+from mfac_core.recipe.linting import modifier_names, overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped
 from mfac_torch.live_pruning import LivePruning
@@ -402,14 +402,13 @@ def _live_prunings(
 ) -> tuple[LivePruning, ...]:
     sampler = None if grad_sampler is None else GradSampler.of(grad_sampler)
     functions = log_functions(loggers)
-    in_order = sorted(settings, key=lambda each: each.start_epoch)  # a modifier that follows another sees its zeros
-    parts = [
-        (each, part)
-        for each in in_order
-        for part in (each.by_final_sparsity() if one_shot_at is None else one_shot(each, one_shot_at))
-    ]
+    if one_shot_at is None:
+        in_order = sorted(settings, key=lambda each: each.start_epoch)  # a modifier that follows another sees its zeros
+        parts = [(each, part) for each in in_order for part in each.by_final_sparsity()]
+    else:
+        parts = one_shot_in_order(settings, one_shot_at)
     prunings = []
-    for _, part in parts:
+    for name, (_, part) in zip(modifier_names(part for _, part in parts), parts, strict=True):
         with named_in_errors(part):
             prunings.append(
                 LivePruning(
@@ -419,6 +418,7 @@ def _live_prunings(
                     optimizers=optimizers,
                     grad_sampler=sampler,
                     loggers=functions,
+                    name=name,
                 )
             )
     if one_shot_at is not None:  # for a gradual run the linter says it

@@ -29,7 +29,17 @@ from mfac_core.training_settings import (
 )
 from mfac_core.weight_names import listed
 
-__all__ = ["ModifierPlan", "Plan", "ScheduleRow", "describe", "lint", "lint_model", "notes", "overlaps"]
+__all__ = [
+    "ModifierPlan",
+    "Plan",
+    "ScheduleRow",
+    "describe",
+    "lint",
+    "lint_model",
+    "modifier_names",
+    "notes",
+    "overlaps",
+]
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
@@ -188,6 +198,7 @@ def lint_model(
     )
     end = (epochs, "") if epochs is not None else _end_of_training(settings)
     warnings = (
+        *(() if named else ("the recipe has no pruning modifier: nothing is pruned",)),
         *(f"{plan.modifier}: no weights match params; nothing is pruned" for plan in plans if not plan.num_weights),
         *_window_warnings(named, steps_per_epoch, sampled=sampled),
         *_ends_too_late(named, end),
@@ -204,13 +215,32 @@ def overlaps(times: Sequence[PruningSettings], weights: Sequence[Collection[str]
     """Return warnings about modifiers that prune the same parameters at the same time; :func:`lint_model` has them too.
 
     Args:
-        times: The settings that say when each of them prunes.
+        times: The settings that say when each of them prunes; in one shot still those of the gradual run, because a
+            modifier that follows another does not prune at the same time.
         weights: Names of the parameters that each of them prunes.
 
     Returns:
         One sentence for each two such modifiers.
     """
     return tuple(_same_weights([(*named, names) for named, names in zip(_named(times), weights, strict=True)]))
+
+
+def modifier_names(pruning: Iterable[PruningSettings]) -> list[str]:
+    """Return the names that tell the pruning modifiers of a run apart in its log: those that warnings have too.
+
+    Args:
+        pruning: The settings of all modifiers of the run that prune.
+
+    Returns:
+        A numbered name for each; an empty one where there is a single modifier.
+
+    Example:
+        >>> mfac = MFACSettings(final_sparsity=0.5, end_epoch=2.0)
+        >>> modifier_names([mfac]), modifier_names([mfac, mfac])
+        ([''], ['MFACPruningModifier 1', 'MFACPruningModifier 2'])
+    """
+    named = _named(pruning)
+    return [name for name, _ in named] if len(named) > 1 else [""] * len(named)
 
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:

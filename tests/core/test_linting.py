@@ -352,6 +352,9 @@ def curve(**changes: object) -> LearningRateFunction:
     )
 
 
+ZEROS = ConstantSettings()
+
+
 class TestTrainingModifiers:
     @pytest.mark.parametrize(
         ("one", "other", "count"),
@@ -371,7 +374,7 @@ class TestTrainingModifiers:
     def test_two_learning_rates_at_once(self, one, other, count):
         warnings = lint(recipe(one, other, mfac()))
         assert len(warnings) == count
-        assert lint_model([one, other], [], 10).warnings == warnings
+        assert lint_model([one, other, ZEROS], [{"a": 1}], 10).warnings == warnings
         if count:
             assert "at epoch 2, while LearningRateFunctionModifier moves it from epoch 1 to 3" in only(warnings)
 
@@ -382,14 +385,18 @@ class TestTrainingModifiers:
             "SetWeightDecayModifier: nothing happens, because its start_epoch 6 lies at or after the end of training "
             "at epoch 6 (EpochRangeModifier); train longer or begin earlier"
         )
-        assert "end of training at epoch 5;" in only(lint_model([late], [], 10, epochs=5.0).warnings)
+        assert "end of training at epoch 5;" in only(lint_model([late, ZEROS], [{"a": 1}], 10, epochs=5.0).warnings)
 
     def test_shorter_training_than_the_recipe_is_for(self):
-        assert only(lint_model([EpochRange(end_epoch=9.0)], [], 10, epochs=8).warnings) == (
+        assert only(lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=8).warnings) == (
             "training ends at epoch 8, and the recipe is for training to epoch 9 (EpochRangeModifier)"
         )
-        assert lint_model([EpochRange(end_epoch=9.0)], [], 10, epochs=9).warnings == ()
-        assert lint_model([EpochRange(end_epoch=9.0)], [], 10).warnings == ()
+        assert lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=9).warnings == ()
+        assert lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10).warnings == ()
+
+    def test_a_recipe_that_does_not_prune_is_legal_and_said(self):
+        warning = only(lint_model([SetLearningRate(learning_rate=0.5)], [], 10).warnings)
+        assert warning == "the recipe has no pruning modifier: nothing is pruned"
 
     @pytest.mark.parametrize(
         ("freezing", "names", "count"),

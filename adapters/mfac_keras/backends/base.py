@@ -51,6 +51,7 @@ class TrainingHooks(ABC):
         self._frozen: frozenset[int] = frozenset()
         self._tapping = False
         self._met_apply = False
+        self._updated = [False] * len(self._variables)
         self._hooked: list[tuple[Any, str]] = []
 
     @property
@@ -111,6 +112,27 @@ class TrainingHooks(ABC):
         self._drop_compiled()
         self._model.train_function = self._train_function()
 
+    @property
+    def updated(self) -> list[Any]:
+        """The variables in scope that training steps have given to the optimizer so far."""
+        return [each for each, updated in zip(self._variables, self._updated, strict=True) if updated]
+
+    def not_followed(self, what: str, *, more: str = "") -> RuntimeError:
+        """Return the error of a training step that does not use the optimizer that is followed.
+
+        Args:
+            what: What it does not give to the optimizer.
+            more: Another cure.
+
+        Returns:
+            The error, to be raised.
+        """
+        return RuntimeError(
+            f"the training step of {self._model.name} does not give {what} to {self._optimizer.name}: call apply or "
+            "apply_gradients of this optimizer in train_step, or pass the optimizer that it uses as "
+            f"optimizer=...{more}"
+        )
+
     def rows(self) -> list[list[Any]]:
         """Return the gradients that were tapped since the last call.
 
@@ -122,11 +144,7 @@ class TrainingHooks(ABC):
         """
         rows = [self._split(row) for row in self._taken()] if self._tapping else []
         if self._tapping and not self._met_apply:
-            raise RuntimeError(
-                f"the training step of {self._model.name} does not give its gradients to {self._optimizer.name}: call "
-                "apply or apply_gradients of this optimizer in train_step, pass the optimizer that it uses as "
-                "optimizer=..., or take gradients from a dataset with sampler=..."
-            )
+            raise self.not_followed("its gradients", more=", or take gradients from a dataset with sampler=...")
         return rows
 
     def hold(self, masks: Sequence[npt.NDArray[np.bool_] | None]) -> None:
@@ -210,6 +228,7 @@ class TrainingHooks(ABC):
     def _masking(self, leaf: Any, apply: Apply) -> Apply:
         def masked_apply(grads: Any, trainable_variables: Any = None) -> Any:
             variables = trained_by(leaf) if trainable_variables is None else list(trainable_variables)
+            self._note_updated(variables)
             if self._frozen:
                 pairs = zip(grads, variables, strict=True)
                 trained = [(gradient, variable) for gradient, variable in pairs if id(variable) not in self._frozen]
@@ -231,6 +250,12 @@ class TrainingHooks(ABC):
             return result
 
         return masked_apply
+
+    def _note_updated(self, variables: Iterable[Any]) -> None:
+        for variable in variables:
+            place = self._place.get(id(variable))
+            if place is not None:
+                self._updated[place] = True
 
     def _mask_for(self, variable: Any) -> Any:
         place = self._place.get(id(variable))

@@ -290,3 +290,9 @@ def test_a_pruning_modifier_that_does_not_fit_is_named(task):
     manager = ScheduledModifierManager([GMPruningModifier(final_sparsity=0.5, end_epoch=2.0, params=["nothing"])])
     with pytest.raises(SettingError, match=r"^GMPruningModifier\.params: 'nothing' matches no parameter"):
         manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), task.steps_per_epoch)
+
+
+def test_a_recipe_that_does_not_prune_sets_what_it_sets_and_says_so(task, caplog):
+    seen = option_at_each_step(task, [SetLearningRateModifier(learning_rate=0.01, start_epoch=0.0)], stop=2)
+    assert seen == [[0.01, 0.01]] * 2
+    assert caplog.text.count("the recipe has no pruning modifier: nothing is pruned") == 1

@@ -1,0 +1,95 @@
+"""What a model and its optimizer have to be: what cannot be pruned is refused by name, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from mfac_core.settings import ConstantSettings
+from mfac_keras.live_pruning import LivePruning
+from mfac_keras.optimizers import innermost, trained_by
+
+__all__ = ["check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
+
+_KERAS_2 = ("tf_keras", "tensorflow.python.keras")
+_FROM_KERAS_2 = (
+    "make it with `import keras`; where TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it. Weights of a "
+    "Keras 2 model go over with set_weights(old.get_weights())"
+)
+
+
+def check_model(model: Any) -> None:
+    """Check that something is a model of Keras 3.
+
+    Args:
+        model: What is given as a model.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(model, keras.Model):
+        return
+    refuse_keras_2("the model", model)
+    is_torch = any(base.__module__.startswith("torch.") for base in type(model).__mro__)
+    cure = "use mfac_torch, which prunes torch modules" if is_torch else "pass the model itself"
+    raise TypeError(f"the model is a {_class_of(model)}, and pruning needs a keras.Model of Keras 3; {cure}")
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Check that something is an optimizer of Keras 3.
+
+    Args:
+        optimizer: What is given as the optimizer.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(optimizer, keras.optimizers.Optimizer):
+        return
+    refuse_keras_2("the optimizer", optimizer)
+    found = "there is none" if optimizer is None else f"it is a {_class_of(optimizer)}"
+    raise TypeError(
+        f"pruning follows the optimizer that trains the model, and {found}; compile the model with the optimizer, or "
+        "pass the one that train_step uses, a keras.optimizers.Optimizer, as optimizer=..."
+    )
+
+
+def refuse_keras_2(what: str, thing: Any) -> None:
+    """Refuse an object of Keras 2, which Keras 3 cannot work with.
+
+    Args:
+        what: What it is given as.
+        thing: The object.
+
+    Raises:
+        TypeError: If its class, or one that this inherits from, belongs to Keras 2.
+    """
+    bases = [base.__module__ for base in type(thing).__mro__]
+    if any(base == package or base.startswith(f"{package}.") for base in bases for package in _KERAS_2):
+        raise TypeError(f"{what} is a {_class_of(thing)} of Keras 2, and pruning needs Keras 3; {_FROM_KERAS_2}")
+
+
+def check_trained(prunings: Sequence[LivePruning], optimizer: Any) -> None:
+    """Check that the optimizer trains what is pruned; zeros that are only held need no optimizer where nothing moves.
+
+    Args:
+        prunings: The modifiers at work on one model.
+        optimizer: The optimizer, built.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
+    for pruning in prunings:
+        missing = [name for name, variable in pruning.variables.items() if id(variable) not in trained]
+        if missing and not isinstance(pruning.settings, ConstantSettings):
+            raise ValueError(
+                f"{optimizer.name} does not train {', '.join(missing)}, so their masks could not be held; pass the "
+                "optimizer that does as optimizer=..., or name in params only what it trains"
+            )
+
+
+def _class_of(thing: Any) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

@@ -1,0 +1,93 @@
+"""What a run says of its pruning steps in the log: the same sentences in every adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mfac_core.pruning_step import PruneResult
+from mfac_core.weight_names import listed
+
+__all__ = ["pruning_step_line", "unfinished_line"]
+
+
+def pruning_step_line(
+    result: PruneResult,
+    *,
+    modifier: str,
+    names: Iterable[str],
+    step: int,
+    steps_per_epoch: int,
+    num_rows: int,
+    seconds: float,
+) -> str:
+    """Return in one line what a pruning step has done.
+
+    Args:
+        result: What it has left.
+        modifier: Name of its modifier, from :func:`mfac_core.recipe.linting.modifier_names`.
+        names: Names of the weights in scope.
+        step: Completed training steps.
+        steps_per_epoch: Training steps per epoch.
+        num_rows: Gradient samples that it drew on.
+        seconds: How long it took.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> import numpy as np
+        >>> result = PruneResult(np.zeros(2), np.zeros(2, bool), 0.5, None)
+        >>> pruning_step_line(
+        ...     result, modifier="MagnitudePruningModifier 2", names=["fc.weight"], step=15, steps_per_epoch=10,
+        ...     num_rows=0, seconds=0.1,
+        ... )
+        'pruning step at epoch 1.50 (step 15): sparsity 0.5000, 0.10 s (MagnitudePruningModifier 2: fc.weight)'
+    """
+    increase = result.predicted_loss_increase
+    by_mfac = "" if increase is None else f", {num_rows} gradient rows, predicted loss increase {increase:.3g}"
+    return (
+        f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step}): sparsity {result.sparsity:.4f}{by_mfac}, "
+        f"{seconds:.2f} s ({_scope(modifier, names)})"
+    )
+
+
+def unfinished_line(
+    what: str,
+    *,
+    modifier: str,
+    names: Iterable[str],
+    epoch: float,
+    due: float,
+    sparsity: float,
+    refused_rows: int,
+) -> str:
+    """Return in one line that a run has ended before the last pruning step of a modifier.
+
+    Args:
+        what: What has happened, such as ``fit ended``.
+        modifier: Its name, from :func:`mfac_core.recipe.linting.modifier_names`.
+        names: Names of the weights in its scope.
+        epoch: Completed epochs.
+        due: Epoch of the pruning step.
+        sparsity: Sparsity that it has reached.
+        refused_rows: Gradient samples that held NaN or Inf.
+
+    Returns:
+        The line.
+
+    Example:
+        >>> unfinished_line(
+        ...     "fit ended", modifier="", names=["fc.weight"], epoch=2.0, due=3.0, sparsity=0.5,
+        ...     refused_rows=0,
+        ... )
+        'fit ended at epoch 2.00 without the pruning step of epoch 3 (fc.weight): sparsity is 0.5000'
+    """
+    refused = f"; {refused_rows} gradient samples were refused for NaN or Inf" if refused_rows else ""
+    return (
+        f"{what} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({_scope(modifier, names)}): "
+        f"sparsity is {sparsity:.4f}{refused}"
+    )
+
+
+def _scope(modifier: str, names: Iterable[str]) -> str:
+    return f"{modifier}: {listed(names)}" if modifier else listed(names)
