@@ -212,7 +212,7 @@ class LivePruning:
         self._hold(self._pruner.masks if self._pruner.sparsity > 0 else {})
 
     def _prune(self, step: int) -> PruneResult:
-        """Do one part of a pruning step, all of it or nothing, and return what it leaves."""
+        """Return what one part of a pruning step leaves, once all of it is done; or nothing of it is."""
         start = time.perf_counter()
         with self._sampled(), ExitStack() as undo:
             rows = self._pruner.num_rows

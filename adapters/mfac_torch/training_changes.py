@@ -152,7 +152,7 @@ def _set_option(group: dict[str, Any], change: OptionChange) -> None:
 
 
 def _require_gradients(wanted: Mapping[nn.Parameter, bool]) -> ExitStack:
-    """Let parameters be trained or not; return what takes the changes back."""
+    """Return what takes the changes back, once each parameter is trained, or not, as wanted."""
     with ExitStack() as undo:
         for parameter, is_trained in wanted.items():
             undo.callback(setattr, parameter, "grad", parameter.grad)
