@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
 from mfac_core.blocks import BlockGroup, cut
+from mfac_core.state_checks import check_keys, checked_array, checked_integer
 
 __all__ = ["GradientWindow"]
 
@@ -176,21 +177,38 @@ class GradientWindow:
         # from the oldest on, so that the next row comes after them
         return {"rows": np.roll(rows, -self._torn, axis=0), "position": self.count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is not the state of a window like this one. Nothing is changed.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If rows or position are broken or do not fit this window.
+        """
+        check_keys("a gradient window", state, ("rows", "position"))
+        rows = checked_array("rows of the gradient window", state["rows"], self.dtype, 2)
+        if rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
+            raise ValueError(
+                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
+                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
+            )
+        # until the window is full, the next row comes after the others
+        full = len(rows) == self.num_gradients
+        bounds = (0, len(rows) - 1) if full else (len(rows), len(rows))
+        checked_integer("position in the gradient window", state["position"], *bounds)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take rows and position from :meth:`state_dict`.
 
         Args:
             state: What :meth:`state_dict` returned, of a window with as many columns and rows.
 
         Raises:
-            ValueError: If the rows do not fit this window.
+            ValueError: As in :meth:`check_state`; nothing is changed then.
         """
-        rows = np.asarray(state["rows"])
-        if rows.ndim != 2 or rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
-            raise ValueError(
-                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
-                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
-            )
+        self.check_state(state)
+        rows = state["rows"]
         self.clear()
         for row in rows:
             self.push(row)

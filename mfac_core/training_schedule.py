@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from mfac_core.errors import SettingError
 from mfac_core.learning_rate import learning_rate_at
+from mfac_core.state_checks import checked_flag, refuse
 from mfac_core.training_settings import (
     LearningRateFunction,
     LearningRateSchedule,
@@ -130,8 +131,12 @@ class OptionsSchedule:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it does not fit.
+            ValueError: If it is no list of booleans, or has another length.
         """
+        if not isinstance(state, list | tuple):
+            refuse("what is done of learning rate and weight decay", state, "a list of booleans")
+        for each in state:
+            checked_flag("what is done of learning rate and weight decay", each)
         if len(state) != len(self._is_done):
             raise ValueError(
                 f"the state holds {len(state)} modifiers of learning rate and weight decay, this recipe has "
@@ -145,7 +150,7 @@ class OptionsSchedule:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it does not fit.
+            ValueError: As in :meth:`check_state`; nothing is changed then.
         """
         self.check_state(state)
         self._is_done = [bool(done) for done in state]

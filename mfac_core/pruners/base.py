@@ -7,9 +7,10 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from mfac_core.masks import out_of_reach
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import MaskType, PruningSettings, Scope
+from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_layout import WeightLayout
 from mfac_core.weight_names import listed
 
@@ -293,6 +295,20 @@ class Pruner(ABC):
             "masks": self.masks,
         }
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse what is not a whole and fitting state. Nothing is changed.
+
+        Arrays must be NumPy arrays of the dtype that :meth:`state_dict` gives them. Numbers may be those of Python or
+        NumPy, or arrays without dimensions. How sparse the masks are is not held against the schedule.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If it is broken, or belongs to another recipe or model; the message names what.
+        """
+        self._loaded(state)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
 
@@ -300,21 +316,37 @@ class Pruner(ABC):
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If masks or schedule do not fit; nothing is changed then.
+            ValueError: As in :meth:`check_state`; nothing is changed then.
         """
-        missing = {"method", "schedule", "pruning_steps_done", "masks"} - set(state)
-        if missing:
-            raise ValueError(f"this is not the state of a pruner: it lacks {', '.join(sorted(missing))}")
-        strange = [*self._other_weights(state["masks"]), *self._other_schedule(state)]
-        if strange:
-            raise ValueError(
-                f"the state belongs to another recipe or model: {'; '.join(strange)}. "
-                "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
+        vars(self).update(vars(self._loaded(state)))
+
+    def _loaded(self, state: Mapping[str, Any]) -> Self:
+        """Return a pruner like this one that has taken a state, which may be refused. This one is not changed."""
+        check_keys("a pruner", state, ("method", "schedule", "pruning_steps_done", "masks"))
+        own = type(self).__name__
+        if not isinstance(state["method"], str):
+            refuse("method", state["method"], "the name of a pruner")
+        if state["method"] != own:
+            self._refuse_as_strange(
+                [f"it has another method or schedule of pruning ({state['method']}, and here {own})"]
             )
-        done = int(state["pruning_steps_done"])
-        if not 0 <= done <= len(self.schedule):
-            raise ValueError(f"the state is broken: it counts {done} of {len(self.schedule)} pruning steps as done")
-        self._progress = Progress(self.layout.flatten(state["masks"]).astype(bool), done)
+        loaded = copy(self)
+        loaded._take(state)
+        return loaded
+
+    def _take(self, state: Mapping[str, Any]) -> None:
+        """Check a state of this method and take it. One that is refused may be half taken: this runs on a copy."""
+        check_keys("a pruner (its masks)", state["masks"], ())
+        saved = checked_array("schedule", state["schedule"], np.float64, 2)
+        if saved.shape[1] != 2:
+            refuse("schedule", saved, "steps and sparsities, in two columns")
+        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved)]
+        if strange:
+            self._refuse_as_strange(strange)
+        for name, shape in self.layout.shapes.items():
+            checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
+        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(self.schedule))
+        self._progress = Progress(self.layout.flatten(state["masks"]), done)
 
     def _say_what_is_out_of_reach(
         self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
@@ -329,28 +361,30 @@ class Pruner(ABC):
                 sparsity,
             )
 
+    @staticmethod
+    def _refuse_as_strange(differences: Sequence[str]) -> NoReturn:
+        raise ValueError(
+            f"the state belongs to another recipe or model: {'; '.join(differences)}. "
+            "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
+        )
+
     def _other_weights(self, masks: Mapping[str, Array]) -> Iterator[str]:
         """Yield what differs between the weights of a state and these."""
         lacking = [name for name in self.layout.shapes if name not in masks]
         if lacking:
             yield f"it has no mask for {listed(lacking)}"
-        unknown = [name for name in masks if name not in self.layout.shapes]
+        unknown = [str(name) for name in masks if name not in self.layout.shapes]
         if unknown:
             yield f"it has masks for {listed(unknown)}, which are not pruned here"
         for name, shape in self.layout.shapes.items():
-            if name in masks and tuple(masks[name].shape) != shape:
-                yield f"its {name} has shape {tuple(masks[name].shape)}, and here {shape}"
+            if name in masks and np.shape(masks[name]) != shape:
+                yield f"its {name} has shape {np.shape(masks[name])}, and here {shape}"
                 return
 
-    def _other_schedule(self, state: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what differs between the method and the pruning steps of a state and these."""
-        what = "it has another method or schedule of pruning"
-        if state["method"] != type(self).__name__:
-            yield f"{what} ({state['method']}, and here {type(self).__name__})"
-            return
-        saved = np.asarray(state["schedule"])
+    def _other_schedule(self, saved: Vector) -> Iterator[str]:
+        """Yield what differs between the pruning steps of a state and these."""
         if not self._is_same_schedule(saved):
-            yield f"{what} ({_first_difference(saved, self._planned())})"
+            yield f"it has another method or schedule of pruning ({_first_difference(saved, self._planned())})"
 
     def _warn_of_empty(self, weights: Vector, kept: Mask, planned: PlannedStep) -> None:
         """Warn once of each array that this pruning step leaves without a single weight."""

@@ -58,4 +58,5 @@ class ConstantPruner(Pruner):
 
     def _is_same_schedule(self, saved: Vector) -> bool:
         # the sparsity that is held is not planned, it is found
-        return saved.ndim == 2 and np.array_equal(saved[:, 0], self._planned()[:, 0])
+        planned = self._planned()
+        return saved.shape == planned.shape and np.array_equal(saved[:, 0], planned[:, 0])

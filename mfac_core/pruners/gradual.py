@@ -16,6 +16,7 @@ from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruning_step import Selection, magnitude_step
 from mfac_core.schedule import PlannedStep, pruning_schedule, sparsity_at
 from mfac_core.settings import FROM_PARAM, GradualSettings
+from mfac_core.state_checks import check_keys, checked_array, refuse
 
 __all__ = ["GradualPruner", "MagnitudePruner"]
 
@@ -70,33 +71,21 @@ class GradualPruner(Pruner):
         measured = None if self._measured is None else np.array(_values(self._measured))
         return {**super().state_dict(), "initial_sparsities": measured}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
-
-        Initial sparsities that were measured belong to the state, whatever the weights show now.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If masks or schedule do not fit; nothing is changed then.
-        """
-        before = self._measured, self.schedule
-        if self._measured is not None and state.get("initial_sparsities") is not None:
-            saved = np.asarray(state["initial_sparsities"], dtype=float)
-            expected = len(_values(self._measured))
-            if saved.shape != (expected,):
-                raise ValueError(
-                    f"the state belongs to another recipe or model: it holds {saved.size} initial sparsities, and "
-                    f"this run has {expected}. Resume with the recipe and the model that it was saved with"
-                )
+    def _take(self, state: Mapping[str, Any]) -> None:
+        check_keys("a gradual pruner", state, ("initial_sparsities",))
+        saved = state["initial_sparsities"]
+        expected = 0 if self._measured is None else len(_values(self._measured))
+        if saved is not None:
+            saved = checked_array("initial_sparsities", saved, np.float64, 1)
+            if not ((saved >= 0) & (saved <= 1)).all():
+                refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
+        held = 0 if saved is None else len(saved)
+        if held != expected:
+            self._refuse_as_strange([f"it holds {held} initial sparsities, and this run has {expected}"])
+        if self._measured is not None:  # those that were measured then count, whatever the weights show now
             self._measured = _like(self._measured, saved.tolist())
             self.schedule = self._planned_schedule()
-        try:
-            super().load_state_dict(state)
-        except ValueError:
-            self._measured, self.schedule = before
-            raise
+        super()._take(state)
 
     def _prune(self, weights: Vector, index: int) -> Outcome:
         sparsity = self._sparsity_wanted(index)

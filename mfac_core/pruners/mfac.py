@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,7 @@ from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruning_step import Selection, mfac_step
 from mfac_core.schedule import num_gradients_at
 from mfac_core.settings import MFACSettings
+from mfac_core.state_checks import check_keys, checked_flag, checked_integer
 
 __all__ = ["MFACPruner"]
 
@@ -209,7 +211,10 @@ class MFACPruner(GradualPruner):
         return full or not self._progress.waits or self.schedule[self._latest(step)].step == step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, the gradient window included: arrays and plain numbers only."""
+        """Return all that a resumed run needs: arrays and plain numbers only.
+
+        Its ``window`` may be left out of what is loaded, or be ``None``; rows are then collected anew.
+        """
         self._store_arriving()
         return {
             **super().state_dict(),
@@ -219,35 +224,23 @@ class MFACPruner(GradualPruner):
             "window": None if self._window is None else self._window.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
-
-        Args:
-            state: What :meth:`state_dict` returned. Its ``window`` may be left out; rows are then collected anew.
-
-        Raises:
-            ValueError: If masks, schedule or window do not fit; nothing is changed then.
-        """
+    def _take(self, state: Mapping[str, Any]) -> None:
+        super()._take(state)
+        check_keys("an M-FAC pruner", state, ("parts_done", "waits", "refused_rows"))
         parts = self.settings.num_recomputations
-        parts_done = int(state.get("parts_done", 0))
-        if not 0 <= parts_done < parts:
+        parts_done = checked_integer("parts_done", state["parts_done"], at_least=-sys.maxsize)
+        if not 0 <= parts_done < parts or (parts_done and self.is_finished):
             raise ValueError(
-                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}; "
-                "resume with the recipe that it was saved with"
+                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}, with "
+                f"{len(self.schedule) - self._done} pruning steps to do; resume with the recipe that it was saved with"
             )
-        before = vars(self).copy()
-        super().load_state_dict(state)
-        window = None
+        self._progress = MFACProgress(self._kept, self._done, parts_done, checked_flag("waits", state["waits"]))
+        self._refused_rows = checked_integer("refused_rows", state["refused_rows"])
+        self._arriving = None
         if state.get("window") is not None:
             window = self._new_window(int(np.count_nonzero(self._kept)))
-            try:
-                window.load_state_dict(state["window"])
-            except ValueError:
-                vars(self).update(before)
-                raise
-        self._progress = MFACProgress(self._kept, self._done, parts_done, bool(state.get("waits", False)), window)
-        self._arriving = None
-        self._refused_rows = int(state.get("refused_rows", 0))
+            window.load_state_dict(state["window"])
+            self._progress = replace(self._progress, window=window)
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
         parts_left = self.settings.num_recomputations - self._parts_of(index)
