@@ -112,7 +112,7 @@ class Demo:
     Args:
         framework: Name of the framework.
         versions: Name and version of what the network runs on.
-        check_params: Refuses ``params`` of a recipe that match nothing in the network.
+        check_params: Refuses ``params`` and ``exclude`` of a recipe that match nothing in the network.
         train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called with
             the number of completed epochs.
         prune_gradually: Prunes a copy of the dense network while it is trained further, for as many epochs as the
@@ -125,7 +125,7 @@ class Demo:
 
     framework: str
     versions: Mapping[str, str]
-    check_params: Callable[[Sequence[str]], object]
+    check_params: Callable[[Sequence[str], Sequence[str]], object]
     train_dense: Callable[[Callable[[int], None]], Any]
     prune_gradually: Callable[[Recipe, str, Any, Callable[[int], None]], Pruned]
     prune_in_one_shot: Callable[[Recipe, str, Any], Pruned]
@@ -153,7 +153,7 @@ def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
     path = recipe or recipe_path(GRADUAL)
     gradual = load_recipe(path)
     for settings in gradual.pruning:  # refuse what cannot work before any training
-        demo.check_params(settings.params)
+        demo.check_params(settings.params, settings.exclude)
         if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
             resolve_devices(settings.devices)
     console.print(f"Pruning a network for handwritten digits by [bold]{path}[/bold], beside magnitude pruning.")

@@ -2,7 +2,8 @@
 
 Every array is seen as outputs x kernel positions x inputs. PyTorch's layout of linear and convolution layers is what an
 array has by default: the first axis are the outputs, the second the inputs, and the others the kernel; an array with
-one axis is one row of inputs. Other layouts are told by a permutation of the axes.
+one axis is one row of inputs. Other layouts are told by a permutation of the axes, or by the axes of outputs and inputs
+alone where the others number matrices that have nothing to do with each other, as those of fused experts.
 """
 
 from __future__ import annotations
@@ -16,10 +17,25 @@ import numpy.typing as npt
 
 from mfac_core.errors import SettingError
 from mfac_core.settings import MaskType, checked_mask_type
+from mfac_core.weight_names import listed
 
 __all__ = ["MaskPattern", "mask_patterns", "meant_sparsity"]
 
 _ROUNDED = 0.01
+_NAMED = 10
+"""Arrays that a message names at most."""
+
+# Why arrays cannot have a pattern, and the cure.
+_NOT_DIVIDED = ("{mask_type} do not divide {arrays}", "choose sizes that do")
+_ONE_GROUP = (
+    "{mask_type} makes {arrays} a single group each, which could only be pruned as a whole",
+    "choose another mask type",
+)
+_NOT_KNOWN = (
+    "{mask_type} needs outputs and inputs, and which axes these are is not known for {arrays}, because layers that "
+    "share it read it differently",
+    "prune it unstructured",
+)
 
 
 @dataclass(frozen=True)
@@ -113,14 +129,15 @@ def mask_patterns(
     Args:
         mask_type: The mask type, see :data:`mfac_core.settings.MaskType`.
         shapes: Name and shape of each array.
-        axes: Name and permutation of axes into the order (output, kernel..., input); names may be absent.
+        axes: Name and permutation of axes into the order (output, kernel..., input); or the two axes (output, input),
+            where the others number separate matrices; or nothing, where the layout is not known. Names may be absent.
 
     Returns:
         Name and pattern of each array; ``None`` for ``unstructured``, where every weight stands alone.
 
     Raises:
-        SettingError: If a block does not divide an array, or an array is a single group, which would be pruned as a
-            whole; the message names it and the cure.
+        SettingError: If blocks do not divide some arrays, if arrays are a single group, which would be pruned as a
+            whole, or if their layout is not known; the message names all of them and the cure.
         ValueError: If ``axes`` names an unknown array, or is no permutation.
 
     Example:
@@ -135,7 +152,22 @@ def mask_patterns(
     mask_type = checked_mask_type(mask_type)
     if mask_type == "unstructured":
         return None
-    return {name: _pattern(mask_type, name, shape, orders[name]) for name, shape in shapes.items()}
+    patterns: dict[str, MaskPattern] = {}
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name, shape in shapes.items():
+        given = (axes or {}).get(name, orders[name])
+        patterns[name] = _pattern(mask_type, shape, orders[name], is_stack=len(given) < len(shape))
+        why = _NOT_KNOWN if len(given) < min(len(shape), 2) else _refusal(mask_type, patterns[name])
+        if why is not None:
+            refused.setdefault(why, []).append(f"{name!r} of shape {shape} ({_in_words(patterns[name])})")
+    if refused:
+        said = [
+            f"{what.format(mask_type=_written(mask_type), arrays=listed(arrays, _NAMED))}; {cure}, or leave "
+            f"{'it' if len(arrays) == 1 else 'them'} out of params"
+            for (what, cure), arrays in refused.items()
+        ]
+        raise SettingError("mask_type", "; ".join(said))
+    return patterns
 
 
 def meant_sparsity(mask_type: MaskType, sparsity: float) -> float:
@@ -161,45 +193,56 @@ def meant_sparsity(mask_type: MaskType, sparsity: float) -> float:
 
 
 def _axes(name: str, shape: tuple[int, ...], axes: Sequence[int] | None) -> tuple[int, ...]:
-    if axes is None:
-        return (0, *range(2, len(shape)), 1) if len(shape) > 1 else tuple(range(len(shape)))
-    if sorted(axes) != list(range(len(shape))):
+    rank = len(shape)
+    if axes is None or (not axes and rank > 1):
+        return (0, *range(2, rank), 1) if rank > 1 else tuple(range(rank))
+    if rank > 2 and len(axes) == len(set(axes)) == 2 and set(axes) <= set(range(rank)):  # noqa: PLR2004
+        return (axes[0], *(axis for axis in range(rank) if axis not in axes), axes[1])
+    if sorted(axes) != list(range(rank)):
         raise ValueError(
-            f"axes[{name!r}] is {tuple(axes)}, which does not order the {len(shape)} axes of shape {shape}; "
-            f"write a permutation of {tuple(range(len(shape)))} that begins with the output and ends with the input"
+            f"axes[{name!r}] is {tuple(axes)}, which does not order the {rank} axes of shape {shape}; "
+            f"write a permutation of {tuple(range(rank))} that begins with the output and ends with the input"
         )
     return tuple(axes)
 
 
-def _pattern(mask_type: MaskType, name: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> MaskPattern:
-    outputs, kernel, inputs = _extents(shape, axes)
+def _pattern(mask_type: MaskType, shape: tuple[int, ...], axes: tuple[int, ...], *, is_stack: bool) -> MaskPattern:
+    outputs, _, inputs = _extents(shape, axes)
     match mask_type:
         case "channel":
-            pattern = MaskPattern(shape, axes, max(outputs, 1), 1, whole_kernel=True)
+            return MaskPattern(shape, axes, max(outputs, 1), 1, whole_kernel=not is_stack)
         case "filter":
-            pattern = MaskPattern(shape, axes, 1, max(inputs, 1), whole_kernel=True)
+            return MaskPattern(shape, axes, 1, max(inputs, 1), whole_kernel=not is_stack)
         case "block4":
-            pattern = MaskPattern(shape, axes, 1, 4)
+            return MaskPattern(shape, axes, 1, 4)
         case (high, wide):
             high, wide = (outputs or 1) if high == -1 else high, (inputs or 1) if wide == -1 else wide
-            if outputs % high or inputs % wide:
-                raise SettingError(
-                    "mask_type",
-                    f"blocks of {high} outputs x {wide} inputs do not divide {name!r} of shape {shape} "
-                    f"({outputs} outputs, {inputs} inputs); choose sizes that do, or leave it out of params",
-                )
-            pattern = MaskPattern(shape, axes, high, wide)
+            return MaskPattern(shape, axes, high, wide)
         case _:
             kept, of_each = map(int, str(mask_type).split(":"))
             return MaskPattern(shape, axes, 1, of_each, kept_of_each=kept)
-    if pattern.num_groups == 1 and math.prod(shape) > 1:
-        raise SettingError(
-            "mask_type",
-            f"{mask_type} makes {name!r} of shape {shape} a single group ({outputs} outputs, {kernel} kernel "
-            f"positions, {inputs} inputs), which could only be pruned as a whole; choose another mask type, or leave "
-            "it out of params",
-        )
-    return pattern
+
+
+def _refusal(mask_type: MaskType, pattern: MaskPattern) -> tuple[str, str] | None:
+    """Return why an array cannot have a pattern, and the cure; ``None`` where it can."""
+    outputs, _, inputs = _extents(pattern.shape, pattern.axes)
+    if isinstance(mask_type, tuple) and (outputs % pattern.outputs or inputs % pattern.inputs):
+        return _NOT_DIVIDED
+    is_one_group = pattern.num_groups == 1 and math.prod(pattern.shape) > 1
+    return _ONE_GROUP if is_one_group and pattern.kept_of_each is None else None
+
+
+def _written(mask_type: MaskType) -> str:
+    if isinstance(mask_type, str):
+        return mask_type
+    high, wide = ("all" if size == -1 else str(size) for size in mask_type)
+    return f"blocks of {high} outputs x {wide} inputs"
+
+
+def _in_words(pattern: MaskPattern) -> str:
+    outputs, kernel, inputs = _extents(pattern.shape, pattern.axes)
+    positions = f"{kernel} kernel positions, " if kernel > 1 else ""
+    return f"{outputs} outputs, {positions}{inputs} inputs"
 
 
 def _extents(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]:

@@ -72,7 +72,8 @@ def prune(
         num_recomputations: In how many equal parts the sparsity is reached, each by a Fisher of its own over what
             remains.
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
-            name to permutation; for arrays whose layout is not (output, input, kernel...).
+            name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
+            inputs alone mean that the others number separate matrices, as in a stack of experts.
         devices: Where the blocks are computed.
 
     Returns:

@@ -86,6 +86,7 @@ def _in_one_step(settings: PruningSettings, sparsity: float) -> PruningSettings:
             final_sparsity=sparsity,
             end_epoch=0.0,
             params=settings.params,
+            exclude=settings.exclude,
             scope=settings.scope,
             mask_type=settings.mask_type,
         )

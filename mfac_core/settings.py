@@ -54,7 +54,9 @@ class PruningSettings:
     Args:
         end_epoch: Epoch of the last pruning step, ``>= start_epoch``.
         start_epoch: Epoch of the first pruning step, fractions allowed, ``>= 0``.
-        params: Names of the weights to prune: exact names, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
+        params: Which weights to prune: names of weights or of layers, ``re:`` patterns, ``__ALL__`` or
+            ``__ALL_PRUNABLE__``.
+        exclude: Which of them to leave out, written in the same way.
         leave_enabled: Whether masks go on being held after ``end_epoch``.
         written_as: Name of the modifier in the recipe that says this, by which messages call it; empty where there is
             none. Settings that differ in it alone are equal.
@@ -66,6 +68,7 @@ class PruningSettings:
     end_epoch: float
     start_epoch: float = 0.0
     params: tuple[str, ...] = ("__ALL_PRUNABLE__",)
+    exclude: tuple[str, ...] = ()
     leave_enabled: bool = True
     written_as: str = field(default="", repr=False, compare=False)
 
@@ -82,6 +85,7 @@ class PruningSettings:
         if not isinstance(self.leave_enabled, bool):
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
         object.__setattr__(self, "params", checked_params(self.params))
+        object.__setattr__(self, "exclude", checked_params(self.exclude, "exclude"))
 
     def by_final_sparsity(self) -> tuple[Self, ...]:
         """Return the settings of each group of weights that has a final sparsity of its own.
@@ -397,36 +401,43 @@ def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def checked_params(params: object) -> tuple[str, ...]:
+def checked_params(params: object, name: str = "params") -> tuple[str, ...]:
     """Return names of weights as a tuple.
 
     Args:
         params: A name, or a list of names.
+        name: Name of the setting, for messages.
 
     Returns:
-        The names.
+        The names; there may be none of what is excluded.
 
     Raises:
         SettingError: If it is neither, a name is empty, or what follows ``re:`` is not a regular expression.
     """
     names = (params,) if isinstance(params, str) else params
-    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) and name for name in names):
-        raise SettingError(
-            "params", f"{params!r} must be a name or a non-empty list of names, such as __ALL_PRUNABLE__"
+    may_be_empty = name == "exclude"
+    if (
+        not isinstance(names, list | tuple)
+        or not (names or may_be_empty)
+        or not all(isinstance(each, str) and each for each in names)
+    ):
+        rule = (
+            "list of names, such as [stem, fc]" if may_be_empty else "non-empty list of names, such as __ALL_PRUNABLE__"
         )
-    for name in names:
-        if name.startswith(_PATTERN):
-            _check_pattern(name)
+        raise SettingError(name, f"{params!r} must be a name or a {rule}")
+    for each in names:
+        if each.startswith(_PATTERN):
+            _check_pattern(each, name)
     return tuple(names)
 
 
-def _check_pattern(name: str) -> None:
+def _check_pattern(pattern: str, name: str) -> None:
     try:
-        re.compile(name.removeprefix(_PATTERN))
+        re.compile(pattern.removeprefix(_PATTERN))
     except (re.error, OverflowError, RecursionError) as error:
         raise SettingError(
-            "params",
-            f"{name!r} is not a regular expression: {error}; in one, .* is any text, [.] a dot and [0-9]+ a number",
+            name,
+            f"{pattern!r} is not a regular expression: {error}; in one, .* is any text, [.] a dot and [0-9]+ a number",
         ) from error
 
 

@@ -287,8 +287,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             with _scope(model):
                 optimizer.build(model.trainable_variables)
         settings = [each for each in self._modifiers if isinstance(each, PruningSettings)]
+        told: set[str] = set()
         prunings = [
-            self._live_pruning(each, steps_per_epoch, name)
+            self._live_pruning(each, steps_per_epoch, name, told)
             for each, name in zip(settings, modifier_names(settings), strict=True)
         ]
         check_trained(prunings, optimizer)
@@ -326,7 +327,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._session = session
         session.begin()
 
-    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, name: str) -> LivePruning:
+    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, name: str, told: set[str]) -> LivePruning:
         with named_in_errors(settings):
             return LivePruning(
                 settings,
@@ -335,6 +336,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 sampler=self._sampler,
                 verbose=self._verbose > 0,
                 name=name,
+                told=told,
             )
 
     def _warn_of_replacing(self, state_path: Path) -> None:

@@ -31,7 +31,8 @@ class PyTorchForm:
         axes: Permutation of the variable's axes into PyTorch's order.
         permuted_shape: Its shape then.
         shape: Shape of PyTorch's weight, in which some of these axes are one.
-        core_axes: Permutation of PyTorch's axes to (output, *window, input), where it is not PyTorch's usual one.
+        core_axes: Permutation of PyTorch's axes to (output, *window, input), where it is not PyTorch's usual one; the
+            axes of output and input alone for a stack of matrices.
     """
 
     axes: tuple[int, ...]
@@ -71,8 +72,9 @@ def pytorch_forms(model: Any, variables: Mapping[str, Any]) -> dict[str, PyTorch
         variables: Name and variable.
 
     Returns:
-        Name and form. Variables that PyTorch has in the same order (embeddings, biases), and those of your own layers,
-        stay as they are.
+        Name and form. Variables that PyTorch has in the same order (embeddings, biases), and those of your own layers
+        that have other names than Keras' kernels, stay as they are; of three or more axes, the last are the inputs and
+        the one before it the outputs.
 
     Example:
         >>> model = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Conv2D(4, 5)])
@@ -105,7 +107,8 @@ def _form(layer: Any, variable: Any) -> PyTorchForm:
             return PyTorchForm(form.axes, form.permuted_shape, form.shape, (1, *range(2, rank), 0))
         if variable.name in {"kernel", "recurrent_kernel", "pointwise_kernel"}:  # (*window, input, output)
             return _permuted(shape, (rank - 1, rank - 2, *window))
-    return _permuted(shape, tuple(range(rank)))
+    unchanged = tuple(range(rank))
+    return PyTorchForm(unchanged, shape, shape, (rank - 2, rank - 1) if rank > 2 else None)  # noqa: PLR2004
 
 
 def _permuted(shape: tuple[int, ...], axes: tuple[int, ...], merged: tuple[int, int] | None = None) -> PyTorchForm:

@@ -38,6 +38,7 @@ class LivePruning:
             of training.
         verbose: Whether to print a line for each pruning step.
         name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
+        told: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
@@ -45,7 +46,7 @@ class LivePruning:
         forms: Their forms in PyTorch by path.
 
     Raises:
-        SettingError: If ``params`` of the settings does not fit the model.
+        SettingError: If ``params``, ``exclude`` or ``mask_type`` of the settings does not fit the model.
         DeviceError: If a listed device does not exist.
         MemoryBudgetError: If the gradient window would not fit.
     """
@@ -59,9 +60,12 @@ class LivePruning:
         sampler: GradientSampler | None = None,
         verbose: bool = False,
         name: str = "",
+        told: set[str] | None = None,
     ) -> None:
         self.settings = settings
-        self.variables = select_variables(model, settings.params, frozen_too=isinstance(settings, ConstantSettings))
+        self.variables = select_variables(
+            model, settings.params, settings.exclude, with_frozen=isinstance(settings, ConstantSettings), told=told
+        )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
         self._steps_per_epoch = steps_per_epoch

@@ -88,11 +88,13 @@ def prune_one_shot(
         )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     prunings = []
+    told: set[str] = set()
     for each, name in zip(settings, modifier_names(settings), strict=True):
         with named_in_errors(each):
-            prunings.append(
-                LivePruning(each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name)
+            pruning = LivePruning(
+                each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, told=told
             )
+            prunings.append(pruning)
     for warning in overlaps([gradual for gradual, _ in parts], [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
     prune_if_due(prunings, 0)

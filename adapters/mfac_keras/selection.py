@@ -1,15 +1,17 @@
-"""Which variables of a model a recipe's ``params`` mean."""
+"""Which variables of a model a recipe's ``params`` and ``exclude`` mean."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.weight_names import PATTERN, listed, matching_names
+from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.weight_names import ModelNames, layers_of_names, matching_names, selected_names
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
 
@@ -25,21 +27,38 @@ _PRUNABLE_LAYERS = tuple(
         *(f"SeparableConv{rank}D" for rank in (1, 2)),
     )
 )
+_NORMALIZATION = (
+    keras.layers.BatchNormalization,
+    keras.layers.LayerNormalization,
+    keras.layers.GroupNormalization,
+    keras.layers.RMSNormalization,
+)
 
 _logger = logging.getLogger("mfac_keras")
 
 
-def select_variables(model: Any, params: Sequence[str], *, frozen_too: bool = False) -> dict[str, Any]:
-    """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``.
+def select_variables(
+    model: Any,
+    params: Sequence[str],
+    exclude: Sequence[str] = (),
+    *,
+    with_frozen: bool = False,
+    told: set[str] | None = None,
+) -> dict[str, Any]:
+    """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``, frozen ones last.
 
-    A frozen variable (of a layer with ``trainable=False``) is left out with a log line, a warning where a pattern
-    matches it; selected by its exact path it is an error.
+    A frozen variable (of a layer with ``trainable=False``) is left out, unless it is selected by its exact path, which
+    is an error. What an entry for several leaves out, and normalization weights and biases that a pattern selects, are
+    warnings.
 
     Args:
         model: A built Keras model.
-        params: Exact paths; ``re:`` patterns, matched from the start of the path (``re.match``); ``__ALL__``, every
-            variable that a loss can train; ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
-        frozen_too: Whether frozen variables are selected like any other: their zeros are held without doing anything.
+        params: Exact paths; names or paths of layers, for what ``__ALL_PRUNABLE__`` means in them; ``re:`` patterns,
+            matched from the start of the path (``re.match``); ``__ALL__``, every variable that a loss can train;
+            ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
+        exclude: What is left out of it, in the same form; a layer means all that is in it.
+        with_frozen: Whether frozen variables are selected too.
+        told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
         The selected variables by path. Where several variables of a model have one path, the second is called
@@ -51,43 +70,26 @@ def select_variables(model: Any, params: Sequence[str], *, frozen_too: bool = Fa
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="body")])
-        >>> [path.rpartition("/")[2] for path in select_variables(model, ["re:.*body"])]
-        ['kernel', 'bias']
+        >>> [path.rpartition("/")[2] for path in select_variables(model, ["body"])]
+        ['kernel']
     """
-    if frozen_too:
-        return matching_variables(model, params, frozen_keywords=True)
-    selected: dict[str, str] = {}
-    for entry in params:
-        for name in _matching(model, entry, strict=True):
-            selected.setdefault(name, entry)
     named = _trainable_by_nature(model)
-    trainable = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
-    frozen = [name for name in selected if id(named[name]) not in trainable]
-    by_name = next((name for name in frozen if name in params), None)
-    if by_name is not None:
-        raise SettingError(
-            "params",
-            f"{by_name!r} is frozen (its layer is not trainable); set trainable=True or take its path out of params",
-        )
-    _tell_left_out(frozen, by_pattern=any(selected[name].startswith(PATTERN) for name in frozen))
-    chosen = [name for name in selected if name not in frozen]
-    if not chosen:
-        raise SettingError(
-            "params", f"{list(params)} leaves nothing to prune: every variable that it selects is frozen"
-        )
-    return {name: named[name] for name in sorted(chosen, key=lambda name: trainable[id(named[name])])}
+    names = _names(model, named)
+    with _hint_for_pytorch(*params, *exclude):
+        selected = selected_names(params, exclude, names, with_frozen=with_frozen)
+    warn_once(_logger, selection_warnings(params, exclude, names, selected), told)
+    places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
+    return {name: named[name] for name in in_order}
 
 
-def matching_variables(
-    model: Any, params: Sequence[str], *, strict: bool = True, frozen_keywords: bool = False
-) -> dict[str, Any]:
+def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
     """Return the variables that ``params`` matches, frozen or not, in the order of ``model.weights``.
 
     Args:
         model: A built Keras model.
-        params: As in :func:`select_variables`.
+        params: As in :func:`select_variables`, but that a layer means all variables in it.
         strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
-        frozen_keywords: Whether ``__ALL__`` and ``__ALL_PRUNABLE__`` mean frozen variables too.
 
     Returns:
         The variables by path.
@@ -95,13 +97,16 @@ def matching_variables(
     Raises:
         SettingError: If an entry matches nothing, and ``strict``.
     """
+    named = _trainable_by_nature(model)
+    names = _names(model, named)
     found: set[str] = set()
     for entry in params:
-        names = _matching(model, entry, strict=strict, frozen_too=frozen_keywords)
-        if not names:
+        with _hint_for_pytorch(entry):
+            matched = matching_names(entry, names, whole_layers=True, strict=strict)
+        if not matched:
             _logger.warning("params: %r matches no variable of the model and is left out", entry)
-        found.update(names)
-    return {name: variable for name, variable in _trainable_by_nature(model).items() if name in found}
+        found.update(matched)
+    return {name: variable for name, variable in named.items() if name in found}
 
 
 def prunable_variables(model: Any) -> dict[str, Any]:
@@ -121,7 +126,9 @@ def prunable_variables(model: Any) -> dict[str, Any]:
     Raises:
         ValueError: If the model is not built.
     """
-    return _kernels(model, {id(variable) for variable in model.trainable_variables})
+    kernels = _kernel_ids(model)
+    trainable = {id(variable) for variable in model.trainable_variables}
+    return {name: variable for name, variable in _named(model).items() if id(variable) in kernels & trainable}
 
 
 def layers_of(model: Any) -> list[Any]:
@@ -136,36 +143,57 @@ def layers_of(model: Any) -> list[Any]:
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
-def _matching(model: Any, entry: str, *, strict: bool, frozen_too: bool = False) -> list[str]:
-    named = _trainable_by_nature(model)
-    trainable = {id(variable) for variable in (named.values() if frozen_too else model.trainable_variables)}
+@contextmanager
+def _hint_for_pytorch(*entries: str) -> Iterator[None]:
+    """Add to an error what names of PyTorch are called here.
+
+    Raises:
+        SettingError: The error that was raised inside, with the hint.
+    """
     try:
-        return matching_names(
-            entry,
-            list(named),
-            prunable=lambda: _kernels(model, trainable),
-            of_all=lambda: [name for name, variable in named.items() if id(variable) in trainable],
-            kind="variable",
-            strict=strict,
-        )
+        yield
     except SettingError as error:
-        if "weight" in entry:
+        if any("weight" in entry and repr(entry) in error.message for entry in entries):
             hint = "PyTorch's `weight` is a `kernel` in Keras, and paths are written with slashes"
             raise SettingError(error.field, f"{error.message}; {hint}") from error
         raise
 
 
-def _kernels(model: Any, among: Collection[int]) -> dict[str, Any]:
+def _names(model: Any, named: Mapping[str, Any]) -> ModelNames:
+    trainable = {id(variable) for variable in model.trainable_variables}
+    kernels = _kernel_ids(model)
+    name_of = {id(variable): name for name, variable in named.items()}
+    layers: dict[str, dict[str, None]] = {
+        name: dict.fromkeys(inside) for name, inside in layers_of_names(named).items()
+    }
+    normalization: set[str] = set()
+    for layer in layers_of(model):
+        inside = [name_of[id(variable)] for variable in layer.weights if id(variable) in name_of]
+        layers.setdefault(layer.name, {}).update(dict.fromkeys(inside))
+        if isinstance(layer, _NORMALIZATION):
+            normalization.update(inside)
+    return ModelNames(
+        shapes={name: tuple(map(int, variable.shape)) for name, variable in named.items()},
+        prunable=frozenset(name for name, variable in named.items() if id(variable) in kernels),
+        layers=layers,
+        normalization=normalization,
+        frozen=frozenset(name for name, variable in named.items() if id(variable) not in trainable),
+        kind="variable",
+        frozen_because="the layer is not trainable",
+        prunable_layers="Dense and convolution layers",
+    )
+
+
+def _kernel_ids(model: Any) -> set[int]:
     if not model.built:
         raise ValueError(f"{model.name} is not built, so it has no variables; call it on a batch first")
-    kernels = {
+    return {
         id(variable)
         for layer in layers_of(model)
         if isinstance(layer, _PRUNABLE_LAYERS)
         for variable in layer.weights
         if variable.name in _KERNELS
     }
-    return {name: variable for name, variable in _named(model).items() if id(variable) in kernels.intersection(among)}
 
 
 def _trainable_by_nature(model: Any) -> dict[str, Any]:
@@ -193,12 +221,3 @@ def _named(model: Any) -> dict[str, Any]:
 
 def _is_float(variable: Any) -> bool:
     return bool(keras.backend.is_float_dtype(variable.dtype))
-
-
-def _tell_left_out(frozen: Sequence[str], *, by_pattern: bool) -> None:
-    if frozen:
-        _logger.log(
-            logging.WARNING if by_pattern else logging.INFO,
-            "frozen (the layer is not trainable) and left out of pruning: %s",
-            listed(frozen),
-        )

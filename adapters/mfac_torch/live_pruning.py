@@ -44,6 +44,7 @@ class LivePruning:
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
         name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
+        told: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
@@ -51,7 +52,7 @@ class LivePruning:
         name: Name of the modifier in the log; empty where it is the only one.
 
     Raises:
-        SettingError: If ``params`` of the settings does not fit the model.
+        SettingError: If ``params``, ``exclude`` or ``mask_type`` of the settings does not fit the model.
         DeviceError: If a listed device does not exist.
         MemoryBudgetError: If the gradient window would not fit.
     """
@@ -66,10 +67,11 @@ class LivePruning:
         grad_sampler: GradSampler | None = None,
         loggers: Sequence[LogFunction] = (),
         name: str = "",
+        told: set[str] | None = None,
     ) -> None:
         self.settings = settings
         self.name = name
-        self.parameters = select_parameters(model, settings.params)
+        self.parameters = select_parameters(model, settings.params, settings.exclude, told=told)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers

@@ -418,6 +418,7 @@ def _live_prunings(
     else:
         parts = one_shot_in_order(settings, one_shot_at)
     prunings = []
+    told: set[str] = set()
     for name, (_, part) in zip(modifier_names(part for _, part in parts), parts, strict=True):
         with named_in_errors(part):
             prunings.append(
@@ -429,6 +430,7 @@ def _live_prunings(
                     grad_sampler=sampler,
                     loggers=functions,
                     name=name,
+                    told=told,
                 )
             )
     if one_shot_at is not None:  # for a gradual run the linter says it

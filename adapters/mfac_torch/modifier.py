@@ -105,7 +105,7 @@ class MFACPruningModifier(PruningModifier):
     """Prune by M-FAC.
 
     Args:
-        **recipe_keys: ``params``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
+        **recipe_keys: ``params``, ``exclude``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``, ``global_sparsity``, ``num_grads``,
             ``fisher_block_size``, ``damp``, ``available_gpus``, ``grads_device``, ``update``, ``num_recomputations``,
             ``grad_sampler_kwargs``, ``use_gradient_buffering``.
@@ -139,7 +139,7 @@ class MagnitudePruningModifier(PruningModifier):
     """Prune by magnitude, within each layer.
 
     Args:
-        **recipe_keys: ``params``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
+        **recipe_keys: ``params``, ``exclude``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``.
     """
 
@@ -166,7 +166,7 @@ class ConstantPruningModifier(PruningModifier):
     """Hold the zeros that the weights have, and prune nothing more.
 
     Args:
-        **recipe_keys: ``params``, ``start_epoch``, ``end_epoch``.
+        **recipe_keys: ``params``, ``exclude``, ``start_epoch``, ``end_epoch``.
     """
 
     settings: ConstantSettings
@@ -198,7 +198,7 @@ class ACDCPruningModifier(PruningModifier):
     """Alternate between compressed and decompressed phases, by magnitude.
 
     Args:
-        **recipe_keys: ``params``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``, ``update_frequency``,
+        **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``, ``update_frequency``,
             ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
     """
 

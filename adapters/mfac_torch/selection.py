@@ -1,33 +1,59 @@
-"""Which parameters of a model a recipe's ``params`` mean."""
+"""Which parameters of a model a recipe's ``params`` and ``exclude`` mean."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from mfac_core.errors import SettingError
-from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, listed, matching_names
+from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.weight_names import (
+    ALL_PRUNABLE,
+    Computed,
+    ModelNames,
+    layers_of_names,
+    listed,
+    matching_names,
+    selected_names,
+)
 
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
+
+_NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 _logger = logging.getLogger("mfac_torch")
 
 
-def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.Parameter]:
+def select_parameters(
+    model: nn.Module,
+    params: Sequence[str],
+    exclude: Sequence[str] = (),
+    *,
+    with_frozen: bool = False,
+    told: set[str] | None = None,
+) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
     A tied parameter counts once, under its first name, and is selected by any of its names. A frozen parameter
-    (``requires_grad`` is False) is left out with a log line, a warning where a pattern selects it, unless it is
-    selected by its exact name.
+    (``requires_grad`` is False) is left out, unless it is selected by its exact name, which is an error. What an entry
+    for several leaves out, and normalization weights and biases that a pattern selects, are warnings.
 
     Args:
         model: The model to look into.
-        params: Exact names; ``re:`` patterns, matched from the start of the dotted name (``re.match``);
-            ``__ALL__``, every parameter; ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
+        params: Exact names; exact names of layers, for what ``__ALL_PRUNABLE__`` means in them; ``re:`` patterns,
+            matched from the start of the dotted name (``re.match``); ``__ALL__``, every parameter;
+            ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
+        exclude: What is left out of it, in the same form; the name of a layer means all that is in it.
+        with_frozen: Whether frozen parameters are selected too.
+        told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
         The selected parameters by name.
@@ -37,27 +63,17 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
             a parameter has no values yet, or nothing is left to prune.
 
     Example:
-        >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["re:0[.]"]))
-        ['0.weight', '0.bias']
+        >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
+        ['0.weight', '2.bias']
     """
-    selected = _selected(model, params, strict=True)
-    chosen: dict[str, nn.Parameter] = {}
-    frozen: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in selected:
-            continue
-        if is_lazy(parameter):
-            raise SettingError("params", f"{name!r} has no values yet; run one batch through the model first")
-        if parameter.requires_grad:
-            chosen[name] = parameter
-        else:
-            frozen[name] = selected[id(parameter)]
-    _check_not_by_name(frozen)
-    if not chosen:
-        raise SettingError(
-            "params", f"{list(params)} leaves nothing to prune: every parameter that it selects is frozen"
-        )
-    _tell_left_out(frozen)
+    names = _names(model)
+    selected = selected_names(params, exclude, names, with_frozen=with_frozen)
+    chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}
+    lazy = [name for name, parameter in chosen.items() if is_lazy(parameter)]
+    if lazy:
+        have = f"{lazy[0]!r} has" if len(lazy) == 1 else f"{listed(lazy)} have"
+        raise SettingError("params", f"{have} no values yet; run one batch through the model first")
+    warn_once(_logger, selection_warnings(params, exclude, names, selected), told)
     return chosen
 
 
@@ -66,7 +82,7 @@ def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool
 
     Args:
         model: The model to look into.
-        params: As in :func:`select_parameters`.
+        params: As in :func:`select_parameters`, but that the name of a layer means all parameters in it.
         strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
 
     Returns:
@@ -75,8 +91,14 @@ def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool
     Raises:
         SettingError: If an entry matches nothing, and ``strict``.
     """
-    selected = _selected(model, params, strict=strict)
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in selected}
+    names = _names(model)
+    matched: set[str] = set()
+    for entry in params:
+        found = matching_names(entry, names, whole_layers=True, strict=strict)
+        if not found:
+            _logger.info("%r matches no parameter of the model and is left out", entry)
+        matched.update(map(names.first, found))
+    return {name: parameter for name, parameter in model.named_parameters() if name in matched}
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -102,81 +124,162 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(prunable_parameters(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 3))))
         ['0.weight', '2.weight']
     """
-    weights: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | _ConvNd) and not _is_transposed_linear(module):
-            continue
-        # A parametrized layer shows `weight` as a property; registered parameters alone can be written to.
-        weight = module._parameters.get("weight")
-        if weight is None:
-            _logger.info("%s leaves out the layer %r: its weight is computed from other parameters", ALL_PRUNABLE, name)
-        else:
-            weights.add(id(weight))
+    for name, computed in _computed(model).items():
+        by = f" ({computed.by})" if computed.by else ""
+        layer = name.rpartition(".")[0]
+        _logger.info(
+            "%s leaves out the layer %r: its weight is computed from other parameters%s", ALL_PRUNABLE, layer, by
+        )
+    weights = _prunable_ids(model)
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
 def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return how weights lie whose first axis is not that of the outputs.
+    """Return how weights lie that do not lie as PyTorch's (output, input, kernel...).
+
+    A parameter of three or more axes that belongs to no convolution is taken for a stack of matrices (output, input),
+    such as those of fused experts; (input, output) where its module says ``is_transposed``, as experts of transformers
+    do.
 
     Args:
         model: The model.
         names: Names of parameters to look at.
 
     Returns:
-        For weights of transposed convolutions and of ``Conv1D`` of transformers the permutation of their axes into
-        (output, kernel..., input), by name; all others lie as PyTorch's (output, input, kernel...).
+        By name, the permutation of a weight's axes into (output, kernel..., input), the two axes (output, input) of a
+        stack of matrices, or nothing where layers share the weight that read it differently.
 
     Example:
         >>> weight_axes(nn.ConvTranspose2d(2, 4, 3), ["weight", "bias"])
         {'weight': (1, 2, 3, 0)}
     """
-    turned = {
-        id(module._parameters["weight"])
-        for module in model.modules()
-        if (isinstance(module, _ConvTransposeNd) or _is_transposed_linear(module)) and "weight" in module._parameters
-    }
+    known: dict[int, set[tuple[int, ...]]] = {}
+    for module in model.modules():
+        for parameter, axes in _axes_in(module):
+            known.setdefault(id(parameter), set()).add(axes)
+    found: dict[str, tuple[int, ...]] = {}
     wanted = set(names)
-    return {
-        name: (*range(1, parameter.ndim), 0)
-        for name, parameter in model.named_parameters()
-        if name in wanted and id(parameter) in turned
-    }
+    for name, parameter in model.named_parameters():
+        if name not in wanted or parameter.ndim < 2:  # noqa: PLR2004
+            continue
+        usual = (0, *range(2, parameter.ndim), 1)
+        stacked = (parameter.ndim - 2, parameter.ndim - 1)
+        layouts = known.get(id(parameter), {usual if parameter.ndim == 2 else stacked})  # noqa: PLR2004
+        if layouts != {usual}:
+            found[name] = next(iter(layouts)) if len(layouts) == 1 else ()
+    return found
+
+
+def _axes_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
+    """Yield parameters whose layout the kind of a module tells, and the permutation of their axes."""
+    if _is_convolution(module):
+        is_turned = isinstance(module, _ConvTransposeNd) or getattr(module, "transposed", False) is True
+        for parameter in module.parameters():  # those that a weight is computed from, too
+            if _has_kernel(parameter, module):
+                axes = range(parameter.ndim)
+                yield parameter, (*axes[1:], 0) if is_turned else (0, *axes[2:], 1)
+    elif _is_transposed_linear(module):
+        yield from ((parameter, (1, 0)) for parameter in module.parameters() if parameter.ndim == 2)  # noqa: PLR2004
+    elif isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
+        yield from ((parameter, (0, 1)) for parameter in _own(module) if parameter.ndim == 2)  # noqa: PLR2004
+    elif isinstance(module, nn.Bilinear):
+        yield from ((parameter, (0, 1, 2)) for parameter in _own(module) if parameter.ndim == 3)  # noqa: PLR2004
+    elif getattr(module, "is_transposed", False) is True:
+        yield from ((parameter, (2, 1)) for parameter in _own(module) if parameter.ndim == 3)  # noqa: PLR2004
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module._parameters.values() if parameter is not None]
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) or any(_has_kernel(parameter, module) for parameter in _own(module))
+
+
+def _has_kernel(parameter: nn.Parameter, module: nn.Module) -> bool:
+    """Return whether the last axes of a parameter are the kernel that its module has, of PyTorch or not."""
+    size = getattr(module, "kernel_size", None)
+    if is_lazy(parameter) or parameter.ndim < 3 or not isinstance(size, int | tuple):  # noqa: PLR2004
+        return False
+    window = tuple(parameter.shape[2:])
+    return window == ((size,) * len(window) if isinstance(size, int) else size)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:
     # Conv1D of transformers, a linear layer whose weight is (in, out). Its package is not imported for this.
+    if isinstance(module, _ConvNd) or not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
+        return False
     weight = module._parameters.get("weight")
-    return type(module).__name__ == "Conv1D" and weight is not None and weight.ndim == 2
+    return weight is None or weight.ndim == 2  # noqa: PLR2004
 
 
-def _selected(model: nn.Module, params: Sequence[str], *, strict: bool) -> dict[int, list[str]]:
-    """Return the ids of the parameters that match, and the entries that each matches."""
+def _is_prunable_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | _ConvNd) or _is_transposed_linear(module)
+
+
+def _prunable_ids(model: nn.Module) -> set[int]:
+    # A parametrized layer shows `weight` as a property; registered parameters alone can be written to.
+    weights = [module._parameters.get("weight") for module in model.modules() if _is_prunable_layer(module)]
+    return {id(weight) for weight in weights if weight is not None}
+
+
+def _names(model: nn.Module) -> ModelNames:
     named = dict(model.named_parameters(remove_duplicate=False))
-    selected: dict[int, list[str]] = {}
-    for entry in params:
-        names = matching_names(
-            entry, list(named), prunable=lambda: prunable_parameters(model), kind="parameter", strict=strict
-        )
-        if not names:
-            _logger.info("%r matches no parameter of the model and is left out", entry)
-        for name in names:
-            selected.setdefault(id(named[name]), []).append(entry)
-    return selected
+    first: dict[int, str] = {}
+    for name, parameter in named.items():
+        first.setdefault(id(parameter), name)
+    prunable = _prunable_ids(model)
+    normalization = {
+        id(parameter) for module in model.modules() if isinstance(module, _NORMALIZATION) for parameter in _own(module)
+    }
+    packed = {
+        id(module.in_proj_weight)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+    }
+    modules: dict[str, list[str]] = {name: [] for name, _ in model.named_modules(remove_duplicate=False) if name}
+    return ModelNames(
+        shapes={name: () if is_lazy(parameter) else tuple(parameter.shape) for name, parameter in named.items()},
+        prunable=frozenset(name for name, parameter in named.items() if id(parameter) in prunable),
+        layers={**modules, **layers_of_names(named)},
+        normalization=frozenset(name for name, parameter in named.items() if id(parameter) in normalization),
+        frozen=frozenset(name for name, parameter in named.items() if not parameter.requires_grad),
+        packed={
+            name: "in_proj_weight of MultiheadAttention" for name, parameter in named.items() if id(parameter) in packed
+        },
+        computed=_computed(model),
+        first_names={name: first[id(parameter)] for name, parameter in named.items()},
+    )
 
 
-def _check_not_by_name(frozen: Mapping[str, Sequence[str]]) -> None:
-    for name, entries in frozen.items():
-        if not all(entry in (ALL, ALL_PRUNABLE) or entry.startswith(PATTERN) for entry in entries):
-            raise SettingError(
-                "params",
-                f"{name!r} is frozen (requires_grad is False); unfreeze the parameter or take its name out of params",
-            )
+def _computed(model: nn.Module) -> dict[str, Computed]:
+    """Return the weights of prunable layers that are computed from other parameters."""
+    return {
+        f"{name}.weight" if name else "weight": Computed(_computed_by(module), _computed_shape(module))
+        for name, module in model.named_modules()
+        if _is_prunable_layer(module) and module._parameters.get("weight") is None
+    }
 
 
-def _tell_left_out(frozen: Mapping[str, Sequence[str]]) -> None:
-    """Say which frozen parameters are left out; where a pattern was meant to select them, as a warning."""
-    by_pattern = [name for name, entries in frozen.items() if any(entry.startswith(PATTERN) for entry in entries)]
-    others = [name for name in frozen if name not in by_pattern]
-    for level, names in ((logging.WARNING, by_pattern), (logging.INFO, others)):
-        if names:
-            _logger.log(level, "frozen (requires_grad is False) and left out of pruning: %s", listed(names))
+def _computed_by(module: nn.Module) -> str:
+    if parametrize.is_parametrized(module, "weight"):
+        kinds: list[object] = list(module.parametrizations["weight"])  # type: ignore[index]  # a ModuleDict there
+    else:
+        hooks = module._forward_pre_hooks.values()
+        kinds = [hook for hook in hooks if "weight" in (getattr(hook, "name", ""), getattr(hook, "_tensor_name", ""))]
+    return ", ".join(_in_words(type(kind).__name__) for kind in kinds)
+
+
+def _in_words(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("_").lower()
+
+
+def _computed_shape(module: nn.Module) -> tuple[int, ...]:
+    """Return the shape of a weight without computing it, which may change what it is computed from."""
+    if parametrize.is_parametrized(module, "weight"):
+        made_of = module.parametrizations["weight"].parameters()  # type: ignore[index, union-attr]
+        parts = [tuple(part.shape) for part in made_of]
+    else:
+        shown = module.__dict__.get("weight")
+        parts = [] if shown is None else [tuple(shown.shape)]
+    return max(parts, key=math.prod, default=())

@@ -126,6 +126,17 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _excluded(value: object) -> tuple[str, ...]:
+    try:
+        return _names(value)
+    except ValueError:
+        raise ValueError("must be a name or a list of names, such as [stem, fc.weight]") from None
+
+
+def _write_excluded(value: object) -> object:
+    return _write_names(value) if value else OMIT
+
+
 def _write_names(value: object) -> object:
     return list(value)  # type: ignore[call-overload]
 
@@ -225,6 +236,11 @@ _START = Key("start_epoch", _start_epoch)
 _END = Key("end_epoch", _number)
 _END_OR_NEVER = Key("end_epoch", _end_or_never, _write_end)
 _PARAMS = Key("params", _names, _write_names)
+# Messages and recipes that are written call it by the last of its names.
+_EXCLUDE: Mapping[str, Key] = {
+    "ignore": Key("exclude", _excluded, None),
+    "exclude": Key("exclude", _excluded, _write_excluded),
+}
 _PARAM_GROUPS = Key("param_groups", _param_groups, _write_param_groups)
 _FREQUENCY = Key("update_frequency", _number)
 _LOGGING: Mapping[str, Key] = {"log_types": _WITHOUT_EFFECT}
@@ -233,6 +249,7 @@ _CONSTANT_LOGGING: Mapping[str, Key] = {"constant_logging": _WITHOUT_EFFECT, **_
 SCOPE = Key("scope", _scope, lambda scope: scope == "global")
 GRADUAL_KEYS: Mapping[str, Key] = {
     "params": _PARAMS,
+    **_EXCLUDE,
     "init_sparsity": Key("initial_sparsity", _initial_sparsity),
     "final_sparsity": Key("final_sparsity", _final_sparsity, _write_final_sparsity),
     "start_epoch": _START,
@@ -264,6 +281,7 @@ MFAC_KEYS: Mapping[str, Key] = {
 }
 CONSTANT_KEYS: Mapping[str, Key] = {
     "params": _PARAMS,
+    **_EXCLUDE,
     "start_epoch": _START,
     "end_epoch": _END_OR_NEVER,
     "leave_enabled": Key("leave_enabled"),
@@ -273,6 +291,7 @@ CONSTANT_KEYS: Mapping[str, Key] = {
 ACDC_KEYS: Mapping[str, Key] = {
     "compression_sparsity": Key("compression_sparsity", _number),
     "params": _PARAMS,
+    **_EXCLUDE,
     "start_epoch": _START,
     "end_epoch": _END,
     "update_frequency": _FREQUENCY,

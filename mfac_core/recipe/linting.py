@@ -452,6 +452,8 @@ def _final_sparsity(settings: PruningSettings) -> str:
 
 def _same_params(named: Iterable[_Named]) -> Iterator[str]:
     for (first, one), (second, other) in combinations(named, 2):
+        if one.exclude != other.exclude:  # what is left of the same params then is known with a model only
+            continue
         theirs = _all_params(other)
         shared = [name for name in _all_params(one) if name in theirs]
         if shared and _at_the_same_time(one, other):

@@ -1,0 +1,176 @@
+"""What a selection leaves out or takes in against expectation: the sentences that both adapters put into their logs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+
+from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, listed, matching_names
+
+__all__ = ["selection_warnings", "warn_once"]
+
+_STACKED_AXES = 3
+_MILLION = 1_000_000
+
+
+def warn_once(logger: logging.Logger, warnings: Sequence[str], told: set[str] | None = None) -> None:
+    """Log warnings that have not been logged yet.
+
+    Args:
+        logger: Where to.
+        warnings: The warnings.
+        told: Those that have been logged, to which these are added; ``None`` where there is no memory.
+    """
+    for warning in warnings:
+        if told is None or warning not in told:
+            logger.warning("%s", warning)
+        if told is not None:
+            told.add(warning)
+
+
+def selection_warnings(
+    params: Sequence[str], exclude: Sequence[str], model: ModelNames, selected: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Return what is worth a warning about the weights that keywords, patterns and names of layers select.
+
+    Nothing is said of weights that are selected by their own names, or that ``exclude`` takes out.
+
+    Args:
+        params: The entries of ``params``.
+        exclude: The entries of ``exclude``.
+        model: The names of the model.
+        selected: What :func:`mfac_core.weight_names.selected_names` returned for them.
+
+    Returns:
+        The warnings, each one line.
+
+    Example:
+        >>> shapes = {"fc.weight": (3, 2), "fc.bias": (3,), "old.weight": (2, 2)}
+        >>> model = ModelNames(shapes=shapes, prunable=["fc.weight", "old.weight"], frozen=["old.weight"])
+        >>> for warning in selection_warnings(["__ALL_PRUNABLE__"], [], model, {"fc.weight": ["__ALL_PRUNABLE__"]}):
+        ...     print(warning.partition(";")[0])
+        4 of 10 weights of Linear and convolution layers are not in scope: 4 frozen (requires_grad is False: old.weight)
+    """
+    by_group = [name for name, entries in selected.items() if not any(entry in model.shapes for entry in entries)]
+    return [
+        *_rarely_pruned(by_group, selected, model),
+        *_left_out(params, exclude, model, selected),
+        *_adapters(by_group, model),
+    ]
+
+
+def _rarely_pruned(names: Sequence[str], selected: Mapping[str, Sequence[str]], model: ModelNames) -> list[str]:
+    caught = [name for name in names if model.is_rarely_pruned(name)]
+    if not caught:
+        return []
+    entries = dict.fromkeys(entry for name in caught for entry in selected[name])
+    return [
+        f"params {', '.join(map(repr, entries))} selects normalization weights, biases or scales too: "
+        f"{listed(caught, at_most=10)}. To prune them saves nothing and harms the model; name layers, which means "
+        f"their weights alone, write {ALL_PRUNABLE}, or take them out with exclude"
+    ]
+
+
+def _left_out(
+    params: Sequence[str], exclude: Sequence[str], model: ModelNames, selected: Mapping[str, Sequence[str]]
+) -> list[str]:
+    groups = [entry for entry in params if entry not in model.shapes]
+    excluded = excluded_names(exclude, model)
+    expected: dict[str, None] = {}
+    for entry in groups:
+        expected |= dict.fromkeys(map(model.first, _expected(entry, model)))
+    wanted = [name for name in expected if name not in excluded]
+    left = [name for name in wanted if name not in selected]
+    if not left:
+        return []
+    frozen = set(map(model.first, model.frozen))
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for name in left:
+        by_reason.setdefault(_reason(name, model, frozen), []).append(name)
+    total = sum(map(model.weights, wanted))
+    of_what = f"that params {list(params)} selects" if any(map(_is_pattern, groups)) else f"of {model.prunable_layers}"
+    reasons = [
+        f"{_count(names, total, model)} {why} ({f'{how}: ' if how else ''}{listed(names, at_most=3)})"
+        for (why, how), names in by_reason.items()
+    ]
+    return [
+        f"{_count(left, total, model)} of {_count(wanted, total, model)}{' M' if total >= _MILLION else ''} weights "
+        f"{of_what} are not in scope: {', '.join(reasons)}; the sparsity that is reported is that of the "
+        f"{sum(map(model.weights, selected)):,} weights in scope. What is left dense on purpose can stand in exclude"
+    ]
+
+
+def _expected(entry: str, model: ModelNames) -> list[str]:
+    """Return the weights that one expects an entry for several to select."""
+    if _is_pattern(entry):
+        return [name for name in matching_names(entry, model, strict=False) if not model.is_rarely_pruned(name)]
+    inside: Collection[str] = model.shapes if entry == ALL_PRUNABLE else model.layers.get(entry, ())
+    computed = [name for name in model.computed if entry == ALL_PRUNABLE or name.startswith((f"{entry}.", f"{entry}/"))]
+    return [name for name in inside if _is_like_prunable(name, model)] + computed
+
+
+def _is_like_prunable(name: str, model: ModelNames) -> bool:
+    if name in model.prunable or name in model.packed:
+        return True
+    is_stacked = model.num_axes(name) >= _STACKED_AXES and not model.is_rarely_pruned(name)
+    computed_in = tuple(_layer_of(each) + sign for each in model.computed for sign in "./")
+    return is_stacked and not name.startswith(computed_in)  # a computed weight counts itself, not what it is made of
+
+
+def _is_pattern(entry: str) -> bool:
+    return entry == ALL or entry.startswith(PATTERN)
+
+
+def _reason(name: str, model: ModelNames, frozen: Collection[str]) -> tuple[str, str]:
+    if name in model.computed:
+        return "reparametrized", model.computed[name].by
+    if name in frozen:
+        return "frozen", model.frozen_because
+    if name in model.packed:
+        return "packed", model.packed[name]
+    return "in arrays of three or more axes that belong to no such layer", ""
+
+
+def _count(names: Sequence[str], total: int, model: ModelNames) -> str:
+    """Return how many weights there are, in millions where the total is that large."""
+    number = sum(map(model.weights, names))
+    return f"{number / _MILLION:.3g}" if total >= _MILLION else f"{number:,}"
+
+
+def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:
+    """Return a warning of low-rank adapters in scope, beside the frozen weights that they are added to."""
+    frozen = [name for name in model.frozen if name in model.prunable]
+    found = {name for name in names if "lora" in name.lower()} if frozen else set()
+    for base in frozen:
+        found |= _beside(base, frozen, names, model)
+    if not found:
+        return []
+    adapters = [name for name in names if name in found]
+    return [
+        f"low-rank adapters are pruned, and the frozen weights that they are added to are not: {listed(adapters)}. "
+        "Once they are merged, the weights are as dense as before; merge first and prune what comes out, or take the "
+        "adapters out with exclude"
+    ]
+
+
+def _beside(base: str, frozen: Sequence[str], names: Sequence[str], model: ModelNames) -> set[str]:
+    """Return two matrices in scope whose product has the shape of the only frozen matrix in the same layer."""
+    if len(model.shapes[base]) != 2:  # noqa: PLR2004
+        return set()
+    high, wide = model.shapes[base]
+    owner = _layer_of(base)
+    for layer in filter(None, (owner, _layer_of(owner))):
+        within = (f"{layer}.", f"{layer}/")
+        if [each for each in frozen if each.startswith(within)] != [base]:
+            continue
+        inside = [name for name in names if name.startswith(within)]
+        for left in inside:
+            for right in inside:
+                first, second = model.shapes[left], model.shapes[right]
+                if (first[:1], second[1:], first[1:]) == ((high,), (wide,), second[:1]) and first[1] < min(high, wide):
+                    return {left, right}
+    return set()
+
+
+def _layer_of(name: str) -> str:
+    return name[: max(name.rfind("."), name.rfind("/"), 0)]
