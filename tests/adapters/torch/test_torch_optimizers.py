@@ -14,6 +14,7 @@ from mfac_torch import (
     MagnitudePruningModifier,
     MFACPruningModifier,
     ScheduledModifierManager,
+    declare_elementwise_state,
 )
 
 
@@ -27,6 +28,9 @@ class TwoLevels(torch.optim.SGD):
                 for parameter in group["params"]:
                     parameter.add_(0.001)
         return loss
+
+
+declare_elementwise_state(TwoLevels, ["momentum_buffer"])
 
 
 def halves(task, model):
