@@ -115,16 +115,15 @@ def test_the_network_begins_with_weights_like_those_of_pytorch():
 
 def in_the_form_of_keras(network):
     """The weights of PyTorch's network as the one of Keras takes them."""
-    weights = []
-    for array in (weight.numpy(force=True) for weight in network.parameters()):
-        if array.ndim == 4:
-            array = array.transpose(2, 3, 1, 0)
-        elif array.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
-            array = array.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
-        elif array.ndim == 2:
-            array = array.T
-        weights.append(array.copy())
-    return weights
+
+    def form(weight):
+        if weight.ndim == 4:
+            return weight.transpose(2, 3, 1, 0)
+        if weight.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
+            return weight.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
+        return weight.T if weight.ndim == 2 else weight
+
+    return [form(weight.numpy(force=True)).copy() for weight in network.parameters()]
 
 
 def test_the_same_weights_and_images_give_the_same_steps_of_training_as_in_pytorch():
