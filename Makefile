@@ -20,7 +20,7 @@ help:
 	@echo "make lint    the same without the tests"
 	@echo "make format  put the code into its standard form"
 	@echo "make bench   measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
-	@echo "make results measure accuracy on the digits over five seeds, and write docs/results.md"
+	@echo "make results measure accuracy on the digits over ten seeds, and write docs/results.md"
 	@echo "make clean   remove .venv, caches and builds"
 	@echo "Another Python: make PYTHON=python3.12 test"
 
