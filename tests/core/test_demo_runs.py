@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("matplotlib")
 
 from mfac_core import RecipeError, SettingError, demo_runs
 from mfac_core.demo_runs import Demo, Pruned
@@ -96,7 +99,6 @@ def test_a_recipe_that_prunes_nothing_is_refused_before_any_training(tmp_path: P
 def test_the_table_is_called_an_example_and_all_files_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     output = tmp_path / "new" / "run"
 
     demo_runs.run(demo_that(lambda advance: None), recipe=None, output=output, seed=5)
@@ -121,3 +123,12 @@ def test_the_table_is_printed_even_if_the_disk_is_full(
         demo_runs.run(demo_that(lambda advance: None), recipe=None, output=tmp_path, seed=0)
 
     assert "90.00%" in capsys.readouterr().out
+
+
+def test_a_missing_package_for_the_picture_is_noticed_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+    with pytest.raises(ModuleNotFoundError, match="matplotlib"):
+        demo_runs.run(demo_that(must_not_train), recipe=None, output=tmp_path, seed=0)
