@@ -38,8 +38,9 @@ _HELD = (
 )
 _LEFT = (
     "Another callback has put earlier, denser weights back at the end of fit (EarlyStopping with "
-    "restore_best_weights?). They are left as they are; let it choose among the epochs after the last pruning step, "
-    "which EarlyStopping does with start_from_epoch"
+    "restore_best_weights?), or an optimizer that this callback does not follow has trained them. They are left as "
+    "they are; let that callback choose among the epochs after the last pruning step, which EarlyStopping does with "
+    "start_from_epoch, or pass that optimizer as optimizer=..."
 )
 
 _logger = logging.getLogger("mfac_keras")

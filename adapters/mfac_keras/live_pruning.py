@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mfac_core.adoption import Adoption, adopt
 from mfac_core.backends import Array, device_of
-from mfac_core.log_lines import pruning_step_line, unfinished_line
+from mfac_core.log_lines import pruning_step_line, scope_in_line, unfinished_line
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
@@ -72,7 +72,7 @@ class LivePruning:
     ) -> None:
         self.settings = settings
         self.variables = select_variables(
-            model, settings.params, settings.exclude, with_frozen=isinstance(settings, ConstantSettings), told=told
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
         )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
@@ -297,10 +297,11 @@ class LivePruning:
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)
         if planned is not None and planned.step < step and steps_per_execution > 1:
             _logger.info(
-                "the pruning step of step %d was done at step %d, where an execution of %d steps ends",
+                "the pruning step of step %d was done at step %d, where an execution of %d steps ends (%s)",
                 planned.step,
                 step,
                 steps_per_execution,
+                scope_in_line(self._name, self.variables),
             )
 
 

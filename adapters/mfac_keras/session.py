@@ -137,6 +137,12 @@ class TrainingSession:
                 "model.make_train_function, train_on_batch or compile in another callback; pruned weights would grow "
                 "back. Take that call out"
             )
+        if not self._hooks.is_followed:
+            raise RuntimeError(
+                "model.optimizer was replaced during fit, by another callback, and this one does not follow the new "
+                "optimizer; pruned weights would grow back. Change the optimizer between two fits, and go on with "
+                "initial_epoch=..."
+            )
         if self._taps:
             for done, row in enumerate(self._hooks.rows()):
                 gradients = {id(variable): array for variable, array in zip(self._trained.values(), row, strict=True)}

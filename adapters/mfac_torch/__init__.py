@@ -12,6 +12,7 @@ Read in this order:
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero
+* ``optimizer_state``: what optimizers remember of pruned weights
 * ``random_state``: random number generators, for resumed runs
 * ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
@@ -36,6 +37,7 @@ from mfac_torch.modifier import (
     SetWeightDecayModifier,
     TrainableParamsModifier,
 )
+from mfac_torch.optimizer_state import declare_elementwise_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scheduled_optimizer import ScheduledOptimizer
 from mfac_torch.selection import prunable_parameters, select_parameters
@@ -58,6 +60,7 @@ __all__ = [
     "SetLearningRateModifier",
     "SetWeightDecayModifier",
     "TrainableParamsModifier",
+    "declare_elementwise_state",
     "prunable_parameters",
     "select_parameters",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -53,23 +54,30 @@ def refuse_distributed() -> None:
 def check_optimizers(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """Return one optimizer or several as a tuple.
+    """Return one optimizer or several as a tuple, without the wrappers that trainers put around them.
 
     Args:
         optimizer: What was passed as the optimizer.
 
     Returns:
-        The optimizers.
+        The optimizers whose steps can be followed.
 
     Raises:
         TypeError: If it is anything else.
         RuntimeError: If a manager is attached to one of them already.
     """
-    optimizers = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
-    for each in optimizers:
-        if not isinstance(each, torch.optim.Optimizer):
+    given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    optimizers = tuple(_unwrapped_optimizer(each) for each in given)
+    for each, inside in zip(given, optimizers, strict=True):
+        if not isinstance(inside, torch.optim.Optimizer):
             raise TypeError(
                 f"optimizer is a {type(each).__name__}; pass the torch.optim.Optimizer of the model, or a list of them"
+            )
+        if _hooks(inside) is None:
+            raise TypeError(
+                f"optimizer is a {type(each).__name__} whose steps cannot be followed, because it was made without "
+                "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) in its class, or pass the "
+                "optimizer that it wraps"
             )
     if not optimizers:
         raise TypeError("optimizer is an empty list; pass the torch.optim.Optimizer of the model")
@@ -81,6 +89,19 @@ def check_optimizers(
                 "(where that is lost, make a new optimizer)"
             )
     return optimizers
+
+
+def _unwrapped_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer that a wrapper holds; one whose own steps can be followed is none, whatever it holds."""
+    inside = getattr(optimizer, "optimizer", None)
+    if not isinstance(inside, torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
+        return optimizer
+    hooks = _hooks(optimizer)
+    return _unwrapped_optimizer(inside) if hooks is None or hooks is _hooks(inside) else optimizer
+
+
+def _hooks(optimizer: Any) -> Any:
+    return getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks")
 
 
 def check_trained(prunings: Sequence[LivePruning]) -> None:

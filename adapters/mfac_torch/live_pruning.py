@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.zero_count import count_zeros
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
+from mfac_torch.optimizer_state import forget, forget_all
+from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters, weight_axes
@@ -90,6 +94,12 @@ class LivePruning:
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks held now by parameter name, True keeps; empty before the first pruning step and once released."""
         return self._held.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights in scope that is pruned and zero, counted from the weights."""
+        masks = {name: mask.cpu().numpy() for name, mask in self.masks.items()}
+        return count_zeros(self._weights(), masks).sparsity
 
     @property
     def schedule(self) -> Sequence[PlannedStep]:
@@ -167,25 +177,16 @@ class LivePruning:
     def prune_if_due(self, step: int) -> None:
         """Do the pruning step that is due, if there is one, with all its parts.
 
+        An exception on the way leaves weights, masks, optimizers and progress as they were before the part that it
+        stopped, and the next call does this part as if nothing had happened.
+
         Args:
             step: Completed optimizer steps.
         """
-        if not self._pruner.is_due(step):
-            return
+        masks: Mapping[str, Array] = {}
         while self._pruner.is_due(step):
-            start = time.perf_counter()
-            self._sample_gradients()
-            rows = self._pruner.num_rows
-            result = self._pruner.prune(self._weights(), step)
-            for name, parameter in self.parameters.items():
-                write_back(parameter, result.weights[name])
-            self._hold(result.masks)
-            for optimizer in self._optimizers:
-                if result.resets_optimizer:
-                    self._held.reset_optimizer_state(optimizer)
-                self._held.zero_optimizer_state(optimizer)
-            self._report(step, rows, result, time.perf_counter() - start)
-        for name, mask in result.masks.items():
+            masks = self._prune(step).masks
+        for name, mask in masks.items():
             for log in self._loggers:
                 log(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
 
@@ -218,6 +219,30 @@ class LivePruning:
     def hold_loaded(self) -> None:
         """Hold the masks of a loaded state: weights at pruned entries are set to zero."""
         self._hold(self._pruner.masks if self._pruner.sparsity > 0 else {})
+
+    def _prune(self, step: int) -> PruneResult:
+        """Return what one part of a pruning step leaves, once all of it is done; or nothing of it is."""
+        start = time.perf_counter()
+        with self._sampled(), ExitStack() as undo:
+            rows = self._pruner.num_rows
+            with self._pruner.pruning(self._weights(), step) as result:
+                held = HeldMasks(self.parameters)
+                held.hold(result.masks)
+                for name, parameter in self.parameters.items():
+                    values = parameter.detach()
+                    undo.callback(values.copy_, values.clone())
+                    write_back(parameter, result.weights[name])
+                held.zero_weights()
+                for optimizer in self._optimizers:
+                    if result.resets_optimizer:
+                        forget_all(optimizer, self.parameters.values(), undo)
+                    forget(optimizer, self.parameters, held.pruned, undo)
+            if self._pruner.is_released:
+                held.release()
+            self._held = held
+            undo.pop_all()
+        self._report(step, rows, result, time.perf_counter() - start)
+        return result
 
     def _weights(self) -> dict[str, Array]:
         return {name: to_array(parameter) for name, parameter in self.parameters.items()}
@@ -252,16 +277,27 @@ class LivePruning:
                 "check that the loss depends on them, or pass grad_sampler=GradSampler(loader, loss_fn) to modify()"
             )
 
-    def _sample_gradients(self) -> None:
+    @contextmanager
+    def _sampled(self) -> Iterator[None]:
+        """Put fresh samples into the gradient window for a block; if it fails, the next try draws the same ones."""
         if self._sampler is None or not isinstance(self._pruner, MFACPruner):
+            yield
             return
-        self._pruner.forget_gradients()
-        samples = self._sampler.gradients(
-            self._model, self.parameters, self._pruner.num_gradients, self._pruner.settings.sampler_options
-        )
-        for gradients in samples:
-            self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
-            wait_until_read(gradient.device for gradient in gradients.values())
+        before = random_state()
+        try:
+            self._pruner.forget_gradients()
+            samples = self._sampler.gradients(
+                self._model, self.parameters, self._pruner.num_gradients, self._pruner.settings.sampler_options
+            )
+            for gradients in samples:
+                self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
+                wait_until_read(gradient.device for gradient in gradients.values())
+            yield
+        except BaseException:
+            restore_random_state(before)
+            raise
+        finally:
+            self._pruner.forget_gradients()
 
     def _report(self, step: int, rows: int, result: PruneResult, seconds: float) -> None:
         line = pruning_step_line(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from mfac_core.log_lines import unfinished_line
 from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import modifier_names, overlaps
@@ -149,7 +151,7 @@ class ScheduledModifierManager(ModifierList):
         Args:
             module: The model; wrappers (``DataParallel``, ``torch.compile``) are looked through.
             optimizer: The optimizer that trains it, or a list of several: steps are counted by the first. Hooks follow
-                their steps until :meth:`finalize`.
+                their steps until :meth:`finalize`; wrappers (of ``accelerate``) are looked through.
             steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less when gradients are accumulated. A
                 fraction is rounded up: what is left at the end of an epoch is a batch too.
             wrap_optim: A ``GradScaler`` to return in place of the optimizer; it needs no change.
@@ -166,8 +168,10 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If training is distributed over several processes.
-            SettingError: If a modifier does not fit the model. Model and optimizer are untouched then.
+            SettingError: If a modifier does not fit the model.
             TypeError: If an argument is of the wrong kind or not supported.
+
+        Whatever is raised, manager, model and optimizers are as before, and the call may be made again.
         """
         _refuse("modify", unsupported)
         refuse_distributed()
@@ -189,9 +193,9 @@ class ScheduledModifierManager(ModifierList):
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
         log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, told=self._told)
         start = self._epoch if epoch is None else epoch
-        self._session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
-        self._model, self._prunings = model, prunings
-        self._session.attach()
+        session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
+        session.attach()
+        self._model, self._prunings, self._session = model, prunings, session
         return optimizer if wrap_optim is None else wrap_optim
 
     def apply(
@@ -220,6 +224,8 @@ class ScheduledModifierManager(ModifierList):
             NotImplementedError: If training is distributed over several processes.
             SettingError: If a modifier does not fit the model.
             TypeError: If M-FAC has no sampler, or an argument is of the wrong kind or not supported.
+
+        Whatever is raised, manager and model are as before.
         """
         _refuse("apply", unsupported)
         refuse_distributed()
@@ -239,10 +245,15 @@ class ScheduledModifierManager(ModifierList):
             grad_sampler=sampler,
             loggers=self._loggers if loggers is None else loggers,
         )
-        for pruning in prunings:
-            pruning.prune_if_due(0)
-        for pruning in prunings:  # an update may have moved what another modifier has pruned
-            pruning.hold_masks()
+        with ExitStack() as undo:
+            for parameter in {id(each): each for pruning in prunings for each in pruning.parameters.values()}.values():
+                values = parameter.detach()
+                undo.callback(values.copy_, values.clone())
+            for pruning in prunings:
+                pruning.prune_if_due(0)
+            for pruning in prunings:  # an update may have moved what another modifier has pruned
+                pruning.hold_masks()
+            undo.pop_all()
         self._model, self._prunings = model, prunings
         if finalize:
             self.finalize(module)
@@ -365,14 +376,16 @@ class ScheduledModifierManager(ModifierList):
         for pruning in self._prunings:
             if pruning.is_finished:
                 continue
-            refused = pruning.refused_rows
-            _logger.warning(
-                "finalized at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f%s",
-                session.step / session.steps_per_epoch,
-                pruning.schedule[-1].epoch,
-                self.sparsity,
-                f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
+            line = unfinished_line(
+                "finalized",
+                modifier=pruning.name,
+                names=pruning.parameters,
+                epoch=session.step / session.steps_per_epoch,
+                due=pruning.schedule[-1].epoch,
+                sparsity=pruning.sparsity,
+                refused_rows=pruning.refused_rows,
             )
+            _logger.warning("%s", line)
 
 
 def _refuse(method: str, unsupported: Mapping[str, object]) -> None:

@@ -29,6 +29,11 @@ class HeldMasks:
         """The masks that are held by parameter name: boolean, True keeps; empty before the first pruning step."""
         return {name: ~pruned for name, _, pruned in self._held()}
 
+    @property
+    def pruned(self) -> dict[str, torch.Tensor]:
+        """Which weights are held at zero, by parameter name: boolean, True where pruned; not copies."""
+        return {name: pruned for name, _, pruned in self._held()}
+
     def hold(self, masks: Mapping[str, Array]) -> None:
         """Take new masks in place of those held so far.
 
@@ -71,26 +76,6 @@ class HeldMasks:
         for _, parameter, pruned in self._held(names):
             parameter.detach().masked_fill_(pruned, 0.0)
 
-    def zero_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set what an optimizer remembers of pruned entries (momentum, moments) to zero.
-
-        Args:
-            optimizer: The optimizer; every state tensor of a parameter's own shape is changed in place.
-        """
-        for _, parameter, pruned in self._held():
-            for value in _remembered(optimizer, parameter):
-                value.masked_fill_(pruned.to(value.device), 0)
-
-    def reset_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set what an optimizer remembers of the parameters in scope to zero, pruned or not.
-
-        Args:
-            optimizer: The optimizer; every state tensor of a parameter's own shape is changed in place.
-        """
-        for parameter in self._parameters.values():
-            for value in _remembered(optimizer, parameter):
-                value.zero_()
-
     def _held(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         for name, pruned in self._pruned.items():
             if names is not None and name not in names:
@@ -99,10 +84,3 @@ class HeldMasks:
             if pruned.device != parameter.device:  # the model has moved since the last call
                 self._pruned[name] = pruned.to(parameter.device)
             yield name, parameter, self._pruned[name]
-
-
-def _remembered(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[torch.Tensor]:
-    for value in optimizer.state.get(parameter, {}).values():
-        # A zero-dimensional parameter cannot be told apart from a step counter.
-        if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape:
-            yield value.detach()

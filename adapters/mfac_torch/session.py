@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
 
@@ -72,14 +73,21 @@ class TrainingSession:
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Begin to follow the optimizers."""
-        self._changes.set_trained(self.step)
-        for number, optimizer in enumerate(self._optimizers):
-            self._handles += [
-                optimizer.register_step_pre_hook(_untraced(self._before_step, number)),
-                optimizer.register_step_post_hook(_untraced(self._after_step, number)),
-            ]
-        _followed.update(self._optimizers)
+        """Begin to follow the optimizers: all of them or, if that fails, none."""
+        handles = []
+        with ExitStack() as undo:
+            for number, optimizer in enumerate(self._optimizers):
+                for register, hook in (
+                    (optimizer.register_step_pre_hook, self._before_step),
+                    (optimizer.register_step_post_hook, self._after_step),
+                ):
+                    handles.append(register(_untraced(hook, number)))
+                    undo.callback(handles[-1].remove)
+            undo.callback(_followed.difference_update, self._optimizers)
+            _followed.update(self._optimizers)
+            self._changes.set_trained(self.step, undo)
+            undo.pop_all()
+        self._handles = handles
 
     def detach(self) -> None:
         """Remove the hooks, and let each parameter be trained as before."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -66,27 +67,33 @@ class TrainingChanges:
                 if change.concerns(number):
                     _set_option(group, change)
 
-    def set_trained(self, step: int) -> None:
+    def set_trained(self, step: int, undo: ExitStack | None = None) -> None:
         """Freeze and unfreeze what the settings say for the time after ``step`` completed optimizer steps.
+
+        An exception leaves all parameters as they were.
 
         Args:
             step: Completed optimizer steps.
+            undo: Gets a callback for each change, which takes it back.
         """
         active = self._trainable.active(step)
         if active == self._active:
             return
-        self._active = active
         wanted = dict(self._trained_before)
         for each, found, is_active in zip(self._trainable.settings, self._found, active, strict=True):
             if is_active:
                 wanted.update(dict.fromkeys(found.values(), each.trainable))
-        _require_gradients(wanted)
+        changed = _require_gradients(wanted)
+        if undo is not None:
+            undo.callback(setattr, self, "_active", self._active)
+            undo.enter_context(changed)
+        self._active = active
 
     def restore(self) -> None:
         """Let each parameter be trained, or not, as it was before."""
         if any(self._active):
-            self._active = (False,) * len(self._found)
             _require_gradients(self._trained_before)
+            self._active = (False,) * len(self._found)
 
     def state_dict(self) -> list[bool]:
         """Return which settings of optimizers are done with."""
@@ -144,8 +151,13 @@ def _set_option(group: dict[str, Any], change: OptionChange) -> None:
         group[option] = change.value
 
 
-def _require_gradients(wanted: Mapping[nn.Parameter, bool]) -> None:
-    for parameter, is_trained in wanted.items():
-        parameter.requires_grad_(is_trained)
-        if not is_trained:
-            parameter.grad = None  # an optimizer would go on using it
+def _require_gradients(wanted: Mapping[nn.Parameter, bool]) -> ExitStack:
+    """Return what takes the changes back, once each parameter is trained, or not, as wanted."""
+    with ExitStack() as undo:
+        for parameter, is_trained in wanted.items():
+            undo.callback(setattr, parameter, "grad", parameter.grad)
+            undo.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(is_trained)
+            if not is_trained:
+                parameter.grad = None  # an optimizer would go on using it
+        return undo.pop_all()

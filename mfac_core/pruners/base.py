@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,6 +119,7 @@ class Pruner(ABC):
                 'write {"weight": array} for a single one'
             )
         self.settings = settings
+        self._steps_per_epoch = steps_per_epoch
         self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
         self.layout = WeightLayout({name: tuple(array.shape) for name, array in weights.items()})
         if masks is None:
@@ -290,7 +292,8 @@ class Pruner(ABC):
         """Return all that a resumed run needs: arrays and plain numbers only."""
         return {
             "method": type(self).__name__,
-            "schedule": self._planned(),
+            "steps_per_epoch": self._steps_per_epoch,
+            "schedule": _table(self.schedule),
             "pruning_steps_done": self._done,
             "masks": self.masks,
         }
@@ -311,6 +314,8 @@ class Pruner(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
+
+        The state may be one of another number of steps per epoch: it goes on at the same epoch.
 
         Args:
             state: What :meth:`state_dict` returned.
@@ -340,13 +345,26 @@ class Pruner(ABC):
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
         if saved.shape[1] != 2:
             refuse("schedule", saved, "steps and sparsities, in two columns")
-        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved)]
+        planned = self._schedule_of(state)
+        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(planned))]
         if strange:
             self._refuse_as_strange(strange)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
-        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(self.schedule))
+        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(planned))
+        if done and planned != self.schedule:
+            done = bisect_right(self.schedule, planned[done - 1].epoch, key=lambda each: each.epoch)
         self._progress = Progress(self.layout.flatten(state["masks"]), done)
+
+    def _schedule_of(self, state: Mapping[str, Any]) -> tuple[PlannedStep, ...]:
+        """Return the schedule of these settings at the steps per epoch of a state."""
+        own = self._steps_per_epoch
+        saved = checked_integer("steps_per_epoch", state.get("steps_per_epoch", own), at_least=1, at_most=sys.maxsize)
+        return self.schedule if saved == own else self._schedule_at(saved)
+
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+        """Return the schedule at a number of steps per epoch."""
+        return pruning_schedule(self.settings, steps_per_epoch)
 
     def _say_what_is_out_of_reach(
         self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
@@ -381,10 +399,10 @@ class Pruner(ABC):
                 yield f"its {name} has shape {np.shape(masks[name])}, and here {shape}"
                 return
 
-    def _other_schedule(self, saved: Vector) -> Iterator[str]:
-        """Yield what differs between the pruning steps of a state and these."""
-        if not self._is_same_schedule(saved):
-            yield f"it has another method or schedule of pruning ({_first_difference(saved, self._planned())})"
+    def _other_schedule(self, saved: Vector, planned: Vector) -> Iterator[str]:
+        """Yield what differs between the pruning steps of a state and those planned."""
+        if not self._is_same_schedule(saved, planned):
+            yield f"it has another method or schedule of pruning ({_first_difference(saved, planned)})"
 
     def _warn_of_empty(self, weights: Vector, kept: Mask, planned: PlannedStep) -> None:
         """Warn once of each array that this pruning step leaves without a single weight."""
@@ -407,11 +425,8 @@ class Pruner(ABC):
                 "" if within_layers else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
-    def _planned(self) -> Vector:
-        return np.array([(planned.step, planned.sparsity) for planned in self.schedule])
-
-    def _is_same_schedule(self, saved: Vector) -> bool:
-        return np.array_equal(saved, self._planned())
+    def _is_same_schedule(self, saved: Vector, planned: Vector) -> bool:
+        return np.array_equal(saved, planned)
 
     def _latest(self, step: int) -> int:
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
@@ -436,6 +451,11 @@ class Pruner(ABC):
 
 def _sparsity_of(kept: Mask) -> float:
     return int(np.count_nonzero(~kept)) / len(kept)
+
+
+def _table(schedule: Sequence[PlannedStep]) -> Vector:
+    """Return steps and sparsities in two columns."""
+    return np.array([(planned.step, planned.sparsity) for planned in schedule], np.float64)
 
 
 def _first_difference(saved: Vector, planned: Vector) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.pruners.base import Outcome, Pruner, Vector
-from mfac_core.schedule import pruning_schedule
+from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import ConstantSettings
 
 __all__ = ["ConstantPruner"]
@@ -39,8 +39,8 @@ class ConstantPruner(Pruner):
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
         zeros = (self.layout.flatten(weights) == 0) | ~self._kept
-        held = float(np.mean(zeros))
-        self.schedule = pruning_schedule(settings, steps_per_epoch, sparsities=(held, held))
+        self._found = float(np.mean(zeros))
+        self.schedule = self._schedule_at(steps_per_epoch)
 
     @property
     def is_released(self) -> bool:
@@ -56,7 +56,9 @@ class ConstantPruner(Pruner):
     def _releases(self, index: int) -> bool:
         return self.schedule[index].epoch == self.settings.end_epoch
 
-    def _is_same_schedule(self, saved: Vector) -> bool:
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+        return pruning_schedule(self.settings, steps_per_epoch, sparsities=(self._found, self._found))
+
+    def _is_same_schedule(self, saved: Vector, planned: Vector) -> bool:
         # the sparsity that is held is not planned, it is found
-        planned = self._planned()
         return saved.shape == planned.shape and np.array_equal(saved[:, 0], planned[:, 0])

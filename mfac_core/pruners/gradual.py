@@ -57,13 +57,12 @@ class GradualPruner(Pruner):
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
         self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, axes)
-        self._steps_per_epoch = steps_per_epoch
         self._final_sparsity = meant_sparsity(settings.mask_type, self.schedule[-1].sparsity)
         self._measured: Sparsity | None = None
         if settings.initial_sparsity == FROM_PARAM:
             self._measured = self._sparsity_of((self.layout.flatten(weights) == 0) | ~self._kept)
             self._say_what_is_above()
-        self.schedule = self._planned_schedule()
+        self.schedule = self._schedule_at(self._steps_per_epoch)
         self._say_what_is_out_of_reach(self._final_sparsity, settings.scope, settings.mask_type, self._patterns)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,7 +83,7 @@ class GradualPruner(Pruner):
             self._refuse_as_strange([f"it holds {held} initial sparsities, and this run has {expected}"])
         if self._measured is not None:  # those that were measured then count, whatever the weights show now
             self._measured = _like(self._measured, saved.tolist())
-            self.schedule = self._planned_schedule()
+            self.schedule = self._schedule_at(self._steps_per_epoch)
         super()._take(state)
 
     def _prune(self, weights: Vector, index: int) -> Outcome:
@@ -125,14 +124,14 @@ class GradualPruner(Pruner):
     def _sparsity_of(self, zeros: Mask) -> Sparsity:
         return sparsity_of_zeros(zeros, self.layout.segments, self.settings.scope, self._patterns)
 
-    def _planned_schedule(self) -> tuple[PlannedStep, ...]:
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
         final = self._final_sparsity
         initial = [float(self.settings.initial_sparsity)] if self._measured is None else _values(self._measured)
         sizes = [stop - start for start, stop in self.layout.segments.values()] if len(initial) > 1 else [1]
         first = sum(size * value for size, value in zip(sizes, initial, strict=True)) / sum(sizes)
         last = sum(size * max(value, final) for size, value in zip(sizes, initial, strict=True)) / sum(sizes)
         return pruning_schedule(
-            self.settings, self._steps_per_epoch, sparsities=(first, last if max(initial) > final else final)
+            self.settings, steps_per_epoch, sparsities=(first, last if max(initial) > final else final)
         )
 
     def _say_what_is_above(self) -> None:

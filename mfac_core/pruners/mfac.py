@@ -18,7 +18,7 @@ from mfac_core.planning import check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruning_step import Selection, mfac_step
-from mfac_core.schedule import num_gradients_at
+from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
 
@@ -118,7 +118,7 @@ class MFACPruner(GradualPruner):
     @property
     def num_gradients(self) -> int:
         """Rows that the window keeps now, by the sparsity reached in the schedule."""
-        return self._num_gradients_of(self._progress)
+        return self._num_gradients_after(self._done)
 
     @property
     def num_rows(self) -> int:
@@ -238,8 +238,12 @@ class MFACPruner(GradualPruner):
         self._refused_rows = checked_integer("refused_rows", state["refused_rows"])
         self._arriving = None
         if state.get("window") is not None:
-            window = self._new_window(int(np.count_nonzero(self._kept)))
+            num_weights = int(np.count_nonzero(self._kept))
+            rows = self._num_gradients_after(int(state["pruning_steps_done"]), self._schedule_of(state))
+            window = self._new_window(num_weights, rows)
             window.load_state_dict(state["window"])
+            if rows != self.num_gradients:  # with other steps per epoch another threshold may be reached
+                window = window.rebuilt(np.ones(num_weights, bool), self.num_gradients)
             self._progress = replace(self._progress, window=window)
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
@@ -254,10 +258,11 @@ class MFACPruner(GradualPruner):
             after = MFACProgress(kept, index + 1)
         if self._window is None or after.done == len(self.schedule) or not self._live:
             return after
-        return replace(after, window=self._window.rebuilt(kept[self._kept], self._num_gradients_of(after)))
+        return replace(after, window=self._window.rebuilt(kept[self._kept], self._num_gradients_after(after.done)))
 
-    def _num_gradients_of(self, progress: MFACProgress) -> int:
-        reached = self.schedule[progress.done - 1].sparsity if progress.done else 0.0
+    def _num_gradients_after(self, done: int, schedule: Sequence[PlannedStep] | None = None) -> int:
+        """Return the rows of a window once so many pruning steps of a schedule are done: of the own one, or another."""
+        reached = (schedule or self.schedule)[done - 1].sparsity if done else 0.0
         return num_gradients_at(self.settings.num_gradients, reached)
 
     def _parts_of(self, index: int) -> int:
@@ -319,15 +324,15 @@ class MFACPruner(GradualPruner):
         if window is not None:
             window.push(*parts)
         else:  # not kept without a row
-            window = self._new_window(sum(int(part.shape[0]) for part in parts))
+            window = self._new_window(sum(int(part.shape[0]) for part in parts), self.num_gradients)
             window.push(*parts)
             self._progress = replace(self._progress, window=window)
         return True
 
-    def _new_window(self, num_weights: int) -> GradientWindow:
+    def _new_window(self, num_weights: int, num_gradients: int) -> GradientWindow:
         return GradientWindow(
             num_weights,
-            self.num_gradients,
+            num_gradients,
             block_size=self.settings.block_size,
             device=self._window_device,
             feeds=[device for device in self._devices if device.backend.name != "numpy"],

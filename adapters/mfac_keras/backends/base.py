@@ -51,6 +51,7 @@ class TrainingHooks(ABC):
         self._frozen: frozenset[int] = frozenset()
         self._tapping = False
         self._met_apply = False
+        self._of_model = model.optimizer
         self._updated = [False] * len(self._variables)
         self._hooked: list[tuple[Any, str]] = []
 
@@ -111,6 +112,11 @@ class TrainingHooks(ABC):
         """Compile the training step anew, because something that is a constant in it has changed."""
         self._drop_compiled()
         self._model.train_function = self._train_function()
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the model has the optimizer that it had when the hooks were made."""
+        return self._model.optimizer is self._of_model
 
     @property
     def updated(self) -> list[Any]:

@@ -56,37 +56,6 @@ def test_new_masks_replace_the_old(held, weight):
     assert weight[0, 1] == -2
 
 
-@pytest.mark.parametrize(
-    "make", [lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.optim.Adam, torch.optim.Adagrad]
-)
-def test_optimizer_state_is_zeroed_at_pruned_entries_only(held, weight, make):
-    optimizer = make([weight])
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    state = optimizer.state[weight]
-    before = {key: value.clone() for key, value in state.items()}
-    held.zero_optimizer_state(optimizer)
-    keep = torch.from_numpy(KEEP)
-    shaped = [key for key, value in state.items() if value.shape == weight.shape]
-    assert shaped
-    for key in state:
-        if key in shaped:
-            assert torch.equal(state[key], before[key] * keep)
-        else:
-            assert torch.equal(state[key], before[key])
-
-
-def test_the_step_counter_of_a_scalar_parameter_is_not_taken_for_a_moment():
-    scale = nn.Parameter(torch.tensor(2.0))
-    optimizer = torch.optim.Adam([scale])
-    scale.grad = torch.tensor(1.0)
-    optimizer.step()
-    held = HeldMasks({"scale": scale})
-    held.hold({"scale": np.array(False)})
-    held.zero_optimizer_state(optimizer)
-    assert optimizer.state[scale]["step"] == 1
-
-
 @pytest.mark.gpu
 def test_masks_follow_a_parameter_to_another_device():
     if not torch.cuda.is_available():
@@ -106,16 +75,6 @@ def test_masks_follow_a_parameter_to_a_device_without_memory():
     torch.utils.swap_tensors(layer.weight, nn.Parameter(layer.weight.to("meta")))
     held.zero_weights()
     assert held.masks["weight"].device.type == "meta"
-
-
-def test_a_reset_forgets_what_an_optimizer_remembers_of_all_entries(held, weight):
-    optimizer = torch.optim.Adam([weight])
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    held.reset_optimizer_state(optimizer)
-    assert not optimizer.state[weight]["exp_avg"].any()
-    assert not optimizer.state[weight]["exp_avg_sq"].any()
-    assert optimizer.state[weight]["step"] == 1
 
 
 def test_only_the_named_parameters_are_touched():

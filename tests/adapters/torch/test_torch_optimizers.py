@@ -14,6 +14,7 @@ from mfac_torch import (
     MagnitudePruningModifier,
     MFACPruningModifier,
     ScheduledModifierManager,
+    declare_elementwise_state,
 )
 
 
@@ -27,6 +28,9 @@ class TwoLevels(torch.optim.SGD):
                 for parameter in group["params"]:
                     parameter.add_(0.001)
         return loss
+
+
+declare_elementwise_state(TwoLevels, ["momentum_buffer"])
 
 
 def halves(task, model):
@@ -235,7 +239,9 @@ def test_compiled_models_and_compiled_steps_prune_as_plain_ones(task, optimizer_
         torch.testing.assert_close(one, other)
 
 
-def test_a_data_parallel_model_prunes_as_a_plain_one(task):
+def test_a_data_parallel_model_prunes_as_a_plain_one(task, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # where there are GPUs, it wants the model there
+
     def train(wrap):
         model = task.model()
         wrapped = wrap(model)
