@@ -82,6 +82,18 @@ def assert_equal_weights(one, other):
         np.testing.assert_array_equal(a.numpy(), b.numpy())
 
 
+trained = []  # what the tests compare with is trained once
+
+
+@pytest.fixture
+def whole(task):
+    if not trained:
+        model = task.model(keras.optimizers.Adam(0.01))
+        task.fit(model, MFACPruningCallback(task.recipe(end_epoch=4.0, num_grads=7), verbose=0), epochs=5)
+        trained.append(model)
+    return trained[0]
+
+
 def interrupted(task, monkeypatch, recipe, where, error):
     """Train with a fault at a place, and go on in a further fit; between the two nothing is half done."""
     model, pruning = task.model(keras.optimizers.Adam(0.01)), MFACPruningCallback(recipe, verbose=0)
@@ -101,13 +113,9 @@ def interrupted(task, monkeypatch, recipe, where, error):
 @pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), RuntimeError()], ids=repr)
 @pytest.mark.parametrize("where", PLACES)
 def test_an_interrupted_pruning_step_is_whole_or_not_done_and_a_further_fit_gives_the_same_bits(
-    task, monkeypatch, where, error
+    task, whole, monkeypatch, where, error
 ):
-    recipe = task.recipe(end_epoch=4.0, num_grads=7)
-    whole = task.model(keras.optimizers.Adam(0.01))
-    task.fit(whole, MFACPruningCallback(recipe, verbose=0), epochs=5)
-
-    model, pruning = interrupted(task, monkeypatch, recipe, where, error)
+    model, pruning = interrupted(task, monkeypatch, task.recipe(end_epoch=4.0, num_grads=7), where, error)
 
     assert_equal_weights(whole, model)
     assert pruning.sparsity == 0.75
