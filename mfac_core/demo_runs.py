@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -150,6 +151,7 @@ def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
         RecipeError: If the recipe is wrong, or prunes nothing.
         SettingError: If a name in ``params`` matches nothing in the network, or ``output`` cannot be written to.
         DeviceError: If a listed device does not exist.
+        ModuleNotFoundError: If a package for the pictures is missing.
     """
     console = terminal.console()
     path = recipe or recipe_path(GRADUAL)
@@ -161,6 +163,7 @@ def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
             demo.check_params(part.params, part.exclude)
         if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
             resolve_devices(settings.devices)
+    import_module("matplotlib")  # draws at the end, and may be missing
     _check_output(output, (*demo.files, report.RUN_FILE, _PICTURE))
     terminal.say(f"Pruning a network for handwritten digits by {path}, beside magnitude pruning.")
     started = time.perf_counter()
