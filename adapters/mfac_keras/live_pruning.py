@@ -146,8 +146,8 @@ class LivePruning:
         while self._pruner.is_due(step):
             planned = self._pruner.next_step
             start = time.perf_counter()
-            self._sample_gradients()
-            rows = self._pruner.num_rows if isinstance(self._pruner, MFACPruner) else 0
+            self._sample_gradients(step)
+            rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             result = self._pruner.prune(self._weights(), step)
             for name, variable in self.variables.items():
                 variable.assign(current_backend().to_tensor(self.forms[name].back(result.weights[name])))
@@ -214,8 +214,8 @@ class LivePruning:
         to_array = current_backend().to_array
         return {name: self.forms[name].of(to_array(variable)) for name, variable in self.variables.items()}
 
-    def _sample_gradients(self) -> None:
-        if self._sampler is None or not isinstance(self._pruner, MFACPruner):
+    def _sample_gradients(self, step: int) -> None:
+        if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             return
         self._pruner.forget_gradients()
         variables = list(self.variables.values())

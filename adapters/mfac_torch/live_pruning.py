@@ -168,8 +168,8 @@ class LivePruning:
             return
         while self._pruner.is_due(step):
             start = time.perf_counter()
-            self._sample_gradients()
-            rows = self._pruner.num_rows
+            self._sample_gradients(step)
+            rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             result = self._pruner.prune(self._weights(), step)
             for name, parameter in self.parameters.items():
                 write_back(parameter, result.weights[name])
@@ -238,7 +238,7 @@ class LivePruning:
 
     def _check_not_due_without_rows(self, step: int) -> None:
         planned = self._pruner.next_step
-        if planned is not None and planned.step <= step + 1 and not self._pruner.num_rows:
+        if planned is not None and self._pruner.uses_gradients(step + 1) and not self._pruner.num_rows:
             names = list(self.parameters)
             raise RuntimeError(
                 f"the pruning step of epoch {planned.epoch:g} is due and there is no gradient: .grad is None for all "
@@ -246,8 +246,8 @@ class LivePruning:
                 "check that the loss depends on them, or pass grad_sampler=GradSampler(loader, loss_fn) to modify()"
             )
 
-    def _sample_gradients(self) -> None:
-        if self._sampler is None or not isinstance(self._pruner, MFACPruner):
+    def _sample_gradients(self, step: int) -> None:
+        if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             return
         self._pruner.forget_gradients()
         samples = self._sampler.gradients(

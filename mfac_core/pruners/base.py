@@ -174,6 +174,19 @@ class Pruner(ABC):
         """
         return False
 
+    def uses_gradients(self, step: int) -> bool:
+        """Return whether the pruning step that is due draws on gradient samples.
+
+        Where they are sampled at each pruning step, ask this before drawing any.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            False: this pruner uses no gradients.
+        """
+        return False
+
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Refuse gradients.
 
