@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.weight_names import ALL
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
@@ -65,7 +67,7 @@ class LivePruning:
         self._sampler = sampler if uses_sampler else None
         self._verbose = verbose
         self._pruner = make_pruner(
-            settings,
+            replace(settings, params=(ALL,)),  # which variables that means has been decided above
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,

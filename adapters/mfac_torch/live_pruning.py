@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import ALL, listed
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler
@@ -71,7 +72,7 @@ class LivePruning:
         self._sampler = grad_sampler if uses_sampler else None
         self._loggers = loggers
         self._pruner = make_pruner(
-            settings,
+            replace(settings, params=(ALL,)),  # which parameters that means has been decided above
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,

@@ -56,7 +56,7 @@ class GradualPruner(Pruner):
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
-        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, axes)
+        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
         self._steps_per_epoch = steps_per_epoch
         self._final_sparsity = meant_sparsity(settings.mask_type, self.schedule[-1].sparsity)
         self._measured: Sparsity | None = None

@@ -174,8 +174,8 @@ class MFACPruner(GradualPruner):
         A sample on a GPU is copied asynchronously, and looked at when the next one comes or the window is needed.
 
         Args:
-            gradients: Name and array of the gradient of each weight in scope, unscaled; NumPy or CuPy, float32 or
-                float64. Copied.
+            gradients: Name and array of the gradient of each weight, unscaled; NumPy or CuPy, float32 or float64.
+                Copied. Those of weights that are not in scope may be left out.
 
         Returns:
             False for a sample with NaN or Inf: it is refused and counted in ``refused_rows``. A sample on a GPU may be
@@ -184,6 +184,7 @@ class MFACPruner(GradualPruner):
         Raises:
             ValueError: If names or shapes do not fit the weights, or an array has another dtype.
         """
+        gradients = self._in_scope(gradients)
         self.layout.check(gradients, "gradients")
         for name, array in gradients.items():
             check_float(f"gradients[{name!r}]", array)
