@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from functools import partial
@@ -25,6 +25,8 @@ __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher
 KEPT_FRACTION = 0.25
 """Share of a device's free memory that factors kept from the first pass to the second may take; and no more than
 half of what the gradients take."""
+
+_LEAST_COLUMNS = 32
 
 _logger = logging.getLogger("mfac_core")
 
@@ -67,9 +69,10 @@ def inverse_fisher(
         devices: Where the blocks are computed.
 
     Returns:
-        An object with ``diagonal()`` and ``apply(x)``.
+        An object with ``diagonal()`` and ``apply(x)``, for which ``@`` stands too.
 
     Raises:
+        TypeError: If ``gradients`` is not an array.
         ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range.
         DeviceError: If a device does not exist.
 
@@ -79,14 +82,20 @@ def inverse_fisher(
         >>> inverse_fisher(gradients, damping=0.5).diagonal()
         array([1., 1.])
 
+        The influence of three training samples on the loss of two test samples, from the gradients of each:
+
+        >>> training, test = np.eye(3), np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+        >>> fisher = inverse_fisher(training, damping=0.5)
+        >>> (-test @ (fisher @ training.T)).round(2).tolist()
+        [[-1.2, 0.0, 0.0], [0.0, -1.2, -1.2]]
+
     References:
         Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order Information.
+        Koh and Liang (2017), Understanding Black-box Predictions via Influence Functions.
     """
-    if getattr(gradients, "ndim", None) != 2:
-        raise ValueError(
-            f"gradients must be a matrix with one sample per row, got shape {tuple(getattr(gradients, 'shape', ()))}"
-        )
-    check_float("gradients", gradients)
+    _check_array("gradients", gradients, "an array of shape (m, d), one gradient sample per row")
+    if gradients.ndim != 2:
+        raise ValueError(f"gradients must be a matrix with one sample per row, got shape {tuple(gradients.shape)}")
     if 0 in gradients.shape:
         raise ValueError(f"gradients must have at least one row and one column, got shape {tuple(gradients.shape)}")
     check_block_size(block_size)
@@ -127,26 +136,37 @@ class InverseFisher:
         return self._fisher.home.move(self._fisher.diagonal(), self._home)
 
     def apply(self, x: Array) -> Array:
-        """Return ``F^-1 x``.
+        """Return ``F^-1 x``, also written ``fisher @ x``.
+
+        Many vectors at once, as the columns of a matrix, read each block of the gradients once for all of them.
 
         Args:
-            x: Shape ``(d,)``, in the dtype and on the device of the gradients. Not modified.
+            x: Shape ``(d,)``, or ``(d, k)`` for ``k`` vectors, in the dtype and on the device of the gradients. Not
+                modified.
 
         Returns:
-            Shape ``(d,)``, same dtype and device.
+            The shape of ``x``, in the dtype and on the device of the gradients.
 
         Raises:
+            TypeError: If ``x`` is not an array.
             ValueError: If the shape differs, or ``x`` or a row of the gradients holds NaN or Inf.
             IllConditionedError: If a block cannot be inverted accurately.
         """
-        if tuple(x.shape) != self.shape[:1]:
-            raise ValueError(f"x must have shape {self.shape[:1]}, got {tuple(x.shape)}")
+        d = self.shape[0]
+        _check_array("x", x, f"an array of shape ({d},) or ({d}, k)")
+        if x.ndim not in (1, 2) or x.shape[0] != d:
+            turned = "; its vectors are columns, so pass x.T" if x.ndim == 2 and x.shape[1] == d else ""
+            raise ValueError(f"x must have shape ({d},) or ({d}, k), got {tuple(x.shape)}{turned}")
         xp = array_namespace(x)
         if not bool(xp.all(xp.isfinite(x))):
             raise ValueError("x must be finite, but holds NaN or Inf; leave these entries out or set them to zero")
         home = self._fisher.home
         vector = home.asarray(device_of(x).move(x, home), np.float64)
         return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)
+
+    def __matmul__(self, x: Array) -> Array:
+        """Return :meth:`apply` of ``x``."""
+        return self.apply(x)
 
 
 class BlockwiseFisher:
@@ -225,54 +245,59 @@ class BlockwiseFisher:
         """Return ``F^-1 x`` on the home device.
 
         Args:
-            x: Shape ``(d,)``, on the home device; float64 for an answer in float64.
+            x: Shape ``(d,)`` or ``(d, k)``, on the home device; float64 for an answer in float64.
 
         Returns:
-            Shape ``(d,)``, in the dtype of ``x``.
+            The shape and the dtype of ``x``.
         """
-        out = array_namespace(x).zeros_like(x)
+        xp = array_namespace(x)
+        out = xp.zeros_like(x)
+        columns, results = (each if each.ndim == 2 else each[:, None] for each in (x, out))
+        # no more columns at once than there are rows, so that they take no more memory than the gradients of a group
+        at_once = max(self.source.count, _LEAST_COLUMNS)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
-            right = self.take(x, index, device)
             made = self.factor(index, device, chunks)
-            xp = array_namespace(right)
-            parts = [
-                made.part(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :])
-                for blocks in cache_parts(chunks)
-            ]
-            self.put(out, index, device, xp.concat(parts, axis=0))
+            for first in range(0, columns.shape[1], at_once):
+                some = slice(first, min(first + at_once, columns.shape[1]))
+                right = self.take(columns[:, some], index, device)
+                parts = [
+                    made.part(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
+                    for blocks in cache_parts(chunks)
+                ]
+                self.put(results[:, some], index, device, array_namespace(right).concat(parts, axis=0))
 
         self.run(task)
         return out
 
     def take(self, x: Array, index: int, device: Device) -> Array:
-        """Return a group's part of a vector.
+        """Return a group's part of a vector, or of several.
 
         Args:
-            x: Shape ``(d,)``, on the home device.
+            x: Shape ``(d,)`` or ``(d, k)``, on the home device.
             index: Which group.
             device: Where the part is wanted.
 
         Returns:
-            Shape ``(n, B)``, on ``device``.
+            Shape ``(n, B)`` or ``(n, B, k)``, on ``device``.
         """
         group = self.groups[index]
-        part = self.home.move(x[group.start : group.stop], device)
-        return array_namespace(part).reshape(part, (group.count, group.width))
+        part = self.home.move(x[group.start : group.stop, ...], device)
+        return array_namespace(part).reshape(part, (group.count, group.width, *x.shape[1:]))
 
     def put(self, out: Array, index: int, device: Device, part: Array) -> None:
-        """Write a group's part of a vector.
+        """Write a group's part of a vector, or of several.
 
         Args:
-            out: Shape ``(d,)``, on the home device.
+            out: Shape ``(d,)`` or ``(d, k)``, on the home device.
             index: Which group.
             device: Where the part is.
-            part: Shape ``(n, B)``.
+            part: Shape ``(n, B)`` or ``(n, B, k)``.
         """
         group = self.groups[index]
         part = device.move(part, self.home)
         with self.home.backend.on(self.home.name):
-            out[group.start : group.stop] = array_namespace(part).reshape(part, (-1,))
+            out[group.start : group.stop, ...] = array_namespace(part).reshape(part, (-1, *out.shape[1:]))
 
     def factor(self, index: int, device: Device, chunks: list[Array]) -> Factor:
         """Return the factor of a group: the one that was kept, or made again.
@@ -389,3 +414,12 @@ class BlockwiseFisher:
                 f"gradients hold NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
                 f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
             )
+
+
+def _check_array(name: str, value: Any, expected: str) -> None:
+    try:
+        array_namespace(value)
+    except TypeError:
+        cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
+        raise TypeError(f"{name} must be {expected}, NumPy or CuPy, got {type(value).__name__}; {cure}") from None
+    check_float(name, value)

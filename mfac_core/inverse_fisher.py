@@ -70,7 +70,7 @@ class Factor(Protocol):
         """Memory of the factor in bytes."""
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        """Return ``F^-1 x`` for ``x`` of shape ``(n, B)``, in the dtype of ``x``.
+        """Return ``F^-1 x`` for ``x`` of shape ``(n, B, k)``, in the dtype of ``x``.
 
         A float64 ``x`` is answered in float64 by a float32 factor too: its solves are refined. That matters where ``x``
         is close to a combination of the gradients, of which ``F^-1`` leaves a small part.
@@ -188,15 +188,7 @@ def gradients_times(chunks: Sequence[Array], x: Array) -> Array:
     Returns:
         Shape ``(n, m)``.
     """
-    xp = array_namespace(x)
-    total = None
-    start = 0
-    for chunk in chunks:
-        stop = start + chunk.shape[-1]
-        product = matmul(xp.asarray(chunk, dtype=x.dtype), x[:, start:stop, None])[..., 0]
-        total = product if total is None else total + product
-        start = stop
-    return total
+    return _rows_times(chunks, x[..., None])[..., 0]
 
 
 class _DualFactor:
@@ -255,11 +247,11 @@ class _DualFactor:
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
         right = xp.asarray(x, dtype=xp.float64) if self.precise else x
-        rows = gradients_times(chunks, right)
+        rows = _rows_times(chunks, right)
         solved = self._solve(rows)
         if right.dtype != self._dtype:
             for _ in range(REFINEMENTS):
-                product = gradients_times(chunks, _columns_times(chunks, solved))
+                product = _rows_times(chunks, _columns_times(chunks, solved))
                 product += chunks[0].shape[-2] * self._damping * solved
                 solved = solved + self._solve(rows - product)
         out = (right - _columns_times(chunks, solved)) / self._damping
@@ -268,7 +260,7 @@ class _DualFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
         right = xp.asarray(coefficients, dtype=self._dtype)
-        return xp.asarray(_columns_times(chunks, self._solve(right)), dtype=coefficients.dtype)
+        return xp.asarray(_columns_times(chunks, self._solve(right[..., None]))[..., 0], dtype=coefficients.dtype)
 
     def part(self, blocks: slice) -> _DualFactor:
         part: _DualFactor = object.__new__(_DualFactor)
@@ -276,11 +268,10 @@ class _DualFactor:
         return part
 
     def _solve(self, rows: Array) -> Array:
-        """Return ``S^-1 rows`` for rows of shape ``(n, m)``, in their dtype."""
+        """Return ``S^-1 rows`` for rows of shape ``(n, m, k)``, in their dtype."""
         xp = array_namespace(rows)
-        right = xp.asarray(rows, dtype=self._dtype)[..., None]
-        solved = self._factor.solve_transposed(self._factor.solve(right))
-        return xp.asarray(solved[..., 0], dtype=rows.dtype)
+        right = xp.asarray(rows, dtype=self._dtype)
+        return xp.asarray(self._factor.solve_transposed(self._factor.solve(right)), dtype=rows.dtype)
 
     def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> tuple[Array, Array]:
         """Evaluate again in place each ``1 - sum`` that has cancelled.
@@ -369,7 +360,7 @@ class _PrimalFactor:
         out = self._solve(right)
         if x.dtype != self._dtype and not self.precise:
             for _ in range(REFINEMENTS):
-                product = _columns_times(chunks, gradients_times(chunks, out))
+                product = _columns_times(chunks, _rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
                 product += self._damping * out
                 out = out + self._solve(right - product)
@@ -378,8 +369,8 @@ class _PrimalFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
         right = xp.asarray(coefficients, dtype=self._dtype)
-        product = _columns_times(chunks, right) / coefficients.shape[-1]
-        return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64)), dtype=coefficients.dtype)
+        product = _columns_times(chunks, right[..., None]) / coefficients.shape[-1]
+        return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64))[..., 0], dtype=coefficients.dtype)
 
     def part(self, blocks: slice) -> _PrimalFactor:
         part: _PrimalFactor = object.__new__(_PrimalFactor)
@@ -387,7 +378,7 @@ class _PrimalFactor:
         return part
 
     def _solve(self, right: Array) -> Array:
-        return self._factor.solve_transposed(self._factor.solve(right[..., None]))[..., 0]
+        return self._factor.solve_transposed(self._factor.solve(right))
 
 
 class _MixedFactor:
@@ -498,12 +489,25 @@ def _primal_product(chunks: Sequence[Array], blocks: slice) -> Array:
     return product
 
 
+def _rows_times(chunks: Sequence[Array], x: Array) -> Array:
+    """Return ``G x`` of each block for ``x`` of shape ``(n, B, k)``, in its dtype; shape ``(n, m, k)``."""
+    xp = array_namespace(x)
+    total = None
+    start = 0
+    for chunk in chunks:
+        stop = start + chunk.shape[-1]
+        product = matmul(xp.asarray(chunk, dtype=x.dtype), x[:, start:stop, :])
+        total = product if total is None else total + product
+        start = stop
+    return total
+
+
 def _columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
-    """Return ``G^T c`` of each block for ``c`` of shape ``(n, m)``, in its dtype; shape ``(n, B)``."""
+    """Return ``G^T c`` of each block for ``c`` of shape ``(n, m, k)``, in its dtype; shape ``(n, B, k)``."""
     xp = array_namespace(coefficients)
-    right = coefficients[..., None]
-    products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=right.dtype)), right) for chunk in chunks]
-    return _concat(products, axis=-2)[..., 0]
+    dtype = coefficients.dtype
+    products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=dtype)), coefficients) for chunk in chunks]
+    return _concat(products, axis=-2)
 
 
 def _take(chunks: Sequence[Array], mask: Array) -> list[Array]:

@@ -13,7 +13,15 @@ from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.mask_patterns import MaskPattern
 from mfac_core.settings import Scope
 
-__all__ = ["Sparsity", "least_salient", "newly_pruned", "out_of_reach", "part_of_the_way", "sparsity_of_zeros"]
+__all__ = [
+    "Sparsity",
+    "is_reached",
+    "least_salient",
+    "newly_pruned",
+    "out_of_reach",
+    "part_of_the_way",
+    "sparsity_of_zeros",
+]
 
 Sparsity = float | Mapping[str, float]
 """Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
@@ -133,14 +141,44 @@ def sparsity_of_zeros(
         >>> sparsity_of_zeros(np.array([True, False, False]), {"a": (0, 2), "b": (2, 3)}, "layer")
         {'a': 0.5, 'b': 0.0}
     """
-    fitting: dict[str, tuple[int, int]] = {}  # weights that fit, of how many; or groups
-    for name, (start, stop) in segments.items():
-        fitting[name] = (int(np.count_nonzero(zeros[start:stop])), stop - start)
-        if patterns is not None:
-            fitting[name] = _fitting_zeros(zeros[start:stop], patterns[name], by_groups=scope == "layer")
+    fitting = _fitting(zeros, segments, scope, patterns)
     if scope == "layer":
         return {name: count / total if total else 0.0 for name, (count, total) in fitting.items()}
     return sum(count for count, _ in fitting.values()) / max(sum(total for _, total in fitting.values()), 1)
+
+
+def is_reached(
+    zeros: Mask,
+    sparsity: Sparsity,
+    segments: Mapping[str, tuple[int, int]],
+    scope: Scope,
+    patterns: Mapping[str, MaskPattern] | None = None,
+) -> bool:
+    """Return whether zeros make up a sparsity, so that :func:`newly_pruned` would choose no other weights.
+
+    Args:
+        zeros: Which of all weights are zero or pruned, shape ``(n,)``.
+        sparsity: As in :func:`newly_pruned`.
+        segments: As in :func:`newly_pruned`.
+        scope: As in :func:`newly_pruned`.
+        patterns: As in :func:`newly_pruned`; only zeros that fit them count.
+
+    Returns:
+        True where it is certain, whatever the saliencies of the others are.
+
+    Example:
+        >>> zeros = np.array([True, False, False, False])
+        >>> [is_reached(zeros, sparsity, {"a": (0, 4)}, "layer") for sparsity in (0.0, 0.25, 0.5)]
+        [True, True, False]
+    """
+    fitting = _fitting(zeros, segments, scope, patterns)
+    if scope == "layer":
+        return all(count >= round(total * _of(sparsity, name)) for name, (count, total) in fitting.items())
+    count, total = (sum(column) for column in zip((0, 0), *fitting.values(), strict=True))
+    wanted = total * _of(sparsity, "all")
+    # the number of whole groups that comes closest depends on which of them is next
+    of_groups = any(pattern.kept_of_each is None for pattern in (patterns or {}).values())
+    return bool(count >= (wanted if of_groups else round(wanted)))
 
 
 def out_of_reach(sparsity: float, scope: Scope, patterns: Mapping[str, MaskPattern] | None) -> dict[str, float]:
@@ -261,6 +299,18 @@ def _choose_n_of_m(values: Vector, kept: Mask, members: Vector, sparsity: float,
     chosen = np.zeros(len(kept), bool)
     chosen[candidates] = least_salient(values[candidates], min(wanted, len(candidates)))
     return chosen
+
+
+def _fitting(
+    zeros: Mask, segments: Mapping[str, tuple[int, int]], scope: Scope, patterns: Mapping[str, MaskPattern] | None
+) -> dict[str, tuple[int, int]]:
+    """Return for each array how many zeros fit its pattern and of how many weights; or groups, within layers."""
+    fitting = {}
+    for name, (start, stop) in segments.items():
+        fitting[name] = (int(np.count_nonzero(zeros[start:stop])), stop - start)
+        if patterns is not None:
+            fitting[name] = _fitting_zeros(zeros[start:stop], patterns[name], by_groups=scope == "layer")
+    return fitting
 
 
 def _fitting_zeros(zeros: Mask, pattern: MaskPattern, *, by_groups: bool) -> tuple[int, int]:

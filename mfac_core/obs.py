@@ -80,7 +80,9 @@ def independent_update(
         share = fisher.take(shares, index, device)
         for blocks in cache_parts(chunks):
             part, factored = [chunk[blocks, :, :] for chunk in chunks], made.part(blocks)
-            yield _Update(blocks, part, -factored.apply(part, share[blocks, :]), factored.precise is not False)
+            yield _Update(
+                blocks, part, -factored.apply(part, share[blocks, :, None])[..., 0], factored.precise is not False
+            )
 
     return _change(fisher, weights, newly_pruned, updates)
 

@@ -28,7 +28,8 @@ def make_pruner(
 
     Args:
         settings: ``MFACSettings``, ``MagnitudeSettings``, ``ConstantSettings`` or ``ACDCSettings``.
-        weights: Name and array of each weight in scope, in order; not kept.
+        weights: Name and array of each weight, in order; not kept. Those that ``params`` of the settings names are in
+            scope; ``__ALL__`` and ``__ALL_PRUNABLE__`` mean all of them.
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True); ``None`` means all.
         live_gradients: Whether gradients arrive while training; False when they are sampled at each pruning step.
@@ -41,8 +42,8 @@ def make_pruner(
     Raises:
         TypeError: If the settings are of none of these kinds, or ``weights`` is no mapping.
         ValueError: If there are no weights, or masks or axes do not fit them.
-        SettingError: If the mask type does not fit a shape, or ``final_sparsity`` is a mapping: make a pruner of each
-            of ``settings.by_final_sparsity()``.
+        SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit a shape, or
+            ``final_sparsity`` is a mapping: make a pruner of each of ``settings.by_final_sparsity()``.
     """
     match settings:
         case MFACSettings():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self, TypeGuard, get_args
 
 from mfac_core.errors import SettingError
+from mfac_core.spellings import NamesItsFields
 
 __all__ = [
     "FROM_PARAM",
@@ -48,14 +49,14 @@ _N_OF_M = re.compile(r"(?P<n>[1-9][0-9]*):(?P<m>[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningSettings:
+class PruningSettings(NamesItsFields):
     """What every modifier that holds masks has: the weights, and the time.
 
     Args:
         end_epoch: Epoch of the last pruning step, ``>= start_epoch``.
         start_epoch: Epoch of the first pruning step, fractions allowed, ``>= 0``.
         params: Which weights to prune: names of weights or of layers, ``re:`` patterns, ``__ALL__`` or
-            ``__ALL_PRUNABLE__``.
+            ``__ALL_PRUNABLE__``. Of plain arrays the last two mean all that are given.
         exclude: Which of them to leave out, written in the same way.
         leave_enabled: Whether masks go on being held after ``end_epoch``.
         written_as: Name of the modifier in the recipe that says this, by which messages call it; empty where there is

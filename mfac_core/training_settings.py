@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from mfac_core.errors import SettingError
 from mfac_core.settings import check_choice, check_number, checked_params, is_integer
+from mfac_core.spellings import NamesItsFields
 
 __all__ = [
     "EpochRange",
@@ -33,7 +34,7 @@ _SCHEDULE_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpochRange:
+class EpochRange(NamesItsFields):
     """How long to train.
 
     Args:
@@ -52,7 +53,7 @@ class EpochRange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetLearningRate:
+class SetLearningRate(NamesItsFields):
     """Set the learning rate once.
 
     Args:
@@ -75,7 +76,7 @@ class SetLearningRate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningRateFunction:
+class LearningRateFunction(NamesItsFields):
     """Move the learning rate along a curve, optimizer step by optimizer step.
 
     Args:
@@ -110,7 +111,7 @@ class LearningRateFunction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearningRateSchedule:
+class LearningRateSchedule(NamesItsFields):
     """Move the learning rate as one of PyTorch's schedulers does, epoch by epoch.
 
     Args:
@@ -140,7 +141,7 @@ class LearningRateSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetWeightDecay:
+class SetWeightDecay(NamesItsFields):
     """Set the weight decay once.
 
     Args:
@@ -163,7 +164,7 @@ class SetWeightDecay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainableParams:
+class TrainableParams(NamesItsFields):
     """Freeze or unfreeze parameters for some epochs.
 
     Args:

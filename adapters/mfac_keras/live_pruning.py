@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
+from mfac_core.weight_names import ALL
 from mfac_core.zero_count import count_zeros
 from mfac_keras.assigning import assign_all
 from mfac_keras.backends import current_backend
@@ -82,7 +84,7 @@ class LivePruning:
         self._verbose = verbose
         self._name = name
         self._pruner = make_pruner(
-            settings,
+            replace(settings, params=(ALL,), exclude=()),  # which variables that means has been decided above
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,
@@ -175,8 +177,8 @@ class LivePruning:
         while self._pruner.is_due(step):
             planned = self._pruner.next_step
             start = time.perf_counter()
-            self._sample_gradients()
-            rows = self._pruner.num_rows if isinstance(self._pruner, MFACPruner) else 0
+            self._sample_gradients(step)
+            rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self._weights(), step) as result:
                 values = [
                     (variable, self._to_write(name, result.weights[name], held or {}))
@@ -270,8 +272,8 @@ class LivePruning:
             return current_backend().to_tensor(values)
         return np.where(held[name], device_of(values).to_numpy(values), 0).astype(values.dtype, copy=False)
 
-    def _sample_gradients(self) -> None:
-        if self._sampler is None or not isinstance(self._pruner, MFACPruner):
+    def _sample_gradients(self, step: int) -> None:
+        if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             return
         self._pruner.forget_gradients()
         variables = list(self.variables.values())

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.weight_names import ALL
 from mfac_core.zero_count import count_zeros
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
@@ -81,7 +83,7 @@ class LivePruning:
         self._sampler = grad_sampler if uses_sampler else None
         self._loggers = loggers
         self._pruner = make_pruner(
-            settings,
+            replace(settings, params=(ALL,), exclude=()),  # which parameters that means has been decided above
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,
@@ -223,8 +225,8 @@ class LivePruning:
     def _prune(self, step: int) -> PruneResult:
         """Return what one part of a pruning step leaves, once all of it is done; or nothing of it is."""
         start = time.perf_counter()
-        with self._sampled(), ExitStack() as undo:
-            rows = self._pruner.num_rows
+        with self._sampled(step), ExitStack() as undo:
+            rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self._weights(), step) as result:
                 held = HeldMasks(self.parameters)
                 held.hold(result.masks)
@@ -269,7 +271,7 @@ class LivePruning:
 
     def _check_not_due_without_rows(self, step: int) -> None:
         planned = self._pruner.next_step
-        if planned is not None and planned.step <= step + 1 and not self._pruner.num_rows:
+        if planned is not None and self._pruner.uses_gradients(step + 1) and not self._pruner.num_rows:
             names = list(self.parameters)
             raise RuntimeError(
                 f"the pruning step of epoch {planned.epoch:g} is due and there is no gradient: .grad is None for all "
@@ -278,9 +280,9 @@ class LivePruning:
             )
 
     @contextmanager
-    def _sampled(self) -> Iterator[None]:
+    def _sampled(self, step: int) -> Iterator[None]:
         """Put fresh samples into the gradient window for a block; if it fails, the next try draws the same ones."""
-        if self._sampler is None or not isinstance(self._pruner, MFACPruner):
+        if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             yield
             return
         before = random_state()

@@ -45,7 +45,7 @@ class ACDCPruner(Pruner):
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
-        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, axes)
+        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
         self._sparsity = meant_sparsity(settings.mask_type, settings.compression_sparsity)
         self._say_what_is_out_of_reach(self._sparsity, settings.scope, settings.mask_type, self._patterns)
 

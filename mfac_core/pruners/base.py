@@ -24,7 +24,7 @@ from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import MaskType, PruningSettings, Scope
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_layout import WeightLayout
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import ModelNames, layers_of_names, listed, selected_names
 
 __all__ = ["Outcome", "Progress", "Pruner"]
 
@@ -96,13 +96,15 @@ class Pruner(ABC):
 
     Args:
         settings: What to prune and when.
-        weights: Name and array of each weight in scope, in order; not kept.
+        weights: Name and array of each weight, in order; not kept. Those that ``params`` of the settings names are in
+            scope; the others are left as they are, wherever arrays by name are given.
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
 
     Raises:
         TypeError: If ``weights`` is no mapping from name to array.
         ValueError: If there are no weights, or the masks do not fit them.
+        SettingError: If an entry of ``params`` names none of the weights.
     """
 
     def __init__(
@@ -121,10 +123,15 @@ class Pruner(ABC):
         self.settings = settings
         self._steps_per_epoch = steps_per_epoch
         self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
-        self.layout = WeightLayout({name: tuple(array.shape) for name, array in weights.items()})
+        shapes = {name: tuple(array.shape) for name, array in weights.items()}
+        names = ModelNames(shapes=shapes, prunable=frozenset(weights), layers=layers_of_names(weights), kind="weight")
+        named = selected_names(settings.params, settings.exclude, names) if weights else {}
+        self._left_out = frozenset(weights) - named.keys()
+        self.layout = WeightLayout({name: shape for name, shape in shapes.items() if name in named})
         if masks is None:
             kept = np.ones(self.layout.num_weights, bool)
         else:
+            masks = self._in_scope(masks)
             self.layout.check(masks, "masks")
             kept = self.layout.flatten(masks).astype(bool)
         self._progress = Progress(kept)
@@ -176,6 +183,19 @@ class Pruner(ABC):
         """
         return False
 
+    def uses_gradients(self, step: int) -> bool:
+        """Return whether the pruning step that is due draws on gradient samples.
+
+        Where they are sampled at each pruning step, ask this before drawing any.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            False: this pruner uses no gradients.
+        """
+        return False
+
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Refuse gradients.
 
@@ -204,13 +224,14 @@ class Pruner(ABC):
         Use :meth:`pruning` where something may still go wrong when the weights are put to use.
 
         Args:
-            weights: Name and array of each weight in scope, float32 or float64. Not modified.
+            weights: Name and array of each weight, float32 or float64. Not modified; those that are not in scope may
+                be left out.
             step: Completed optimizer steps: the latest pruning step planned up to here is done, and earlier ones
                 are passed over. ``None`` does the next one of the schedule.
 
         Returns:
-            The new weights, on the devices of ``weights``, and the new masks, in host memory: they are to be held
-            unless :attr:`is_released`.
+            The new weights, on the devices of ``weights``, those that are not in scope as they were given; and the new
+            masks of those in scope, in host memory: they are to be held unless :attr:`is_released`.
 
         Raises:
             ValueError: If all pruning steps are done, none is planned up to ``step``, the weights do not fit or hold
@@ -257,6 +278,7 @@ class Pruner(ABC):
             raise ValueError(
                 f"no pruning step is due at step {step}; the next is at step {self.schedule[self._done].step}"
             )
+        others, weights = weights, self._in_scope(weights)
         self.layout.check(weights, "weights")
         for name, array in weights.items():
             check_float(f"weights[{name!r}]", array)
@@ -273,8 +295,11 @@ class Pruner(ABC):
         after = self._after(outcome.kept, index)
         yield PruneResult(
             weights={
-                name: device_of(weights[name]).asarray(array)
-                for name, array in self.layout.unflatten_like(outcome.weights, weights).items()
+                **others,
+                **{
+                    name: device_of(weights[name]).asarray(array)
+                    for name, array in self.layout.unflatten_like(outcome.weights, weights).items()
+                },
             },
             masks=self.layout.unflatten(outcome.kept.copy()),
             sparsity=_sparsity_of(outcome.kept),
@@ -431,6 +456,12 @@ class Pruner(ABC):
     def _latest(self, step: int) -> int:
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
         return bisect_right(self.schedule, step, key=lambda planned: planned.step) - 1
+
+    def _in_scope(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return arrays by name without those of the weights that ``params`` leaves out."""
+        if not self._left_out or not isinstance(arrays, Mapping):
+            return arrays
+        return {name: array for name, array in arrays.items() if name not in self._left_out}
 
     @property
     def _kept(self) -> Mask:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import Sparsity, newly_pruned, sparsity_of_zeros
+from mfac_core.masks import Sparsity, is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruning_step import Selection, magnitude_step
 from mfac_core.schedule import PlannedStep, pruning_schedule, sparsity_at
@@ -56,7 +56,7 @@ class GradualPruner(Pruner):
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
-        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, axes)
+        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
         self._final_sparsity = meant_sparsity(settings.mask_type, self.schedule[-1].sparsity)
         self._measured: Sparsity | None = None
         if settings.initial_sparsity == FROM_PARAM:
@@ -94,15 +94,19 @@ class GradualPruner(Pruner):
                 saliencies, self._kept, sparsity, self.layout.segments, self.settings.scope, self._patterns
             )
 
-        updated, chosen, increase = self._prune_unpruned(weights[self._kept], select)
+        updated, chosen, increase = self._prune_unpruned(weights[self._kept], select, index)
         return Outcome.of_unpruned(self._kept, updated, chosen, increase)
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
         """Return the sparsity that is to be reached now: that of the pruning step."""
         return self._sparsity_at(index)
 
+    def _is_reached(self, zeros: Mask, index: int) -> bool:
+        """Return whether zeros make up the sparsity of the pruning step with this index."""
+        return is_reached(zeros, self._sparsity_at(index), self.layout.segments, self.settings.scope, self._patterns)
+
     @abstractmethod
-    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
         """Return the updated unpruned weights, which are newly pruned, and the predicted loss increase."""
 
     def _sparsity_at(self, index: int) -> Sparsity:
@@ -157,7 +161,7 @@ class MagnitudePruner(GradualPruner):
         [0.0, -4.0, 3.0, 0.0]
     """
 
-    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
         return *magnitude_step(weights, select), None
 
 

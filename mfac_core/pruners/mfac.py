@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from mfac_core.masks import Sparsity, part_of_the_way
 from mfac_core.planning import check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner
-from mfac_core.pruning_step import Selection, mfac_step
+from mfac_core.pruning_step import Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
@@ -35,11 +36,14 @@ class MFACProgress(Progress):
         parts_done: Parts of the next pruning step that are done.
         waits: Whether a pruning step fell due before there was any row: it waits until the first window is full.
         window: The gradient samples of the unpruned weights; ``None`` before there is any.
+        next_pruning: Index of the next pruning step that asks for more zeros than there are masked; the number of all
+            where none does. Those before it draw on no gradients.
     """
 
     parts_done: int = 0
     waits: bool = False
     window: GradientWindow | None = None
+    next_pruning: int = 0
 
 
 class MFACPruner(GradualPruner):
@@ -49,6 +53,9 @@ class MFACPruner(GradualPruner):
     equal part of the way to the sparsity of the step, by a Fisher of its own over what remains. Live gradients serve
     all parts; sampled ones are forgotten with each and to be drawn anew. :meth:`is_due` stays True until the last part
     is done.
+
+    A pruning step that asks for no more zeros than there are, such as the first at sparsity 0, neither waits for
+    gradients nor moves weights.
 
     Args:
         settings: What to prune, when and how.
@@ -108,7 +115,7 @@ class MFACPruner(GradualPruner):
         self._arriving: Callable[[], Array] | None = None
         # for which device and which unpruned weights, and how they are gathered there
         self._unpruned: tuple[Device, Mask, dict[str, Array]] | None = None
-        self._progress = MFACProgress(self._kept)
+        self._progress = self._progress_at(self._kept, 0)
         self._told: set[str] = set()
         self._refused_rows = 0
         check_memory(
@@ -117,8 +124,8 @@ class MFACPruner(GradualPruner):
 
     @property
     def num_gradients(self) -> int:
-        """Rows that the window keeps now, by the sparsity reached in the schedule."""
-        return self._num_gradients_after(self._done)
+        """Rows that the window keeps now: those of the next pruning step that draws on them."""
+        return self._num_gradients_of(self._progress)
 
     @property
     def num_rows(self) -> int:
@@ -138,12 +145,29 @@ class MFACPruner(GradualPruner):
             step: Completed optimizer steps.
 
         Returns:
-            True in the last :attr:`num_gradients` steps before the next pruning step, and while one waits for rows.
+            True in the last :attr:`num_gradients` steps before the next pruning step that draws on them, and while one
+            waits for rows.
         """
-        if self.is_finished or not self._live:
+        upcoming = self._progress.next_pruning
+        if upcoming == len(self.schedule) or not self._live:
             return False
         self._note_waiting(step)
-        return step >= self.schedule[self._done].step - self.num_gradients
+        return step >= self.schedule[upcoming].step - self.num_gradients
+
+    def uses_gradients(self, step: int) -> bool:
+        """Return whether the pruning step that is due draws on gradient samples.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            False where none is due, or the one that is due asks for no more zeros than there are.
+        """
+        index = self._latest(step)
+        if index < self._progress.next_pruning:
+            return False
+        # the zeros that were measured are there until the first optimizer step
+        return step > 0 or index > 0 or self._measured is None
 
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Store one gradient sample in the window.
@@ -151,8 +175,8 @@ class MFACPruner(GradualPruner):
         A sample on a GPU is copied asynchronously, and looked at when the next one comes or the window is needed.
 
         Args:
-            gradients: Name and array of the gradient of each weight in scope, unscaled; NumPy or CuPy, float32 or
-                float64. Copied.
+            gradients: Name and array of the gradient of each weight, unscaled; NumPy or CuPy, float32 or float64.
+                Copied. Those of weights that are not in scope may be left out.
 
         Returns:
             False for a sample with NaN or Inf: it is refused and counted in ``refused_rows``. A sample on a GPU may be
@@ -161,6 +185,7 @@ class MFACPruner(GradualPruner):
         Raises:
             ValueError: If names or shapes do not fit the weights, or an array has another dtype.
         """
+        gradients = self._in_scope(gradients)
         self.layout.check(gradients, "gradients")
         for name, array in gradients.items():
             check_float(f"gradients[{name!r}]", array)
@@ -191,8 +216,8 @@ class MFACPruner(GradualPruner):
     def is_due(self, step: int) -> bool:
         """Return whether a pruning step, or a further part of one, is due.
 
-        With live gradients a pruning step that falls due before there is any row waits until the window is full, or
-        the next pruning step falls due.
+        With live gradients a pruning step that needs rows and falls due before there is any waits until the window is
+        full, or the next pruning step falls due.
 
         Args:
             step: Completed optimizer steps.
@@ -202,7 +227,7 @@ class MFACPruner(GradualPruner):
         """
         if not super().is_due(step):
             return False
-        if not self._live:
+        if not self._live or not self.uses_gradients(step):
             return True
         self._note_waiting(step)
         if not self.num_rows:
@@ -234,12 +259,15 @@ class MFACPruner(GradualPruner):
                 f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}, with "
                 f"{len(self.schedule) - self._done} pruning steps to do; resume with the recipe that it was saved with"
             )
-        self._progress = MFACProgress(self._kept, self._done, parts_done, checked_flag("waits", state["waits"]))
+        waits = checked_flag("waits", state["waits"])
+        self._progress = replace(self._progress_at(self._kept, self._done, parts_done), waits=waits)
         self._refused_rows = checked_integer("refused_rows", state["refused_rows"])
         self._arriving = None
         if state.get("window") is not None:
             num_weights = int(np.count_nonzero(self._kept))
-            rows = self._num_gradients_after(int(state["pruning_steps_done"]), self._schedule_of(state))
+            ahead, done = self._progress.next_pruning - self._done, int(state["pruning_steps_done"])
+            saved = replace(self._progress, done=done, next_pruning=done + ahead)
+            rows = self._num_gradients_of(saved, self._schedule_of(state))
             window = self._new_window(num_weights, rows)
             window.load_state_dict(state["window"])
             if rows != self.num_gradients:  # with other steps per epoch another threshold may be reached
@@ -253,24 +281,42 @@ class MFACPruner(GradualPruner):
     def _after(self, kept: Mask, index: int) -> MFACProgress:
         parts_done = self._parts_of(index) + 1
         if parts_done < self.settings.num_recomputations:
-            after = MFACProgress(kept, index, parts_done)
+            after = self._progress_at(kept, index, parts_done)
         else:
-            after = MFACProgress(kept, index + 1)
-        if self._window is None or after.done == len(self.schedule) or not self._live:
+            after = self._progress_at(kept, index + 1)
+        window, stay = self._window, kept[self._kept]
+        if window is None or after.next_pruning == len(self.schedule) or not self._live:
             return after
-        return replace(after, window=self._window.rebuilt(kept[self._kept], self._num_gradients_after(after.done)))
+        rows = self._num_gradients_of(after)
+        if rows != window.num_gradients or not stay.all():
+            window = window.rebuilt(stay, rows)
+        return replace(after, window=window)
 
-    def _num_gradients_after(self, done: int, schedule: Sequence[PlannedStep] | None = None) -> int:
-        """Return the rows of a window once so many pruning steps of a schedule are done: of the own one, or another."""
-        reached = (schedule or self.schedule)[done - 1].sparsity if done else 0.0
+    def _progress_at(self, kept: Mask, done: int, parts_done: int = 0) -> MFACProgress:
+        """Return the progress once pruning steps are done, without a window."""
+        left = range(done, len(self.schedule))
+        # sparsity never falls; most often the very next one prunes
+        asks = bool(left) and not self._is_reached(~kept, done)
+        ahead = 0 if asks else bisect_left(left, True, key=lambda index: not self._is_reached(~kept, index))
+        return MFACProgress(kept, done, parts_done, next_pruning=done + ahead)
+
+    def _num_gradients_of(self, progress: MFACProgress, schedule: Sequence[PlannedStep] | None = None) -> int:
+        """Return the rows of a window at a place in a schedule: the own one, or another."""
+        planned = self.schedule if schedule is None else schedule
+        upcoming = progress.next_pruning if progress.next_pruning < len(planned) else progress.done
+        reached = planned[upcoming - 1].sparsity if upcoming else 0.0
         return num_gradients_at(self.settings.num_gradients, reached)
 
     def _parts_of(self, index: int) -> int:
         """Return how many parts of a pruning step are done: none of one that passes others over."""
         return self._progress.parts_done if index == self._done else 0
 
-    def _prune_unpruned(self, weights: Vector, select: Selection) -> tuple[Vector, Mask, float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
         self._store_arriving()
+        zeros = ~self._kept
+        zeros[self._kept] = weights == 0
+        if self._is_reached(zeros, index):  # none go but those, and nothing has to make up for them
+            return *magnitude_step(weights, select), 0.0
         if self._window is None or not self._window.count:
             if self.refused_rows:
                 raise ValueError(
@@ -339,11 +385,12 @@ class MFACPruner(GradualPruner):
         )
 
     def _note_waiting(self, step: int) -> None:
-        if not self._progress.waits and self._latest(step) >= self._done and not self.num_rows:
+        if not self._progress.waits and self.uses_gradients(step) and not self.num_rows:
             self._progress = replace(self._progress, waits=True)
+            planned = self.schedule[self._progress.next_pruning]
             self._tell_once(
                 "waits",
-                f"the pruning step at step {self.schedule[self._done].step} falls due before there is any gradient "
+                f"the pruning step at step {planned.step} falls due before there is any gradient "
                 "sample: it waits until the window is full or the next pruning step falls due",
             )
 

@@ -58,7 +58,7 @@ class ScheduleRow(NamedTuple):
         step: Completed optimizer steps at which it is due; ``None`` if the steps per epoch are not known.
         sparsity: Sparsity once it is done; ``None`` where it depends on the sparsity that the weights begin with.
         num_gradients: Rows of the gradient window it draws on, by the sparsity reached before it; ``None`` for
-            modifiers that need no gradients.
+            modifiers that need no gradients, and for pruning steps that ask for no further zeros.
     """
 
     modifier: str
@@ -363,7 +363,7 @@ def _window_warnings(named: Iterable[_Named], steps_per_epoch: int | None, *, sa
 
 def _waiting_start(name: str, settings: MFACSettings, steps_per_epoch: int | None) -> Iterator[str]:
     first = _rows(name, settings, steps_per_epoch)[0]
-    if first.step == 0 or first.epoch == 0:
+    if first.num_gradients is not None and (first.step == 0 or first.epoch == 0):
         yield (
             f"{name}: the first pruning step is due at epoch {first.epoch:g}, before there is any gradient; with live "
             f"gradients it waits for its first window of {first.num_gradients} rows, at most until the next pruning "
@@ -375,7 +375,9 @@ def _not_full(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterat
     """Yield at most one sentence: about the first step whose window is not full."""
     short, rows, before = [], 0, 0
     for row in _rows(name, settings, steps_per_epoch):
-        step, wanted = row.step or 0, row.num_gradients or 0
+        if row.num_gradients is None:
+            continue
+        step, wanted = row.step or 0, row.num_gradients
         # Rows outlive a pruning step: only the columns of newly pruned weights leave the window.
         rows, before = min(wanted, rows + step - before), step
         if 0 < rows < wanted:
@@ -502,7 +504,9 @@ def _rows(name: str, settings: PruningSettings, steps_per_epoch: int | None) -> 
     rows, reached = [], 0.0
     timeline = _timeline(_begun(settings), steps_per_epoch)
     for number, (epoch, step, sparsity) in enumerate(timeline, start=1):
-        window = num_gradients_at(settings.num_gradients, reached) if isinstance(settings, MFACSettings) else None
+        window = None
+        if isinstance(settings, MFACSettings) and sparsity > reached:
+            window = num_gradients_at(settings.num_gradients, reached)
         unknown = getattr(settings, "initial_sparsity", None) == FROM_PARAM and number < len(timeline)
         rows.append(ScheduleRow(name, epoch, step, None if unknown else sparsity, window))
         reached = sparsity

@@ -478,7 +478,7 @@ def _profile(machine: Machine, shape: Shape, repeat: int) -> list[str]:
         ),
         ("column sums", median(lambda: [lower.column_sums(chunk) for chunk in chunks]), scale, product / 2, 0),
         ("all of `evaluate`: these three", median(lambda: evaluate(chunks, DAMPING)), scale, 0, 0),
-        ("apply", median(lambda: factor.apply(chunks, x)), scale, 0, 2 * num_bytes),
+        ("apply", median(lambda: factor.apply(chunks, x[..., None])), scale, 0, 2 * num_bytes),
         ("predicted loss increase", median(lambda: fisher_quadratic(chunks, x, DAMPING)), scale, 0, num_bytes),
         ("saliency", median(lambda: saliency(weights, ones)), 1, 0, 12 * shape.d),
         ("selection", median(lambda: least_salient(saliencies, round(shape.d * SPARSITY))), 1, 0, 4 * shape.d),

@@ -67,10 +67,10 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
     given = x if device is None else device.asarray(x)
     wanted = exact @ x.reshape(-1)
     for again in (made, inverse_fisher.factor(chunks, DAMPING, made.precise)):
-        found = host(again.apply(chunks, given)).reshape(-1)
+        found = host(again.apply(chunks, given[..., None])).reshape(-1)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
-            found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :]))
+            found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[..., 0]
             within = wanted.reshape(BLOCKS, width)[part]
             np.testing.assert_allclose(found, within, rtol=0, atol=1e-4 * np.abs(within).max())
 

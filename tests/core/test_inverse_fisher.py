@@ -6,9 +6,15 @@ from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mfac_core
+from mfac_core.gradient_matrix import GradientMatrix
 from tests import reference
+from tests.core.strict_backend import strict_devices
+
+few = settings(max_examples=60, deadline=None)
 
 TOLERANCE = {np.float32: 1e-4, np.float64: 1e-9}
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -305,11 +311,83 @@ def test_block_size_must_be_a_positive_integer(block_size):
         mfac_core.inverse_fisher(np.ones((3, 4)), block_size=block_size, damping=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(3,), (5,), (1, 4), (4, 1)])
+@pytest.mark.parametrize("shape", [(3,), (5,), (0,), (), (1, 4), (3, 4), (4, 1, 1)])
 def test_apply_refuses_a_vector_of_another_size(shape):
     fisher = mfac_core.inverse_fisher(np.ones((3, 4)), block_size=2, damping=1e-3)
-    with pytest.raises(ValueError, match="4"):
+    with pytest.raises(ValueError, match=r"x must have shape \(4,\) or \(4, k\), got "):
         fisher.apply(np.ones(shape))
+    with pytest.raises(ValueError, match=r"its vectors are columns, so pass x\.T"):
+        fisher @ np.ones((2, 4))
+
+
+@pytest.mark.parametrize("value", [{"a": np.ones((3, 4))}, [[1.0, 2.0]], None, "x", 3, 1.5])
+def test_what_is_no_array_is_refused_with_what_is_expected(value):
+    got = f"got {type(value).__name__}; "
+    with pytest.raises(TypeError, match=rf"gradients must be an array of shape \(m, d\), one gradient sample .*{got}"):
+        mfac_core.inverse_fisher(value)
+    fisher = mfac_core.inverse_fisher(np.ones((3, 4)))
+    with pytest.raises(TypeError, match=rf"x must be an array of shape \(4,\) or \(4, k\), NumPy or CuPy, {got}"):
+        fisher @ value
+    with pytest.raises(TypeError, match="flatten its arrays and concatenate them"):
+        fisher.apply({"a": np.ones(4)})
+    with pytest.raises(ValueError, match="x must be float32 or float64, got int64"):
+        fisher.apply(np.ones(4, np.int64))
+
+
+@DTYPES
+@pytest.mark.parametrize("damping", [1e-5, 1e-2])
+@pytest.mark.parametrize("k", [1, 2, 70])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_vectors_at_once_match_the_exact_inverse_in_each_column(shape, k, damping, dtype):
+    m, d, block_size = SHAPES[shape]
+    gradients, inverse = gaussian(m, d, 1.0, dtype), exact(shape, 1.0, damping, dtype)
+    x = np.random.default_rng(3).standard_normal((d, k)).astype(dtype)
+    x[:, : min(k, m)] = gradients[: min(k, m)].T  # of which F^-1 leaves little
+    x *= np.logspace(-6, 6, k, dtype=dtype)  # each column has digits of its own
+    before = x.copy()
+    fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=damping)
+    product = fisher @ x
+    assert product.shape == (d, k) and product.dtype == dtype
+    np.testing.assert_array_equal(x, before)
+    expected = inverse @ x.astype(np.float64)
+    error = np.abs(product - expected).max(axis=0) / np.abs(expected).max(axis=0)
+    assert error.max() <= max(TOLERANCE[dtype], 1e-8)
+    for column in range(min(k, 3)):
+        alone = fisher.apply(x[:, column])
+        np.testing.assert_allclose(product[:, column], alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+
+
+@few
+@given(
+    st.integers(1, 9), st.integers(1, 14), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 16)), st.booleans()
+)
+def test_products_of_any_shape_match_the_dense_inverse(m, d, k, block_size, is_turned):
+    rng = np.random.default_rng(m + 20 * d + 300 * k)
+    gradients, x = rng.standard_normal((m, d)), rng.standard_normal((k, d)).T if is_turned else rng.random((d, k))
+    product = mfac_core.inverse_fisher(gradients, block_size=block_size, damping=0.1) @ x
+    np.testing.assert_allclose(product, reference.dense_inverse(gradients, 0.1, block_size) @ x, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("block_size", [7, 40, None])
+def test_many_vectors_over_several_devices(block_size, devices):
+    gradients, x = gaussian(12, 40, 1.0, np.float32), gaussian(50, 40, 1.0, np.float32).T
+    fisher = mfac_core.inverse_fisher(gradients, block_size=block_size, devices=strict_devices(devices))
+    expected = reference.exact_inverse(gradients, 1e-5, block_size) @ x.astype(np.float64)
+    np.testing.assert_allclose(fisher @ x, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_blocks_are_read_once_for_many_vectors(monkeypatch):
+    read = []
+    chunks = GradientMatrix.chunks
+    monkeypatch.setattr(GradientMatrix, "chunks", lambda self, group: read.append(group) or chunks(self, group))
+    fisher = mfac_core.inverse_fisher(gaussian(5, 24, 1.0, np.float32), block_size=8)
+    fisher.apply(np.ones((24, 200), np.float32))
+    assert len(read) == len(set(read)) > 0
+
+
+def test_no_vectors_at_all():
+    assert (mfac_core.inverse_fisher(np.ones((3, 4))) @ np.ones((4, 0))).shape == (4, 0)
 
 
 def test_cuda_without_cupy_names_the_extras(monkeypatch):

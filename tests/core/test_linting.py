@@ -43,22 +43,31 @@ def test_a_sound_recipe_has_no_warnings(steps_per_epoch):
 
 class TestWindowThatIsNotFull:
     def test_it_is_named_with_epoch_step_and_rows(self):
-        warning = only(lint(recipe(mfac(num_gradients=21)), steps_per_epoch=10))
+        warning = only(lint(recipe(mfac(num_gradients=21, initial_sparsity=0.1)), steps_per_epoch=10))
         assert warning.startswith(
             "MFACPruningModifier: the pruning step at epoch 2 (optimizer step 20) falls due while its gradient window "
             "has 20 of 21 rows, and uses those; "
         )
 
     def test_a_window_that_is_just_full_is_not_named(self):
-        assert lint(recipe(mfac(num_gradients=20)), steps_per_epoch=10) == ()
+        assert lint(recipe(mfac(num_gradients=20, initial_sparsity=0.1)), steps_per_epoch=10) == ()
 
     def test_it_needs_the_steps_per_epoch(self):
         assert lint(recipe(mfac(num_gradients=10**6))) == ()
 
     def test_rows_outlive_a_pruning_step(self):
         # 20 rows at epoch 2 and 10 more per epoch: the window of 40 rows is full at epoch 4.
-        warning = only(lint(recipe(mfac(num_gradients=40)), steps_per_epoch=10))
+        warning = only(lint(recipe(mfac(num_gradients=40, initial_sparsity=0.1)), steps_per_epoch=10))
         assert "20 of 40 rows, and uses those (the first of 2 such steps);" in warning
+
+    def test_a_step_that_prunes_nothing_needs_none(self):
+        # The first is at sparsity 0, and at epoch 3, where the next is, there are 30 rows.
+        assert lint(recipe(mfac(num_gradients=30)), steps_per_epoch=10) == ()
+        warning = only(lint(recipe(mfac(num_gradients=31)), steps_per_epoch=10))
+        assert "at epoch 3 (optimizer step 30) falls due while its gradient window has 30 of 31 rows" in warning
+        level = mfac(num_gradients=20, initial_sparsity=0.8)
+        assert lint(recipe(level), steps_per_epoch=10) == ()
+        assert [row.num_gradients for row in describe(recipe(level), 10)] == [20, None, None, None, None]
 
     def test_a_window_that_grows_faster_than_rows_arrive(self):
         # Sparsity 0.4 is reached at epoch 4, so the step at epoch 5 is the first to want 31 rows; 20 + 10 are there.
@@ -74,16 +83,21 @@ class TestWindowThatIsNotFull:
 class TestStartBeforeAnyGradient:
     @pytest.mark.parametrize("steps_per_epoch", [None, 100])
     def test_a_start_at_epoch_0_waits(self, steps_per_epoch):
-        warning = only(lint(recipe(mfac(start_epoch=0.0, num_gradients=8)), steps_per_epoch))
+        warning = only(lint(recipe(mfac(start_epoch=0.0, num_gradients=8, initial_sparsity=0.1)), steps_per_epoch))
         assert warning.startswith(
             "MFACPruningModifier: the first pruning step is due at epoch 0, before there is any grad"
         )
         assert "waits for its first window of 8 rows" in warning
 
     def test_a_start_that_rounds_to_step_0_waits(self):
-        early = recipe(mfac(start_epoch=0.01, num_gradients=8))
+        early = recipe(mfac(start_epoch=0.01, num_gradients=8, initial_sparsity=0.1))
         assert lint(early) == ()
         assert "due at epoch 0.01, before there is any gradient" in only(lint(early, steps_per_epoch=10))
+
+    @pytest.mark.parametrize("initial_sparsity", [0.0, FROM_PARAM])
+    def test_one_that_prunes_nothing_waits_for_nothing(self, initial_sparsity):
+        early = mfac(start_epoch=0.0, num_gradients=8, initial_sparsity=initial_sparsity)
+        assert lint(recipe(early), steps_per_epoch=10) == lint(recipe(early)) == ()
 
 
 class TestEndOfTraining:
@@ -147,7 +161,7 @@ class TestDescribe:
     def test_rows_with_steps(self):
         settings = mfac(num_gradients={0.0: 64, 0.4: 128, 0.8: 256}, interpolation="linear", update_frequency=2.0)
         assert describe(recipe(settings), steps_per_epoch=10) == [
-            ("MFACPruningModifier", 2.0, 20, 0.0, 64),
+            ("MFACPruningModifier", 2.0, 20, 0.0, None),
             ("MFACPruningModifier", 4.0, 40, 0.4, 64),
             ("MFACPruningModifier", 6.0, 60, 0.8, 128),
         ]
@@ -245,7 +259,7 @@ class TestModel:
             1000,
         )
         assert modifier.steps == (
-            ("MFACPruningModifier", 2.0, 20, 0.0, 16),
+            ("MFACPruningModifier", 2.0, 20, 0.0, None),
             ("MFACPruningModifier", 4.0, 40, 0.4, 16),
             ("MFACPruningModifier", 6.0, 60, 0.8, 32),
         )
@@ -278,14 +292,14 @@ class TestModel:
         assert self.plan(mfac(num_gradients=20), epochs=6.0).warnings == ()
 
     def test_windows_that_cannot_fill_in_time(self):
-        assert "has 20 of 21 rows" in only(self.plan(mfac(num_gradients=21)).warnings)
-        assert "before there is any gradient" in only(self.plan(mfac(num_gradients=9, start_epoch=0.0)).warnings)
+        assert "has 20 of 21 rows" in only(self.plan(mfac(num_gradients=21, initial_sparsity=0.1)).warnings)
+        early = mfac(num_gradients=9, start_epoch=0.0, initial_sparsity=0.1)
+        assert "before there is any gradient" in only(self.plan(early).warnings)
 
     def test_a_sampler_fills_them_unless_gradients_of_training_are_wanted(self):
         assert self.plan(mfac(num_gradients=21, start_epoch=0.0), sampled=True).warnings == ()
-        assert "has 20 of 21 rows" in only(
-            self.plan(mfac(num_gradients=21, gradient_origin="training"), sampled=True).warnings
-        )
+        of_training = mfac(num_gradients=21, initial_sparsity=0.1, gradient_origin="training")
+        assert "has 20 of 21 rows" in only(self.plan(of_training, sampled=True).warnings)
 
     @pytest.mark.parametrize(
         ("epochs", "expected"), [(5.5, "training at epoch 5.5; train"), (None, "epoch 5 (EpochRangeModifier); train")]

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from mfac_core import training_settings
 from mfac_core.errors import SettingError
+from mfac_core.recipe import keys
 from mfac_core.settings import (
     FROM_PARAM,
     ACDCSettings,
@@ -15,6 +20,7 @@ from mfac_core.settings import (
     MFACSettings,
     checked_mask_type,
 )
+from mfac_core.spellings import RECIPE_SPELLINGS
 from mfac_core.training_settings import EpochRange, SetWeightDecay, TrainableParams
 
 
@@ -195,3 +201,46 @@ def test_each_final_sparsity_on_its_own():
     )
     for settings in (mfac(), acdc(), ConstantSettings()):
         assert settings.by_final_sparsity() == (settings,)
+
+
+RECIPE_KEYS = {
+    MFACSettings: {**keys.GRADUAL_KEYS, **keys.MFAC_KEYS, "global_sparsity": keys.SCOPE},
+    MagnitudeSettings: {**keys.GRADUAL_KEYS, "global_sparsity": keys.SCOPE},
+    ACDCSettings: keys.ACDC_KEYS,
+    ConstantSettings: keys.CONSTANT_KEYS,
+    training_settings.EpochRange: keys.EPOCH_RANGE_KEYS,
+    training_settings.SetLearningRate: keys.LEARNING_RATE_KEYS,
+    training_settings.LearningRateFunction: keys.LEARNING_RATE_FUNCTION_KEYS,
+    training_settings.LearningRateSchedule: keys.LEARNING_RATE_SCHEDULE_KEYS,
+    training_settings.SetWeightDecay: keys.WEIGHT_DECAY_KEYS,
+    training_settings.TrainableParams: keys.TRAINABLE_KEYS,
+}
+DIFFERENT = [
+    (kind, name, key.field)
+    for kind, table in RECIPE_KEYS.items()
+    for name, key in table.items()
+    if key.field is not None and key.field != name
+]
+
+
+@pytest.mark.parametrize(("kind", "key", "field"), DIFFERENT)
+def test_the_spelling_of_a_recipe_is_refused_with_the_field(kind, key, field):
+    with pytest.raises(TypeError, match=f"^{kind.__name__} has no field '{key}'; did you mean {field}\\?$"):
+        kind(**{key: 1})
+
+
+def test_every_spelling_is_one_of_a_recipe():
+    assert {(key, field) for _, key, field in DIFFERENT} == set(RECIPE_SPELLINGS.items())
+
+
+@pytest.mark.parametrize("kind", RECIPE_KEYS)
+def test_other_keywords_are_refused_with_what_there_is(kind):
+    with pytest.raises(TypeError, match=rf"^{kind.__name__} has no field 'qqq'; the fields are .*epoch"):
+        kind(qqq=1)
+    with pytest.raises(TypeError, match="did you mean start_epoch"):
+        kind(start_epocs=1.0)
+
+
+def test_settings_are_still_copied_and_pickled():
+    settings = MFACSettings(final_sparsity=0.5, end_epoch=1.0, num_gradients=3)
+    assert pickle.loads(pickle.dumps(settings)) == copy.copy(settings) == replace(settings) == settings

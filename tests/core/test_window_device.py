@@ -14,7 +14,13 @@ from mfac_core.schedule import pruning_schedule
 from tests.core.strict_backend import StrictBackend, strict_devices
 
 SETTINGS = MFACSettings(
-    final_sparsity=0.8, start_epoch=1, end_epoch=3, num_gradients={0.0: 5, 0.5: 8}, block_size=7, damping=1e-3
+    initial_sparsity=0.1,
+    final_sparsity=0.8,
+    start_epoch=1,
+    end_epoch=3,
+    num_gradients={0.0: 5, 0.5: 8},
+    block_size=7,
+    damping=1e-3,
 )
 STEPS = 8
 SHAPES = {"a": (5, 6), "b": (11,)}

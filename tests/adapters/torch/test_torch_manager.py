@@ -425,7 +425,7 @@ def test_with_a_sampler_each_pruning_step_draws_fresh_samples(task):
             drawn.append(manager.state_dict()["step"])
             yield batch
 
-    manager = ScheduledModifierManager.from_yaml(task.recipe(start_epoch=0.0, num_grads=4))
+    manager = ScheduledModifierManager.from_yaml(task.recipe(start_epoch=0.0, num_grads=4, inter_func="linear"))
     manager.modify(model, optimizer, 5, grad_sampler=GradSampler(batches, nn.functional.mse_loss))
     task.train(model, optimizer)
     assert drawn == [step for step in (0, 5, 10, 15, 20) for _ in range(4)]

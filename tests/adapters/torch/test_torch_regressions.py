@@ -95,7 +95,7 @@ def test_one_shot_pruned_before_any_gradient_was_collected(task, modifier):
 
 def test_a_sampler_object_and_available_gpus_raised_a_type_error(task):
     drawn = []
-    recipe = task.recipe(available_gpus="[]", num_grads=4, start_epoch=0.0)
+    recipe = task.recipe(available_gpus="[]", num_grads=4, start_epoch=0.0, inter_func="linear")
     model, manager, _ = train(task, recipe, grad_sampler=counting(task, drawn))
     assert zeros(model[0], model[2]) == 54
     assert len(drawn) == 5 * 4
