@@ -127,12 +127,20 @@ def state_to_arrays(state: Any) -> Any:
 
     Returns:
         The same with a NumPy array for each tensor.
+
+    Raises:
+        ValueError: If NumPy has nothing like a tensor of it: then :func:`state_to_tensors` did not make it.
     """
     if isinstance(state, Mapping):
         return {key: state_to_arrays(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return [state_to_arrays(value) for value in state]
-    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    if not isinstance(state, torch.Tensor):
+        return state
+    try:
+        return state.detach().cpu().numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"the state is broken: it holds a tensor of {state.dtype}; load another checkpoint") from error
 
 
 def _check_dense_float(tensor: torch.Tensor) -> None:
