@@ -18,7 +18,7 @@ from mfac_core.pruner import MFACPruner, Pruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
+from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
 from mfac_torch.random_state import random_state, restore_random_state
@@ -85,6 +85,7 @@ class LivePruning:
         self.settings = settings
         self.name = name
         self.parameters = select_parameters(model, settings.params, settings.exclude, told=told)
+        check_plain(self.parameters)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers
@@ -225,7 +226,8 @@ class LivePruning:
         pruner = copy(self._pruner)
         pruner.load_state_dict(state_to_arrays(state))
         held = HeldMasks(self.parameters)
-        if pruner.sparsity > 0 and not pruner.is_released:
+        has_begun = pruner.sparsity > 0 or pruner.next_step != pruner.schedule[0]
+        if has_begun and not pruner.is_released:
             held.hold(pruner.masks)
         return Resumed(pruner, held)
 

@@ -7,7 +7,6 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
@@ -199,9 +198,7 @@ class ModifierList:
             file_path: The file; its folder is made if missing.
             include_metadata: Whether to write the metadata too.
         """
-        path = Path(file_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, ("\n".join(self.to_string_lines(include_metadata)) + "\n").encode())
+        write_file(file_path, ("\n".join(self.to_string_lines(include_metadata)) + "\n").encode())
 
     def __str__(self) -> str:
         return "\n".join(self.to_string_lines())

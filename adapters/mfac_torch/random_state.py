@@ -53,13 +53,14 @@ def check_random_state(state: Mapping[str, Any]) -> None:
     check_keys(f"{what} (python)", state["python"], ("version", "words", "gauss"))
     check_keys(f"{what} (numpy)", state["numpy"], ("words", "position", "has_gauss", "gauss"))
     of_numpy = state["numpy"]
+    checked_integer("random['python']['version']", state["python"]["version"], at_least=3, at_most=3)
     checked_integer("random['numpy']['position']", of_numpy["position"], at_most=_WORDS)
     checked_integer("random['numpy']['has_gauss']", of_numpy["has_gauss"], at_most=1)
     for name, words, count in (
         ("python", state["python"]["words"], _WORDS + 1),
         ("numpy", of_numpy["words"], _WORDS),
     ):
-        is_right = isinstance(words, torch.Tensor) and words.dtype == torch.int64 and tuple(words.shape) == (count,)
+        is_right = _is_dense(words, torch.int64) and tuple(words.shape) == (count,)
         if not is_right or not bool(((words >= 0) & (words < 2**32)).all()):
             refuse(f"random[{name!r}]['words']", words, f"a tensor of {count} integers from 0 to 2**32 - 1")
     for name, value in (("python", state["python"]["gauss"]), ("numpy", of_numpy["gauss"])):
@@ -68,7 +69,7 @@ def check_random_state(state: Mapping[str, Any]) -> None:
     if not isinstance(state["cuda"], list | tuple):
         refuse("random['cuda']", state["cuda"], "a list with a tensor for each GPU")
     for name, value in (("torch", state["torch"]), *((f"cuda, {i}", each) for i, each in enumerate(state["cuda"]))):
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.uint8 or value.ndim != 1:
+        if not _is_dense(value, torch.uint8) or value.ndim != 1:
             refuse(f"random[{name!r}]", value, "a tensor of bytes")
     try:  # generators of their own say the rest
         torch.Generator().set_state(state["torch"].cpu())
@@ -102,3 +103,7 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 def _of_python(state: Mapping[str, Any]) -> tuple[Any, ...]:
     return state["version"], tuple(state["words"].tolist()), state["gauss"]
+
+
+def _is_dense(value: Any, dtype: torch.dtype) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == dtype and value.layout == torch.strided
