@@ -9,47 +9,77 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 OLDEST_KERAS := 3.12.4
 OLDEST_KERAS_FOLDER := $(VENV)/keras-$(OLDEST_KERAS)
+LOWEST := $(VENV)/lowest
+
+# What `make test`, `make lint` and `make test-core` run; each part is a target of its own.
+LINT_RULES := lint-rules lint-format lint-imports
+LINT := $(LINT_RULES) lint-types
+TESTS := tests-core tests-torch tests-keras-tensorflow tests-keras-torch tests-keras-jax tests-keras-oldest test-lowest
+# Runs the parts that follow to the end, whichever of them fail.
+RUN_PARTS := $(BIN)/python tests/run_parts.py $(MAKE)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench results clean
+.PHONY: help demo test test-core lint format bench results clean $(LINT) lint-types-core $(TESTS)
 
 help:
-	@echo "make demo    prune a small network by M-FAC and by magnitude, and compare"
-	@echo "make test    lint, types, import rules and tests"
-	@echo "make lint    the same without the tests"
-	@echo "make format  put the code into its standard form"
-	@echo "make bench   measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
-	@echo "make results measure accuracy on the digits over five seeds, and write docs/results.md"
-	@echo "make clean   remove .venv, caches and builds"
+	@echo "make demo        prune a small network by M-FAC and by magnitude, and compare"
+	@echo "make test        lint, types, import rules and all tests; goes on to the end, and says there what failed"
+	@echo "make test-core   the same for the core alone: installs no framework"
+	@echo "make test-lowest the tests of the core with the lowest versions that pyproject.toml allows"
+	@echo "make lint        rules, format, imports and types, without the tests"
+	@echo "make format      put the code into its standard form"
+	@echo "make bench       measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
+	@echo "make results     measure accuracy on the digits over ten seeds, and write docs/results.md"
+	@echo "make clean       remove .venv, caches and builds"
+	@echo "One part of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."
 	@echo "Another Python: make PYTHON=python3.12 test"
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/mfac demo
 
-test: lint $(OLDEST_KERAS_FOLDER)/.installed
-	@echo "== tests"
-	@$(PYTEST) $(IN_PARALLEL) --ignore=tests/adapters/keras
-	@for backend in tensorflow torch jax; do \
-	  echo "== tests: Keras on $$backend"; \
-	  KERAS_BACKEND=$$backend $(PYTEST) $(IN_PARALLEL) tests/adapters/keras || exit 1; \
-	done
-	@echo "== tests: Keras $(OLDEST_KERAS), the oldest that is supported, on torch"
-	@# torch.compile takes minutes to compile its step.
+test: $(VENV)/.installed-test
+	@$(RUN_PARTS) $(LINT) $(TESTS)
+
+test-core: $(VENV)/.installed-core
+	@$(RUN_PARTS) $(LINT_RULES) lint-types-core tests-core
+
+lint: $(VENV)/.installed-test
+	@$(RUN_PARTS) $(LINT)
+
+lint-rules: $(VENV)/.installed-core
+	@$(BIN)/ruff check
+
+lint-format: $(VENV)/.installed-core
+	@$(BIN)/ruff format --check
+
+lint-imports: $(VENV)/.installed-core
+	@$(BIN)/lint-imports --no-logo
+
+lint-types: $(VENV)/.installed-test
+	@$(BIN)/mypy
+
+lint-types-core: $(VENV)/.installed-core
+	@$(BIN)/mypy mfac_core
+
+tests-core: $(VENV)/.installed-core
+	@$(PYTEST) $(IN_PARALLEL) tests/core mfac_core
+
+tests-torch: $(VENV)/.installed-test
+	@$(PYTEST) $(IN_PARALLEL) tests/adapters/torch tests/gpu
+
+tests-keras-tensorflow tests-keras-torch tests-keras-jax: tests-keras-%: $(VENV)/.installed-test
+	@KERAS_BACKEND=$* $(PYTEST) $(IN_PARALLEL) tests/adapters/keras
+
+# The oldest Keras that is supported. torch.compile takes minutes to compile its step.
+tests-keras-oldest: $(OLDEST_KERAS_FOLDER)/.installed
 	@PYTHONPATH=$(abspath $(OLDEST_KERAS_FOLDER)) KERAS_BACKEND=torch $(PYTEST) $(IN_PARALLEL) \
 	  -m "not jit_compile" tests/adapters/keras
 
-lint: $(VENV)/.installed-test
-	@echo "== ruff: rules"
-	@$(BIN)/ruff check
-	@echo "== ruff: format"
-	@$(BIN)/ruff format --check
-	@echo "== mypy: types"
-	@$(BIN)/mypy
-	@echo "== import-linter: imports run one way"
-	@$(BIN)/lint-imports --no-logo
+test-lowest: $(LOWEST)/.installed
+	@OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest --quiet $(IN_PARALLEL) tests/core
 
-format: $(VENV)/.installed-test
+format: $(VENV)/.installed-core
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
@@ -64,7 +94,7 @@ clean:
 	@find mfac_core adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed $(VENV), caches and builds."
 
-# Both installs share one environment, and the one for tests holds the one for the demo.
+# These installs share one environment, and the one for all tests holds the other two.
 $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing mfac-core, PyTorch and the packages of the demo into $(VENV) (several minutes the first time)"
 	@$(INSTALL) --editable ".[torch,demo]"
@@ -73,13 +103,25 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing mfac-core, PyTorch, TensorFlow, JAX and the test tools into $(VENV) (several minutes the first time)"
 	@$(INSTALL) --editable ".[torch,demo,dev]"
-	@touch $(VENV)/.installed-demo $@
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-core $@
+
+$(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing mfac-core and what its own tests need into $(VENV)"
+	@$(INSTALL) --editable ".[lint,test-core]"
+	@touch $@
 
 $(OLDEST_KERAS_FOLDER)/.installed: $(VENV)/.installed-test
 	@echo "Installing Keras $(OLDEST_KERAS) into $(OLDEST_KERAS_FOLDER)"
 	@rm -rf $(OLDEST_KERAS_FOLDER)
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-deps --target $(OLDEST_KERAS_FOLDER) \
 	  keras==$(OLDEST_KERAS)
+	@touch $@
+
+$(LOWEST)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Installing the lowest versions that pyproject.toml allows into $(LOWEST)"
+	@"$(PYTHON)" -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --quiet --disable-pip-version-check --only-binary :all: \
+	  $$("$(PYTHON)" tests/lowest_versions.py)
 	@touch $@
 
 $(VENV)/.created:

@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+
+from mfac_core.terminal import console, plain_text, say
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mfac_core.recipe.linting import Plan, ScheduleRow
+    from mfac_core.recipe import Recipe
+    from mfac_core.recipe.linting import ModifierPlan, Plan, ScheduleRow
     from mfac_core.settings import PruningSettings
 
 __all__ = ["app", "main"]
 
+_STDIN = "-"
+_JSON_VERSION = 1
+"""Raised when a key of the objects that ``--json`` prints goes or changes its meaning; new keys do not raise it."""
+
+_LARGEST_SEED = 2**31 - 1
+_HAS_WARNINGS = 1
+_HAS_ERRORS = 2
+_EXIT_CODES = "Exit codes: 0 all is well; 1 there are warnings, with --strict; 2 there are errors, or wrong arguments."
+
 _Recipe = Annotated[
-    Path, typer.Argument(help="The recipe: YAML, or Markdown with a YAML front matter.", show_default=False)
+    Path,
+    typer.Argument(
+        help="The recipe: YAML, or Markdown with a YAML front matter; - reads it from standard input.",
+        allow_dash=True,
+        show_default=False,
+    ),
 ]
 _Variables = Annotated[
     str, typer.Option(help='Values for its variables: "name=value,other=value", or JSON.', show_default=False)
 ]
 _Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out modifiers that are out of scope.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+_Strict = Annotated[bool, typer.Option("--strict", help="End with exit code 1 where there are warnings.")]
 
 app = typer.Typer(
     help="Second-order (M-FAC) pruning of neural networks.",
+    epilog=_EXIT_CODES,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it writes bold text even where NO_COLOR is set
 )
 
 
@@ -41,7 +65,7 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         from mfac_core import __version__
 
-        typer.echo(f"mfac {__version__}")
+        say(f"mfac {__version__}")
         raise typer.Exit
 
 
@@ -54,27 +78,39 @@ def options(
     """Second-order (M-FAC) pruning of neural networks."""
 
 
-@app.command()
+def _frameworks() -> list[str]:
+    from importlib.metadata import entry_points
+
+    return sorted(entry_points(group="mfac_core.demos").names)
+
+
+@app.command(epilog=_EXIT_CODES)
 def demo(
-    framework: Annotated[str, typer.Option(help="The framework to train with.")] = "torch",
+    framework: Annotated[str, typer.Option(help="The framework to train with.", autocompletion=_frameworks)] = "torch",
     recipe: Annotated[
         Path | None, typer.Option(help="Recipe of the gradual run; without it, the demo's own.", show_default=False)
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("mfac-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of data order, weights and gradient samples.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="Seed of data order, weights and gradient samples.")
+    ] = 0,
 ) -> None:
     """Prune a small network by M-FAC and by magnitude, and compare."""
     from mfac_core import DeviceError, MemoryBudgetError, RecipeError, SettingError
 
     try:
         _demo_runner(framework)(recipe=recipe, output=output, seed=seed)
-    except (RecipeError, SettingError, DeviceError, MemoryBudgetError) as error:
+    except RecipeError as error:
+        _fail(*error.messages)
+    except (SettingError, DeviceError, MemoryBudgetError) as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or output}: {error.strerror or error}; the results cannot be written there")
     except ModuleNotFoundError as error:
         _fail(f'{error.name} is not installed, and the demo needs it: pip install "mfac-core[demo,{framework}]"')
 
 
-@app.command()
+@app.command(epilog=_EXIT_CODES)
 def check(
     recipe: _Recipe,
     steps_per_epoch: Annotated[
@@ -82,28 +118,34 @@ def check(
     ] = None,
     variables: _Variables = "",
     skip_unsupported: _Skip = False,
+    as_json: _Json = False,
+    strict: _Strict = False,
 ) -> None:
     """Read a recipe, and show its pruning steps and what looks wrong with it."""
-    from rich.console import Console
-
-    from mfac_core import RecipeError, load_recipe
+    from mfac_core import RecipeError
     from mfac_core.recipe.linting import describe, lint, notes
 
+    found: dict[str, Any] = {"recipe": _shown(recipe), "pruning_steps": [], "notes": [], "warnings": []}
     try:
-        loaded = load_recipe(recipe, variables, "skip" if skip_unsupported else "error")
+        with _logged(found):
+            loaded = _load(recipe, variables, skip_unsupported)
         rows = describe(loaded, steps_per_epoch)
-        warnings = [*lint(loaded, steps_per_epoch), *_missing_devices(loaded.pruning)]
+        found["warnings"] += [*lint(loaded, steps_per_epoch), *_missing_devices(loaded.pruning)]
     except RecipeError as error:
-        _fail(str(error))
-    if rows:
-        Console().print(_schedule_table(rows))
-    for note in notes(loaded):
-        typer.echo(f"note: {note}")
-    _show_warnings(warnings)
-    typer.echo(f"{recipe}: {_count(len(rows), 'pruning step')}, {_count(len(warnings), 'warning')}")
+        _fail(*error.messages, found=found if as_json else None)
+    found["pruning_steps"] = [row._asdict() for row in rows]
+    found["notes"] += notes(loaded)
+    if as_json:
+        _print_json(found)
+    else:
+        if rows:
+            console().print(_schedule_table(rows))
+        _show(found)
+        say(f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}")
+    _exit(found, strict)
 
 
-@app.command()
+@app.command(epilog=_EXIT_CODES)
 def plan(
     recipe: _Recipe,
     steps_per_epoch: Annotated[int, typer.Option(min=1, help="Optimizer steps per epoch.", show_default=False)],
@@ -112,7 +154,12 @@ def plan(
     ] = None,
     shapes: Annotated[
         Path | None,
-        typer.Option(help="The model instead: JSON of names and shapes, or a .safetensors file.", show_default=False),
+        typer.Option(
+            help="The model instead: JSON of names and shapes, or a .safetensors file; - reads JSON from standard "
+            "input.",
+            allow_dash=True,
+            show_default=False,
+        ),
     ] = None,
     epochs: Annotated[
         float | None,
@@ -121,57 +168,85 @@ def plan(
     sampled: Annotated[bool, typer.Option("--sampled", help="There is a gradient sampler.")] = False,
     variables: _Variables = "",
     skip_unsupported: _Skip = False,
+    as_json: _Json = False,
+    strict: _Strict = False,
 ) -> None:
     """Show what a recipe will do to a model: which weights, when, and how much memory that takes."""
-    from rich.console import Console
+    from mfac_core import RecipeError
+    from mfac_core.recipe.linting import lint_model, named_parts
 
-    from mfac_core import RecipeError, load_recipe
-    from mfac_core.recipe.linting import lint_model
-
+    found: dict[str, Any] = {
+        "recipe": _shown(recipe),
+        "modifiers": [],
+        "window_bytes": 0,
+        "notes": [],
+        "warnings": [],
+    }
+    reported = found if as_json else None
     if (weights is None) == (shapes is None):
-        _fail("give either --weights or --shapes: how many weights are pruned, or a file that says what the model has")
+        _fail(
+            "give either --weights or --shapes: how many weights are pruned, or a file that says what the model has",
+            found=reported,
+        )
+    if str(recipe) == str(shapes) == _STDIN:
+        _fail("standard input holds one thing: give a file for the recipe or for --shapes", found=reported)
     try:
-        loaded = load_recipe(recipe, variables, "skip" if skip_unsupported else "error")
-        parts = [part for settings in loaded.pruning for part in settings.by_final_sparsity()]
-        matched = _matched(parts, weights, shapes)
+        with _logged(found):
+            loaded = _load(recipe, variables, skip_unsupported)
+        parts = named_parts(loaded.pruning)
+        matched = _weights(parts, weights) if shapes is None else _matched(parts, shapes, found)
         planned = lint_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
     except RecipeError as error:
-        _fail(str(error))
+        _fail(*error.messages, found=reported)
     except OSError as error:
-        _fail(f"{shapes}: {error.strerror}; give a JSON file of names and shapes, or a .safetensors file")
+        message = f"{shapes}: {error.strerror}; give a JSON file of names and shapes, or a .safetensors file"
+        _fail(message, found=reported)
     except ValueError as error:
-        _fail(str(error))
-    console = Console()
-    console.print(_weights_table(planned))
-    rows = [row for modifier in planned.modifiers for row in modifier.steps]
-    if rows:
-        console.print(_schedule_table(rows))
-    _show_warnings(planned.warnings)
-    typer.echo(
-        f"{recipe}: {_count(len(rows), 'pruning step')}, {_count(len(planned.warnings), 'warning')}, "
-        f"{_bytes(planned.window_bytes)} for gradient windows"
-    )
+        _fail(str(error), found=reported)
+    found["modifiers"] = [_as_fields(modifier) for modifier in planned.modifiers]
+    found["window_bytes"] = planned.window_bytes
+    found["warnings"] += planned.warnings
+    if as_json:
+        _print_json(found)
+    else:
+        console().print(_weights_table(planned))
+        rows = [row for modifier in planned.modifiers for row in modifier.steps]
+        if rows:
+            console().print(_schedule_table(rows))
+        _show(found)
+        say(
+            f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}, "
+            f"{_bytes(planned.window_bytes)} for gradient windows"
+        )
+    _exit(found, strict)
 
 
-@app.command()
+@app.command(epilog=_EXIT_CODES)
 def report(
     run: Annotated[Path, typer.Argument(help="The folder that the demo wrote, or its JSON file.", show_default=False)],
+    as_json: _Json = False,
 ) -> None:
     """Show the table of a finished run."""
-    from rich.console import Console
+    from dataclasses import asdict
 
     from mfac_core.report import RUN_FILE, read_json, table
 
     path = run / RUN_FILE if run.is_dir() else run
+    found: dict[str, Any] = {"run": str(path), "facts": {}, "records": []}
+    reported = found if as_json else None
     try:
         records, facts = read_json(path)
     except OSError as error:
-        _fail(f"{path}: {error.strerror}; give the folder that `mfac demo` wrote, or the JSON file in it")
+        message = f"{path}: {error.strerror}; give the folder that `mfac demo` wrote, or the JSON file in it"
+        _fail(message, found=reported)
     except ValueError as error:
-        _fail(str(error))
-    Console().print(table(records))
+        _fail(str(error), found=reported)
+    if as_json:
+        _print_json(found | {"facts": facts, "records": [asdict(record) for record in records]})
+        return
+    console().print(table(records))
     for name, value in facts.items():
-        typer.echo(f"  {name.replace('_', ' ')}: {value}")
+        say(f"  {name.replace('_', ' ')}: {value}")
 
 
 def _demo_runner(framework: str) -> Callable[..., Any]:
@@ -181,18 +256,70 @@ def _demo_runner(framework: str) -> Callable[..., Any]:
     if framework not in demos.names:
         found = f"the demos found are: {', '.join(sorted(demos.names))}" if demos else "no demo is installed"
         _fail(f'no demo for {framework!r} ({found}); the one for torch comes with: pip install "mfac-core[demo,torch]"')
-    runner: Callable[..., Any] = demos[framework].load()
+    try:
+        runner: Callable[..., Any] = demos[framework].load()
+    except ValueError as error:  # Keras with a backend that there is not
+        _fail(f"the demo for {framework} cannot be loaded: {error}")
     return runner
 
 
-def _matched(parts: Sequence[PruningSettings], weights: int | None, shapes: Path | None) -> list[Mapping[str, int]]:
-    """Return the parameters that each group of weights of a recipe matches."""
-    from mfac_core.recipe.shapes import matching, read_shapes
+def _load(recipe: Path, variables: str, skip_unsupported: bool) -> Recipe:
+    from mfac_core import RecipeError, load_recipe
 
-    if shapes is None:
-        return [{f"weights of modifier {number}": weights or 0} for number in range(len(parts))]
-    found = read_shapes(shapes)
-    return [matching(part.params, found) for part in parts]
+    unsupported: Literal["error", "skip"] = "skip" if skip_unsupported else "error"
+    if str(recipe) != _STDIN:
+        return load_recipe(recipe, variables, unsupported)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"{_shown(recipe)}: this is not UTF-8 text ({error.reason} at byte {error.start}); write it in UTF-8"
+        raise RecipeError(message) from error
+    return load_recipe(f"{text}\n", variables, unsupported, source=_shown(recipe))
+
+
+def _shown(recipe: Path) -> str:
+    return "<stdin>" if str(recipe) == _STDIN else str(recipe)
+
+
+@contextmanager
+def _logged(found: Mapping[str, list[str]]) -> Iterator[None]:
+    """Put what is logged meanwhile among the warnings; what was asked for among the notes."""
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found[  # type: ignore[method-assign]
+        "notes" if getattr(record, "asked_for", False) else "warnings"
+    ].append(record.getMessage())
+    logger = logging.getLogger("mfac_core")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def _weights(parts: Sequence[tuple[str, PruningSettings]], weights: int | None) -> list[Mapping[str, int]]:
+    return [{f"weights of modifier {number}": weights or 0} for number in range(len(parts))]
+
+
+def _matched(
+    parts: Sequence[tuple[str, PruningSettings]], shapes: Path, found: Mapping[str, list[str]]
+) -> list[Mapping[str, int]]:
+    # What is doubtful goes among the warnings.
+    from mfac_core import RecipeError, SettingError
+    from mfac_core.recipe.shapes import doubts, matching, parse_shapes, read_shapes
+
+    known = parse_shapes(sys.stdin.buffer.read(), "<stdin>") if str(shapes) == _STDIN else read_shapes(shapes)
+    matched: list[Mapping[str, int]] = []
+    wrong: list[str] = []
+    for name, part in parts:
+        try:
+            matched.append(matching(part.params, known, part.exclude))
+        except SettingError as error:
+            wrong += [f"{name}: {message}" for message in str(error).splitlines()]
+        else:
+            found["warnings"].extend(f"{name}: {doubt}" for doubt in doubts(part.params, known, part.exclude))
+    if wrong:
+        raise RecipeError(*wrong)
+    return matched
 
 
 def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
@@ -223,7 +350,7 @@ def _weights_table(planned: Plan) -> Table:
     for modifier in planned.modifiers:
         rows, columns = modifier.window
         result.add_row(
-            Text(modifier.modifier),
+            Text(plain_text(modifier.modifier)),
             f"{len(modifier.weights):,}",
             f"{modifier.num_weights:,}",
             f"{rows:,} x {columns:,}" if rows else "-",
@@ -252,9 +379,31 @@ def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:
     return result
 
 
-def _show_warnings(warnings: Sequence[str]) -> None:
-    for warning in warnings:
-        typer.secho(f"warning: {warning}", fg=typer.colors.YELLOW)
+def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:
+    rows, columns = modifier.window
+    return {
+        "modifier": modifier.modifier,
+        "weights": modifier.num_weights,
+        "parameters": dict(modifier.weights),
+        "window": {"rows": rows, "columns": columns, "bytes": modifier.window_bytes},
+        "pruning_steps": [row._asdict() for row in modifier.steps],
+    }
+
+
+def _print_json(found: Mapping[str, Any], errors: Sequence[str] = ()) -> None:
+    print(json.dumps({"version": _JSON_VERSION, **found, "errors": list(errors)}, indent=2, allow_nan=False))
+
+
+def _show(found: Mapping[str, Sequence[str]]) -> None:
+    for note in found["notes"]:
+        say(note, kind="note")
+    for warning in found["warnings"]:
+        say(warning, kind="warning", style="yellow")
+
+
+def _exit(found: Mapping[str, Sequence[str]], strict: bool) -> None:
+    if strict and found["warnings"]:
+        raise typer.Exit(_HAS_WARNINGS)
 
 
 def _bytes(number: int) -> str:
@@ -269,6 +418,10 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _fail(message: str) -> NoReturn:
-    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
-    raise typer.Exit(2)
+def _fail(*messages: str, found: Mapping[str, Any] | None = None) -> NoReturn:
+    # With `found`, that and the errors are printed as JSON too.
+    for message in messages:
+        say(message, kind="error", style="red", stderr=True)
+    if found is not None:
+        _print_json(found, messages)
+    raise typer.Exit(_HAS_ERRORS)

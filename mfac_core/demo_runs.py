@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core import report
+from mfac_core import report, terminal
 from mfac_core.backends import resolve_devices
+from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import Recipe, Settings, load_recipe
 from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
 
@@ -53,6 +56,7 @@ PRUNING_LEARNING_RATE = 0.02
 MOMENTUM = 0.9
 
 _COLUMNS_OF_A_TASK = 42
+_PICTURE = "report.png"
 
 
 class DigitImages(NamedTuple):
@@ -120,7 +124,8 @@ class Demo:
             of completed epochs.
         prune_in_one_shot: Prunes a copy of the dense network in one step, without training. Takes the recipe, the name
             of the method, and the dense network.
-        save: Writes a pruned network and its masks to a folder, and returns the names of the two files.
+        files: Names of the files for a pruned network and for its masks.
+        save: Writes a pruned network and its masks to two files, given with their folder.
     """
 
     framework: str
@@ -129,7 +134,8 @@ class Demo:
     train_dense: Callable[[Callable[[int], None]], Any]
     prune_gradually: Callable[[Recipe, str, Any, Callable[[int], None]], Pruned]
     prune_in_one_shot: Callable[[Recipe, str, Any], Pruned]
-    save: Callable[[Pruned, Path], tuple[str, str]]
+    files: tuple[str, str]
+    save: Callable[[Pruned, Path, Path], None]
 
 
 def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
@@ -142,32 +148,37 @@ def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
         seed: Seed of the split, the weights, and the order of the batches.
 
     Raises:
-        RecipeError: If the recipe is wrong.
-        SettingError: If a name in ``params`` matches nothing in the network.
+        RecipeError: If the recipe is wrong, or prunes nothing.
+        SettingError: If a name in ``params`` matches nothing in the network, or ``output`` cannot be written to.
         DeviceError: If a listed device does not exist.
+        ModuleNotFoundError: If a package for the pictures is missing.
     """
-    from rich.console import Console
-
-    console = Console()
-    output.mkdir(parents=True, exist_ok=True)
+    console = terminal.console()
     path = recipe or recipe_path(GRADUAL)
     gradual = load_recipe(path)
+    if not any(isinstance(settings, GradualSettings) for settings in gradual.pruning):
+        raise RecipeError(f"{path}: this recipe prunes nothing gradually; add an item such as `- !MFACPruningModifier`")
     for settings in gradual.pruning:  # refuse what cannot work before any training
-        demo.check_params(settings.params, settings.exclude)
+        for part in settings.by_final_sparsity():
+            demo.check_params(part.params, part.exclude)
         if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
             resolve_devices(settings.devices)
-    console.print(f"Pruning a network for handwritten digits by [bold]{path}[/bold], beside magnitude pruning.")
+    import_module("matplotlib")  # draws at the end, and may be missing
+    _check_output(output, (*demo.files, report.RUN_FILE, _PICTURE))
+    terminal.say(f"Pruning a network for handwritten digits by {path}, beside magnitude pruning.")
     started = time.perf_counter()
     results = compare(demo, gradual, load_recipe(recipe_path(ONE_SHOT)), console=console)
-    network, masks = demo.save(results[0], output)
     records = [result.record for result in results]
-    facts = {"framework": demo.framework, "seed": seed, "recipe": str(path), **demo.versions}
-    report.write_json(records, output / report.RUN_FILE, **facts)
-    report.picture(records, output / "report.png")
     console.print(report.table(records))
-    console.print(
-        f"In {time.perf_counter() - started:.0f} s. Written to [bold]{output}[/bold]: {network} (the network "
-        f"pruned gradually by M-FAC), {masks}, {report.RUN_FILE}, report.png."
+    terminal.say(f"This is one seed ({seed}), an example: another seed or another processor gives other digits.")
+    facts = {"framework": demo.framework, "seed": seed, "recipe": str(path), **demo.versions}
+    network, masks = demo.files
+    demo.save(results[0], output / network, output / masks)
+    report.write_json(records, output / report.RUN_FILE, **facts)
+    report.picture(records, output / _PICTURE)
+    terminal.say(
+        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned gradually by "
+        f"M-FAC), {masks}, {report.RUN_FILE}, {_PICTURE}."
     )
 
 
@@ -263,6 +274,23 @@ def recipe_path(name: str) -> Path:
     """
     installed = Path(__file__).parent / "demo_recipes" / name
     return installed if installed.exists() else Path(__file__).parents[1] / "recipes" / name
+
+
+def _check_output(output: Path, names: Sequence[str]) -> None:
+    # Before the results cost any time.
+    cure = "give --output a folder that can be written to, or the path of one to be made"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        file = next((path for path in (output, *output.parents) if path.exists() and not path.is_dir()), output)
+        raise SettingError("output", f"{file} is a file, and results need a folder; {cure}") from error
+    except OSError as error:
+        raise SettingError("output", f"{output} cannot be written to ({error.strerror}); {cure}") from error
+    for name in names:
+        if (output / name).is_dir():
+            raise SettingError("output", f"{output / name} is a folder, where a file is to be written; {cure}")
 
 
 def _recipe_by(method: str, recipe: Recipe) -> Recipe:

@@ -17,7 +17,19 @@ class SettingError(ValueError):
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be read; the message names file, line, key, rule and cure."""
+    """A recipe cannot be read; each message names file, line, key, rule and cure.
+
+    Args:
+        *messages: One for each thing that is wrong, in the order of the recipe's lines.
+    """
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """One message for each thing that is wrong."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class DeviceError(ValueError):

@@ -87,16 +87,15 @@ def _left_out(
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name in left:
         by_reason.setdefault(_reason(name, model, frozen), []).append(name)
-    total = sum(map(model.weights, wanted))
     of_what = f"that params {list(params)} selects" if any(map(_is_pattern, groups)) else f"of {model.prunable_layers}"
     reasons = [
-        f"{_count(names, total, model)} {why} ({f'{how}: ' if how else ''}{listed(names, at_most=3)})"
+        f"{_count(names, model)} {why} ({f'{how}: ' if how else ''}{listed(names, at_most=3)})"
         for (why, how), names in by_reason.items()
     ]
     return [
-        f"{_count(left, total, model)} of {_count(wanted, total, model)}{' M' if total >= _MILLION else ''} weights "
+        f"{_count(left, model)} of {_count(wanted, model)} weights "
         f"{of_what} are not in scope: {', '.join(reasons)}; the sparsity that is reported is that of the "
-        f"{sum(map(model.weights, selected)):,} weights in scope. What is left dense on purpose can stand in exclude"
+        f"{_count(list(selected), model)} weights in scope. What is left dense on purpose can stand in exclude"
     ]
 
 
@@ -131,10 +130,11 @@ def _reason(name: str, model: ModelNames, frozen: Collection[str]) -> tuple[str,
     return "in arrays of three or more axes that belong to no such layer", ""
 
 
-def _count(names: Sequence[str], total: int, model: ModelNames) -> str:
-    """Return how many weights there are, in millions where the total is that large."""
+def _count(names: Sequence[str], model: ModelNames) -> str:
     number = sum(map(model.weights, names))
-    return f"{number / _MILLION:.3g}" if total >= _MILLION else f"{number:,}"
+    if number < _MILLION:
+        return f"{number:,}"
+    return f"{number / _MILLION:,.{0 if number >= 100 * _MILLION else 1}f} M"
 
 
 def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:

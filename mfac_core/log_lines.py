@@ -7,7 +7,24 @@ from collections.abc import Iterable
 from mfac_core.pruning_step import PruneResult
 from mfac_core.weight_names import listed
 
-__all__ = ["pruning_step_line", "unfinished_line"]
+__all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
+
+
+def scope_in_line(modifier: str, names: Iterable[str]) -> str:
+    """Return which modifier and which weights a line is about.
+
+    Args:
+        modifier: Name of the modifier, from :func:`mfac_core.recipe.linting.modifier_names`.
+        names: Names of the weights in its scope.
+
+    Returns:
+        The names of the weights, after that of the modifier where there are several.
+
+    Example:
+        >>> scope_in_line("MFACPruningModifier 2", ["fc.weight"]), scope_in_line("", ["fc.weight"])
+        ('MFACPruningModifier 2: fc.weight', 'fc.weight')
+    """
+    return f"{modifier}: {listed(names)}" if modifier else listed(names)
 
 
 def pruning_step_line(
@@ -47,7 +64,7 @@ def pruning_step_line(
     by_mfac = "" if increase is None else f", {num_rows} gradient rows, predicted loss increase {increase:.3g}"
     return (
         f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step}): sparsity {result.sparsity:.4f}{by_mfac}, "
-        f"{seconds:.2f} s ({_scope(modifier, names)})"
+        f"{seconds:.2f} s ({scope_in_line(modifier, names)})"
     )
 
 
@@ -84,10 +101,6 @@ def unfinished_line(
     """
     refused = f"; {refused_rows} gradient samples were refused for NaN or Inf" if refused_rows else ""
     return (
-        f"{what} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({_scope(modifier, names)}): "
+        f"{what} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({scope_in_line(modifier, names)}): "
         f"sparsity is {sparsity:.4f}{refused}"
     )
-
-
-def _scope(modifier: str, names: Iterable[str]) -> str:
-    return f"{modifier}: {listed(names)}" if modifier else listed(names)

@@ -7,7 +7,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mfac_core.files import write_file
+from mfac_core.terminal import plain_text
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -48,11 +51,11 @@ def write_json(records: Sequence[RunRecord], path: str | Path, **facts: Any) -> 
 
     Args:
         records: One record per method, in the order to show them.
-        path: The file to write; its folder must exist.
+        path: The file to write; its folder is made if missing.
         **facts: What holds for the whole run, such as ``seed=0``: anything that JSON can hold.
     """
     run = {"facts": facts, "records": [dataclasses.asdict(record) for record in records]}
-    Path(path).write_text(json.dumps(run, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
@@ -69,12 +72,12 @@ def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
     """
     cure = "give the JSON file that `mfac demo` or mfac_core.report.write_json wrote"
     try:
-        run = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        run = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deeply
         raise ValueError(f"{path} is not JSON ({error}); {cure}") from error
     try:
         return [_record(entry) for entry in run["records"]], dict(run["facts"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is JSON but does not hold a run ({error!r}); {cure}") from error
 
 
@@ -97,7 +100,7 @@ def table(records: Sequence[RunRecord]) -> Table:
         result.add_column(heading, justify="right")
     for record in records:
         result.add_row(
-            Text(record.method),
+            Text(plain_text(record.method)),
             f"{record.sparsity:.2%}",
             f"{record.accuracy_before:.2%}",
             f"{record.accuracy_after:.2%}",
@@ -112,7 +115,8 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
 
     Args:
         records: The records; those with a ``history`` appear on the left, those with a ``layer_sparsity`` on the right.
-        path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``.
+        path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``. Its folder is made if
+            missing.
     """
     # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.figure import Figure
@@ -128,7 +132,11 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
     if any(record.history for record in records):
         handles.append(Line2D([], [], color="gray", linestyle="--", linewidth=1, label="sparsity"))
     figure.legend(handles=handles, loc="outside lower center", ncols=max(1, len(handles)), frameon=False)
-    figure.savefig(path)
+    write_file(path, lambda file: figure.savefig(file, format=Path(path).suffix.removeprefix(".") or "png"))
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def _record(entry: Mapping[str, Any]) -> RunRecord:

@@ -55,7 +55,7 @@ class ModelNames:
         prunable: Names of the weights that ``__ALL_PRUNABLE__`` means, frozen ones too.
         layers: Name of each layer -> names of the weights in it, at any depth.
         normalization: Names of the weights of normalization layers.
-        frozen: Names of the weights that are not trained.
+        frozen: Names of the weights that are left out because they are not trained.
         packed: Names of weights that are like the prunable ones, and that ``__ALL_PRUNABLE__`` leaves out -> why.
         computed: Name that the weight of a prunable layer would have -> why it has none.
         first_names: Further name of a weight that has several -> its first one.
@@ -115,8 +115,8 @@ class ModelNames:
         """
         if name in self.prunable:
             return False
-        own = re.split("[./#]", name)
-        is_bias = any(part == "bias" or part.startswith("bias_") or part.endswith("_bias") for part in own[-2:])
+        own = re.split("[./]", name.partition("#")[0])[-1]
+        is_bias = own == "bias" or own.startswith("bias_") or own.endswith("_bias")
         return name in self.normalization or is_bias or self.num_axes(name) < 2  # noqa: PLR2004
 
     def num_axes(self, name: str) -> int:
@@ -168,16 +168,13 @@ def layers_of_names(names: Iterable[str]) -> dict[str, list[str]]:
     return layers
 
 
-def selected_names(
-    params: Sequence[str], exclude: Sequence[str], model: ModelNames, *, with_frozen: bool = False
-) -> dict[str, list[str]]:
+def selected_names(params: Sequence[str], exclude: Sequence[str], model: ModelNames) -> dict[str, list[str]]:
     """Return the weights that ``params`` selects and ``exclude`` does not take out.
 
     Args:
         params: Entries, each as in :func:`matching_names`.
         exclude: Entries of the same form; the name of a layer means all that is in it.
         model: The names of the model.
-        with_frozen: Whether frozen weights are selected too.
 
     Returns:
         The first name of each weight, in the order of the model -> the entries of ``params`` that select it.
@@ -198,7 +195,7 @@ def selected_names(
     excluded = excluded_names(exclude, model)
     wanted = [name for name in dict.fromkeys(map(model.first, model.shapes)) if name in selected]
     left = [name for name in wanted if name not in excluded]
-    frozen = set() if with_frozen else set(map(model.first, model.frozen))
+    frozen = set(map(model.first, model.frozen))
     _refuse_frozen_by_name([name for name in left if name in frozen], selected, model)
     chosen = [name for name in left if name not in frozen]
     if not chosen:

@@ -4,10 +4,12 @@ import os
 from functools import cache
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("local", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True)
+# How long an example takes says something about the machine, and nothing about the code.
+timeless = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("local", timeless)
+settings.register_profile("ci", timeless, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 

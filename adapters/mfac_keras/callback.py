@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +22,10 @@ from mfac_keras.end_of_fit import call_at_end_of_fit
 from mfac_keras.live_pruning import LivePruning, variables_in_scope
 from mfac_keras.optimizers import innermost, trained_by
 from mfac_keras.recipes import modifiers_of
+from mfac_keras.resuming import resume
 from mfac_keras.sampling import GradientSampler
-from mfac_keras.session import TrainingSession
-from mfac_keras.state_file import read_states, write_state
+from mfac_keras.session import TrainingSession, check_state
+from mfac_keras.state_file import SavedState, read_state, read_states, write_state
 from mfac_keras.training_changes import TrainingChanges
 
 __all__ = ["MFACPruningCallback"]
@@ -38,8 +38,9 @@ _HELD = (
 )
 _LEFT = (
     "Another callback has put earlier, denser weights back at the end of fit (EarlyStopping with "
-    "restore_best_weights?). They are left as they are; let it choose among the epochs after the last pruning step, "
-    "which EarlyStopping does with start_from_epoch"
+    "restore_best_weights?), or an optimizer that this callback does not follow has trained them. They are left as "
+    "they are; let that callback choose among the epochs after the last pruning step, which EarlyStopping does with "
+    "start_from_epoch, or pass that optimizer as optimizer=..."
 )
 
 _logger = logging.getLogger("mfac_keras")
@@ -118,6 +119,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._seen = 0
         self._epoch = 0
         self._is_testing = False
+        self._is_saved = False
+        self._keeps_previous = True
         self._ended: TrainingSession | None = None
 
     @property
@@ -161,6 +164,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._pruned_model is not self._model:
             self._last_session = None
         self._counted_steps = self._first_epoch = self._begun = None
+        self._keeps_previous = True
         current_backend().refuse_unsupported(self._model)
         self._ended = None
         call_at_end_of_fit(self._model, self._warn_of_restored)
@@ -178,6 +182,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._begun == epoch:
             raise ValueError("the same MFACPruningCallback stands twice among the callbacks of fit; leave one of them")
         self._begun = epoch
+        self._is_saved = False
         self._epoch, self._seen = epoch, 0
         if self._first_epoch is None:
             self._first_epoch = epoch
@@ -207,6 +212,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._attach(step_of_epoch=self._seen)  # built by its first batch
         else:
             self._session.advance(self._epoch * self._session.steps_per_epoch + self._seen)
+            if batch + 1 == self.params.get("steps"):
+                self._save()  # before BackupAndRestore, in either order
         if logs is not None:
             logs["sparsity"] = 0.0 if self._session is None else self._session.sparsity
 
@@ -242,8 +249,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._session.check_followed()
         if logs is not None:
             logs["sparsity"] = self._sparsity_now()
-        if self._state_path is not None and self._session is not None:
-            write_state(self._state_path, self._session.state_dict(window=self._save_window))
+        self._save()
 
     def on_train_end(self, logs: Any = None) -> None:
         """Detach: a plain model remains.
@@ -251,7 +257,12 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Args:
             logs: Not used.
         """
+        if self._first_epoch is None:
+            self._look_back()
+            return
         session = self._session
+        if session is not None:
+            session.sign()
         self.close()
         if session is None:
             _logger.warning(
@@ -280,6 +291,10 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     "MFACPruningCallback, or the state_path of the run that is resumed"
                 )
             return
+        self._session = self._new_session(steps_per_epoch, step_of_epoch)
+        self._session.begin()
+
+    def _new_session(self, steps_per_epoch: int, step_of_epoch: int) -> TrainingSession:
         model = self.model
         optimizer = model.optimizer if self._given_optimizer is None else self._given_optimizer
         check_optimizer(optimizer)
@@ -324,8 +339,23 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         elif self._state_path is not None:
             self._warn_of_replacing(self._state_path)
         self._log_plan(prunings, others, changes, steps_per_epoch)
-        self._session = session
-        session.begin()
+        return session
+
+    def _look_back(self) -> None:
+        """Know masks and sparsity of a training that was over before this fit, in which no epoch ran."""
+        epoch = getattr(self.model, "_initial_epoch", None) or self.params.get("epochs") or 0
+        if not epoch or not self.model.built:
+            return
+        self._first_epoch = self._epoch = epoch
+        steps_per_epoch = self._steps_per_epoch()
+        if steps_per_epoch is None:
+            _logger.warning(
+                "no epoch was left to train, and masks and sparsity of the training before are not known: pass "
+                "steps_per_epoch=... to MFACPruningCallback, or the state_path of that run"
+            )
+            return
+        self._last_session, self._pruned_model = self._new_session(steps_per_epoch, 0), self._model
+        self._last_session.sign()
 
     def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, name: str, told: set[str]) -> LivePruning:
         with named_in_errors(settings):
@@ -340,7 +370,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             )
 
     def _warn_of_replacing(self, state_path: Path) -> None:
-        for state in islice(read_states(state_path), 1):
+        if state_path.exists():
+            state = read_state(state_path, check_state)
             _logger.warning(
                 "%s holds the state of a run at step %d, and will be replaced, because this fit begins anew at epoch "
                 "0; to go on, use BackupAndRestore beside this callback, or pass initial_epoch=... to fit",
@@ -385,21 +416,27 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             return self._session.steps_per_epoch
         known = self._given_steps_per_epoch or (self.params or {}).get("steps") or self._counted_steps
         if known is None and self._first_epoch:
-            known = next((state["steps_per_epoch"] for state in self._saved_states()), None)
+            known = next((saved.state["steps_per_epoch"] for saved in self._saved_states()), None)
         return None if known is None else int(known)
 
     def _resume(self, session: TrainingSession) -> None:
-        for state in self._saved_states():
-            if state["step"] == session.step:
-                session.load_state_dict(state)
-                return
-        session.resume_without_state()
+        found = resume(session, self._saved_states())
+        # a later state, of a time that has not come to pass, is replaced
+        self._keeps_previous = found is None or not found.is_previous
 
-    def _saved_states(self) -> Iterator[Mapping[str, Any]]:
+    def _saved_states(self) -> Iterator[SavedState]:
         if self._last_session is not None:
-            yield self._last_session.state_dict()
+            yield SavedState(self._last_session.state_dict())
         if self._state_path is not None:
-            yield from read_states(self._state_path)
+            yield from read_states(self._state_path, check_state)
+
+    def _save(self) -> None:
+        if self._state_path is None or self._session is None or self._is_saved:
+            return
+        self._session.sign()
+        state = self._session.state_dict(window=self._save_window)
+        write_state(self._state_path, state, keep_previous=self._keeps_previous)
+        self._is_saved = self._keeps_previous = True
 
 
 def _scope(model: Any) -> AbstractContextManager[Any]:

@@ -14,10 +14,6 @@ from mfac_keras.optimizers import innermost, trained_by
 __all__ = ["check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
 
 _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
-_FROM_KERAS_2 = (
-    "make it with `import keras`; where TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it. Weights of a "
-    "Keras 2 model go over with set_weights(old.get_weights())"
-)
 
 
 def check_model(model: Any) -> None:
@@ -66,9 +62,13 @@ def refuse_keras_2(what: str, thing: Any) -> None:
     Raises:
         TypeError: If its class, or one that this inherits from, belongs to Keras 2.
     """
-    bases = [base.__module__ for base in type(thing).__mro__]
-    if any(base == package or base.startswith(f"{package}.") for base in bases for package in _KERAS_2):
-        raise TypeError(f"{what} is a {_class_of(thing)} of Keras 2, and pruning needs Keras 3; {_FROM_KERAS_2}")
+    modules = [f"{base.__module__}." for base in type(thing).__mro__]
+    package = next((package for package in _KERAS_2 for module in modules if module.startswith(f"{package}.")), None)
+    if package is not None:
+        raise TypeError(
+            f"{what} is a {_class_of(thing)} of Keras 2 ({package}), and pruning needs Keras 3: make it with `import "
+            "keras`; where TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it"
+        )
 
 
 def check_trained(prunings: Sequence[LivePruning], optimizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +23,7 @@ from mfac_core.demo_runs import (
     Pruned,
     pruned,
 )
+from mfac_core.files import write_file
 from mfac_core.recipe import Recipe
 from mfac_keras.callback import MFACPruningCallback
 from mfac_keras.digits import accuracy, batches, copy_of, load_digits, make_network, train
@@ -59,6 +61,7 @@ def demo(seed: int) -> Demo:
         train_dense=partial(train_dense, digits, seed),
         prune_gradually=partial(prune_gradually, digits, seed),
         prune_in_one_shot=partial(prune_in_one_shot, digits, seed),
+        files=("pruned.keras", "masks.npz"),
         save=_save,
     )
 
@@ -153,10 +156,12 @@ def prune_in_one_shot(digits: DigitImages, seed: int, recipe: Recipe, method: st
     )
 
 
-def _save(result: Pruned, folder: Path) -> tuple[str, str]:
-    result.model.save(folder / "pruned.keras")
-    np.savez_compressed(folder / "masks.npz", **result.masks)
-    return "pruned.keras", "masks.npz"
+def _save(result: Pruned, network: Path, masks: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # Keras writes to a path only
+        saved = Path(folder) / network.name
+        result.model.save(saved)
+        write_file(network, saved.read_bytes())
+    write_file(masks, lambda file: np.savez_compressed(file, **result.masks))
 
 
 def _advancing(advance: Callable[[int], None]) -> Any:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array
-from mfac_core.log_lines import pruning_step_line, unfinished_line
+from mfac_core.adoption import Adoption, adopt
+from mfac_core.backends import Array, device_of
+from mfac_core.log_lines import pruning_step_line, scope_in_line, unfinished_line
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
 from mfac_core.zero_count import count_zeros
+from mfac_keras.assigning import assign_all
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
@@ -25,6 +27,12 @@ from mfac_keras.selection import select_variables
 __all__ = ["LivePruning", "combined_masks", "prune_if_due", "variables_in_scope"]
 
 _logger = logging.getLogger("mfac_keras")
+
+SlotsOf = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def _no_slots(variables: Iterable[Any]) -> Iterable[Any]:
+    return ()
 
 
 class LivePruning:
@@ -64,7 +72,7 @@ class LivePruning:
     ) -> None:
         self.settings = settings
         self.variables = select_variables(
-            model, settings.params, settings.exclude, with_frozen=isinstance(settings, ConstantSettings), told=told
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
         )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
@@ -154,42 +162,31 @@ class LivePruning:
         """
         return self._pruner.is_due(step)
 
-    def prune_if_due(self, step: int) -> bool:
-        """Do the pruning step that is due, if there is one.
+    def prune_if_due(
+        self, step: int, slots_of: SlotsOf = _no_slots, held: Mapping[str, npt.NDArray[np.bool_]] | None = None
+    ) -> None:
+        """Do the pruning step that is due, if there is one. An exception leaves weights, slots and masks as they were.
 
         Args:
             step: Completed training steps.
-
-        Returns:
-            Whether what optimizers remember of the variables in scope is stale, and to be set to zero.
+            slots_of: Gives what optimizers remember of variables: it is set to zero where weights have come back.
+            held: Masks of other modifiers by path, True keeps; what they prune stays zero.
         """
-        is_stale = False
         while self._pruner.is_due(step):
             planned = self._pruner.next_step
             start = time.perf_counter()
             self._sample_gradients()
             rows = self._pruner.num_rows if isinstance(self._pruner, MFACPruner) else 0
-            result = self._pruner.prune(self._weights(), step)
-            for name, variable in self.variables.items():
-                variable.assign(current_backend().to_tensor(self.forms[name].back(result.weights[name])))
+            with self._pruner.pruning(self._weights(), step) as result:
+                values = [
+                    (variable, self._to_write(name, result.weights[name], held or {}))
+                    for name, variable in self.variables.items()
+                ]
+                if result.resets_optimizer:
+                    stale = slots_of(self.variables.values())
+                    values += [(slot, np.zeros(slot.shape, slot.dtype)) for slot in stale]
+                assign_all(values)
             self._report(planned, step, rows, result, time.perf_counter() - start)
-            is_stale = is_stale or result.resets_optimizer
-        return is_stale
-
-    def hold_zeros(self) -> int:
-        """Set pruned weights to exactly zero.
-
-        Returns:
-            How many were not.
-        """
-        wrong = 0
-        for name, mask in self.masks.items():
-            weights = self.variables[name].numpy()
-            found = int(np.count_nonzero(weights[~mask]))
-            if found:
-                self.variables[name].assign(np.where(mask, weights, np.zeros_like(weights)))
-            wrong += found
-        return wrong
 
     def take_zeros_as_masks(self, step: int) -> bool:
         """Take every weight that is zero as pruned, where pruning steps have been done that nothing is known of.
@@ -203,8 +200,11 @@ class LivePruning:
         done = sum(planned.step <= step for planned in self._pruner.schedule)
         if not done:
             return False
-        masks = {name: self.forms[name].of(each.numpy() != 0) for name, each in self.variables.items()}
-        self._pruner.load_state_dict(self._pruner.state_dict() | {"masks": masks, "pruning_steps_done": done})
+        is_dense = self._pruner.schedule[done - 1].sparsity == 0  # its zeros may grow: a decompressed phase, or the end
+        masks = {name: self.forms[name].of((each.numpy() != 0) | is_dense) for name, each in self.variables.items()}
+        state = self._pruner.state_dict()
+        begun = {key: value for key, value in (("window", None), ("parts_done", 0), ("waits", False)) if key in state}
+        self._pruner.load_state_dict({**state, **begun, "masks": masks, "pruning_steps_done": done})
         return True
 
     def state_dict(self, *, window: bool = True) -> dict[str, Any]:
@@ -219,21 +219,56 @@ class LivePruning:
         state = self._pruner.state_dict()
         return state if window else {**state, "window": None}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; call :meth:`hold_zeros` after it.
+    def own_names(self, state: Mapping[str, Any]) -> dict[str, str]:
+        """Return under which paths the variables of a state are known here.
 
         Args:
-            state: What :meth:`state_dict` returned for the same settings and variables of the same shapes in the same
-                order. Their paths may differ: Keras numbers layers in the order in which a process makes them.
+            state: What :meth:`state_dict` returned. Where its variables have the shapes of these, in the same order,
+                they are these: Keras numbers layers in the order in which a process makes them.
+
+        Returns:
+            Path there and path here.
         """
-        masks = state["masks"]
-        if [np.shape(mask) for mask in masks.values()] == [form.shape for form in self.forms.values()]:
-            masks = dict(zip(self.variables, masks.values(), strict=True))
-        self._pruner.load_state_dict({**state, "masks": masks})
+        names, shapes = list(state["masks"]), [np.shape(mask) for mask in state["masks"].values()]
+        if set(names) != set(self.variables) and shapes == [form.shape for form in self.forms.values()]:
+            return dict(zip(names, self.variables, strict=True))
+        return dict(zip(names, names, strict=True))
+
+    def adopt(self, state: Mapping[str, Any]) -> Adoption:
+        """Return a state as this modifier would have saved it, with its variables under these paths.
+
+        Args:
+            state: What :meth:`state_dict` returned for the same settings.
+
+        Returns:
+            The state, and which variables have come into scope and left it since.
+
+        Raises:
+            ValueError: If it does not fit.
+        """
+        names = self.own_names(state)
+        masks = {names[name]: mask for name, mask in state["masks"].items()}
+        adoption = adopt({**state, "masks": masks}, self._pruner.state_dict(), self._weights())
+        self._pruner.check_state(adoption.state)
+        return adoption
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state.
+
+        Args:
+            state: What :meth:`state_dict` returned for the same settings and variables, or that of :meth:`adopt`.
+        """
+        self._pruner.load_state_dict(state)
 
     def _weights(self) -> dict[str, Array]:
         to_array = current_backend().to_array
         return {name: self.forms[name].of(to_array(variable)) for name, variable in self.variables.items()}
+
+    def _to_write(self, name: str, weights: Array, held: Mapping[str, npt.NDArray[np.bool_]]) -> Any:
+        values = self.forms[name].back(weights)
+        if name not in held:
+            return current_backend().to_tensor(values)
+        return np.where(held[name], device_of(values).to_numpy(values), 0).astype(values.dtype, copy=False)
 
     def _sample_gradients(self) -> None:
         if self._sampler is None or not isinstance(self._pruner, MFACPruner):
@@ -262,10 +297,11 @@ class LivePruning:
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)
         if planned is not None and planned.step < step and steps_per_execution > 1:
             _logger.info(
-                "the pruning step of step %d was done at step %d, where an execution of %d steps ends",
+                "the pruning step of step %d was done at step %d, where an execution of %d steps ends (%s)",
                 planned.step,
                 step,
                 steps_per_execution,
+                scope_in_line(self._name, self.variables),
             )
 
 
@@ -297,18 +333,17 @@ def combined_masks(prunings: Sequence[LivePruning]) -> dict[str, npt.NDArray[np.
     return combined
 
 
-def prune_if_due(prunings: Sequence[LivePruning], step: int) -> list[Any]:
-    """Do the pruning steps that are due.
+def prune_if_due(prunings: Sequence[LivePruning], step: int, slots_of: SlotsOf = _no_slots) -> None:
+    """Do the pruning steps that are due. An exception leaves each of them done as a whole, or not at all.
 
     Args:
         prunings: The modifiers at work on one model.
         step: Completed training steps.
-
-    Returns:
-        The variables of which optimizers have to forget everything, because their weights have come back.
+        slots_of: Gives what optimizers remember of variables.
     """
-    stale = [variable for pruning in prunings if pruning.prune_if_due(step) for variable in pruning.variables.values()]
-    if sum(len(pruning.variables) for pruning in prunings) > len(variables_in_scope(prunings)):
-        for pruning in prunings:  # the update of one may have moved what another has pruned
-            pruning.hold_zeros()
-    return stale
+    share = sum(len(pruning.variables) for pruning in prunings) > len(variables_in_scope(prunings))
+    for pruning in prunings:
+        # the update of one must not move what another has pruned
+        others = [each for each in prunings if each is not pruning] if share else []
+        if pruning.needs_pruning(step):
+            pruning.prune_if_due(step, slots_of, combined_masks(others))

@@ -42,7 +42,7 @@ def select_variables(
     params: Sequence[str],
     exclude: Sequence[str] = (),
     *,
-    with_frozen: bool = False,
+    frozen_too: bool = False,
     told: set[str] | None = None,
 ) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``, frozen ones last.
@@ -57,7 +57,7 @@ def select_variables(
             matched from the start of the path (``re.match``); ``__ALL__``, every variable that a loss can train;
             ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
         exclude: What is left out of it, in the same form; a layer means all that is in it.
-        with_frozen: Whether frozen variables are selected too.
+        frozen_too: Whether frozen variables are selected like others.
         told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
@@ -74,9 +74,9 @@ def select_variables(
         ['kernel']
     """
     named = _trainable_by_nature(model)
-    names = _names(model, named)
+    names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):
-        selected = selected_names(params, exclude, names, with_frozen=with_frozen)
+        selected = selected_names(params, exclude, names)
     warn_once(_logger, selection_warnings(params, exclude, names, selected), told)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
     in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
@@ -159,7 +159,7 @@ def _hint_for_pytorch(*entries: str) -> Iterator[None]:
         raise
 
 
-def _names(model: Any, named: Mapping[str, Any]) -> ModelNames:
+def _names(model: Any, named: Mapping[str, Any], *, with_frozen: bool = False) -> ModelNames:
     trainable = {id(variable) for variable in model.trainable_variables}
     kernels = _kernel_ids(model)
     name_of = {id(variable): name for name, variable in named.items()}
@@ -177,7 +177,7 @@ def _names(model: Any, named: Mapping[str, Any]) -> ModelNames:
         prunable=frozenset(name for name, variable in named.items() if id(variable) in kernels),
         layers=layers,
         normalization=normalization,
-        frozen=frozenset(name for name, variable in named.items() if id(variable) not in trainable),
+        frozen=frozenset(name for name, variable in named.items() if id(variable) not in trainable and not with_frozen),
         kind="variable",
         frozen_because="the layer is not trainable",
         prunable_layers="Dense and convolution layers",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.fingerprint import fingerprint
+from mfac_core.state_checks import check_keys, checked_integer, refuse
 from mfac_core.weight_names import listed
 from mfac_core.zero_count import ZeroCount, count_zeros
 from mfac_keras.backends import current_backend
@@ -17,7 +19,7 @@ from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
 from mfac_keras.training_changes import TrainingChanges
 
-__all__ = ["TrainingSession"]
+__all__ = ["TrainingSession", "check_state"]
 
 _logger = logging.getLogger("mfac_keras")
 
@@ -55,6 +57,7 @@ class TrainingSession:
         self._variables = variables_in_scope(prunings)
         self._trained = trained
         self._taps = False
+        self._fingerprints: dict[str, str] | None = None
         self._has_advanced = False
         self._checksums: dict[str, int] = {}  # of variables that no training step has given to the optimizer so far
         self._told: tuple[dict[str, int], str] = ({}, "")
@@ -134,6 +137,12 @@ class TrainingSession:
                 "model.make_train_function, train_on_batch or compile in another callback; pruned weights would grow "
                 "back. Take that call out"
             )
+        if not self._hooks.is_followed:
+            raise RuntimeError(
+                "model.optimizer was replaced during fit, by another callback, and this one does not follow the new "
+                "optimizer; pruned weights would grow back. Change the optimizer between two fits, and go on with "
+                "initial_epoch=..."
+            )
         if self._taps:
             for done, row in enumerate(self._hooks.rows()):
                 gradients = {id(variable): array for variable, array in zip(self._trained.values(), row, strict=True)}
@@ -149,8 +158,12 @@ class TrainingSession:
         """Leave model and optimizer as they were."""
         self._hooks.detach()
 
+    def sign(self) -> None:
+        """Note which weights the state belongs to: those that the model has now, until training goes on."""
+        self._fingerprints = self._fingerprints_now()
+
     def state_dict(self, *, window: bool = True) -> dict[str, Any]:
-        """Return the progress: plain values, and the state of each pruning modifier.
+        """Return the progress: plain values, the state of each pruning modifier, and which weights it belongs to.
 
         Args:
             window: Whether the gradient windows belong to it.
@@ -161,51 +174,107 @@ class TrainingSession:
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "fingerprints": self._fingerprints,
             "changes": self._changes.state_dict(),
             "prunings": [pruning.state_dict(window=window) for pruning in self.prunings],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; call it before :meth:`begin`. Weights that are pruned there become zero.
+        """Go on from :meth:`state_dict`; call it before :meth:`begin`. No weight is changed.
+
+        Steps may have had another batch size: pruning goes on by epochs. Variables may have come into scope or left it.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
 
         Raises:
-            ValueError: If the state does not belong to this run; no weight is changed then.
+            ValueError: If the state does not belong to this run; nothing is changed then.
         """
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"the state was saved with {state['steps_per_epoch']} steps per epoch and this run has "
-                f"{self.steps_per_epoch}; resume with the same data and batch size, or remove the state"
-            )
+        check_state(state)
         if len(state["prunings"]) != len(self.prunings):
             raise ValueError(
                 f"the state holds {len(state['prunings'])} pruning modifiers, this recipe has {len(self.prunings)}; "
                 "resume with the recipe that the state was saved with"
             )
-        for pruning, saved in zip(self.prunings, state["prunings"], strict=True):
-            pruning.load_state_dict(saved)
+        adoptions = [
+            pruning.adopt({"steps_per_epoch": state["steps_per_epoch"], **saved})
+            for pruning, saved in zip(self.prunings, state["prunings"], strict=True)
+        ]
+        self._changes.check_state(state["changes"])
+        for pruning, adoption in zip(self.prunings, adoptions, strict=True):
+            pruning.load_state_dict(adoption.state)
         self._changes.load_state_dict(state["changes"])
-        for pruning in self.prunings:
-            pruning.hold_zeros()
         self._sparsity = None
-
-    def resume_without_state(self) -> None:
-        """Go on in the middle of a schedule of which only the weights are known."""
-        if any([pruning.take_zeros_as_masks(self.step) for pruning in self.prunings]):
+        if state["steps_per_epoch"] != self.steps_per_epoch:
             _logger.warning(
-                "training goes on at step %d and there is no state of pruning for it: every weight in scope that is "
-                "exactly zero is taken as pruned (sparsity %.4f), and the gradient window begins empty",
+                "the state was saved with %d steps per epoch and this run has %d: pruning goes on by epochs, with the "
+                "masks of the state",
+                state["steps_per_epoch"],
+                self.steps_per_epoch,
+            )
+        for difference in filter(None, (adoption.difference() for adoption in adoptions)):
+            _logger.warning("%s", difference)
+
+    def resume_without_state(self, why: str) -> None:
+        """Go on in the middle of a schedule of which only the weights are known.
+
+        Args:
+            why: What the warning says of the state that is lacking.
+        """
+        if any([pruning.take_zeros_as_masks(self.step) for pruning in self.prunings]):
+            self._sparsity = None
+            _logger.warning(
+                "training goes on at step %d and %s: every weight in scope that is exactly zero is taken as pruned "
+                "(sparsity %.4f), and the gradient window begins empty",
                 self.step,
+                why,
                 self.sparsity,
             )
 
+    def has_weights_of(self, state: Mapping[str, Any]) -> bool:
+        """Return whether a state was saved with the very weights that the model has now.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Returns:
+            Whether all variables that both have in scope, and there are some, have the same bits.
+        """
+        if self._fingerprints is None:
+            self.sign()
+        names, now = self._own_names(state), self._fingerprints or {}
+        saved = {names.get(name, name): each for name, each in (state.get("fingerprints") or {}).items()}
+        common = now.keys() & saved.keys()
+        return bool(common) and all(now[name] == saved[name] for name in common)
+
+    def has_masks_of(self, state: Mapping[str, Any]) -> bool:
+        """Return whether the masks of a state are exactly the zeros of the weights that the model has now.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+
+        Returns:
+            Whether they are, for all variables that both have in scope, and there are some.
+        """
+        names = self._own_names(state)
+        masks: dict[str, npt.NDArray[np.bool_]] = {}
+        for saved in state["prunings"]:
+            for name, mask in saved["masks"].items():
+                own = names[name]
+                masks[own] = masks[own] & mask if own in masks else mask
+        forms = {name: form for pruning in self.prunings for name, form in pruning.forms.items()}
+        common = masks.keys() & self._variables.keys()
+        return bool(common) and all(
+            np.array_equal(masks[name], forms[name].of(self._variables[name].numpy() != 0)) for name in common
+        )
+
     def _do_what_is_due(self) -> None:
+        self._fingerprints = None
         if any(pruning.needs_pruning(self.step) for pruning in self.prunings):
             self._hooks.sync()
             self.check_followed()
-            self._hooks.forget(prune_if_due(self.prunings, self.step))
+            self._sparsity = None
+            prune_if_due(self.prunings, self.step, self._hooks.slots_of)
             self._hold_masks()
             self._checksums = self._checksums_of_the_unfollowed()
         self._taps = self._wants_gradients()
@@ -215,6 +284,17 @@ class TrainingSession:
     def _wants_gradients(self) -> bool:
         steps = range(self.step, self.step + self._steps_per_execution)
         return any(pruning.needs_gradients(step) for step in steps for pruning in self.prunings)
+
+    def _own_names(self, state: Mapping[str, Any]) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for pruning, saved in zip(self.prunings, state["prunings"], strict=False):
+            names |= pruning.own_names(saved)
+        return names
+
+    def _fingerprints_now(self) -> dict[str, str]:
+        self._hooks.sync()
+        to_array = current_backend().to_array
+        return {name: fingerprint(to_array(variable)) for name, variable in self._variables.items()}
 
     def _hold_masks(self) -> None:
         self._sparsity = None
@@ -227,3 +307,27 @@ class TrainingSession:
         if names:
             self._hooks.sync()
         return {name: zlib.crc32(self._variables[name].numpy().tobytes()) for name in names}
+
+
+def check_state(state: Any) -> None:
+    """Refuse what is not the state of a run, whatever the run.
+
+    Args:
+        state: What :meth:`TrainingSession.state_dict` returned, or anything else.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    check_keys("a run", state, ("step", "steps_per_epoch", "changes", "prunings"))
+    checked_integer("step", state["step"])
+    checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1)
+    for key in ("fingerprints", "changes"):
+        if not isinstance(state.get(key, {}), Mapping | None):
+            refuse(key, state[key], "a mapping")
+    if not isinstance(state["prunings"], list):
+        refuse("prunings", state["prunings"], "a list of states of pruners")
+    for pruning in state["prunings"]:
+        check_keys("a pruner", pruning, ("masks",))
+        masks = pruning["masks"]
+        if not isinstance(masks, Mapping) or not all(isinstance(mask, np.ndarray) for mask in masks.values()):
+            refuse("masks", masks, "a mapping from name to array")

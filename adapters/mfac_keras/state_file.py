@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["read_states", "write_state"]
+from mfac_core.files import PREVIOUS, write_file
+
+__all__ = ["SavedState", "read_state", "read_states", "write_state"]
 
 _ARRAY = "__array__"
 
+_logger = logging.getLogger("mfac_keras")
 
-def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+
+class SavedState(NamedTuple):
+    """A state and where it comes from.
+
+    Attributes:
+        state: The state.
+        path: Its file; ``None`` for one that is in memory.
+        is_previous: Whether it is the one before the latest that was written.
+    """
+
+    state: Mapping[str, Any]
+    path: Path | None = None
+    is_previous: bool = False
+
+
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_previous: bool = True) -> None:
     """Write a state; the one that was there before is kept beside it.
 
     A process that is killed while it writes leaves the earlier states whole.
@@ -23,45 +43,97 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     Args:
         path: Path of the file.
         state: Plain values and arrays, and dictionaries and lists of these.
+        keep_previous: Whether the state that is there becomes the previous one; otherwise it is replaced, and the
+            previous one stays.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arrays: list[Any] = []
     structure = json.dumps(_without_arrays(state, arrays))
-    unfinished = path.with_name(path.name + ".unfinished")
-    with open(unfinished, "wb") as file:
-        np.savez(file, structure=np.array(structure), **{str(place): array for place, array in enumerate(arrays)})
-    if path.exists():
-        os.replace(path, _previous(path))
-    os.replace(unfinished, path)
+    named = {str(place): array for place, array in enumerate(arrays)}
+    write_file(
+        path,
+        lambda file: np.savez(file, structure=np.array(structure), **named),
+        keep_previous=keep_previous,
+    )
 
 
-def read_states(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the states that were written last, the latest first.
+def read_state(path: str | os.PathLike[str], check: Callable[[Any], object] | None = None) -> dict[str, Any]:
+    """Return the state in a file.
 
     Args:
         path: Path of the file.
+        check: Raises ValueError for what is not the state of a run.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: If the file is not a state, or is damaged in any way.
+        OSError: If the file cannot be opened.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            state = _read(file, path.stat().st_size)
+            if check is not None:
+                check(state)
+        except Exception as error:  # three decoders look at bytes that may be anything
+            raise ValueError(
+                f"{path} is not the state of a pruning run, or is damaged; remove it or name another"
+            ) from error
+    return state
+
+
+def read_states(path: str | os.PathLike[str], check: Callable[[Any], object] | None = None) -> Iterator[SavedState]:
+    """Yield the states that were written last, the latest first. A damaged one is passed over where another is whole.
+
+    Args:
+        path: Path of the file.
+        check: As in :func:`read_state`.
 
     Yields:
         Up to two states.
 
     Raises:
-        ValueError: If a file is not a state.
+        ValueError: If there are files and none is a whole state.
     """
-    for each in (Path(path), _previous(Path(path))):
+    latest = Path(os.path.realpath(path))
+    damaged: list[ValueError] = []
+    is_found = False
+    for each in (latest, _previous(latest)):
         if not each.exists():
             continue
         try:
-            with np.load(each, allow_pickle=False) as file:
-                yield _with_arrays(json.loads(str(file["structure"])), file)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"{each} is not the state of a pruning run, or is damaged; remove it or name another"
-            ) from error
+            state = read_state(each, check)
+        except ValueError as error:
+            damaged.append(error)
+            if is_found:
+                _logger.warning("%s", error)
+            continue
+        if damaged:
+            _logger.warning("%s. The state that was written before it is used, %s", damaged[0], each)
+        is_found = True
+        yield SavedState(state, each, is_previous=each != latest)
+    if damaged and not is_found:
+        raise damaged[0]
 
 
 def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".previous")
+    return path.with_name(path.name + PREVIOUS)
+
+
+def _read(file: Any, size: int) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        # nothing in it is compressed, so that its parts cannot be larger than itself
+        if sum(part.file_size for part in archive.infolist()) > size:
+            raise ValueError("it unpacks to more than it holds")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as arrays:
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        state = _with_arrays(json.loads(str(arrays["structure"])), arrays)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no dictionary")
+    return state
 
 
 def _without_arrays(value: Any, arrays: list[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import named_in_errors
+from mfac_core.state_checks import check_keys, refuse
 from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
 from mfac_core.training_settings import TrainableParams, TrainingSettings
 from mfac_core.weight_names import listed
@@ -99,8 +101,8 @@ class TrainingChanges:
             "weight_decays": {str(group): self._groups[group].weight_decay for group in self._decayed()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state that does not fit.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
@@ -108,6 +110,36 @@ class TrainingChanges:
         Raises:
             ValueError: If it does not fit.
         """
+        check_keys("changes in training", state, ("options_done", "weight_decays"))
+        done, decays = state["options_done"], state["weight_decays"]
+        if not isinstance(done, list) or not all(isinstance(each, bool) for each in done):
+            refuse("options_done", done, "a list of true and false")
+        if not isinstance(decays, Mapping):
+            refuse("weight_decays", decays, "a mapping")
+        self._options.check_state(done)
+        groups = [str(group) for group in self._decayed()]
+        for group, value in decays.items():
+            if group not in groups:
+                raise ValueError(
+                    f"the state holds the weight decay of optimizer {group}, which the recipe does not set here (it "
+                    f"sets those of {', '.join(groups) or 'none'}); resume with the recipe and the optimizer that the "
+                    "state was saved with"
+                )
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf
+            ):
+                refuse(f"weight_decays[{group!r}]", value, "a number of at least 0, or none")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+
+        Raises:
+            ValueError: If it does not fit; nothing is changed then.
+        """
+        self.check_state(state)
         self._options.load_state_dict(state["options_done"])
         for group, value in state["weight_decays"].items():
             set_weight_decay(self._groups[int(group)], value)

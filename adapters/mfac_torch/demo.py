@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from mfac_core import demo_runs
@@ -25,6 +25,7 @@ from mfac_core.demo_runs import (
     pruned,
     recipe_path,
 )
+from mfac_core.files import write_file
 from mfac_core.recipe import Recipe
 from mfac_torch.digits import Digits, accuracy, make_network, train
 from mfac_torch.manager import ScheduledModifierManager
@@ -72,6 +73,7 @@ def demo(seed: int) -> Demo:
         train_dense=partial(train_dense, digits, seed),
         prune_gradually=gradually,
         prune_in_one_shot=in_one_shot,
+        files=("pruned.safetensors", "masks.safetensors"),
         save=_save,
     )
 
@@ -187,8 +189,6 @@ def _manager(modifiers: Iterable[Settings]) -> ScheduledModifierManager:
     return ScheduledModifierManager([modifier_for(each) for each in modifiers])
 
 
-def _save(result: Pruned, folder: Path) -> tuple[str, str]:
-    weights = result.model.state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "pruned.safetensors")
-    save_file({name: mask.contiguous() for name, mask in result.masks.items()}, folder / "masks.safetensors")
-    return "pruned.safetensors", "masks.safetensors"
+def _save(result: Pruned, network: Path, masks: Path) -> None:
+    for path, tensors in ((network, result.model.state_dict()), (masks, result.masks)):
+        write_file(path, safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}))

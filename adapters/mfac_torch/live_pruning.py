@@ -18,6 +18,7 @@ from mfac_core.pruner import MFACPruner, Pruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.zero_count import count_zeros
 from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
@@ -107,6 +108,12 @@ class LivePruning:
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks held now by parameter name, True keeps; empty before the first pruning step and once released."""
         return self._held.masks
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights in scope that is pruned and zero, counted from the weights."""
+        masks = {name: mask.cpu().numpy() for name, mask in self.masks.items()}
+        return count_zeros(self._weights(), masks).sparsity
 
     @property
     def schedule(self) -> Sequence[PlannedStep]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfac_core.log_lines import unfinished_line
 from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import modifier_names, overlaps
@@ -459,14 +460,16 @@ class ScheduledModifierManager(ModifierList):
         for pruning in self._prunings:
             if pruning.is_finished:
                 continue
-            refused = pruning.refused_rows
-            _logger.warning(
-                "finalized at epoch %.2f without the pruning step of epoch %g: sparsity is %.4f%s",
-                session.step / session.steps_per_epoch,
-                pruning.schedule[-1].epoch,
-                self.sparsity,
-                f"; {refused} gradient samples were refused for NaN or Inf" if refused else "",
+            line = unfinished_line(
+                "finalized",
+                modifier=pruning.name,
+                names=pruning.parameters,
+                epoch=session.step / session.steps_per_epoch,
+                due=pruning.schedule[-1].epoch,
+                sparsity=pruning.sparsity,
+                refused_rows=pruning.refused_rows,
             )
+            _logger.warning("%s", line)
 
 
 def _refuse(method: str, unsupported: Mapping[str, object]) -> None:

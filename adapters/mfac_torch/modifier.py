@@ -198,8 +198,8 @@ class ACDCPruningModifier(PruningModifier):
     """Alternate between compressed and decompressed phases, by magnitude.
 
     Args:
-        **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``, ``update_frequency``,
-            ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
+        **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``,
+            ``update_frequency``, ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
     """
 
     settings: ACDCSettings

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -37,7 +38,7 @@ def select_parameters(
     params: Sequence[str],
     exclude: Sequence[str] = (),
     *,
-    with_frozen: bool = False,
+    frozen: bool = False,
     told: set[str] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
@@ -52,7 +53,8 @@ def select_parameters(
             matched from the start of the dotted name (``re.match``); ``__ALL__``, every parameter;
             ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
         exclude: What is left out of it, in the same form; the name of a layer means all that is in it.
-        with_frozen: Whether frozen parameters are selected too.
+        frozen: Whether frozen parameters are selected like others; those that are no dense floating-point tensors, such
+            as quantized weights, are left out all the same.
         told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
@@ -66,8 +68,8 @@ def select_parameters(
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
         ['0.weight', '2.bias']
     """
-    names = _names(model)
-    selected = selected_names(params, exclude, names, with_frozen=with_frozen)
+    names = _names(model, with_frozen=frozen)
+    selected = selected_names(params, exclude, names)
     chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}
     lazy = [name for name, parameter in chosen.items() if is_lazy(parameter)]
     if lazy:
@@ -223,7 +225,7 @@ def _prunable_ids(model: nn.Module) -> set[int]:
     return {id(weight) for weight in weights if weight is not None}
 
 
-def _names(model: nn.Module) -> ModelNames:
+def _names(model: nn.Module, *, with_frozen: bool = False) -> ModelNames:
     named = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     for name, parameter in named.items():
@@ -243,13 +245,21 @@ def _names(model: nn.Module) -> ModelNames:
         prunable=frozenset(name for name, parameter in named.items() if id(parameter) in prunable),
         layers={**modules, **layers_of_names(named)},
         normalization=frozenset(name for name, parameter in named.items() if id(parameter) in normalization),
-        frozen=frozenset(name for name, parameter in named.items() if not parameter.requires_grad),
+        frozen=frozenset(
+            name
+            for name, parameter in named.items()
+            if not parameter.requires_grad and not (with_frozen and _is_dense_float(parameter))
+        ),
         packed={
             name: "in_proj_weight of MultiheadAttention" for name, parameter in named.items() if id(parameter) in packed
         },
         computed=_computed(model),
         first_names={name: first[id(parameter)] for name, parameter in named.items()},
     )
+
+
+def _is_dense_float(parameter: nn.Parameter) -> bool:
+    return parameter.is_floating_point() and parameter.layout == torch.strided
 
 
 def _computed(model: nn.Module) -> dict[str, Computed]:

@@ -19,12 +19,26 @@ import yaml
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe.indentation import restore_indentation
-from mfac_core.recipe.places import Place
+from mfac_core.recipe.places import Place, Wrong
 
-__all__ = ["METADATA", "Document", "Entry", "Section", "data", "entries", "pairs", "read_document", "scalar_value"]
+__all__ = [
+    "METADATA",
+    "TEXT",
+    "Document",
+    "Entry",
+    "Section",
+    "data",
+    "entries",
+    "pairs",
+    "read_document",
+    "scalar_value",
+]
 
 METADATA = "__metadata__"
 """The key of a recipe whose value says nothing to do, and is kept."""
+
+TEXT = "<text>"
+"""What messages call a recipe that is given as text."""
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MARKDOWN_SUFFIXES = (".md", ".markdown")
@@ -105,12 +119,13 @@ class Document:
         )
 
 
-def read_document(path_or_text: str | os.PathLike[str]) -> Document:
+def read_document(path_or_text: str | os.PathLike[str], text_source: str = TEXT) -> Document:
     """Read a recipe into a checked node tree.
 
     Args:
         path_or_text: A path to a YAML file or to a Markdown file with a YAML front matter; or, where the string
             contains a newline, the recipe's text itself.
+        text_source: What messages call a text.
 
     Returns:
         The node tree; every mapping has distinct keys, every tag is a standard one or that of a list item under a
@@ -121,7 +136,7 @@ def read_document(path_or_text: str | os.PathLike[str]) -> Document:
         TypeError: If it is neither a path nor text.
     """
     if isinstance(path_or_text, str) and ("\n" in path_or_text or "\r" in path_or_text):
-        source, text = "<text>", path_or_text
+        source, text = text_source, path_or_text
         markdown = _begins_like_markdown(text)
     else:
         if not isinstance(path_or_text, str | os.PathLike):
@@ -133,8 +148,11 @@ def read_document(path_or_text: str | os.PathLike[str]) -> Document:
         markdown = Path(source).suffix.lower() in _MARKDOWN_SUFFIXES
     root, parsed = _parse(_front_matter(text, source) if markdown else text, source)
     document = Document(source, root, text, parsed)
-    _check_keys(document)
-    _refuse_foreign_tags(document)
+    wrong = Wrong()
+    _check_keys(document, wrong)
+    _check_tags(document, wrong)
+    if wrong:
+        wrong.refuse()
     return document
 
 
@@ -366,32 +384,33 @@ def _values_of_modifiers(mapping: yaml.MappingNode) -> list[yaml.Node]:
     return [value for key, value in mapping.value if isinstance(key, yaml.ScalarNode) and "modifiers" in key.value]
 
 
-def _check_keys(document: Document) -> None:
+def _check_keys(document: Document, wrong: Wrong) -> None:
     items = {id(item) for item in _modifier_items(document.root)}
     for node in _nodes(document.root):
         if isinstance(node, yaml.MappingNode):
-            _check_keys_of(node, document, is_modifier=id(node) in items)
+            _check_keys_of(node, document, wrong, is_modifier=id(node) in items)
 
 
-def _check_keys_of(node: yaml.MappingNode, document: Document, *, is_modifier: bool) -> None:
+def _check_keys_of(node: yaml.MappingNode, document: Document, wrong: Wrong, *, is_modifier: bool) -> None:
     """Refuse a key that is given twice; in a modifier, where recipes in the world do so, the last one counts."""
     written: dict[tuple[bool, object], tuple[yaml.ScalarNode, yaml.Node]] = {}
     for key, value in node.value:
         place = document.place(_line(key))
-        if not isinstance(key, yaml.ScalarNode):
-            raise place.error("a key must be a single value, not a list or a mapping")
-        identity = _identity(key, place)
-        if identity in written:
-            twice = f"the key {key.value} is given twice, on lines {_line(written[identity][0])} and {_line(key)}"
-            if not is_modifier:
-                raise place.error(f"{twice}; keep one")
-            _logger.warning(place.message(f"{twice}; the last one counts, keep only that"))
-            del written[identity]
-        written[identity] = (key, value)
+        with wrong.gathered(place.line):
+            if not isinstance(key, yaml.ScalarNode):
+                raise place.error("a key must be a single value, not a list or a mapping")
+            identity = _identity(key, place)
+            if identity in written:
+                twice = f"the key {key.value} is given twice, on lines {_line(written[identity][0])} and {_line(key)}"
+                if not is_modifier:
+                    raise place.error(f"{twice}; keep one")
+                _logger.warning(place.message(f"{twice}; the last one counts, keep only that"))
+                del written[identity]
+            written[identity] = (key, value)
     node.value = list(written.values())
 
 
-def _refuse_foreign_tags(document: Document) -> None:
+def _check_tags(document: Document, wrong: Wrong) -> None:
     items = {id(item) for item in _modifier_items(document.root)}
     for node in _nodes(document.root):
         if node.tag in _ALLOWED_TAGS or id(node) in items:
@@ -399,9 +418,9 @@ def _refuse_foreign_tags(document: Document) -> None:
         cure = "remove it"
         if node.tag.startswith("!") and node.tag.endswith("Modifier"):
             cure = "a modifier must be an item of a list whose key contains `modifiers`, such as pruning_modifiers"
-        raise document.place(_line(node)).error(
-            f"the tag {_shown_tag(node.tag)} is not allowed here: a recipe is plain data; {cure}"
-        )
+        place = document.place(_line(node))
+        with wrong.gathered(place.line):
+            raise place.error(f"the tag {_shown_tag(node.tag)} is not allowed here: a recipe is plain data; {cure}")
 
 
 def _nodes(root: yaml.Node) -> Iterator[yaml.Node]:

@@ -37,6 +37,7 @@ __all__ = [
     "lint",
     "lint_model",
     "modifier_names",
+    "named_parts",
     "notes",
     "overlaps",
 ]
@@ -241,6 +242,18 @@ def modifier_names(pruning: Iterable[PruningSettings]) -> list[str]:
     """
     named = _named(pruning)
     return [name for name, _ in named] if len(named) > 1 else [""] * len(named)
+
+
+def named_parts(pruning: Iterable[PruningSettings]) -> list[tuple[str, PruningSettings]]:
+    """Return the groups of weights that have a final sparsity of their own, with the names that messages call them.
+
+    Args:
+        pruning: The settings of the modifiers that prune.
+
+    Returns:
+        Name and settings, one for each entry of ``by_final_sparsity()`` of each modifier, in order.
+    """
+    return list(_parts(_named(pruning)))
 
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:

@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from mfac_core.recipe.documents import METADATA, Document, Entry, data, entries, read_document
+from mfac_core.recipe.documents import METADATA, TEXT, Document, Entry, data, entries, read_document
 from mfac_core.recipe.modifiers import Settings, is_out_of_scope, name_of, read_modifier
-from mfac_core.recipe.places import Place
+from mfac_core.recipe.places import Place, Wrong
 from mfac_core.recipe.variables import Variables, VariableValues, read_variables
 from mfac_core.settings import PruningSettings
 
@@ -55,6 +55,8 @@ def load_recipe(
     path_or_text: str | os.PathLike[str],
     variables: VariableValues | None = None,
     unsupported: Literal["error", "skip"] = "error",
+    *,
+    source: str = TEXT,
 ) -> Recipe:
     """Load a recipe; nothing in it is ever run.
 
@@ -65,13 +67,15 @@ def load_recipe(
             ``name=value,other=value``.
         unsupported: What to do with a modifier of SparseML that is out of scope, such as one that quantizes: ``error``
             refuses the recipe, ``skip`` leaves the modifier out and logs a warning that names it.
+        source: What messages call a text, such as the name of where it comes from; a path is called by itself.
 
     Returns:
         The recipe's modifiers as checked settings.
 
     Raises:
         RecipeError: If there is no such file, or anything in it is unknown, missing, given twice or out of range. The
-            message has the form ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>``.
+            message has the form ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>``; where
+            several things are wrong, one such line for each.
         TypeError: If ``path_or_text`` is neither a path nor text.
         ValueError: If ``unsupported`` is neither of the two.
 
@@ -88,20 +92,24 @@ def load_recipe(
     """
     if unsupported not in ("error", "skip"):
         raise ValueError(f"unsupported={unsupported!r} is neither 'error' nor 'skip'")
-    document = read_document(path_or_text)
+    document = read_document(path_or_text, source)
     values = Variables(document, read_variables(variables))
-    items = list(_items(document))
-    if not items:
+    wrong = Wrong()
+    items = list(_items(document, wrong))
+    if not items and not wrong:
         raise document.place().error(
             "no modifiers found; write at least one item under a key whose name contains `modifiers`, such as "
             "pruning_modifiers"
         )
-    modifiers = tuple(
-        read_modifier(item.name, item.node, item.place, values, item.stage)
-        for item in items
-        if not (unsupported == "skip" and _left_out(item))
-    )
-    return Recipe(modifiers=modifiers, source=document.source, metadata=_metadata(document))
+    modifiers = []
+    for item in items:
+        if unsupported == "skip" and _left_out(item):
+            continue
+        with wrong.gathered(item.place.line):
+            modifiers.append(read_modifier(item.name, item.node, item.place, values, item.stage))
+    if wrong:
+        wrong.refuse()
+    return Recipe(modifiers=tuple(modifiers), source=document.source, metadata=_metadata(document))
 
 
 class _Item(NamedTuple):
@@ -111,19 +119,23 @@ class _Item(NamedTuple):
     stage: str
 
 
-def _items(document: Document) -> Iterator[_Item]:
+def _items(document: Document, wrong: Wrong) -> Iterator[_Item]:
     for section in document.sections():
         for entry in section.modifiers:
+            place = document.place(entry.line, entry.key)
             if isinstance(entry.value, yaml.SequenceNode):
                 for node in entry.value.value:
                     place = document.place(int(node.start_mark.line) + 1)
-                    yield _Item(name_of(node, place), node, place, section.stage)
+                    with wrong.gathered(place.line):
+                        yield _Item(name_of(node, place), node, place, section.stage)
             elif isinstance(entry.value, yaml.MappingNode):
-                place = document.place(entry.line, entry.key)
-                for inner in entries(entry.value, place):
-                    yield _keyed(inner, document.place(inner.line), section.stage)
+                with wrong.gathered(place.line):
+                    for inner in entries(entry.value, place):
+                        with wrong.gathered(inner.line):
+                            yield _keyed(inner, document.place(inner.line), section.stage)
             elif not (isinstance(entry.value, yaml.ScalarNode) and entry.value.value == ""):
-                raise document.place(entry.line, entry.key).error(_NOT_A_LIST)
+                with wrong.gathered(place.line):
+                    raise place.error(_NOT_A_LIST)
 
 
 def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
@@ -141,7 +153,7 @@ def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
 def _left_out(item: _Item) -> bool:
     if not is_out_of_scope(item.name):
         return False
-    _logger.warning(item.place.message(f"{item.name} is not supported and is left out"))
+    _logger.warning(item.place.message(f"{item.name} is not supported and is left out"), extra={"asked_for": True})
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from mfac_core.recipe.keys import (
     Key,
     only,
 )
-from mfac_core.recipe.places import Place, nearest
+from mfac_core.recipe.places import Place, Wrong, nearest, nearest_names
 from mfac_core.recipe.values import plain
 from mfac_core.recipe.variables import Variables
 from mfac_core.schedule import planned_epochs
@@ -69,6 +69,25 @@ Settings = PruningSettings | TrainingSettings
 _TAG = re.compile(r"!(?:(?:pytorch|keras|tensorflow)\.)?(?P<name>\w+)")
 
 _logger = logging.getLogger("mfac_core")
+
+
+def _lowest_final_sparsity(fields: Mapping[str, Any]) -> float:
+    initial = fields.get("initial_sparsity")
+    return initial if isinstance(initial, float) and 0 < initial < 1 else _TINY
+
+
+def _after_start(fields: Mapping[str, Any]) -> float:
+    start = fields.get("start_epoch")
+    return start + 1.0 if isinstance(start, float) and start > 0 else 1.0
+
+
+_TINY = 1e-6
+_STAND_INS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "final_sparsity": _lowest_final_sparsity,
+    "compression_sparsity": lambda fields: _TINY,
+    "end_epoch": _after_start,
+}
+"""Settings without a default -> a value that goes with those of the others that are right."""
 
 
 @dataclass(frozen=True)
@@ -353,29 +372,35 @@ def _nested(key: str, place: Place, value: object) -> list[_Written]:
 def _settings(modifier: ModifierFormat, all_written: list[_Written], place: Place) -> Settings:
     fields: dict[str, Any] = {}
     written: dict[str, _Written] = {}
+    misspelled: set[str] = set()
+    wrong = Wrong()
     for key in all_written:
-        meaning = _meaning(key, modifier)
-        earlier = written.get(meaning.field or key.key)
-        if earlier is not None:
-            on_line = f" on line {earlier.place.line}" if earlier.place.line else ""
-            raise key.place.error(f"{earlier.path}{on_line} already gives this setting; keep one of the two")
-        written[meaning.field or key.key] = key
-        value = _converted(key, meaning)
-        if meaning.field is not None:
-            fields[meaning.field] = value
-    _require(modifier, written, place)
+        with wrong.gathered(key.place.line):
+            meaning = _meaning(key, modifier, misspelled)
+            earlier = written.get(meaning.field or key.key)
+            if earlier is not None:
+                on_line = f" on line {earlier.place.line}" if earlier.place.line else ""
+                raise key.place.error(f"{earlier.path}{on_line} already gives this setting; keep one of the two")
+            written[meaning.field or key.key] = key
+            value = _converted(key, meaning)
+            if meaning.field is not None:
+                fields[meaning.field] = value
+    with wrong.gathered(place.line):
+        _require(modifier, written, misspelled, place)
     for absent, note in modifier.absent.items():
         if modifier.keys[absent].field not in written:
             _logger.warning(place._replace(name=f"{place.name}.{absent}").message(note))
-    _settle_params(fields, written)
-    return _make(modifier, {**modifier.defaults, **fields}, written, place)
+    with wrong.gathered(written["params"].place.line if "params" in written else None):
+        _settle_params(fields, written)
+    return _make(modifier, fields, written, place, wrong)
 
 
-def _meaning(written: _Written, modifier: ModifierFormat) -> Key:
+def _meaning(written: _Written, modifier: ModifierFormat, misspelled: set[str]) -> Key:
     allowed = modifier.nested[written.nested_in] if written.nested_in else frozenset(modifier.keys)
     if written.key in allowed:
         return modifier.keys[written.key]
     known = [key for key in (*modifier.keys, *modifier.nested) if not written.nested_in or key in allowed]
+    misspelled.update(nearest_names(written.key, known))
     raise written.place.error(f"unknown key{nearest(written.key, known)}; the keys are {', '.join(known)}")
 
 
@@ -391,8 +416,10 @@ def _converted(written: _Written, meaning: Key) -> object:
     return converted
 
 
-def _require(modifier: ModifierFormat, written: Mapping[str, _Written], place: Place) -> None:
-    missing = [key for key in modifier.required if modifier.keys[key].field not in written]
+def _require(
+    modifier: ModifierFormat, written: Mapping[str, _Written], misspelled: Collection[str], place: Place
+) -> None:
+    missing = [key for key in modifier.required if modifier.keys[key].field not in written and key not in misspelled]
     if missing:
         are = "is missing; add it" if len(missing) == 1 else "are missing; add them"
         raise place.error(f"{' and '.join(missing)} {are}")
@@ -409,19 +436,53 @@ def _settle_params(fields: dict[str, Any], written: Mapping[str, _Written]) -> N
     del fields["params"]
 
 
-def _make(modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place) -> Settings:
+def _make(
+    modifier: ModifierFormat, fields: dict[str, Any], written: Mapping[str, _Written], place: Place, wrong: Wrong
+) -> Settings:
+    keys = {meaning.field: key for key, meaning in modifier.keys.items() if meaning.field}
+    defaults: dict[str, Any] = dict(modifier.defaults)
     if issubclass(modifier.settings, PruningSettings):
-        fields = {**fields, "written_as": place.name}
-    try:
-        settings = modifier.settings(**fields)
-        if isinstance(settings, PruningSettings):
-            planned_epochs(settings)  # refuses far too many pruning steps here, where the line is known
-    except SettingError as error:
-        keys = {meaning.field: key for key, meaning in modifier.keys.items() if meaning.field}
-        key = written.get(error.field)
-        where = key.place if key else place._replace(name=f"{place.name}.{keys.get(error.field, error.field)}")
-        raise where.error(_in_recipe_terms(error.message, keys)) from error
-    return settings
+        defaults["written_as"] = place.name
+    for name in {modifier.keys[key].field for key in modifier.required} - fields.keys():
+        _put_aside(str(name), fields)
+    refused: set[str] = set()
+    while True:  # settings refuse one value at a time: without it, they refuse the next one
+        try:
+            settings = modifier.settings(**{**defaults, **fields})
+            if isinstance(settings, PruningSettings) and not wrong:
+                planned_epochs(settings)  # refuses far too many pruning steps here, where the line is known
+        except SettingError as error:
+            key = written.get(error.field)
+            where = key.place if key else place._replace(name=f"{place.name}.{keys.get(error.field, error.field)}")
+            with wrong.gathered(where.line):
+                raise where.error(_in_recipe_terms(error.message, keys)) from error
+            if error.field in refused or not _put_aside(error.field, fields):
+                wrong.refuse()
+            refused.add(error.field)
+        except TypeError:
+            if not wrong:
+                raise
+            wrong.refuse()  # a value that must be there is missing, which is among what is wrong
+        else:
+            if wrong:
+                wrong.refuse()
+            return settings
+
+
+def _put_aside(name: str, fields: dict[str, Any]) -> bool:
+    """Take a wrong value out, or put one in its place that nothing else can be wrong with.
+
+    Args:
+        name: Field of the settings.
+        fields: The values; changed.
+
+    Returns:
+        Whether there was anything to take out.
+    """
+    if name in _STAND_INS:
+        fields[name] = _STAND_INS[name](fields)
+        return True
+    return fields.pop(name, None) is not None
 
 
 def _in_recipe_terms(message: str, keys: Mapping[str, str]) -> str:

@@ -8,9 +8,29 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 
-__all__ = ["matching", "read_shapes"]
+from mfac_core.left_out import selection_warnings
+from mfac_core.weight_names import ALL_PRUNABLE, listed, names_of_shapes, selected_names
+
+__all__ = ["doubts", "matching", "parse_shapes", "read_shapes"]
 
 _LONGEST_HEADER = 100_000_000
+_LONGEST_AXIS = 2**63 - 1
+# What layers keep beside their parameters, and modify() therefore never finds.
+_BUFFERS = frozenset(
+    {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+        "moving_mean",
+        "moving_variance",
+        "position_ids",
+        "token_type_ids",
+        "inv_freq",
+    }
+)
+_FLOATS = ("F", "BF", "C")
+_OF_A_LAYER = re.compile(r"(weight|(depthwise_|pointwise_)?kernel)(:0)?")
+_EMBEDDING = re.compile(r"embed|(^|[._/])(wte|wpe|emb)([._/]|$)|lookup_table", re.IGNORECASE)
 
 
 def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
@@ -21,7 +41,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
             which only the header is read.
 
     Returns:
-        Name of each parameter -> its shape.
+        Name of each parameter -> its shape; without buffers, such as the running statistics of normalization.
 
     Raises:
         ValueError: If the file holds no such thing.
@@ -32,52 +52,110 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         if size is not None and size > _LONGEST_HEADER:
             raise ValueError(f"{name}: this is not a safetensors file")
         content = file.read() if size is None else file.read(size)
+    return parse_shapes(content, name, is_safetensors=size is not None)
+
+
+def parse_shapes(content: bytes, source: str, *, is_safetensors: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a model's parameters from JSON.
+
+    Args:
+        content: The JSON text.
+        source: Where it comes from, for messages.
+        is_safetensors: Whether it is the header of a safetensors file; otherwise it maps names to shapes.
+
+    Returns:
+        As :func:`read_shapes`.
+
+    Raises:
+        ValueError: If it is no such thing.
+
+    Example:
+        >>> parse_shapes(b'{"fc.weight": [10, 84]}', "model.json")
+        {'fc.weight': (10, 84)}
+    """
     try:
         found = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{name}: this is neither JSON nor a safetensors file ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: this is neither JSON nor a safetensors file ({error})") from error
     if not isinstance(found, Mapping):
-        raise ValueError(f'{name}: this must map names to shapes, such as {{"fc.weight": [10, 84]}}')
-    if size is not None:
-        found = {key: entry.get("shape") for key, entry in found.items() if key != "__metadata__"}
+        raise ValueError(f'{source}: this must map names to shapes, such as {{"fc.weight": [10, 84]}}')
+    if is_safetensors:
+        entries = {key: entry for key, entry in found.items() if key != "__metadata__"}
+        found = {key: entry.get("shape") if isinstance(entry, Mapping) else entry for key, entry in entries.items()}
+        found = {key: shape for key, shape in found.items() if not _is_shape(shape) or _is_float(entries[key])}
     for key, shape in found.items():
-        if not isinstance(shape, list) or not all(isinstance(length, int) and length >= 0 for length in shape):
-            raise ValueError(f"{name}: {key}: {shape!r} is not a shape; write a list of lengths, such as [10, 84]")
-    return {key: tuple(shape) for key, shape in found.items()}
+        if not _is_shape(shape):
+            raise ValueError(f"{source}: {key}: {shape!r} is not a shape; write a list of lengths, such as [10, 84]")
+    return {key: tuple(shape) for key, shape in found.items() if _last_part(key) not in _BUFFERS}
 
 
-def matching(params: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return the parameters that a modifier means.
+def matching(
+    params: Sequence[str], shapes: Mapping[str, tuple[int, ...]], exclude: Sequence[str] = ()
+) -> dict[str, int]:
+    """Return the parameters that ``params`` means and ``exclude`` does not take out.
 
     Layers are not known here, so that ``__ALL_PRUNABLE__`` is every parameter of two or more dimensions.
 
     Args:
-        params: Exact names, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
+        params: Exact names, names of layers, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
         shapes: Name of each parameter -> its shape.
+        exclude: Entries of the same form.
 
     Returns:
         Name of each parameter that is meant -> number of its weights, in the order of ``shapes``.
 
     Raises:
-        ValueError: If a pattern is not a regular expression.
+        SettingError: If a pattern is not a regular expression, entries match nothing, or nothing is left.
 
     Example:
         >>> matching(["re:fc.*"], {"fc.weight": (10, 84), "fc.bias": (10,), "conv.weight": (6, 3, 5, 5)})
         {'fc.weight': 840, 'fc.bias': 10}
     """
-    tests = [_meaning(name, shapes) for name in params]
-    return {name: math.prod(shape) for name, shape in shapes.items() if any(name in test for test in tests)}
+    selected = selected_names(params, exclude, names_of_shapes(shapes))
+    return {name: math.prod(shapes[name]) for name in selected}
 
 
-def _meaning(entry: str, shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    if entry == "__ALL__":
-        return set(shapes)
-    if entry == "__ALL_PRUNABLE__":
-        return {name for name, shape in shapes.items() if len(shape) > 1}
-    if not entry.startswith("re:"):
-        return {entry} & set(shapes)
-    try:
-        pattern = re.compile(entry.removeprefix("re:"))
-    except re.error as error:
-        raise ValueError(f"params: {entry!r} is not a regular expression ({error})") from error
-    return {name for name in shapes if pattern.match(name)}
+def doubts(params: Sequence[str], shapes: Mapping[str, tuple[int, ...]], exclude: Sequence[str] = ()) -> list[str]:
+    """Return what of the parameters that :func:`matching` counts is hardly meant, or will not be pruned.
+
+    Args:
+        params: As for :func:`matching`.
+        shapes: Name of each parameter -> its shape.
+        exclude: As for :func:`matching`.
+
+    Returns:
+        One sentence per kind.
+    """
+    model = names_of_shapes(shapes)
+    selected = selected_names(params, exclude, model)
+    found = selection_warnings(params, exclude, model, selected)
+    uncertain = [
+        name for name, entries in selected.items() if ALL_PRUNABLE in entries and not _looks_like_a_layer(name)
+    ]
+    if uncertain:
+        found.append(
+            f"{ALL_PRUNABLE} counts {listed(uncertain)} here, by {_their(uncertain)} number of dimensions, but in a "
+            "model it means the weights of linear and convolution layers alone, so less may be pruned than this plan "
+            "says; embeddings, recurrent weights and the like are pruned only where params names them"
+        )
+    return found
+
+
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and all(type(length) is int and 0 <= length <= _LONGEST_AXIS for length in shape)
+
+
+def _is_float(entry: object) -> bool:
+    return not isinstance(entry, Mapping) or str(entry.get("dtype", "F32")).startswith(_FLOATS)
+
+
+def _last_part(name: str) -> str:
+    return re.split(r"[./]", name)[-1]
+
+
+def _looks_like_a_layer(name: str) -> bool:
+    return _OF_A_LAYER.fullmatch(_last_part(name)) is not None and _EMBEDDING.search(name) is None
+
+
+def _their(names: Sequence[str]) -> str:
+    return "its" if len(names) == 1 else "their"

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+from machine import YOURS_WILL_DIFFER, commit
 
 import mfac_core
 from mfac_core.backends import Array, resolve_device
@@ -267,7 +268,8 @@ def _heading(machine: Machine, repeat: int) -> list[str]:
         "One pruning step: inverse diagonal, saliency, mask, independent update, new weights. float32, standard normal",
         "gradients and weights, half of the weights pruned.",
         "",
-        f"Made by `{command}` with {repeat} repeats on {machine.description()}.",
+        f"Made by `{command}` with {repeat} repeats on {machine.description()}, at commit {commit()}.",
+        YOURS_WILL_DIFFER,
         "",
     ]
 

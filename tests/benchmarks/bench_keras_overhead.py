@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import commit, processor
+from machine import YOURS_WILL_DIFFER, commit, processor
 
 OUTPUT = Path("docs/benchmarks-keras.md")
 BACKENDS = ("tensorflow", "torch", "jax")
@@ -197,6 +197,7 @@ def _lines(found: dict[str, dict[str, Any]]) -> list[str]:
         f"Python {platform.python_version()}, {platform.system()} on {processor()}, "
         f"{len(os.sched_getaffinity(0))} cores, one thread. Measured on "
         f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {commit()}.",
+        YOURS_WILL_DIFFER,
         "",
         "| backend | step | ratio: median | quarter of the rounds below | quarter above | plain step, ms (median) |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from machine import commit, processor
+from machine import YOURS_WILL_DIFFER, commit, processor
 
 SHAPES = [  # m, B, d; None is one block
     (64, 50, 500_000),
@@ -270,6 +270,7 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {processor()}, "
             f"{len(os.sched_getaffinity(0))} cores; its matrix product runs at {rate:.0f} GFLOP/s (median over rows).",
             f"Measured at commit {commit()}.",
+            YOURS_WILL_DIFFER,
             "",
             "* *step*: seconds, the median of seven runs (of three for steps over ten seconds); *diagonal*, *mask*,",
             "  *update*: these parts of one step (saliency and writing back take what is left)",
@@ -291,9 +292,9 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             "free memory. Factors of the size of a block (`B <= m`) are made again: kept, they would be as large as",
             "all dense inverses.",
             "",
-            "What keeps a step from its floor: BLAS runs thin products (64 rows) at half of its speed, and a product",
-            "of a matrix with its own transpose takes not half, but two thirds or more of the time of a full one;",
-            "small factorisations are many small calls. At `m = 64` these outweigh the products themselves.",
+            "What keeps a step from its floor: BLAS is slower at thin products (64 rows) than at square ones, and",
+            "takes more than half of the time of a full product for one of a matrix with its own transpose;",
+            "small factorisations are many small calls. They tell most where `m` is small.",
             "",
             "## On a GPU",
             "",

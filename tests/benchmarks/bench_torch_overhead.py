@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import commit, processor
+from machine import YOURS_WILL_DIFFER, commit, processor
 from torch import nn
 
 from mfac_torch import MagnitudePruningModifier, MFACPruningModifier, ScheduledModifierManager
@@ -111,6 +111,7 @@ def _lines(seconds: dict[str, list[float]]) -> list[str]:
         f"PyTorch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} on {processor()}, {len(os.sched_getaffinity(0))} cores, one thread. Measured on "
         f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {commit()}.",
+        YOURS_WILL_DIFFER,
         "",
         f"The plain step takes {1e3 * statistics.median(plain):.2f} ms (median).",
         "",

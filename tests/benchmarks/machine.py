@@ -6,7 +6,12 @@ import platform
 import subprocess
 from pathlib import Path
 
-__all__ = ["commit", "processor"]
+__all__ = ["YOURS_WILL_DIFFER", "commit", "processor"]
+
+YOURS_WILL_DIFFER = (
+    "Your digits will differ, seconds more than ratios: both hang on the processor, its caches and its libraries."
+)
+"""What stands beside every table of times."""
 
 
 def commit() -> str:

@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mfac_core.backends import Device
@@ -67,7 +67,7 @@ def through_chunks(window: GradientWindow | GradientMatrix) -> np.ndarray:
     return rows
 
 
-few_with_fixture = settings(few, suppress_health_check=["function_scoped_fixture"])
+few_with_fixture = settings(few, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @few_with_fixture

@@ -108,6 +108,53 @@ def test_an_array_that_would_be_pruned_as_a_whole_is_refused_by_name(mask_type, 
     assert math.prod(shape) > 1
 
 
+@pytest.mark.parametrize(
+    ("mask_type", "wrong"),
+    [
+        (
+            (4, -1),
+            ["'a' of shape (6, 8) (6 outputs, 8 inputs)", "'c' of shape (5, 8, 3) (5 outputs, 3 kernel positions, "],
+        ),
+        ("filter", ["'d' of shape (1, 9) (1 outputs, 9 inputs)", "'e' of shape (1, 8) (1 outputs, 8 inputs)"]),
+    ],
+)
+def test_all_arrays_that_cannot_have_a_pattern_are_named_in_one_error(mask_type, wrong):
+    shapes = {"a": (6, 8), "b": (8, 8), "c": (5, 8, 3)}
+    with pytest.raises(SettingError) as refusal:
+        mask_patterns(mask_type, shapes if mask_type != "filter" else {"b": (8, 8), "d": (1, 9), "e": (1, 8)})
+    assert all(each in str(refusal.value) for each in wrong)
+    assert "'b'" not in str(refusal.value)
+    assert str(refusal.value).endswith("or leave them out of params")
+
+
+def test_two_kinds_of_refusal_are_one_error_and_very_many_arrays_are_counted():
+    with pytest.raises(SettingError) as refusal:
+        mask_patterns((1, -1), {"one": (1, 8), "unknown": (4, 4)}, {"unknown": ()})
+    assert "'one' of shape (1, 8)" in str(refusal.value)
+    assert "which axes these are is not known for 'unknown' of shape (4, 4)" in str(refusal.value)
+    with pytest.raises(SettingError, match=r"'9' of shape \(3, 4\) .* and 20 more; choose sizes that do"):
+        mask_patterns((2, 1), {str(number): (3, 4) for number in range(30)})
+
+
+def test_the_axes_of_outputs_and_inputs_alone_make_a_stack_of_matrices():
+    shape = (2, 4, 8)
+    for mask_type, expected in (("filter", 2 * 4), ("channel", 2 * 8), ("2:4", 2 * 4 * 2), ((2, 4), 2 * 2 * 2)):
+        found, count = groups(mask_type, shape, (1, 2))
+        assert count == expected
+        of_one, _ = groups(mask_type, shape[1:])
+        for number in range(2):
+            pairs = set(zip(found[number].ravel().tolist(), of_one.ravel().tolist(), strict=True))
+            assert len(pairs) == count // 2  # the groups that this matrix has by itself
+        assert not set(found[0].ravel()) & set(found[1].ravel())
+
+
+def test_the_matrices_of_a_stack_may_lie_the_other_way_round():
+    found, _ = groups("2:4", (2, 8, 4), (2, 1))
+    assert all(
+        len(set(found[number, start : start + 4, output])) == 1 for number, start, output in ((0, 0, 0), (1, 4, 3))
+    )
+
+
 @pytest.mark.parametrize("axes", [(0,), (0, 0), (1, 2), (0, 1, 2)])
 @pytest.mark.parametrize("mask_type", ["unstructured", "filter"])
 def test_axes_that_are_no_permutation_are_refused_by_name(axes, mask_type):

@@ -441,7 +441,9 @@ second_stage:
   pruning_modifiers:
     ConstantPruningModifier: {targets: __ALL__, start: 0}
 """
-        assert refusal(text).startswith("<text>:11: ConstantPruningModifier: modifiers as keys, with start, end and ")
+        first, second = refusal(text).splitlines()
+        assert first.startswith("<text>:5: SparseGPTModifier is not supported")
+        assert second.startswith("<text>:11: ConstantPruningModifier: modifiers as keys, with start, end and ")
         assert refusal(text[: text.index("second_stage")]).startswith("<text>:5: SparseGPTModifier is not supported")
 
 

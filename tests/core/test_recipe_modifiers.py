@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -31,6 +33,10 @@ from tests.core.recipe_lines import item, mfac, only, refusal
 class TestMFACPruningModifier:
     # Key lines -> what they change in the settings.
     CHANGES = (
+        (["exclude: fc"], {"exclude": ("fc",)}),
+        (["exclude: [stem, 're:.*bias']"], {"exclude": ("stem", "re:.*bias")}),
+        (["exclude: []"], {}),
+        (["ignore: [fc]"], {"exclude": ("fc",)}),
         (["params: __ALL__"], {"params": ("__ALL__",)}),
         (["params: [conv.weight, 're:fc.*']"], {"params": ("conv.weight", "re:fc.*")}),
         (["init_sparsity: 0.1"], {"initial_sparsity": 0.1}),
@@ -103,6 +109,10 @@ class TestMFACPruningModifier:
         tested = {line.partition(":")[0].strip() for keys, _ in self.CHANGES for line in keys}
         assert set(MODIFIERS["MFACPruningModifier"].keys) - {"num_pages"} <= tested
 
+    def test_what_is_excluded_is_written_once(self):
+        message = refusal(mfac("ignore: [a]", "exclude: [b]"))
+        assert message.startswith("<text>:6: MFACPruningModifier.exclude: ignore on line 5 already gives this setting")
+
     def test_absent_devices_are_decided_where_the_model_is(self):
         assert (only(mfac()).devices, only(mfac()).gradients_device) == (("auto",), "auto")
 
@@ -139,6 +149,8 @@ class TestMFACPruningModifier:
             ("params: 3", "params: 3 must be a name or a list of names"),
             ("params: [a, 3]", "params: ['a', 3] must be a name or a list of names"),
             ("params: {a: b}", "params: {'a': 'b'} must be a name or a list of names"),
+            ("exclude: 3", "exclude: 3 must be a name or a list of names, such as [stem, fc.weight]"),
+            ("ignore: [re:(]", "ignore: 're:(' is not a regular expression"),
             ("params: []", "params: () must be a name or a non-empty list of names"),
             ("init_sparsity: 1.0", "init_sparsity: 1.0 is out of range; the rule is 0 <= init_sparsity < 1"),
             ("init_sparsity: 0.9", "init_sparsity: 0.9 is above final_sparsity 0.8"),
@@ -194,7 +206,7 @@ class TestMFACPruningModifier:
             ("mfac_options: {dmap: 1.0}", "mfac_options.dmap: unknown key (did you mean damp?)"),
             ("mfac_options: {damp: -1}", "mfac_options.damp: -1.0 is out of range; the rule is damp > 0"),
             ("finl_sparsity: 3", "finl_sparsity: unknown key (did you mean final_sparsity?); the keys are params, "),
-            ("qqq: 3", "qqq: unknown key; the keys are params, init_sparsity, "),
+            ("qqq: 3", "qqq: unknown key; the keys are params, ignore, exclude, init_sparsity, "),
             ("grad_sampler_kwargs: 8", "grad_sampler_kwargs: 8 must be a mapping of arguments"),
             ("grad_sampler_kwargs: {1: 2}", "grad_sampler_kwargs: {1: 2} must be a mapping from argument to value"),
             ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer"),
@@ -329,6 +341,12 @@ class TestModifiers:
     # Modifier, key line -> what it changes in the settings.
     CHANGES = (
         ("MagnitudePruningModifier", "params: a", {"params": ("a",)}),
+        ("MagnitudePruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("GMPruningModifier", "ignore: [a, b]", {"exclude": ("a", "b")}),
+        ("ConstantPruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("ConstantPruningModifier", "ignore: a", {"exclude": ("a",)}),
+        ("ACDCPruningModifier", "exclude: a", {"exclude": ("a",)}),
+        ("ACDCPruningModifier", "ignore: a", {"exclude": ("a",)}),
         ("MagnitudePruningModifier", "init_sparsity: 0.2", {"initial_sparsity": 0.2}),
         ("MagnitudePruningModifier", "inter_func: linear", {"interpolation": "linear"}),
         ("MagnitudePruningModifier", "global_sparsity: false", {}),
@@ -734,3 +752,79 @@ class TestSettingsFromKeys:
     def test_text_is_not_an_expression(self):
         keys = {"final_sparsity": 0.5, "end_epoch": 1, "params": "eval(x)"}
         assert settings_from_keys("GMPruningModifier", keys).params == ("eval(x)",)
+
+
+class TestSeveralErrors:
+    TEXT = """
+training_modifiers:
+  - !EpochRangeModifer {end_epoch: 8.0}
+  - !SetLearningRateModifier {learning_rate: 3}
+pruning_modifiers:
+  - !MFACPruningModifier
+    finl_sparsity: 0.8
+    init_sparsity: -1
+    end_epoch: 4.0
+    num_grads: 0
+    damp: many
+    mask_type: 3x
+  - !MagnitudePruningModifier
+    final_sparsity: 1.5
+    init_sparsity: 0.3
+    start_epoch: -3
+    end_epoch: true
+    end_epok: 5
+"""
+
+    def test_all_are_told_in_the_order_of_lines(self):
+        assert [line.partition(" ")[0] + line.split(" ")[1] for line in refusal(self.TEXT).splitlines()] == [
+            "<text>:3:!EpochRangeModifer",
+            "<text>:4:SetLearningRateModifier.learning_rate:",
+            "<text>:7:MFACPruningModifier.finl_sparsity:",
+            "<text>:8:MFACPruningModifier.init_sparsity:",
+            "<text>:10:MFACPruningModifier.num_grads:",
+            "<text>:11:MFACPruningModifier.damp:",
+            "<text>:12:MFACPruningModifier.mask_type:",
+            "<text>:14:MagnitudePruningModifier.final_sparsity:",
+            "<text>:16:MagnitudePruningModifier.start_epoch:",
+            "<text>:17:MagnitudePruningModifier.end_epoch:",
+            "<text>:18:MagnitudePruningModifier.end_epok:",
+        ]
+
+    def test_each_is_a_message_of_the_error(self):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(self.TEXT)
+        assert "\n".join(caught.value.messages) == str(caught.value)
+        assert len(caught.value.messages) == 11
+        copied = pickle.loads(pickle.dumps(caught.value))
+        assert copied.messages == caught.value.messages
+
+    @pytest.mark.parametrize(
+        ("keys", "wrong"),
+        [
+            # What fits together does not become wrong beside a wrong value.
+            (["final_sparsity: 2", "init_sparsity: 0.7", "end_epoch: 1"], ["final_sparsity"]),
+            (["final_sparsity: 2", "mask_type: '3:4'", "end_epoch: 1"], ["final_sparsity"]),
+            (["final_sparsity: 0.5", "start_epoch: 30", "end_epoch: -2"], ["end_epoch"]),
+            (["final_sparsity: 0.5", "start_epoch: 30", "end_epoch: 2"], ["end_epoch"]),
+            (["final_sparsity: 0.5", "start_epoch: -1.5", "end_epoch: 2"], ["start_epoch"]),
+            (["init_sparsity: 0.9", "end_epok: 2", "final_sparsity: 0.95"], ["end_epok"]),
+            (["final_sparsity: 2", "end_epoch: -2", "damp: 0"], ["final_sparsity", "end_epoch", "damp"]),
+            (["final_sparsity: 2", "init_sparsity: -1", "end_epoch: 2"], ["final_sparsity", "init_sparsity"]),
+            (["damp: 0", "damping: 1"], ["", "damp", "damping"]),
+        ],
+    )
+    def test_one_wrong_value_makes_no_other_wrong(self, keys, wrong):
+        names = [re.match(r"<text>:\d+: \w+[.]?(\w*):", line)[1] for line in refusal(item(*keys)).splitlines()]
+        assert names == wrong
+
+    @pytest.mark.parametrize("modifier", sorted(MODIFIERS))
+    def test_of_every_modifier(self, modifier):
+        wrong = refusal(item("no_key: 1", "no_other: 2", "start_epoch: -7", modifier=modifier)).splitlines()
+        said = [line for line in wrong if "missing" not in line]
+        assert [re.match(r"<text>:(\d+)", line)[1] for line in said][:2] == ["3", "4"]
+
+    def test_of_the_form_of_the_text_too(self):
+        text = "a: !!python/name:os.system\nb: 1\nb: 2\n" + item(
+            "params: !x [y]", "final_sparsity: 0.5", "end_epoch: 1"
+        )
+        assert [line.partition(": ")[0] for line in refusal(text).splitlines()] == ["<text>:1", "<text>:3", "<text>:6"]

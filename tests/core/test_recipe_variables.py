@@ -35,8 +35,9 @@ pruning_modifiers:
     <<: *defaults
     damp: 1
 """
-        message = refusal(text)
-        assert message.startswith("<text>:17: MagnitudePruningModifier.damp: unknown key")
+        first, second = refusal(text).splitlines()
+        assert first == "<text>:15: MagnitudePruningModifier: final_sparsity and end_epoch are missing; add them"
+        assert second.startswith("<text>:17: MagnitudePruningModifier.damp: unknown key")
         loaded = only(text[: text.index("  - !Magnitude")])
         assert (loaded.update_frequency, loaded.damping, loaded.num_gradients) == (3.0, 1e-3, {0.0: 7})
         assert (loaded.end_epoch, loaded.params) == (10.0, ("a", "b"))

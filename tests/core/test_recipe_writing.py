@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
@@ -49,6 +49,7 @@ def gradual(draw: st.DrawFn) -> dict[str, object]:
     return {
         **draw(spans()),
         **({} if grouped else {"params": draw(NAMES)}),
+        "exclude": draw(st.just(()) | NAMES),
         "final_sparsity": final,
         "initial_sparsity": draw(st.just(FROM_PARAM) | st.floats(0, lowest)),
         "update_frequency": draw(st.floats(0.01, 10)),
@@ -135,7 +136,6 @@ ANY_SETTINGS = st.one_of(
 
 class TestWriting:
     @given(st.lists(ANY_SETTINGS, min_size=1, max_size=3))
-    @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
     def test_what_is_written_loads_as_it_was(self, modifiers):
         loaded = load_recipe(recipe_text(modifiers)).modifiers
         assert loaded == tuple(modifiers)

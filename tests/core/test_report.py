@@ -114,3 +114,41 @@ def test_the_picture_leaves_no_state_in_pyplot(tmp_path: Path) -> None:
     picture([GRADUAL], tmp_path / "run.png")
 
     assert pyplot.get_fignums() == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"facts": {"a": NaN}, "records": []}',
+        '{"facts": {}, "records": [{"method": "x", "sparsity": 1' + "0" * 400 + "}]}",
+    ],
+)
+def test_json_that_no_run_is_written_as_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run.json"))):
+        read_json(tmp_path / "run.json")
+
+
+def test_what_was_there_stays_where_writing_fails(tmp_path: Path) -> None:
+    path, image = tmp_path / "run.json", tmp_path / "run.svg"
+    write_json([ONE_SHOT], path)
+    picture([GRADUAL], image)
+    before = path.read_bytes(), image.read_bytes()
+
+    with pytest.raises(TypeError):
+        write_json([ONE_SHOT], path, seed=object())
+    broken = RunRecord("M-FAC", 0.5, 0.9, 0.8, 1.0, history=((0.0, 0.9, 0.0), (1.0, 0.8)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError):
+        picture([broken], image)
+
+    assert (path.read_bytes(), image.read_bytes()) == before
+    assert {each.name for each in tmp_path.iterdir()} == {"run.json", "run.svg"}
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    write_json([ONE_SHOT], tmp_path / "new" / "run.json")
+    picture([GRADUAL], tmp_path / "other" / "run.pdf")
+
+    assert (tmp_path / "other" / "run.pdf").read_bytes().startswith(b"%PDF")

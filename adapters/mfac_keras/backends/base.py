@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -51,6 +51,7 @@ class TrainingHooks(ABC):
         self._frozen: frozenset[int] = frozenset()
         self._tapping = False
         self._met_apply = False
+        self._of_model = model.optimizer
         self._updated = [False] * len(self._variables)
         self._hooked: list[tuple[Any, str]] = []
 
@@ -113,6 +114,11 @@ class TrainingHooks(ABC):
         self._model.train_function = self._train_function()
 
     @property
+    def is_followed(self) -> bool:
+        """Whether the model has the optimizer that it had when the hooks were made."""
+        return self._model.optimizer is self._of_model
+
+    @property
     def updated(self) -> list[Any]:
         """The variables in scope that training steps have given to the optimizer so far."""
         return [each for each, updated in zip(self._variables, self._updated, strict=True) if updated]
@@ -161,18 +167,21 @@ class TrainingHooks(ABC):
                 for slot in remembered(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
 
-    def forget(self, variables: Iterable[Any]) -> None:
-        """Set what optimizers remember of variables to zero, except for moving averages of the variables themselves.
+    def slots_of(self, variables: Iterable[Any]) -> Iterator[Any]:
+        """Yield what optimizers remember of variables, except for moving averages of the variables themselves.
 
         Args:
             variables: Variables in scope.
+
+        Yields:
+            Optimizer variables of the shapes of these.
         """
         for variable in variables:
             for leaf in innermost(self._optimizer):
                 average = average_of(leaf, variable)
                 for slot in remembered(leaf, variable):
                     if slot is not average:
-                        slot.assign(keras.ops.zeros(slot.shape, dtype=slot.dtype))
+                        yield slot
 
     def sync(self) -> None:  # noqa: B027
         """Make sure that the variables have their current values."""

@@ -7,7 +7,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 
 from mfac_core import RecipeError, load_recipe  # noqa: E402
 from mfac_core.errors import SettingError  # noqa: E402
-from mfac_keras import MFACPruningCallback  # noqa: E402
+from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
 
 
 def assert_pruned(task, model, sparsity=0.75):
@@ -146,8 +146,9 @@ def test_names_in_the_style_of_pytorch_are_told_apart(task):
         SettingError, match=r"MFACPruningModifier.params: 'body.weight' .*PyTorch's `weight` is a `kernel`"
     ):
         task.fit(task.model(), MFACPruningCallback(task.recipe(params="[body.weight]")))
-    with pytest.raises(SettingError, match=r"it is a layer; re:tiny/body\[/\] selects what is in it"):
-        task.fit(task.model(), MFACPruningCallback(task.recipe(params="[tiny/body]")))
+    callback = MFACPruningCallback(task.recipe(params="[tiny/body]"))
+    task.fit(task.model(), callback)
+    assert list(callback.masks) == ["tiny/body/kernel"]
 
 
 @pytest.mark.feature("errors at fit, by name")
@@ -157,6 +158,63 @@ def test_an_optimizer_that_does_not_train_the_variables_is_refused(task):
     other.build(model.trainable_variables[2:])
     with pytest.raises(ValueError, match=r"does not train .*body.kernel"):
         task.fit(model, MFACPruningCallback(task.recipe(), optimizer=other))
+
+
+def of_keras_2(name):
+    """An object of a user's class, which inherits from one of Keras 2."""
+    base = type(name, (), {"__module__": f"tf_keras.src.{name.lower()}", "built": True, "__call__": lambda self: None})
+    return type("Mine", (base,), {})()
+
+
+@pytest.mark.feature("errors at fit, by name")
+def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
+    keys = {"final_sparsity": 0.5, "end_epoch": 1.0}
+    of_2 = r"is a \S*Mine of Keras 2 \(tf_keras\), and pruning needs Keras 3: make it with `import keras`"
+    callback = MFACPruningCallback(**keys)
+    with pytest.raises(TypeError, match=f"the model {of_2}"):
+        callback.set_model(of_keras_2("Sequential"))  # what its fit begins with
+    with pytest.raises(TypeError, match=f"the model {of_2}"):
+        prune_one_shot(of_keras_2("Functional"), [task.batch(0)], "mse", final_sparsity=0.5)
+    with pytest.raises(TypeError, match=f"the optimizer {of_2}"):
+        MFACPruningCallback(**keys, optimizer=of_keras_2("Adam"))
+    with pytest.raises(TypeError, match=f"the loss {of_2}"):
+        MFACPruningCallback(**keys, sampler=[task.batch(0)], loss=of_keras_2("Loss"))
+    with pytest.raises(TypeError, match=f"the loss {of_2}"):
+        prune_one_shot(task.model(), [task.batch(0)], of_keras_2("Loss"), final_sparsity=0.5)
+    with pytest.raises(
+        TypeError, match=r"follows the optimizer .* it is a builtins.str; .* keras.optimizers.Optimizer"
+    ):
+        MFACPruningCallback(**keys, optimizer="adam")
+    with pytest.raises(
+        TypeError, match=r"the model is a builtins.NoneType, and pruning needs a keras.Model of Keras 3"
+    ):
+        prune_one_shot(None, [task.batch(0)], final_sparsity=0.5)
+
+
+@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.backends("torch")
+def test_a_torch_module_is_sent_to_the_other_adapter(task):
+    import torch
+
+    with pytest.raises(TypeError, match=r"torch.nn.modules.linear.Linear, .* use mfac_torch"):
+        prune_one_shot(torch.nn.Linear(4, 4), [task.batch(0)], final_sparsity=0.5)
+
+
+@pytest.mark.feature("logs, progress lines, TensorBoard")
+@pytest.mark.parametrize("several", [False, True])
+def test_each_line_says_what_it_is_about(task, caplog, several):
+    paths = ["tiny/body/kernel", "tiny/head/kernel"] if several else ["tiny/body/kernel"]
+    one = task.recipe("MagnitudePruningModifier", params="[tiny/body/kernel]")
+    other = task.recipe("MagnitudePruningModifier", params="[tiny/head/kernel]").partition("\n")[2]
+    with caplog.at_level(logging.INFO, logger="mfac_keras"):
+        task.fit(task.model(), MFACPruningCallback(one + other * several, verbose=0), epochs=2)
+    messages = [record.getMessage() for record in caplog.records]
+    names = [f"MagnitudePruningModifier {number}: " if several else "" for number in (1, 2)]
+    for name, path in zip(names, paths, strict=False):
+        about = f"({name}{path})"
+        assert sum(each.startswith("pruning step") and each.endswith(about) for each in messages) == 2
+        ended = f"fit ended at epoch 2.00 without the pruning step of epoch 3 {about}: sparsity is"
+        assert sum(each.startswith(ended) for each in messages) == 1
 
 
 @pytest.mark.feature("logs, progress lines, TensorBoard")

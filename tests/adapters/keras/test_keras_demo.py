@@ -45,7 +45,7 @@ def test_the_demo_prunes_to_exact_sparsities_and_writes_what_it_did(tmp_path, mo
     for name, text in (("gradual.yaml", GRADUAL), ("one_shot.yaml", ONE_SHOT)):
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(demo_runs, "ONE_SHOT", str(tmp_path / "one_shot.yaml"))
-    monkeypatch.setattr(keras_demo, "DENSE_EPOCHS", 2)
+    monkeypatch.setattr(keras_demo, "DENSE_EPOCHS", 1)
     folder = tmp_path / "run"
 
     keras_demo.run(recipe=tmp_path / "gradual.yaml", output=folder, seed=3)
@@ -60,7 +60,6 @@ def test_the_demo_prunes_to_exact_sparsities_and_writes_what_it_did(tmp_path, mo
         "magnitude one-shot": one_shot,
     }
     assert {record.accuracy_before for record in records} == {records[0].accuracy_before}
-    assert all(record.accuracy_after > 0.3 for record in records)
     assert [[epoch for epoch, *_ in record.history] for record in records] == [[0, 1, 2], [0, 1, 2], [], []]
     assert records[0].history[-1][1:] == pytest.approx((records[0].accuracy_after, records[0].sparsity))
     assert facts["seed"] == 3
@@ -76,6 +75,9 @@ def test_the_demo_prunes_to_exact_sparsities_and_writes_what_it_did(tmp_path, mo
     assert sum(masks[path].size for path in masks) == WEIGHTS
     assert sum(int((~masks[path]).sum()) for path in masks) == gradual
     assert all((kernel[~masks[path]] == 0).all() for path, kernel in kernels.items())
+    digits = keras_demo.load_digits(3)
+    two_images = 2 / len(digits.test_labels)
+    assert keras_demo.accuracy(model, digits) == pytest.approx(records[0].accuracy_after, abs=two_images)
 
 
 def test_one_shot_pruning_leaves_the_dense_network_as_it_is_and_repeats():
@@ -87,7 +89,9 @@ def test_one_shot_pruning_leaves_the_dense_network_as_it_is_and_repeats():
 
     assert all(np.array_equal(a, b) for a, b in zip(before, dense.get_weights(), strict=True))
     first, second = (result.model.get_weights() for result in results)
-    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one == 0, other == 0)
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 def test_a_recipe_that_matches_nothing_is_refused_before_any_training(tmp_path, monkeypatch):
@@ -109,15 +113,36 @@ def test_the_network_begins_with_weights_like_those_of_pytorch():
             assert 0.6 < np.abs(drawn).max() * np.sqrt(fan_in) <= 1.0
 
 
-def test_the_pruned_network_is_within_a_point_of_that_of_pytorch():
-    torch_demo = pytest.importorskip("mfac_torch.demo").demo(0)
-    recipe = load_recipe(demo_runs.recipe_path(demo_runs.GRADUAL))
-    accuracies = []
-    for demo in (torch_demo, keras_demo.demo(0)):
-        dense = demo.train_dense(lambda epoch: None)
-        result = demo.prune_gradually(recipe, "M-FAC", dense, lambda epoch: None)
-        assert result.record.sparsity == round(0.96 * WEIGHTS) / WEIGHTS
-        accuracies.append(result.record.accuracy_after)
+def in_the_form_of_keras(network):
+    """The weights of PyTorch's network as the one of Keras takes them."""
 
-    theirs, ours = accuracies
-    assert ours > theirs - 0.01
+    def form(weight):
+        if weight.ndim == 4:
+            return weight.transpose(2, 3, 1, 0)
+        if weight.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
+            return weight.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
+        return weight.T if weight.ndim == 2 else weight
+
+    return [form(weight.numpy(force=True)).copy() for weight in network.parameters()]
+
+
+def test_the_same_weights_and_images_give_the_same_steps_of_training_as_in_pytorch():
+    torch = pytest.importorskip("torch")
+    torch_digits = pytest.importorskip("mfac_torch.digits")
+    one_batch = slice(demo_runs.BATCH_SIZE)  # so that the order of the images, which differs, does not matter
+    digits = keras_demo.load_digits(0)
+    digits = digits._replace(train_images=digits.train_images[one_batch], train_labels=digits.train_labels[one_batch])
+    images, labels = torch_digits.Digits.load(0).train_images[one_batch], torch.from_numpy(digits.train_labels)
+    ours, theirs = keras_demo.make_network(0), torch_digits.make_network(0)
+    before = in_the_form_of_keras(theirs)
+    ours.set_weights(before)
+
+    keras_demo.train(ours, digits, learning_rate=0.05, epochs=3, seed=0)
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=demo_runs.MOMENTUM)
+    torch_digits.train(theirs, optimizer, torch_digits.Digits(images, labels, images, labels), epochs=3, seed=0)
+
+    np.testing.assert_array_equal(digits.train_images[..., 0], images[:, 0])
+    for mine, other, start in zip(ours.get_weights(), in_the_form_of_keras(theirs), before, strict=True):
+        change = np.abs(other - start).max()
+        assert change > 1e-4
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-2 * change)

@@ -82,6 +82,7 @@ class NothingNewToCompile(keras.callbacks.Callback):
 
 
 @pytest.mark.jit_compile
+@pytest.mark.timeout(1800)  # a C++ compiler at work
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch[.]", "ignore::UserWarning:torch[.]")
 @pytest.mark.feature("jit_compile=True")
 def test_gradients_and_masks_where_the_step_is_compiled(task, observed, watch):

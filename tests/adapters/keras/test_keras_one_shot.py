@@ -76,3 +76,44 @@ def test_samples_that_all_hold_nan_are_refused_with_the_likely_cause(task):
     task.x[:] = np.nan
     with pytest.raises(ValueError, match=r"all 3 held NaN or Inf and were refused; look for NaN in the data"):
         prune_one_shot(task.model(), [task.batch(0)], recipe=task.recipe())
+
+
+@pytest.mark.parametrize("modifier", ["MagnitudePruningModifier", "GMPruningModifier"])
+def test_what_needs_no_gradients_needs_no_data(task, modifier):
+    model, other = task.model(), task.model()
+    masks = prune_one_shot(model, None, recipe=task.recipe(modifier))
+    for name, mask in prune_one_shot(other, batches(task), recipe=task.recipe(modifier)).items():
+        np.testing.assert_array_equal(masks[name], mask)
+    assert all(np.count_nonzero(kernel == 0) == round(0.75 * kernel.size) for kernel in task.kernels(model).values())
+
+
+def test_constant_masks_need_no_data(task):
+    model = task.model()
+    model.layers[0].kernel.assign(np.where(np.arange(8) % 2, model.layers[0].kernel.numpy(), 0))
+    masks = prune_one_shot(model, recipe="modifiers:\n- !ConstantPruningModifier {params: [tiny/body/kernel]}\n")
+    np.testing.assert_array_equal(masks["tiny/body/kernel"], model.layers[0].kernel.numpy() != 0)
+
+
+def test_mfac_without_data_says_what_to_pass(task):
+    model = task.model()
+    before = model.get_weights()
+    magnitude = "  - !MagnitudePruningModifier {final_sparsity: 0.9, end_epoch: 0.0, params: [tiny/head/kernel]}\n"
+    with pytest.raises(TypeError, match=r"M-FAC in one shot needs gradients; pass batches \(x, y\) as dataset"):
+        prune_one_shot(model, None, recipe=task.recipe(params="[tiny/body/kernel]") + magnitude)
+    assert all(np.array_equal(a, b) for a, b in zip(before, model.get_weights(), strict=True))
+
+
+def test_modifiers_that_follow_each_other_are_pruned_in_their_order_without_a_warning(task, caplog):
+    def recipe(second_start):
+        return (
+            "pruning_modifiers:\n"
+            f"  - !GMPruningModifier {{final_sparsity: 0.75, start_epoch: {second_start}, end_epoch: 9.0}}\n"
+            "  - !GMPruningModifier {final_sparsity: 0.5, start_epoch: 0.0, end_epoch: 4.0}\n"
+        )
+
+    model = task.model()
+    prune_one_shot(model, None, recipe=recipe(4.0))
+    assert not caplog.text
+    assert all(np.count_nonzero(kernel == 0) == round(0.75 * kernel.size) for kernel in task.kernels(model).values())
+    prune_one_shot(task.model(), None, recipe=recipe(3.0))
+    assert "GMPruningModifier 1 and GMPruningModifier 2 prune the same parameters" in caplog.text

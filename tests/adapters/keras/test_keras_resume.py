@@ -65,7 +65,7 @@ def test_a_run_killed_between_two_savings_goes_on_from_the_state_that_fits(task,
     whole = run(task, tmp_path / "whole")
     # The state of pruning is an epoch ahead of the backup.
     run(task, tmp_path / "killed", kill_at=13)
-    state = next(read_states(tmp_path / "killed" / "pruning.npz"))
+    state = next(read_states(tmp_path / "killed" / "pruning.npz")).state
     write_state(tmp_path / "killed" / "pruning.npz", {**state, "step": 15})
     assert_equal_runs(whole, run(task, tmp_path / "killed"))
 
@@ -90,7 +90,7 @@ def test_without_its_state_a_run_takes_zeros_for_masks_and_says_so(task, tmp_pat
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_the_window_need_not_be_saved(task, tmp_path):
     run(task, tmp_path, kill_at=13, save_window=False)
-    assert next(read_states(tmp_path / "pruning.npz"))["prunings"][0]["window"] is None
+    assert next(read_states(tmp_path / "pruning.npz")).state["prunings"][0]["window"] is None
     assert run(task, tmp_path, save_window=False)[1].sparsity == 0.75
 
 
@@ -137,8 +137,8 @@ def test_a_state_that_fits_in_part_changes_no_weight(task, tmp_path):
         head = task.recipe("MagnitudePruningModifier", params="['re:.*head/kernel']", end_epoch=end)
         return body + head.partition("\n")[2]
 
-    task.fit(task.model(), MFACPruningCallback(text(4.0), state_path=tmp_path / "state", verbose=0), epochs=3)
     model = task.model()
+    task.fit(model, MFACPruningCallback(text(4.0), state_path=tmp_path / "state", verbose=0), epochs=3)
     before = model.get_weights()
     with pytest.raises(ValueError, match="belongs to another recipe or model"):
         task.fit(model, MFACPruningCallback(text(5.0), state_path=tmp_path / "state"), initial_epoch=3, epochs=5)
@@ -173,11 +173,12 @@ def test_a_state_comes_back_as_it_was_and_a_broken_file_is_refused(tmp_path):
     state = {"step": np.int64(3), "rates": [None, 0.5], "masks": {"a/kernel": np.array([True, False])}, "none": None}
     write_state(path, {"step": 2})
     write_state(path, state)
-    latest, previous = read_states(path)
+    latest, previous = (each.state for each in read_states(path))
     assert latest["step"] == 3
     assert latest["rates"] == [None, 0.5]
     np.testing.assert_array_equal(latest["masks"]["a/kernel"], [True, False])
     assert previous == {"step": 2}
     path.write_bytes(b"no state")
+    path.with_name("state.previous").unlink()
     with pytest.raises(ValueError, match="is not the state of a pruning run"):
         next(read_states(path))

@@ -1,12 +1,10 @@
-import logging
-
 import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_core.errors import SettingError  # noqa: E402
-from mfac_keras import prunable_variables, select_variables  # noqa: E402
+from mfac_keras import MFACPruningCallback, prunable_variables, prune_one_shot, select_variables  # noqa: E402
 from mfac_keras.layout import pytorch_forms  # noqa: E402
 
 pytestmark = pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes")
@@ -74,12 +72,18 @@ def test_a_frozen_variable_is_an_error_by_name_and_left_out_by_pattern(zoo, capl
     with pytest.raises(SettingError, match="'frozen/kernel' is frozen"):
         select_variables(zoo, ["frozen/kernel"])
     assert "frozen/kernel" not in select_variables(zoo, ["re:.*kernel"])
-    assert "WARNING" in caplog.text
-    assert "frozen (the layer is not trainable) and left out of pruning: frozen/kernel" in caplog.text
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "are not in scope: 12 frozen (the layer is not trainable: frozen/kernel)" in record.getMessage()
+    for keyword in ("__ALL__", "__ALL_PRUNABLE__"):
+        caplog.clear()
+        assert "frozen/kernel" not in select_variables(zoo, [keyword])
+        assert "frozen (the layer is not trainable: frozen/kernel)" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="mfac_keras"):
-        assert "frozen/kernel" not in select_variables(zoo, ["__ALL__"])
+    select_variables(zoo, ["__ALL_PRUNABLE__"], ["frozen"])
+    select_variables(zoo, ["dense/kernel"])
     assert not caplog.text
+    assert list(select_variables(zoo, ["frozen/kernel"], frozen_too=True)) == ["frozen/kernel"]
     with pytest.raises(SettingError, match="leaves nothing to prune"):
         select_variables(zoo, ["re:frozen/kernel"])
 
@@ -155,3 +159,138 @@ def test_a_convolution_in_pytorchs_form_is_that_of_pytorch(zoo):
         expected = function(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), weight).numpy().transpose(0, 2, 3, 1)
         x = np.asarray(keras.ops.convert_to_numpy(layers[name](x)))
         np.testing.assert_allclose(x, expected, rtol=1e-4, atol=1e-5)
+
+
+class Tiny(keras.Model):
+    def __init__(self):
+        super().__init__(name="tiny")
+        self.body = keras.Sequential(
+            [keras.layers.Dense(4, name="first"), keras.layers.LayerNormalization(name="norm")], name="body"
+        )
+        self.head = keras.layers.Dense(2, name="head")
+
+    def call(self, inputs):
+        return self.head(self.body(inputs))
+
+
+@pytest.fixture
+def tiny():
+    model = Tiny()
+    model(np.ones([1, 3], "float32"))
+    return model
+
+
+def test_a_layer_by_its_name_or_path_means_its_prunable_weights(zoo, tiny, caplog):
+    assert list(select_variables(zoo, ["attention", "conv"], ["re:.*value"])) == [
+        "conv/kernel",
+        "attention/query/kernel",
+        "attention/key/kernel",
+        "attention/attention_output/kernel",
+    ]
+    assert list(select_variables(zoo, ["attention/query"])) == ["attention/query/kernel"]
+    (first,) = select_variables(tiny, ["body"])
+    assert first.endswith("first/kernel")
+    assert (
+        list(select_variables(tiny, ["first"]))
+        == list(select_variables(tiny, [first.removesuffix("/kernel")]))
+        == [first]
+    )
+    assert len(select_variables(tiny, ["tiny"])) == 2
+    assert not caplog.records
+    with pytest.raises(SettingError, match="'norm' is a layer without weights of Dense and convolution layers"):
+        select_variables(zoo, ["norm"])
+
+
+def test_normalization_and_biases_that_a_pattern_catches_are_named(zoo, caplog):
+    assert "norm/gamma" in select_variables(zoo, ["re:(norm|attention/query|conv/)"])
+    (record,) = caplog.records
+    for name in ("norm/gamma", "norm/beta", "attention/query/bias", "conv/bias"):
+        assert name in record.getMessage()
+    assert "kernel" not in record.getMessage()
+    caplog.clear()
+    select_variables(zoo, ["re:(norm|conv/)"], ["norm", "re:.*bias"])
+    select_variables(zoo, ["norm/gamma", "conv/bias"])
+    assert not caplog.records
+
+
+def test_nearest_names_are_of_what_one_prunes_and_a_glob_becomes_a_pattern(zoo):
+    for entry in ("norm/gama", "dense/bais"):
+        with pytest.raises(SettingError) as error:
+            select_variables(zoo, [entry])
+        suggested = str(error.value).partition("nearest names are ")[2]
+        assert "kernel" in suggested and "bias" not in suggested and "norm" not in suggested
+    with pytest.raises(SettingError, match=r"write 're:conv.\*/kernel\$'"):
+        select_variables(zoo, ["conv*/kernel"])
+
+
+def test_what_is_excluded_must_match_something(zoo):
+    with pytest.raises(SettingError, match="exclude: 'hed' matches no variable .* nearest layers are head"):
+        select_variables(zoo, ["__ALL_PRUNABLE__"], ["hed"])
+
+
+def test_low_rank_adapters_beside_a_frozen_kernel_are_named(caplog):
+    model = keras.Sequential([keras.Input([8]), keras.layers.Dense(8, name="wide"), keras.layers.Dense(4, name="head")])
+    model.get_layer("wide").enable_lora(2)
+    chosen = select_variables(model, ["re:.*kernel"])
+    assert sum("lora" in name for name in chosen) == 2
+    assert "low-rank adapters are pruned, and the frozen weights that they are added to are not: " in caplog.text
+    assert "64 of 128 weights" in caplog.text
+
+
+class Experts(keras.layers.Layer):
+    def build(self, shape):
+        self.up = self.add_weight(shape=(3, 8, 12), name="up", initializer="random_normal")
+
+    def call(self, inputs):
+        return keras.ops.einsum("bi,eoi->beo", inputs, self.up)
+
+
+@pytest.mark.parametrize("mask_type", ["2:4", "filter"])
+def test_inputs_of_stacked_matrices_of_own_layers_are_the_last_axis(mask_type, caplog):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input([12]), Experts(name="experts"), keras.layers.Dense(2, name="head")])
+    name = next(variable.path for variable in model.weights if variable.path.endswith("up"))
+    data = np.ones([2, 12], "float32"), np.ones([2, 3, 2], "float32")
+    recipe = f"""
+    modifiers:
+      - !MagnitudePruningModifier {{params: ["{name}"], mask_type: "{mask_type}", final_sparsity: 0.5, end_epoch: 0}}
+    """
+    prune_one_shot(model, data, "mse", recipe)
+    weight = model.get_layer("experts").up.numpy()
+    if mask_type == "2:4":
+        assert (np.count_nonzero(weight.reshape(-1, 4), axis=1) <= 2).all()
+    else:
+        kept = np.count_nonzero(weight, axis=2)
+        assert set(kept.ravel()) == {0, 12}
+        assert len({tuple(each) for each in kept.tolist()}) > 1  # filters of one matrix, not of all at once
+    caplog.clear()
+    select_variables(model, ["__ALL_PRUNABLE__"])
+    assert f"288 in arrays of three or more axes that belong to no such layer ({name})" in caplog.text
+
+
+def test_one_warning_for_all_modifiers_in_fit_and_in_one_shot(caplog):
+    model = keras.Sequential([keras.Input([8]), keras.layers.Dense(8, trainable=False), keras.layers.Dense(4)])
+    model.compile("sgd", "mse")
+    data = np.ones([8, 8], "float32"), np.ones([8, 4], "float32")
+    recipe = """
+    modifiers:
+      - !MagnitudePruningModifier {final_sparsity: 0.5, end_epoch: 1.0}
+      - !MagnitudePruningModifier {final_sparsity: 0.75, start_epoch: 2.0, end_epoch: 3.0}
+    """
+    model.fit(*data, epochs=1, verbose=0, callbacks=[MFACPruningCallback(recipe, verbose=0)])
+    assert caplog.text.count("64 of 96 weights of Dense and convolution layers are not in scope") == 1
+    caplog.clear()
+    prune_one_shot(model, data, "mse", recipe)
+    assert caplog.text.count("64 of 96 weights of Dense and convolution layers are not in scope") == 1
+
+
+def test_exclude_is_a_keyword_of_callback_and_one_shot():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input([8]), keras.layers.Dense(8, name="a"), keras.layers.Dense(4, name="b")])
+    model.compile("sgd", "mse")
+    data = np.random.default_rng(0).random((16, 8)).astype("float32"), np.ones([16, 4], "float32")
+    callback = MFACPruningCallback(final_sparsity=0.5, start_epoch=1, end_epoch=1, num_grads=2, exclude="b", verbose=0)
+    model.fit(*data, batch_size=4, epochs=2, verbose=0, callbacks=[callback])
+    assert [name.endswith("a/kernel") for name in callback.masks] == [True]
+    masks = prune_one_shot(model, data, "mse", final_sparsity=0.5, num_grads=2, ignore=["a"])
+    assert [name.endswith("b/kernel") for name in masks] == [True]

@@ -311,6 +311,17 @@ def test_weights_that_nobody_trains_are_pruned_all_the_same(task):
     assert zeros_of(task, model) == pruning.sparsity == 0.75
 
 
+@pytest.mark.backends("torch")
+def test_an_optimizer_that_replaces_the_one_of_the_model_is_refused(task):
+    class Replaces(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                self.model.optimizer = keras.optimizers.SGD(0.01)
+
+    with pytest.raises(RuntimeError, match="model.optimizer was replaced during fit"):
+        task.fit(task.model(), MFACPruningCallback(magnitude(task), verbose=0), Replaces())
+
+
 def test_a_model_without_an_optimizer_is_refused_by_name(task):
     model = net(task, lambda model: model.opt, optimizer=None)
     with pytest.raises(

@@ -1,10 +1,8 @@
 """Checkpoints as files: whole after a kill at any moment, checked when they are read, loaded whole or not at all."""
 
 import copy
-import logging
 import os
 import random
-import signal
 import subprocess
 import sys
 from pathlib import Path

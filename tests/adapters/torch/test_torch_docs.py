@@ -3,7 +3,6 @@ import importlib
 import logging
 import pkgutil
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import pytest
 import mfac_torch
 
 ROOT = Path(__file__).parents[3]
-PAGES = [page for page in (ROOT / "docs" / "pytorch.md", ROOT / "README.md") if page.exists()]
+PAGE = ROOT / "docs" / "pytorch.md"
+README = ROOT / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NEED_FURTHER_PACKAGES = {"demo", "digits", "lightning", "transformers"}
 MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_torch.__path__) if name not in NEED_FURTHER_PACKAGES]
@@ -26,21 +26,24 @@ def log_levels_restored():
 
 
 @pytest.mark.usefixtures("log_levels_restored")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_of_python_runs_as_it_stands(page, tmp_path, monkeypatch):
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    monkeypatch.chdir(tmp_path)  # pages name the recipes of the project, and may write files
-    text = page.read_text(encoding="utf-8")
+def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page may write files
+    text = PAGE.read_text(encoding="utf-8")
     namespace = {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
-        if "keras" in block[1]:
-            continue  # a block of the other adapter, which may not be installed
         above = text[: block.start(1)].count("\n")
-        exec(compile("\n" * above + block[1], page, "exec"), namespace)
+        exec(compile("\n" * above + block[1], PAGE, "exec"), namespace)
 
 
 def test_the_page_has_blocks():
-    assert len(BLOCK.findall((ROOT / "docs" / "pytorch.md").read_text(encoding="utf-8"))) >= 8
+    assert len(BLOCK.findall(PAGE.read_text(encoding="utf-8"))) >= 8
+
+
+def test_the_block_of_the_front_page_runs_by_itself_in_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [block for block in BLOCK.findall(README.read_text(encoding="utf-8")) if "mfac_torch" in block]
+    exec(compile(block, README, "exec"), {"__name__": "__main__"})
+    assert "90% of the weights are zero" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", MODULES)

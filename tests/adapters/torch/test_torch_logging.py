@@ -94,6 +94,23 @@ def test_modify_says_what_each_modifier_matches_and_when_it_prunes(task, caplog)
     ]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_each_line_says_what_it_is_about(task, caplog, several):
+    one = task.recipe("MagnitudePruningModifier", params="[0.weight]")
+    other = task.recipe("MagnitudePruningModifier", params="[2.weight]").partition("\n")[2]
+    model, optimizer, manager = attached(task, one + other * several)
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        task.train(model, optimizer, stop=6)
+        manager.finalize()
+    messages = [record.getMessage() for record in caplog.records]
+    names = (
+        ["MagnitudePruningModifier 1: 0.weight", "MagnitudePruningModifier 2: 2.weight"] if several else ["0.weight"]
+    )
+    for name in names:
+        assert sum(message.startswith("pruning step") and f"({name})" in message for message in messages) == 1
+        assert sum(f"without the pruning step of epoch 4 ({name}): sparsity is 0.2" in each for each in messages) == 1
+
+
 def test_modify_does_not_explain_devices_that_the_recipe_names(task, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         attached(task, task.recipe(available_devices="[cpu]"))

@@ -59,6 +59,13 @@ def is_plus_zero(values):
     return bool(torch.all(values == 0)) and not bool(torch.any(torch.signbit(values)))
 
 
+def assert_weights_equal(parameter, expected):
+    """Zeros are in the same places; the last digits of the others are those of the processor."""
+    found = parameter.detach().numpy()
+    np.testing.assert_array_equal(found == 0, expected == 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def final_weights(task, recipe, *, stop=20, **modify):
     """Train from the same start; the weights in scope and the manager."""
     model = task.model()
@@ -142,7 +149,7 @@ def test_weights_equal_those_of_the_core_on_the_same_gradients(task, optimizer_n
     def compare(step):
         if compared[-1] is not None:
             for name, parameter in prunable(model).items():
-                np.testing.assert_array_equal(parameter.detach().numpy(), compared[-1][name])
+                assert_weights_equal(parameter, compared[-1][name])
                 np.testing.assert_array_equal(manager.masks[name].numpy(), pruner.masks[name])
 
     task.train(model, optimizer, after_step=compare)
@@ -464,7 +471,7 @@ def test_a_pruning_step_with_a_sampler_equals_the_core_on_its_samples(task):
         pruner.observe({name: parameter.grad.numpy() for name, parameter in prunable(twin).items()})
     expected = pruner.prune(arrays, 5)
     for name, parameter in prunable(model).items():
-        np.testing.assert_array_equal(parameter.detach().numpy(), expected.weights[name])
+        assert_weights_equal(parameter, expected.weights[name])
 
 
 # --- one shot
@@ -496,7 +503,7 @@ def test_one_shot_equals_the_core_and_its_update_lowers_the_loss(task):
     sampler = GradSampler(task.batches, nn.functional.mse_loss)
     ScheduledModifierManager.from_yaml(task.recipe()).apply(model, grad_sampler=sampler)
     for name, parameter in prunable(model).items():
-        np.testing.assert_allclose(parameter.detach().numpy(), expected.weights[name], rtol=1e-5, atol=1e-7)
+        assert_weights_equal(parameter, expected.weights[name])
 
 
 def test_one_shot_by_magnitude_needs_no_sampler_and_by_mfac_it_does(task):
@@ -679,10 +686,10 @@ def test_each_pruning_step_is_logged(task, caplog):
     assert len(lines) == 8
     assert re.fullmatch(
         r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient rows, "
-        r"predicted loss increase \d\S*, \d\.\d\d s \(0\.weight, 2\.weight\)",
+        r"predicted loss increase \d\S*, \d+\.\d\d s \(0\.weight, 2\.weight\)",
         lines[0],
     )
-    assert re.fullmatch(r"pruning step at epoch 4\.00 \(step 20\): sparsity 0\.7500, \d\.\d\d s \(.*\)", lines[7])
+    assert re.fullmatch(r"pruning step at epoch 4\.00 \(step 20\): sparsity 0\.7500, \d+\.\d\d s \(.*\)", lines[7])
     assert other.scalars == board.scalars[:8]
     assert board.scalars[0] == ("ParamPruning/0.weight", pytest.approx(10 / 48), 5)
     assert board.scalars[-1] == ("ParamPruning/2.weight", 0.75, 20)

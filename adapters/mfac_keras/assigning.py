@@ -1,0 +1,42 @@
+"""Assign values to variables, to all of them or to none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["assign_all"]
+
+
+def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
+    """Assign values to variables; when one cannot be assigned, all have the values again that they had before.
+
+    Args:
+        values: Keras variables and what to assign to each. All values are made before the first is assigned.
+
+    Example:
+        >>> import keras
+        >>> one, other = keras.Variable([1.0]), keras.Variable([2.0])
+        >>> try:
+        ...     assign_all([(one, [3.0]), (other, [3.0, 4.0])])
+        ... except ValueError:
+        ...     print(float(one[0]), float(other[0]))
+        1.0 2.0
+    """
+    touched = []
+    try:
+        for variable, value in list(values):
+            touched.append((variable, _copied(variable)))
+            variable.assign(value)
+    except BaseException:
+        for variable, before in reversed(touched):
+            if _copied(variable).tobytes() != before.tobytes():
+                variable.assign(before)
+        raise
+
+
+def _copied(variable: Any) -> npt.NDArray[Any]:
+    return np.array(variable.numpy(), copy=True)  # on torch, numpy() shares the memory of the variable

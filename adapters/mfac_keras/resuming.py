@@ -1,0 +1,87 @@
+"""Which of the saved states a run goes on from: the one that belongs to the weights that the model has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mfac_keras.session import TrainingSession
+from mfac_keras.state_file import SavedState
+
+__all__ = ["resume"]
+
+_logger = logging.getLogger("mfac_keras")
+
+_EXACT, _WEIGHTS, _ZEROS, _NOTHING = range(4)
+
+
+def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState | None:
+    """Go on from the state that belongs to the weights that the model has now.
+
+    That is the one that was saved with these very weights; of two, the one of the epoch that training goes on at. Where
+    neither was, as after weights were saved with less precision, it is one whose masks are the zeros of the weights.
+    Where none belongs to them, zeros are taken as pruned.
+
+    Args:
+        session: The run, which has not begun.
+        saved: The states that there are, the latest first.
+
+    Returns:
+        The state that was loaded; ``None`` where there is none for these weights.
+
+    Raises:
+        ValueError: If the state that belongs to these weights does not fit the recipe; nothing is changed then.
+    """
+    best, best_rank, epochs = None, _NOTHING, []
+    for each in saved:
+        rank = _rank(session, each)
+        epochs.append(_epoch(each.state))
+        if rank < best_rank:
+            best, best_rank = each, rank
+        if rank == _EXACT:
+            break
+    if best is None:
+        session.resume_without_state(
+            f"no state of pruning belongs to its weights (those saved are of epoch {', '.join(map(str, epochs))})"
+            if epochs
+            else "there is no state of pruning for it"
+        )
+        return None
+    session.load_state_dict(best.state)
+    _say_what_differs(session, best, best_rank)
+    if session.zeros().regrown:
+        session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
+    return best
+
+
+def _rank(session: TrainingSession, saved: SavedState) -> int:
+    is_at_epoch = _epoch(saved.state) * session.steps_per_epoch == session.step
+    if session.has_weights_of(saved.state):
+        return _EXACT if is_at_epoch else _WEIGHTS
+    # what is in memory is of this model: a fit that was interrupted signs no weights
+    is_of_this_run = is_at_epoch or (saved.path is None and not saved.state["fingerprints"])
+    return _ZEROS if is_of_this_run and session.has_masks_of(saved.state) else _NOTHING
+
+
+def _say_what_differs(session: TrainingSession, saved: SavedState, rank: int) -> None:
+    now = session.step // session.steps_per_epoch
+    if _epoch(saved.state) != now:
+        _logger.warning(
+            "training goes on at epoch %d with the weights of epoch %d, as after a kill between the two files of "
+            "BackupAndRestore, or with another initial_epoch: pruning goes on from its state of epoch %d",
+            now,
+            _epoch(saved.state),
+            _epoch(saved.state),
+        )
+    elif rank == _ZEROS and saved.path is not None:
+        _logger.warning(
+            "the weights are not bit for bit those that the state of pruning at epoch %d was saved with (were they "
+            "saved with less precision, or changed at the end of the epoch?); their zeros are those of its masks, so "
+            "it is used",
+            now,
+        )
+
+
+def _epoch(state: Mapping[str, Any]) -> int:
+    return -(-int(state["step"]) // int(state["steps_per_epoch"]))  # the epoch that had begun is counted

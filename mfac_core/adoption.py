@@ -1,0 +1,92 @@
+"""The state of a pruner taken over by one of another scope: layers were frozen or unfrozen since it was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mfac_core.backends import Array, device_of
+from mfac_core.weight_names import listed
+
+__all__ = ["Adoption", "adopt"]
+
+
+class Adoption(NamedTuple):
+    """A state for the weights in scope now.
+
+    Attributes:
+        state: What ``load_state_dict`` of the pruner takes.
+        joined: Names of weights that have come into scope since the state was saved.
+        left: Names of weights that have left scope.
+    """
+
+    state: Mapping[str, Any]
+    joined: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+
+    def difference(self) -> str:
+        """Return in one sentence what became of the scope; empty where it is the same."""
+        parts = []
+        if self.joined:
+            is_over = self.state["pruning_steps_done"] >= len(self.state["schedule"])
+            later = "no pruning step is left for them" if is_over else "the next pruning step prunes them too"
+            parts.append(f"{listed(self.joined)} came into scope ({later})")
+        if self.left:
+            parts.append(f"{listed(self.left)} left it (their masks are let go)")
+        return f"since the state was saved, {' and '.join(parts)}; the gradient window begins empty" if parts else ""
+
+
+def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[str, Array]) -> Adoption:
+    """Take over the state of a pruner whose scope was another: by name, mask for mask.
+
+    Weights that have come into scope begin unpruned, and the next pruning step takes them to its sparsity with the
+    others: sparsities count all that is pruned in a layer, or in the whole scope. Where the method only holds zeros,
+    theirs are held. Initial sparsities per layer that were measured are measured anew.
+
+    Args:
+        state: What ``state_dict`` of the earlier pruner returned.
+        fresh: What ``state_dict`` of the pruner returns that goes on, before its first pruning step.
+        weights: Name and array of each weight in scope now.
+
+    Returns:
+        The state for that pruner, which may still refuse it; the very ``state`` where both scopes are the same, or have
+        nothing in common.
+
+    Example:
+        >>> from mfac_core import MagnitudeSettings, make_pruner
+        >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
+        >>> head, base = np.array([1.0, 2.0]), np.array([3.0, 4.0])
+        >>> before = make_pruner(settings, {"head": head}, steps_per_epoch=1).state_dict()
+        >>> now = {"base": base, "head": head}
+        >>> adopt(before, make_pruner(settings, now, steps_per_epoch=1).state_dict(), now).joined
+        ('base',)
+    """
+    saved, own = state.get("masks"), fresh["masks"]
+    if not isinstance(saved, Mapping):
+        return Adoption(state)
+    joined = tuple(name for name in own if name not in saved)
+    left = tuple(name for name in saved if name not in own)
+    if not (joined or left) or len(joined) == len(own):
+        return Adoption(state)
+    holds_zeros = state.get("method") == "ConstantPruner" and state.get("pruning_steps_done") == 1
+    masks = {
+        name: saved[name] if name in saved else _nonzero(weights[name]) if holds_zeros else mask
+        for name, mask in own.items()
+    }
+    adopted = {**state, "masks": masks} | ({"window": None} if "window" in state else {})
+    measured = fresh.get("initial_sparsities")
+    if measured is not None and len(measured) == len(own) and _at_the_same_steps(state, fresh):
+        for key in ("initial_sparsities", "schedule", "steps_per_epoch"):
+            adopted[key] = fresh[key]
+    return Adoption(adopted, joined, left)
+
+
+def _nonzero(weights: Array) -> Any:
+    return device_of(weights).to_numpy(weights) != 0
+
+
+def _at_the_same_steps(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> bool:
+    steps = [np.asarray(each.get("schedule")) for each in (state, fresh)]
+    return steps[0].shape == steps[1].shape and bool((steps[0][:, 0] == steps[1][:, 0]).all())
