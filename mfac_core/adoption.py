@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfac_core.backends import Array, device_of
+from mfac_core.state_checks import checked_array, checked_integer
 from mfac_core.weight_names import listed
 
 __all__ = ["Adoption", "adopt"]
@@ -54,6 +55,9 @@ def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[s
         The state for that pruner, which may still refuse it; the very ``state`` where both scopes are the same, or have
         nothing in common.
 
+    Raises:
+        ValueError: If the state is broken.
+
     Example:
         >>> from mfac_core import MagnitudeSettings, make_pruner
         >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
@@ -77,7 +81,7 @@ def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[s
     }
     adopted = {**state, "masks": masks} | ({"window": None} if "window" in state else {})
     measured = fresh.get("initial_sparsities")
-    if measured is not None and len(measured) == len(own) and _at_the_same_steps(state, fresh):
+    if measured is not None and len(measured) == len(own) and _at_the_same_epochs(state, fresh):
         for key in ("initial_sparsities", "schedule", "steps_per_epoch"):
             adopted[key] = fresh[key]
     return Adoption(adopted, joined, left)
@@ -87,6 +91,10 @@ def _nonzero(weights: Array) -> Any:
     return device_of(weights).to_numpy(weights) != 0
 
 
-def _at_the_same_steps(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> bool:
-    steps = [np.asarray(each.get("schedule")) for each in (state, fresh)]
-    return steps[0].shape == steps[1].shape and bool((steps[0][:, 0] == steps[1][:, 0]).all())
+def _at_the_same_epochs(state: Mapping[str, Any], fresh: Mapping[str, Any]) -> bool:
+    epochs, rounding = [], 0.0
+    for each in (state, fresh):
+        length = checked_integer("steps_per_epoch", each.get("steps_per_epoch", fresh["steps_per_epoch"]), at_least=1)
+        epochs.append(checked_array("schedule", each.get("schedule"), np.float64, 2)[:, 0] / length)
+        rounding += 0.51 / length
+    return len(epochs[0]) == len(epochs[1]) and bool((abs(epochs[0] - epochs[1]) <= rounding).all())

@@ -81,21 +81,34 @@ def _left_out(
         expected |= dict.fromkeys(map(model.first, _expected(entry, model)))
     wanted = [name for name in expected if name not in excluded]
     left = [name for name in wanted if name not in selected]
-    if not left:
+    others = [] if ALL_PRUNABLE not in groups else _most_of_the_model({*expected, *excluded}, model, selected)
+    said = []
+    if left:
+        of_what = f"of {model.prunable_layers}"
+        if any(map(_is_pattern, groups)):
+            of_what = f"that params {list(params)} selects"
+        reasons = _by_reason(left, model)
+        said.append(
+            f"{_count(left, model)} of {_count(wanted, model)} weights {of_what} are not in scope: {', '.join(reasons)}"
+        )
+    if others:
+        said.append(f"{_count(others, model)} weights of layers of other kinds are not in scope ({listed(others)})")
+    if not said:
         return []
+    return [
+        f"{'; '.join(said)}; the sparsity that is reported is that of the {_count(list(selected), model)} weights in "
+        "scope. What is left dense on purpose can stand in exclude"
+    ]
+
+
+def _by_reason(left: Sequence[str], model: ModelNames) -> list[str]:
     frozen = set(map(model.first, model.frozen))
     by_reason: dict[tuple[str, str], list[str]] = {}
     for name in left:
         by_reason.setdefault(_reason(name, model, frozen), []).append(name)
-    of_what = f"that params {list(params)} selects" if any(map(_is_pattern, groups)) else f"of {model.prunable_layers}"
-    reasons = [
+    return [
         f"{_count(names, model)} {why} ({f'{how}: ' if how else ''}{listed(names, at_most=3)})"
         for (why, how), names in by_reason.items()
-    ]
-    return [
-        f"{_count(left, model)} of {_count(wanted, model)} weights "
-        f"{of_what} are not in scope: {', '.join(reasons)}; the sparsity that is reported is that of the "
-        f"{_count(list(selected), model)} weights in scope. What is left dense on purpose can stand in exclude"
     ]
 
 
@@ -108,12 +121,27 @@ def _expected(entry: str, model: ModelNames) -> list[str]:
     return [name for name in inside if _is_like_prunable(name, model)] + computed
 
 
+def _most_of_the_model(known: Collection[str], model: ModelNames, selected: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the trained weights of layers of other kinds, where they are more than those in scope; else nothing."""
+    known = {*known, *selected, *map(model.first, model.frozen)}
+    others = [
+        name
+        for name in dict.fromkeys(map(model.first, model.shapes))
+        if not (name in known or model.is_rarely_pruned(name) or _is_made_into_another(name, model))
+    ]
+    return others if sum(map(model.weights, others)) > sum(map(model.weights, selected)) else []
+
+
+def _is_made_into_another(name: str, model: ModelNames) -> bool:
+    """Return whether a computed weight is made of a weight; it counts itself, and not what it is made of."""
+    return name.startswith(tuple(_layer_of(each) + sign for each in model.computed for sign in "./"))
+
+
 def _is_like_prunable(name: str, model: ModelNames) -> bool:
     if name in model.prunable or name in model.packed:
         return True
     is_stacked = model.num_axes(name) >= _STACKED_AXES and not model.is_rarely_pruned(name)
-    computed_in = tuple(_layer_of(each) + sign for each in model.computed for sign in "./")
-    return is_stacked and not name.startswith(computed_in)  # a computed weight counts itself, not what it is made of
+    return is_stacked and not _is_made_into_another(name, model)
 
 
 def _is_pattern(entry: str) -> bool:

@@ -23,8 +23,8 @@ def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
         >>> try:
         ...     assign_all([(one, [3.0]), (other, [3.0, 4.0])])
         ... except ValueError:
-        ...     print(float(one[0]), float(other[0]))
-        1.0 2.0
+        ...     print(one.numpy().tolist(), other.numpy().tolist())
+        [1.0] [2.0]
     """
     touched = []
     try:

@@ -35,7 +35,7 @@ def demo_that(train_dense: Callable[[Callable[[int], None]], object]) -> Demo:
         write_file(network, result.model)
         write_file(masks, b"masks")
 
-    return Demo("none", {}, lambda params: None, train_dense, prune, prune, ("network.bin", "masks.bin"), save)
+    return Demo("none", {}, lambda params, exclude: None, train_dense, prune, prune, ("network.bin", "masks.bin"), save)
 
 
 def must_not_train(advance: Callable[[int], None]) -> object:

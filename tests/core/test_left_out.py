@@ -50,6 +50,22 @@ def test_nothing_is_said_of_what_was_left_out_on_purpose_or_is_selected():
     assert warnings_of(["__ALL_PRUNABLE__", "experts.up", "attention.in_proj_weight"], ["b", "c"]) == []
 
 
+def test_layers_of_other_kinds_are_named_where_they_are_most_of_the_model():
+    shapes = {"embed.weight": (100, 10), "lstm.weight": (40, 10), "lstm.bias": (40,), "head.weight": (5, 10)}
+    facts = {"shapes": shapes, "prunable": ["head.weight"], "layers": layers_of_names(shapes)}
+    facts |= {"frozen": [], "computed": {}, "packed": {}}
+    (warning,) = warnings_of(["__ALL_PRUNABLE__"], **facts)
+    assert warning.startswith(
+        "1,400 weights of layers of other kinds are not in scope (embed.weight, lstm.weight); the sparsity that is "
+        "reported is that of the 50 weights in scope"
+    )
+    assert warnings_of(["__ALL_PRUNABLE__"], ["embed", "lstm"], **facts) == []
+    assert warnings_of(["__ALL_PRUNABLE__"], **facts | {"frozen": ["embed.weight", "lstm.weight"]}) == []
+    assert warnings_of(["__ALL_PRUNABLE__", "lstm.weight", "embed.weight"], **facts) == []
+    assert warnings_of(["head"], **facts) == []
+    assert warnings_of(["__ALL_PRUNABLE__"], **facts | {"shapes": shapes | {"head.weight": (200, 10)}}) == []
+
+
 def test_a_layer_is_said_to_lack_what_is_frozen_in_it():
     shapes = {"body.a.weight": (4, 4), "body.b.weight": (4, 4), "head.weight": (4, 4)}
     (warning,) = warnings_of(

@@ -125,6 +125,10 @@ class TestSameParams:
             "give each weight to one modifier"
         )
 
+    def test_what_one_of_them_excludes_may_be_all_that_the_other_prunes(self):
+        assert lint(recipe(mfac(exclude=("fc",)), magnitude(exclude=("re:(?!fc)",)))) == ()
+        assert "prune the same params" in only(lint(recipe(mfac(exclude=("fc",)), magnitude(exclude=("fc",)))))
+
     def test_shared_names_are_enough(self):
         grouped = magnitude(final_sparsity={0.5: ("x",), 0.6: ("b", "c")})
         assert "prune the same params (c, b);" in only(lint(recipe(mfac(params=("a", "c", "b")), grouped)))
