@@ -14,6 +14,7 @@ Read in this order:
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
 * ``random_state``: random number generators, for resumed runs
+* ``checkpoint``: a resumed run's files, whole after a kill
 * ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
 * ``scheduled_optimizer``: :func:`ScheduledOptimizer`, for scripts that call it

@@ -12,7 +12,7 @@ from torch import nn
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.session import is_followed
 
-__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped"]
+__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped", "unwrapped_optimizers"]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -51,7 +51,7 @@ def refuse_distributed() -> None:
         )
 
 
-def check_optimizers(
+def unwrapped_optimizers(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Return one optimizer or several as a tuple, without the wrappers that trainers put around them.
@@ -64,7 +64,6 @@ def check_optimizers(
 
     Raises:
         TypeError: If it is anything else.
-        RuntimeError: If a manager is attached to one of them already.
     """
     given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
     optimizers = tuple(_unwrapped_optimizer(each) for each in given)
@@ -81,6 +80,25 @@ def check_optimizers(
             )
     if not optimizers:
         raise TypeError("optimizer is an empty list; pass the torch.optim.Optimizer of the model")
+    return optimizers
+
+
+def check_optimizers(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Return the optimizers that a manager can be attached to.
+
+    Args:
+        optimizer: What was passed as the optimizer.
+
+    Returns:
+        As :func:`unwrapped_optimizers`.
+
+    Raises:
+        TypeError: If it is anything else.
+        RuntimeError: If a manager is attached to one of them already.
+    """
+    optimizers = unwrapped_optimizers(optimizer)
     for each in optimizers:
         if is_followed(each):
             raise RuntimeError(

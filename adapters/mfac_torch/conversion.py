@@ -12,9 +12,18 @@ import torch
 import torch.utils.dlpack
 
 from mfac_core.backends import Array, Device, resolve_device
-from mfac_core.errors import DeviceError
+from mfac_core.errors import DeviceError, SettingError
+from mfac_core.weight_names import listed
 
-__all__ = ["state_to_arrays", "state_to_tensors", "to_array", "to_tensor", "wait_until_read", "write_back"]
+__all__ = [
+    "check_plain",
+    "state_to_arrays",
+    "state_to_tensors",
+    "to_array",
+    "to_tensor",
+    "wait_until_read",
+    "write_back",
+]
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -49,6 +58,28 @@ def to_array(tensor: torch.Tensor) -> Array:
     elif tensor.device.type != "cpu":
         _say_copied_once(tensor.device.type)
     return tensor.cpu().numpy()
+
+
+def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that cannot be pruned as they are stored.
+
+    Args:
+        tensors: Tensors by name.
+
+    Raises:
+        SettingError: If one is not a plain, dense, real floating-point tensor with values; the message names all.
+    """
+    strange: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        found = _strange(tensor)
+        if found:
+            strange.setdefault(found, []).append(name)
+    if strange:
+        raise SettingError(
+            "params",
+            "only plain, dense, real floating-point weights can be pruned, and these are not: "
+            + "; ".join(f"{listed(names)} ({found})" for found, names in strange.items()),
+        )
 
 
 def wait_until_read(devices: Iterable[torch.device]) -> None:
@@ -127,12 +158,38 @@ def state_to_arrays(state: Any) -> Any:
 
     Returns:
         The same with a NumPy array for each tensor.
+
+    Raises:
+        ValueError: If NumPy has nothing like a tensor of it: then :func:`state_to_tensors` did not make it.
     """
     if isinstance(state, Mapping):
         return {key: state_to_arrays(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
         return [state_to_arrays(value) for value in state]
-    return state.cpu().numpy() if isinstance(state, torch.Tensor) else state
+    if not isinstance(state, torch.Tensor):
+        return state
+    try:
+        return state.detach().cpu().numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"the state is broken: it holds a tensor of {state.dtype}; load another checkpoint") from error
+
+
+def _strange(tensor: torch.Tensor) -> str:
+    """Return what a tensor is that is not plain, and what to do about it; nothing for a plain one."""
+    kind = type(tensor).__name__
+    if kind == "DTensor":
+        return "a DTensor, of a model that is distributed (fully_shard, FSDP2); prune before the model is distributed"
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a {kind}, a tensor subclass with storage of its own (quantized?); prune first, and convert it then"
+    if tensor.is_meta:
+        return "on the meta device, without values; materialize the model first"
+    if tensor.layout != torch.strided:
+        return f"of the layout {tensor.layout}; make it dense"
+    if tensor.is_complex():
+        return f"complex ({tensor.dtype}); take it out of params, or keep real and imaginary part as two parameters"
+    if not tensor.dtype.is_floating_point:
+        return f"of dtype {tensor.dtype} (quantized?); prune first, and convert it then, or take it out of params"
+    return ""
 
 
 def _check_dense_float(tensor: torch.Tensor) -> None:

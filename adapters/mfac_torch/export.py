@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from mfac_core.errors import DeviceError
+from mfac_core.files import write_file
 from mfac_torch.selection import prunable_parameters, select_parameters
 
 __all__ = ["Masks", "export_onnx", "load_masks", "masks_of", "save_masks", "to_semi_structured", "to_torch_prune"]
@@ -78,13 +79,13 @@ def save_masks(source: HasMasks | nn.Module | Masks, path: str | os.PathLike[str
         ...     load_masks(f"{folder}/masks.safetensors")
         {'weight': tensor([[False,  True]])}
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     masks = _masks(source)
     tensors = {name: mask.detach().to("cpu", torch.bool).contiguous() for name, mask in masks.items()}
     kept = sum(int(mask.sum()) for mask in tensors.values())
     sparsity = 1.0 - kept / sum(mask.numel() for mask in tensors.values())
-    save_file(tensors, path, metadata={"format": _FORMAT, "sparsity": repr(sparsity)})
+    write_file(path, save(tensors, metadata={"format": _FORMAT, "sparsity": repr(sparsity)}))
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -97,18 +98,28 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         The masks by parameter name, in host memory.
 
     Raises:
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else than boolean masks, or is damaged.
+        FileNotFoundError: If there is no such file.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        found = (file.metadata() or {}).get("format")
-        if found != _FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)} is no file of masks: its format is {found!r}, not {_FORMAT!r}; "
-                "pass a file that save_masks() wrote"
-            )
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    name = os.fspath(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = (file.metadata() or {}).get("format")
+            masks = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
+    except SafetensorError as error:
+        raise ValueError(
+            f"{name} is no file of masks, or is damaged ({error}); pass a file that save_masks() wrote"
+        ) from error
+    if found != _FORMAT:
+        raise ValueError(
+            f"{name} is no file of masks: its format is {found!r}, not {_FORMAT!r}; pass a file that save_masks() wrote"
+        )
+    for key, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ValueError(f"{name} is broken: the mask of {key} is of {mask.dtype}, and masks are booleans")
+    return masks
 
 
 def to_torch_prune(model: nn.Module, masks: HasMasks | Masks) -> nn.Module:

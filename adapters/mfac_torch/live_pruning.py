@@ -6,21 +6,22 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mfac_core.backends import Array, device_of
 from mfac_core.log_lines import pruning_step_line
-from mfac_core.pruner import MFACPruner, make_pruner
+from mfac_core.pruner import MFACPruner, Pruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_core.weight_names import ALL
 from mfac_core.zero_count import count_zeros
-from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
+from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
 from mfac_torch.random_state import random_state, restore_random_state
@@ -28,9 +29,21 @@ from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters, weight_axes
 
-__all__ = ["LivePruning"]
+__all__ = ["LivePruning", "Resumed"]
 
 _logger = logging.getLogger("mfac_torch")
+
+
+class Resumed(NamedTuple):
+    """What a state makes of a modifier at work.
+
+    Attributes:
+        pruner: The pruner that has the state.
+        held: The masks that it holds.
+    """
+
+    pruner: Pruner
+    held: HeldMasks
 
 
 class LivePruning:
@@ -75,6 +88,7 @@ class LivePruning:
         self.settings = settings
         self.name = name
         self.parameters = select_parameters(model, settings.params, settings.exclude, told=told)
+        check_plain(self.parameters)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers
@@ -206,21 +220,35 @@ class LivePruning:
             state.pop("window", None)
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; the model changes with :meth:`hold_loaded` only.
+    def resumed(self, state: Mapping[str, Any]) -> Resumed:
+        """Return what :meth:`resume` takes over from a state. Nothing is changed yet.
 
         Args:
             state: What :meth:`state_dict` returned for the same settings and the same parameters.
 
-        Raises:
-            ValueError: If the state does not fit; nothing is changed then.
-        """
-        self._pruner.load_state_dict(state_to_arrays(state))
-        self._parts = None
+        Returns:
+            The pruner that has the state, and the masks that it holds.
 
-    def hold_loaded(self) -> None:
-        """Hold the masks of a loaded state: weights at pruned entries are set to zero."""
-        self._hold(self._pruner.masks if self._pruner.sparsity > 0 else {})
+        Raises:
+            ValueError: If the state is broken or does not fit.
+        """
+        pruner = copy(self._pruner)
+        pruner.load_state_dict(state_to_arrays(state))
+        held = HeldMasks(self.parameters)
+        has_begun = pruner.sparsity > 0 or pruner.next_step != pruner.schedule[0]
+        if has_begun and not pruner.is_released:
+            held.hold(pruner.masks)
+        return Resumed(pruner, held)
+
+    def resume(self, resumed: Resumed) -> None:
+        """Go on from a state: its masks are held from now on, and weights at pruned entries are set to zero.
+
+        Args:
+            resumed: What :meth:`resumed` returned.
+        """
+        self._parts = None
+        self._pruner, self._held = resumed
+        self._held.zero_weights()
 
     def _prune(self, step: int) -> PruneResult:
         """Return what one part of a pruning step leaves, once all of it is done; or nothing of it is."""
@@ -261,13 +289,6 @@ class LivePruning:
         if len(self._parts) == len(self.parameters):
             self._pruner.observe(self._parts)
             self._parts = None
-
-    def _hold(self, masks: Mapping[str, Array]) -> None:
-        if self._pruner.is_released:
-            self._held.release()
-        else:
-            self._held.hold(masks)
-            self._held.zero_weights()
 
     def _check_not_due_without_rows(self, step: int) -> None:
         planned = self._pruner.next_step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,7 +17,8 @@ from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import modifier_names, overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
-from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped
+from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
+from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped, unwrapped_optimizers
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.plan import log_plan
@@ -336,6 +338,8 @@ class ScheduledModifierManager(ModifierList):
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from :meth:`state_dict`; call :meth:`modify` first.
 
+        A state that was saved with other ``steps_per_epoch`` goes on at the same epoch, which the log says.
+
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
             strict: Whether all of it must fit; otherwise modifiers whose state does not fit begin anew, with a warning
@@ -343,10 +347,90 @@ class ScheduledModifierManager(ModifierList):
 
         Raises:
             RuntimeError: If no run is in progress.
-            ValueError: If the state does not belong to this recipe, model or ``steps_per_epoch``; nothing is changed
-                then.
+            ValueError: If the state is broken, or does not belong to this recipe or model; nothing is changed then.
         """
-        self._attached("load_state_dict").load_state_dict(state, strict=strict)
+        self._attached("load_state_dict").resumed(state, strict=strict)()
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        gradient_window: bool = True,
+        **more: Any,
+    ) -> None:
+        """Write all that a resumed run needs into one file; call it between two optimizer steps.
+
+        A process that is killed meanwhile leaves the file that was there before. The one before stays as
+        ``<path>.previous``.
+
+        Args:
+            path: The file.
+            model: The model, where another is to be saved than the one that :meth:`modify` got.
+            optimizer: The optimizers, where others are to be saved than those that :meth:`modify` got.
+            gradient_window: As in :meth:`state_dict`.
+            **more: Further entries, such as ``epoch=epoch`` or ``scheduler=scheduler.state_dict()``: plain values,
+                tensors, and dictionaries and lists of these.
+
+        Raises:
+            RuntimeError: If no run is in progress.
+            TypeError: If an entry is of another kind. What was there before is untouched then.
+            OSError: If the file cannot be written. What was there before is untouched then.
+        """
+        session = self._attached("save_checkpoint")
+        optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
+        parts = {
+            "model": self._attached_model(model).state_dict(),
+            "optimizers": [each.state_dict() for each in optimizers],
+            "manager": session.state_dict(gradient_window=gradient_window),
+            "more": more,
+        }
+        write_checkpoint(path, parts)
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+        strict: bool = True,
+    ) -> dict[str, Any]:
+        """Go on from a file of :meth:`save_checkpoint`; call :meth:`modify` first.
+
+        Model, optimizers, manager and random number generators go on together or, if something does not fit, not at
+        all. Where the file is damaged and the one before it is whole, that one is taken, with a warning in the log.
+
+        Args:
+            path: The file.
+            model: As in :meth:`save_checkpoint`.
+            optimizer: As in :meth:`save_checkpoint`.
+            strict: As in :meth:`load_state_dict`.
+
+        Returns:
+            The further entries that were saved.
+
+        Raises:
+            RuntimeError: If no run is in progress.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no checkpoint, is damaged, or belongs to another recipe, model or optimizer.
+        """
+        session = self._attached("load_checkpoint")
+        to_load = self._attached_model(model)
+        optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
+        parts = read_checkpoint(path, ("model", "optimizers", "manager", "more"))
+        resume = session.resumed(parts["manager"], strict=strict)
+        with ExitStack() as undo:
+            load_weights(to_load, parts["model"], undo)
+            load_optimizers(optimizers, parts["optimizers"], undo)
+            resume()
+            undo.pop_all()
+        more: dict[str, Any] = parts["more"]
+        return more
+
+    def _attached_model(self, given: nn.Module | None) -> nn.Module:
+        assert self._model is not None  # a run is in progress
+        return self._model if given is None else unwrapped(given)
 
     def _check_free(self) -> None:
         if self._model is not None:

@@ -7,11 +7,11 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 
+from mfac_core.files import write_file
 from mfac_core.recipe import load_recipe, recipe_text
 from mfac_core.recipe.linting import lint
 from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
@@ -198,9 +198,7 @@ class ModifierList:
             file_path: The file; its folder is made if missing.
             include_metadata: Whether to write the metadata too.
         """
-        path = Path(file_path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(self.to_string_lines(include_metadata)) + "\n", encoding="utf-8")
+        write_file(file_path, ("\n".join(self.to_string_lines(include_metadata)) + "\n").encode())
 
     def __str__(self) -> str:
         return "\n".join(self.to_string_lines())

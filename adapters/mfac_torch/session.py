@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,8 +11,9 @@ from weakref import WeakSet
 
 import torch
 
-from mfac_torch.live_pruning import LivePruning
-from mfac_torch.random_state import random_state, restore_random_state
+from mfac_core.state_checks import check_keys, checked_integer, refuse
+from mfac_torch.live_pruning import LivePruning, Resumed
+from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
 
 __all__ = ["TrainingSession", "is_followed"]
@@ -46,6 +48,11 @@ class TrainingSession:
         changes: What else changes in training.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
+
+    Attributes:
+        step: Completed optimizer steps so far.
+        steps_per_epoch: Optimizer steps per epoch.
+        optimizers: The optimizers that are followed.
     """
 
     def __init__(
@@ -59,7 +66,7 @@ class TrainingSession:
     ) -> None:
         self.step = step
         self.steps_per_epoch = steps_per_epoch
-        self._optimizers = optimizers
+        self.optimizers = optimizers
         self._prunings = prunings
         self._changes = changes
         # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
@@ -76,27 +83,27 @@ class TrainingSession:
         """Begin to follow the optimizers: all of them or, if that fails, none."""
         handles = []
         with ExitStack() as undo:
-            for number, optimizer in enumerate(self._optimizers):
+            for number, optimizer in enumerate(self.optimizers):
                 for register, hook in (
                     (optimizer.register_step_pre_hook, self._before_step),
                     (optimizer.register_step_post_hook, self._after_step),
                 ):
                     handles.append(register(_untraced(hook, number)))
                     undo.callback(handles[-1].remove)
-            undo.callback(_followed.difference_update, self._optimizers)
-            _followed.update(self._optimizers)
+            undo.callback(_followed.difference_update, self.optimizers)
+            _followed.update(self.optimizers)
             self._changes.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
 
     def detach(self) -> None:
         """Remove the hooks, and let each parameter be trained as before."""
-        if len(self._optimizers) > 1:
+        if len(self.optimizers) > 1:
             self._prune_if_due()  # the last round may have lacked its last optimizer
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _followed.difference_update(self._optimizers)
+        _followed.difference_update(self.optimizers)
         self._changes.restore()
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
@@ -116,61 +123,79 @@ class TrainingSession:
             "random": random_state(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Go on from :meth:`state_dict`.
+    def resumed(self, state: Mapping[str, Any], *, strict: bool = True) -> Callable[[], None]:
+        """Return what goes on from a state, once it is called. Nothing is changed yet.
 
         Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            state: What :meth:`state_dict` returned in a run with the same recipe and model; with another number of
+                steps per epoch it goes on at the same epoch.
             strict: Whether all of the state must fit; otherwise what fits is taken, and the rest is logged.
 
-        Raises:
-            ValueError: If the state does not belong to this run; nothing is changed then.
-        """
-        missing = [key for key in _KEYS if key not in state]
-        if missing:
-            raise ValueError(
-                f"this is not the state of a manager: it lacks {', '.join(missing)}; "
-                "pass what manager.state_dict() returned"
-            )
-        if strict:
-            self._check_state(state)
-        self._load_prunings(state["prunings"], strict=strict)
-        self.step = int(state["step"])
-        self._counts = False
-        self._observed_at = [-1] * len(self._optimizers)
-        if strict or len(state["changes_done"]) == len(self._changes.state_dict()):
-            self._changes.load_state_dict(state["changes_done"], self.step)
-        restore_random_state(state["random"])
+        Returns:
+            A function without arguments.
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"the state was saved with {state['steps_per_epoch']} steps per epoch and this run has "
-                f"{self.steps_per_epoch}; pass steps_per_epoch={state['steps_per_epoch']} to modify()"
-            )
-        if len(state["prunings"]) != len(self._prunings):
-            raise ValueError(
-                f"the state holds {len(state['prunings'])} pruning modifiers, this recipe has {len(self._prunings)}; "
+        Raises:
+            ValueError: If the state is broken, or does not belong to this run.
+        """
+        check_keys("a manager", state, _KEYS)
+        saved_at = checked_integer("step", state["step"], at_most=sys.maxsize)
+        saved_with = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
+        check_random_state(state["random"])
+        taken = self._resumed_prunings(state["prunings"], saved_with, strict=strict)
+        try:
+            self._changes.check_state(state["changes_done"])
+        except ValueError as error:
+            if strict:
+                raise
+            _logger.warning("learning rate and weight decay go by the epoch alone: %s", error)
+            changes_done = self._changes.state_dict()
+        else:
+            changes_done = state["changes_done"]
+        step = saved_at if saved_with == self.steps_per_epoch else round(saved_at * self.steps_per_epoch / saved_with)
+
+        def resume() -> None:
+            for pruning, resumed in taken:
+                pruning.resume(resumed)
+            self.step = step
+            self._counts = False
+            self._observed_at = [-1] * len(self.optimizers)
+            self._changes.load_state_dict(changes_done, step)
+            restore_random_state(state["random"])
+            if saved_with != self.steps_per_epoch:
+                _logger.warning(
+                    "the state was saved with %d steps per epoch and this run has %d (another batch size, or other "
+                    "accumulation): it goes on at the same epoch, %.2f, which is step %d",
+                    saved_with,
+                    self.steps_per_epoch,
+                    saved_at / saved_with,
+                    step,
+                )
+
+        return resume
+
+    def _resumed_prunings(self, states: Any, saved_with: int, *, strict: bool) -> list[tuple[LivePruning, Resumed]]:
+        if not isinstance(states, list | tuple):
+            refuse("prunings", states, "a list with the state of each pruning modifier")
+        if len(states) != len(self._prunings):
+            difference = (
+                f"the state holds {len(states)} pruning modifiers, this recipe has {len(self._prunings)}; "
                 "resume with the recipe that the state was saved with"
             )
-        self._changes.check_state(state["changes_done"])
-
-    def _load_prunings(self, states: Sequence[Mapping[str, Any]], *, strict: bool) -> None:
-        before = [pruning.state_dict() for pruning in self._prunings] if len(self._prunings) > 1 else []
-        fitting = []
-        for number, (pruning, saved) in enumerate(zip(self._prunings, states, strict=strict)):
+            if strict:
+                raise ValueError(difference)
+            _logger.warning("only the first ones are taken: %s", difference)
+        taken = []
+        for pruning, saved in zip(self._prunings, states, strict=False):
             try:
-                pruning.load_state_dict(saved)
+                check_keys("a pruning modifier", saved, ())
+                if saved.get("steps_per_epoch", saved_with) != saved_with:
+                    refuse("steps_per_epoch of a pruning modifier", saved["steps_per_epoch"], f"{saved_with} as of all")
+                taken.append((pruning, pruning.resumed({**saved, "steps_per_epoch": saved_with})))
             except ValueError as error:
                 if strict:
-                    for earlier, state in zip(self._prunings[:number], before, strict=False):
-                        earlier.load_state_dict(state)
                     raise
                 _logger.warning("a pruning modifier begins anew, because its state does not fit: %s", error)
-            else:
-                fitting.append(pruning)
-        for pruning in fitting:
-            pruning.hold_loaded()
+        return taken
 
     def _before_step(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -193,7 +218,7 @@ class TrainingSession:
         self._stepped = number
         for pruning in self._prunings:
             pruning.hold_masks(number)
-        if number == 0 and self._counts and not _is_skipped(self._optimizers[0]):
+        if number == 0 and self._counts and not _is_skipped(self.optimizers[0]):
             self._counts = False
             self.step += 1
             self._changes.set_trained(self.step)
@@ -216,7 +241,7 @@ class TrainingSession:
         return observed
 
     def _take_gradients(self, number: int) -> None:
-        optimizer = self._optimizers[number]
+        optimizer = self.optimizers[number]
         if _is_skipped(optimizer):
             return
         # A fused optimizer unscales inside its kernel and carries the scale here meanwhile.

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from mfac_torch.checkpoint import read_tensors, write_tensors
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers
@@ -146,9 +145,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
                 folder,
             )
             return
-        partial = folder / f"{STATE_FILE}.partial"
-        torch.save(self.manager.state_dict(gradient_window=self._gradient_window), partial)
-        partial.replace(folder / STATE_FILE)  # whole or not at all, if we are killed here
+        write_tensors(folder / STATE_FILE, self.manager.state_dict(gradient_window=self._gradient_window))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach: a plain module remains."""
@@ -164,7 +161,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         files = [Path(folder) / STATE_FILE for folder in named if isinstance(folder, str | os.PathLike)]
         for file in files:
             if file.exists():
-                saved: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                saved: dict[str, Any] = read_tensors(file)
                 return saved
         raise FileNotFoundError(
             f"training resumes at step {state.global_step} and there is no state of pruning: "

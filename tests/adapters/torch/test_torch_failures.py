@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mfac_core.pruners.base
+from mfac_core.errors import SettingError
 from mfac_core.gradient_window import GradientWindow
 from mfac_torch import (
     ACDCPruningModifier,
@@ -380,3 +381,67 @@ def test_an_optimizer_that_cannot_be_followed_is_refused(task):
     with pytest.raises(TypeError, match=r"Bare whose steps cannot be followed.*super\(\).__init__"):
         manager.modify(model, Bare(model.parameters()), task.steps_per_epoch)
     assert not manager.initialized
+
+
+# --- weights that are stored in another form
+
+
+class Doubled(torch.Tensor):
+    """A tensor that wraps another, as quantized ones do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=True)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"{function} of {cls.__name__}")
+
+    def __repr__(self):
+        return "Doubled()"
+
+
+def of_subclass():
+    layer = nn.Linear(4, 4)
+    del layer.weight
+    layer.register_parameter("weight", nn.Parameter(Doubled(torch.ones(4, 4))))
+    return layer
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return fsdp.fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
+
+
+@pytest.mark.parametrize("method", ["modify", "apply"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"weight \(complex \(torch\.complex64\); take it out"),
+        (lambda: nn.Linear(4, 4, device="meta"), r"weight \(on the meta device, without values; materialize"),
+        (of_subclass, r"weight \(a Doubled, a tensor subclass .*; prune first"),
+        (distributed, r"weight \(a DTensor, .*; prune before the model is distributed"),
+    ],
+    ids=["complex", "meta", "subclass", "distributed"],
+)
+def test_weights_in_a_form_that_cannot_be_pruned_are_refused_by_name(one_process, make, message, method):
+    model = nn.Sequential(nn.Linear(4, 4), make())
+    manager = ScheduledModifierManager([MagnitudePruningModifier(final_sparsity=0.5, end_epoch=1.0)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(SettingError, match=r"only plain, dense, real floating-point weights.*1\." + message):
+        manager.apply(model) if method == "apply" else manager.modify(model, optimizer, 5)
+    assert not manager.initialized
+    assert not is_followed(optimizer)
+    assert torch.equal(model[0].weight, before)

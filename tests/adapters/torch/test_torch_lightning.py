@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports has warnings of its own
     datasets = pytest.importorskip("sklearn.datasets")
     pytest.importorskip("lightning.pytorch")
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
@@ -194,6 +194,26 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, kil
     assert zeros(model) == round(0.75 * WEIGHTS)
     for name, weight in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], weight), name
+
+
+def test_a_run_that_is_resumed_with_another_batch_size_goes_on_at_its_epoch(tmp_path, caplog):
+    first, saved, run = fitted(tmp_path, max_epochs=2)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    model, callback = Digits(), PruningCallback(RECIPE)
+    smaller = DataLoader(loader().dataset, BATCH // 2)
+    seen = {}
+
+    class Begin(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            seen.setdefault(trainer.current_epoch, (callback.manager.state_dict()["step"], callback.manager.masks))
+
+    trainer(tmp_path, callback, Begin()).fit(model, smaller, ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+    assert "saved with 6 steps per epoch and this run has 12" in caplog.text
+    assert min(seen) == 2
+    step, masks = seen[2]
+    assert step == 24
+    assert all(torch.equal(mask, saved.manager.masks[name]) for name, mask in masks.items())
+    assert zeros(model) == round(0.75 * WEIGHTS)
 
 
 def test_a_checkpoint_saved_after_the_end_can_be_resumed_too(tmp_path):

@@ -297,7 +297,8 @@ def test_phases_alternate_and_momentum_is_forgotten_when_weights_come_back(reset
 
     def look(step):
         zeros.append(int((model[0].weight == 0).sum()))
-        momentum.append(float(optimizer.state[model[0].weight]["momentum_buffer"].abs().max()))
+        remembered = optimizer.state[model[0].weight].get("momentum_buffer", torch.zeros(1))  # none after a reset
+        momentum.append(float(remembered.abs().max()))
 
     prune_gradually(
         model,

@@ -174,6 +174,31 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, kil
         assert torch.equal(run.model.state_dict()[name], weight), name
 
 
+def test_a_run_that_is_resumed_with_another_batch_size_goes_on_at_its_epoch(tmp_path, caplog):
+    first = PruningCallback(RECIPE)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, first, Sparsities(13), save_strategy="epoch").train()
+    callback = PruningCallback(RECIPE)
+    steps = {}
+
+    class Begin(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.setdefault(state.global_step, callback.manager.state_dict()["step"])
+
+    run = trainer(tmp_path, callback, Begin(), per_device_train_batch_size=BATCH // 2)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert "saved with 6 steps per epoch and this run has 12" in caplog.text
+    assert (min(steps), steps[12]) == (12, 24)
+    assert zeros(run.model) == wanted(run.model)
+
+
+def test_a_state_of_pruning_that_is_damaged_is_named(tmp_path):
+    trainer(tmp_path, PruningCallback(RECIPE), save_strategy="epoch").train()
+    (tmp_path / "checkpoint-12" / STATE_FILE).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"checkpoint-12.{STATE_FILE} is damaged"):
+        trainer(tmp_path, PruningCallback(RECIPE)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+
+
 def test_a_checkpoint_of_another_folder_is_named(tmp_path):
     first = trainer(tmp_path / "first", PruningCallback(RECIPE), save_strategy="epoch")
     first.train()
