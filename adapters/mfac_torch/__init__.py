@@ -12,6 +12,8 @@ Read in this order:
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero
+* ``outside_changes``: what others do to these weights between two steps
+* ``zeros``: zeros counted from the weights; :func:`apply_masks` for averaged copies
 * ``random_state``: random number generators, for resumed runs
 * ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
@@ -39,6 +41,7 @@ from mfac_torch.modifier import (
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scheduled_optimizer import ScheduledOptimizer
 from mfac_torch.selection import prunable_parameters, select_parameters
+from mfac_torch.zeros import apply_masks
 
 __all__ = [
     "ACDCPruningModifier",
@@ -58,6 +61,7 @@ __all__ = [
     "SetLearningRateModifier",
     "SetWeightDecayModifier",
     "TrainableParamsModifier",
+    "apply_masks",
     "prunable_parameters",
     "select_parameters",
 ]

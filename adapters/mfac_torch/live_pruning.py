@@ -14,15 +14,16 @@ from mfac_core.backends import Array, device_of
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
-from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
 from mfac_core.weight_names import listed
+from mfac_core.zero_count import count_zeros
 from mfac_torch.conversion import state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters, weight_axes
 
-__all__ = ["LivePruning"]
+__all__ = ["LivePruning", "masks_together"]
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -62,7 +63,8 @@ class LivePruning:
         loggers: Sequence[LogFunction] = (),
     ) -> None:
         self.settings = settings
-        self.parameters = select_parameters(model, settings.params)
+        # Zeros that are held only need no training: they stay where nothing moves them.
+        self.parameters = select_parameters(model, settings.params, frozen=isinstance(settings, ConstantSettings))
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers
@@ -108,6 +110,15 @@ class LivePruning:
     def refused_rows(self) -> int:
         """Gradient samples that were left out because they held NaN or Inf."""
         return self._pruner.refused_rows
+
+    @property
+    def current_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in scope as the model has them now: those that took the place of others too."""
+        now = dict(self._model.named_parameters())
+        return {
+            name: now[name] if name in now and now[name].shape == parameter.shape else parameter
+            for name, parameter in self.parameters.items()
+        }
 
     @property
     def untrained(self) -> list[str]:
@@ -157,6 +168,47 @@ class LivePruning:
             optimizer: Those of the parameters that this optimizer trains; ``None`` for all.
         """
         self._held.zero_weights(None if optimizer is None else self._trained_by[optimizer])
+
+    def held_parameters(self, optimizer: int | None = None) -> dict[str, nn.Parameter]:
+        """Return the parameters whose masks are held.
+
+        Args:
+            optimizer: Those of the parameters that this optimizer trains; ``None`` for all.
+
+        Returns:
+            The parameters by name.
+        """
+        return self._held.parameters(None if optimizer is None else self._trained_by[optimizer])
+
+    def has_regrown(self, optimizer: int | None = None) -> bool:
+        """Return whether a pruned weight is not zero.
+
+        Args:
+            optimizer: Of the parameters that this optimizer trains only; ``None`` for all.
+
+        Returns:
+            Whether there is one.
+        """
+        return self._held.has_regrown(None if optimizer is None else self._trained_by[optimizer])
+
+    def follow(self, optimizer: int) -> None:
+        """Look again which parameters an optimizer trains: it may have got more since.
+
+        Args:
+            optimizer: Which of the optimizers.
+        """
+        self._trained_by[optimizer] = _trained_by(self._optimizers[optimizer], self.parameters)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a pruning step is due.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            Whether :meth:`prune_if_due` would prune.
+        """
+        return self._pruner.is_due(step)
 
     def prune_if_due(self, step: int) -> None:
         """Do the pruning step that is due, if there is one, with all its parts.
@@ -210,8 +262,16 @@ class LivePruning:
         self._parts = None
 
     def hold_loaded(self) -> None:
-        """Hold the masks of a loaded state: weights at pruned entries are set to zero."""
-        self._hold(self._pruner.masks if self._pruner.sparsity > 0 else {})
+        """Hold the masks of a loaded state: weights at pruned entries are set to zero, those that are not said."""
+        masks = self._pruner.masks if self._pruner.sparsity > 0 and not self._pruner.is_released else {}
+        difference = count_zeros(self._weights(), masks).difference()
+        if difference:
+            _logger.warning(
+                "%s. The masks of the loaded state are held, so these weights are set to zero; load the model's own "
+                "state, saved together with it, before that of the manager",
+                difference,
+            )
+        self._hold(masks)
 
     def _weights(self) -> dict[str, Array]:
         return {name: to_array(parameter) for name, parameter in self.parameters.items()}
@@ -269,6 +329,22 @@ class LivePruning:
             seconds,
             listed(self.parameters),
         )
+
+
+def masks_together(prunings: Iterable[LivePruning]) -> dict[str, torch.Tensor]:
+    """Return the masks that several modifiers hold together.
+
+    Args:
+        prunings: The pruning modifiers at work.
+
+    Returns:
+        The masks by parameter name: what one of them prunes is pruned.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    for pruning in prunings:
+        for name, mask in pruning.masks.items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
 
 
 def _trained_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Collection[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
@@ -12,12 +13,15 @@ from torch.nn.parameter import is_lazy
 from mfac_core.errors import SettingError
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, listed, matching_names
 
-__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
+__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters", "weight_axes"]
+
+_PRUNED_ON_PURPOSE = 0.1
+"""A weight with more zeros than this fraction was pruned; fewer may be chance."""
 
 _logger = logging.getLogger("mfac_torch")
 
 
-def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.Parameter]:
+def select_parameters(model: nn.Module, params: Sequence[str], *, frozen: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
     A tied parameter counts once, under its first name, and is selected by any of its names. A frozen parameter
@@ -28,6 +32,8 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
         model: The model to look into.
         params: Exact names; ``re:`` patterns, matched from the start of the dotted name (``re.match``);
             ``__ALL__``, every parameter; ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
+        frozen: Whether frozen parameters are selected like others; those that are not dense floating-point tensors,
+            such as quantized weights, are left out all the same.
 
     Returns:
         The selected parameters by name.
@@ -42,22 +48,22 @@ def select_parameters(model: nn.Module, params: Sequence[str]) -> dict[str, nn.P
     """
     selected = _selected(model, params, strict=True)
     chosen: dict[str, nn.Parameter] = {}
-    frozen: dict[str, list[str]] = {}
+    left_out: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
         if id(parameter) not in selected:
             continue
         if is_lazy(parameter):
             raise SettingError("params", f"{name!r} has no values yet; run one batch through the model first")
-        if parameter.requires_grad:
+        if parameter.requires_grad or (frozen and _is_dense_float(parameter)):
             chosen[name] = parameter
         else:
-            frozen[name] = selected[id(parameter)]
-    _check_not_by_name(frozen)
+            left_out[name] = selected[id(parameter)]
+    _check_not_by_name(left_out)
     if not chosen:
         raise SettingError(
             "params", f"{list(params)} leaves nothing to prune: every parameter that it selects is frozen"
         )
-    _tell_left_out(frozen)
+    _tell_left_out(left_out)
     return chosen
 
 
@@ -115,6 +121,45 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
 
 
+def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.Parameter]:
+    """Return the parameters that were pruned, to judge by their zeros: more than 10%, and not all of them.
+
+    Whatever layer a parameter belongs to, and whether it is frozen or not, it counts if it has at least two axes: zeros
+    of biases and of normalization layers are most often those they began with. So are those of a parameter that is zero
+    throughout, such as the second matrix of a LoRA adapter before training, which would never learn if it was held.
+
+    Args:
+        model: The model to look into.
+        warn: Whether a warning names those that are zero throughout.
+
+    Returns:
+        The parameters by name, a tied one once, in the order of ``model.named_parameters()``.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, 2)
+        >>> _ = nn.init.zeros_(attention.in_proj_weight[:6].detach())
+        >>> list(sparse_parameters(attention))
+        ['in_proj_weight']
+    """
+    found: dict[str, nn.Parameter] = {}
+    empty = []
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.ndim < 2 or not parameter.numel() or not _is_dense_float(parameter):
+            continue
+        zeros = float((parameter.detach() == 0).float().mean())
+        if zeros == 1.0:
+            empty.append(name)
+        elif zeros > _PRUNED_ON_PURPOSE:
+            found[name] = parameter
+    if empty and warn:
+        _logger.warning(
+            "zero throughout, which is taken for how they began and not for pruned: %s; to hold them at zero, name "
+            "them in params of a ConstantPruningModifier",
+            listed(empty),
+        )
+    return found
+
+
 def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
     """Return how weights lie whose first axis is not that of the outputs.
 
@@ -141,6 +186,10 @@ def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
         for name, parameter in model.named_parameters()
         if name in wanted and id(parameter) in turned
     }
+
+
+def _is_dense_float(parameter: nn.Parameter) -> bool:
+    return parameter.dtype.is_floating_point and parameter.layout == torch.strided
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 
 from mfac_torch.live_pruning import LivePruning
+from mfac_torch.outside_changes import OutsideChanges
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
 
@@ -45,6 +46,11 @@ class TrainingSession:
         changes: What else changes in training.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
+
+    Attributes:
+        step: Completed optimizer steps so far.
+        steps_per_epoch: Optimizer steps per epoch.
+        outside: What others do to the weights in scope.
     """
 
     def __init__(
@@ -61,6 +67,8 @@ class TrainingSession:
         self._optimizers = optimizers
         self._prunings = prunings
         self._changes = changes
+        self.outside = OutsideChanges(optimizers, prunings, steps_per_epoch)
+        self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
         # work is done at the first opportunity only. A counter of levels would go wrong for good once a step raises.
         self._counts = False
@@ -80,10 +88,12 @@ class TrainingSession:
                 optimizer.register_step_post_hook(_untraced(self._after_step, number)),
             ]
         _followed.update(self._optimizers)
+        self.outside.attach(self.step)
 
     def detach(self) -> None:
         """Remove the hooks, and let each parameter be trained as before."""
-        if len(self._optimizers) > 1:
+        self.outside.detach()
+        if len(self._optimizers) > 1 and not self.outside.has_regrown():  # what was put back is not pruned
             self._prune_if_due()  # the last round may have lacked its last optimizer
         for handle in self._handles:
             handle.remove()
@@ -100,6 +110,8 @@ class TrainingSession:
         Returns:
             The state.
         """
+        if self.outside.has_regrown():
+            self.outside.warn_of_regrown(self.step)
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -163,12 +175,14 @@ class TrainingSession:
                 fitting.append(pruning)
         for pruning in fitting:
             pruning.hold_loaded()
+        self.outside.remember()
 
     def _before_step(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
+        self._look_outside(number)
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
             self._prune_if_due()
@@ -181,6 +195,20 @@ class TrainingSession:
         self._take_gradients(number)
         return None
 
+    def _look_outside(self, number: int) -> None:
+        self.outside.begin(number)
+        trained = _num_trained(self._optimizers[number])
+        if trained != self._num_trained[number]:
+            self._num_trained[number] = trained
+            for pruning in self._prunings:
+                pruning.follow(number)
+        is_due = any(pruning.is_due(self.step) for pruning in self._prunings)
+        if (is_due or self.outside.may_have_changed(number, self.step)) and self.outside.has_regrown():
+            self.outside.warn_of_regrown(self.step)
+            for pruning in self._prunings:
+                pruning.hold_masks()
+            self.outside.remember()
+
     def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stepped = number
         for pruning in self._prunings:
@@ -189,15 +217,19 @@ class TrainingSession:
             self._counts = False
             self.step += 1
             self._changes.set_trained(self.step)
+        self.outside.end(number, self.step)
         if number == self._last:
             self._prune_if_due()
 
     def _prune_if_due(self) -> None:
+        if not any(pruning.is_due(self.step) for pruning in self._prunings):
+            return
         for pruning in self._prunings:
             pruning.prune_if_due(self.step)
         if len(self._prunings) > 1:  # an update may have moved what another modifier has pruned
             for pruning in self._prunings:
                 pruning.hold_masks()
+        self.outside.remember()
 
     def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         def observed() -> Any:
@@ -229,6 +261,10 @@ def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[...
 
     untraced: Callable[..., Any] = torch.compiler.disable(called)
     return untraced
+
+
+def _num_trained(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
