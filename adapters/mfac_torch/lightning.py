@@ -142,7 +142,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         pl_module.log("sparsity", self.manager.sparsity)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach: a plain module remains."""
+        """Detach: a plain module remains, and an average that has taken the place of the weights has their zeros."""
         self._finalize(hold=True if _averages(trainer) else None)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
@@ -173,7 +173,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
 
     def _finalize(self, hold: bool | None = None) -> None:
         if self._is_attached:
-            self._last_state = self.state_dict()  # checkpoints may be saved after the end
+            # Checkpoints may be saved after the end. What finalize finds, it says itself.
+            self._last_state = self.manager.state_dict(gradient_window=self._gradient_window, warn=False)
             self._is_attached = False
             self.manager.finalize(hold=hold)
             self._has_warned = bool(self.manager.regrown())

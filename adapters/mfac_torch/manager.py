@@ -317,7 +317,7 @@ class ScheduledModifierManager(ModifierList):
         self._model = None
         self._is_finalized = True
 
-    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return all that a resumed run needs beside model and optimizers: tensors and plain values only.
 
         Take it between two optimizer steps, together with ``model.state_dict()`` and ``optimizer.state_dict()``. The
@@ -326,6 +326,7 @@ class ScheduledModifierManager(ModifierList):
         Args:
             gradient_window: Whether gradient windows are part of it. Without them files are small, and a resumed run
                 prunes by the rows that it sees from then on.
+            warn: Whether a warning names pruned weights that are not zero, which are saved with the model as they are.
 
         Returns:
             The state; ``torch.load(weights_only=True)`` reads it.
@@ -333,7 +334,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If no run is in progress.
         """
-        return self._attached("state_dict").state_dict(gradient_window=gradient_window)
+        return self._attached("state_dict").state_dict(gradient_window=gradient_window, warn=warn)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from :meth:`state_dict`; call :meth:`modify` first.

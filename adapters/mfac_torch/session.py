@@ -101,16 +101,17 @@ class TrainingSession:
         _followed.difference_update(self._optimizers)
         self._changes.restore()
 
-    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return the progress: plain numbers, tensors, and the state of each pruning modifier.
 
         Args:
             gradient_window: Whether gradient windows are part of it.
+            warn: Whether pruned weights that are not zero are said.
 
         Returns:
             The state.
         """
-        if self.outside.has_regrown():
+        if warn and self.outside.has_regrown():
             self.outside.warn_of_regrown(self.step)
         return {
             "step": self.step,

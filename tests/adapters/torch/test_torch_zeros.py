@@ -276,7 +276,7 @@ def test_steps_by_hand_are_said_at_the_end(task, caplog):
         task.loss(model, batch).backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(0.01 * parameter.grad)
     manager.finalize(model)
     (warning,) = warnings_of(caplog)
     assert "no step of the SGD given to modify() at all" in warning
@@ -311,7 +311,7 @@ def test_a_state_dict_may_have_prefixes(task, prefix):
 
 def test_compiled_layers_inside_a_model_have_the_names_of_plain_ones(task):
     model = task.model()
-    model[0] = torch.compile(model[0])
+    model[0] = torch.compile(model[0], backend="eager")
     assert apply_masks(model, {"0.weight": torch.zeros(8, 6, dtype=torch.bool)}) == 48
 
 
@@ -415,7 +415,7 @@ def test_frozen_zeros_are_held_for_nothing(caplog, params, given):
     assert float((model.attention.out_proj.weight == 0).float().mean()) == pytest.approx(0.9, abs=0.02)
     assert manager.sparsity == pytest.approx(0.9 if params in (None, str(PARTS)) else manager.sparsity, abs=0.01)
     assert "embedding.weight" in manager.masks
-    assert float(model.norm.bias.abs().sum()) > 0
+    assert bool(model.norm.bias.any())
     manager.finalize(model)
     assert not [each for each in warnings_of(caplog) if "zero throughout" not in each]
 
