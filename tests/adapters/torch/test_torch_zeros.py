@@ -90,13 +90,15 @@ def test_finalize_after_one_shot_and_a_fine_tuning_of_ones_own(task, caplog, hol
 # --- between two steps
 
 
-def test_denser_weights_in_mid_run_are_said_once_and_pruned_again(task, caplog):
+@pytest.mark.parametrize("saved", [True, False])
+def test_denser_weights_in_mid_run_are_said_once_and_pruned_again(task, caplog, saved):
     model, optimizer, manager = attached(task)
     task.train(model, optimizer, stop=12)
     reached = manager.sparsity
     caplog.clear()
     model.load_state_dict(dense(model))
-    manager.state_dict()
+    if saved:
+        manager.state_dict()
     task.train(model, optimizer, start=12, stop=15)
     (warning,) = warnings_of(caplog)
     for part in ("0.weight, 2.weight", "at step 12", "load_state_dict", "next step sets these weights to zero"):
