@@ -29,7 +29,12 @@ def warn_once(logger: logging.Logger, warnings: Sequence[str], told: set[str] | 
 
 
 def selection_warnings(
-    params: Sequence[str], exclude: Sequence[str], model: ModelNames, selected: Mapping[str, Sequence[str]]
+    params: Sequence[str],
+    exclude: Sequence[str],
+    model: ModelNames,
+    selected: Mapping[str, Sequence[str]],
+    *,
+    prunes: bool = True,
 ) -> list[str]:
     """Return what is worth a warning about the weights that keywords, patterns and names of layers select.
 
@@ -40,6 +45,7 @@ def selection_warnings(
         exclude: The entries of ``exclude``.
         model: The names of the model.
         selected: What :func:`mfac_core.weight_names.selected_names` returned for them.
+        prunes: Whether weights are pruned; otherwise the zeros that are there are only looked at, or held.
 
     Returns:
         The warnings, each one line.
@@ -53,9 +59,9 @@ def selection_warnings(
     """
     by_group = [name for name, entries in selected.items() if not any(entry in model.shapes for entry in entries)]
     return [
-        *_rarely_pruned(by_group, selected, model),
+        *(_rarely_pruned(by_group, selected, model) if prunes else ()),
         *_left_out(params, exclude, model, selected),
-        *_adapters(by_group, model),
+        *(_adapters(by_group, model) if prunes else ()),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self, TypeGuard, get_args
 
@@ -87,6 +87,18 @@ class PruningSettings(NamesItsFields):
             raise SettingError("leave_enabled", f"{self.leave_enabled!r} is not a boolean; write true or false")
         object.__setattr__(self, "params", checked_params(self.params))
         object.__setattr__(self, "exclude", checked_params(self.exclude, "exclude"))
+
+    def of_selected(self, names: Collection[str]) -> Self:
+        """Return these settings for weights that have been selected by ``params`` and ``exclude`` already.
+
+        Args:
+            names: The names of the weights.
+
+        Returns:
+            Settings that mean all of them, in which ``params`` still shows those that it had by their exact names.
+        """
+        by_name = tuple(name for name in self.params if name in names)
+        return replace(self, params=(*by_name, "__ALL__"), exclude=())
 
     def by_final_sparsity(self) -> tuple[Self, ...]:
         """Return the settings of each group of weights that has a final sparsity of its own.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
-from mfac_core.weight_names import ALL
 from mfac_core.zero_count import count_zeros
 from mfac_keras.assigning import assign_all
 from mfac_keras.backends import current_backend
@@ -84,7 +82,7 @@ class LivePruning:
         self._verbose = verbose
         self._name = name
         self._pruner = make_pruner(
-            replace(settings, params=(ALL,), exclude=()),  # which variables that means has been decided above
+            settings.of_selected(self.variables),
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,

@@ -77,7 +77,7 @@ def select_variables(
     names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):
         selected = selected_names(params, exclude, names)
-    warn_once(_logger, selection_warnings(params, exclude, names, selected), told)
+    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), told)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
     in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
     return {name: named[name] for name in in_order}

@@ -13,6 +13,8 @@ Read in this order:
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
+* ``outside_changes``: what others do to these weights between two steps
+* ``zeros``: zeros counted from the weights; :func:`apply_masks` for averaged copies
 * ``random_state``: random number generators, for resumed runs
 * ``checkpoint``: a resumed run's files, whole after a kill
 * ``scalar_loggers``: TensorBoard and the like
@@ -42,6 +44,7 @@ from mfac_torch.optimizer_state import declare_elementwise_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scheduled_optimizer import ScheduledOptimizer
 from mfac_torch.selection import prunable_parameters, select_parameters
+from mfac_torch.zeros import apply_masks
 
 __all__ = [
     "ACDCPruningModifier",
@@ -61,6 +64,7 @@ __all__ = [
     "SetLearningRateModifier",
     "SetWeightDecayModifier",
     "TrainableParamsModifier",
+    "apply_masks",
     "declare_elementwise_state",
     "prunable_parameters",
     "select_parameters",

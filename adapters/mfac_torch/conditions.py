@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from mfac_core.settings import ConstantSettings
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.session import is_followed
 
@@ -123,7 +124,7 @@ def _hooks(optimizer: Any) -> Any:
 
 
 def check_trained(prunings: Sequence[LivePruning]) -> None:
-    """Refuse parameters in scope that no optimizer trains.
+    """Refuse parameters in scope that no optimizer trains, but for those whose zeros are only held.
 
     Args:
         prunings: The pruning modifiers.
@@ -132,7 +133,7 @@ def check_trained(prunings: Sequence[LivePruning]) -> None:
         ValueError: If there are such; the message names them.
     """
     for pruning in prunings:
-        if pruning.untrained:
+        if pruning.untrained and not isinstance(pruning.settings, ConstantSettings):
             raise ValueError(
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so their masks could not be held; give "
                 "them to the optimizer, or name in params only what it trains"

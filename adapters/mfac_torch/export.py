@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from torch.nn.utils import prune
 
 from mfac_core.errors import DeviceError
 from mfac_core.files import write_file
-from mfac_torch.selection import prunable_parameters, select_parameters
+from mfac_torch.selection import prunable_parameters, select_parameters, sparse_parameters
+from mfac_torch.zeros import HasMasks, Masks
 
 __all__ = ["Masks", "export_onnx", "load_masks", "masks_of", "save_masks", "to_semi_structured", "to_torch_prune"]
-
-Masks = Mapping[str, torch.Tensor]
-"""Boolean tensors by parameter name, each of its parameter's shape; True keeps."""
 
 _FORMAT = "mfac-masks-1"
 _AMPERE = (8, 0)
@@ -32,20 +30,14 @@ _AMPERE = (8, 0)
 _logger = logging.getLogger("mfac_torch")
 
 
-class HasMasks(Protocol):
-    """What a manager is to this module."""
-
-    @property
-    def masks(self) -> Masks:
-        """The masks held last."""
-
-
 def masks_of(model: nn.Module, params: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
     """Return the masks that a pruned model's zeros amount to.
 
     Args:
         model: The model.
-        params: Which parameters, as in a recipe; ``None`` takes all of ``__ALL_PRUNABLE__`` that hold a zero.
+        params: Which parameters, as in a recipe; ``None`` takes all of ``__ALL_PRUNABLE__`` that hold a zero, and
+            every other weight that was pruned: it has at least two axes, and more than 10% of it are zero, but not
+            all. Name others that were pruned, such as biases.
 
     Returns:
         The masks by parameter name, on the devices of the parameters; a weight that is zero counts as pruned.
@@ -56,7 +48,11 @@ def masks_of(model: nn.Module, params: Sequence[str] | None = None) -> dict[str,
         >>> masks_of(layer)
         {'weight': tensor([[False,  True]])}
     """
-    parameters = prunable_parameters(model) if params is None else select_parameters(model, params)
+    if params is not None:
+        parameters = select_parameters(model, params, frozen_too=True)
+    else:
+        found = prunable_parameters(model) | sparse_parameters(model)
+        parameters = {name: parameter for name, parameter in model.named_parameters() if name in found}
     masks = {name: parameter.detach() != 0 for name, parameter in parameters.items()}
     return {name: mask for name, mask in masks.items() if params is not None or not bool(mask.all())}
 

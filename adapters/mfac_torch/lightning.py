@@ -11,8 +11,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from mfac_core.weight_names import listed
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import GradSampler
+from mfac_torch.zeros import apply_masks
 
 try:
     from lightning.pytorch import Callback
@@ -36,6 +38,12 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
     training ends, or breaks off, the model is a plain module again. After each pruning step the trainer's loggers are
     told the sparsity of each parameter as ``ParamPruning/<name>``, and after each epoch the sparsity of all of them
     together as ``sparsity``. Names are those of the ``LightningModule``.
+
+    In the trainer's list of callbacks it goes behind all others but those that write checkpoints, wherever it was
+    given, so that it sees what they have done. An average of the weights (``StochasticWeightAveraging``,
+    ``WeightAveraging``, ``EMAWeightAveraging``) gets the zeros of the masks wherever it takes the place of the weights:
+    in validation, in checkpoints, at the end. Where anything else has put denser weights back by the end of training, a
+    warning says so, and they are left as they are.
 
     Args:
         recipe: Path or text of a recipe, or a manager.
@@ -80,12 +88,22 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         self._grad_sampler = grad_sampler
         self._gradient_window = gradient_window
         self._is_attached = False
+        self._has_warned = False
         self._loaded: dict[str, Any] | None = None
         self._last_state: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Forget the state of an earlier run: the trainer loads that of its checkpoint after this hook."""
+        """Go behind the other callbacks, and forget the state of an earlier run.
+
+        The trainer loads that of its checkpoint after this hook.
+        """
         self._loaded = None
+        if stage == "fit" and self in trainer.callbacks:
+            # A new list: the trainer is just going through the old one.
+            others = [callback for callback in trainer.callbacks if callback is not self]
+            writers = [number for number, callback in enumerate(others) if _is_one_of(callback, "Checkpoint")]
+            place = min(writers, default=len(others))
+            trainer.callbacks = [*others[:place], self, *others[place:]]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach the recipe: optimizers are there by now, and hold what a checkpoint remembers."""
@@ -107,13 +125,37 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         if self._loaded is not None:
             self.manager.load_state_dict(self._loaded)
 
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Give an average that has taken the place of the weights its zeros, as before normalization statistics."""
+        self._hold_average(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Give an average that is validated in place of the weights its zeros; it keeps them afterwards."""
+        self._hold_average(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Give an average that is saved in place of the weights its zeros."""
+        self._hold_average(trainer, checkpoint["state_dict"])
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the sparsity of all weights in scope together."""
         pl_module.log("sparsity", self.manager.sparsity)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach: a plain module remains."""
-        self._finalize()
+        """Detach: a plain module remains, and an average that has taken the place of the weights has their zeros."""
+        self._finalize(hold=True if _averages(trainer) else None)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what has come back since training ended."""
+        regrown = self.manager.regrown()
+        if regrown and not self._has_warned:
+            _logger.warning(
+                "%s pruned weights are not zero (%s): they came back after the end of training, most likely with best "
+                "weights that were restored; they are left as they are, and mfac_torch.apply_masks(model, "
+                "callback.manager) sets them to zero",
+                f"{sum(regrown.values()):,}",
+                listed(regrown),
+            )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Detach from a run that broke off."""
@@ -129,11 +171,24 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         """Keep the state of a checkpoint until training starts."""
         self._loaded = state_dict
 
-    def _finalize(self) -> None:
+    def _finalize(self, hold: bool | None = None) -> None:
         if self._is_attached:
-            self._last_state = self.state_dict()  # checkpoints may be saved after the end
+            # Checkpoints may be saved after the end. What finalize finds, it says itself.
+            self._last_state = self.manager.state_dict(gradient_window=self._gradient_window, warn=False)
             self._is_attached = False
-            self.manager.finalize()
+            self.manager.finalize(hold=hold)
+            self._has_warned = bool(self.manager.regrown())
+
+    def _hold_average(self, trainer: Any, model_or_state: Any) -> None:
+        averages = _averages(trainer)
+        masks = self.manager.masks
+        if not averages or not masks:
+            return
+        if isinstance(model_or_state, Mapping):  # a module may save a part of its weights only
+            masks = {name: mask for name, mask in masks.items() if name in model_or_state}
+        changed = apply_masks(model_or_state, masks)
+        if changed:
+            _logger.info("%s: %s pruned weights of the average were set to zero", ", ".join(averages), f"{changed:,}")
 
 
 class _TrainerLoggers:
@@ -145,6 +200,17 @@ class _TrainerLoggers:
     def log_scalar(self, tag: str, value: float, step: int, /) -> None:
         for logger in self._trainer.loggers:
             logger.log_metrics({tag: value}, step=step)
+
+
+def _averages(trainer: Any) -> list[str]:
+    """Return the names of the callbacks that put an average in the place of the weights."""
+    kinds = ("StochasticWeightAveraging", "WeightAveraging")
+    return [type(callback).__name__ for callback in trainer.callbacks if _is_one_of(callback, *kinds)]
+
+
+def _is_one_of(callback: Any, *names: str) -> bool:
+    # By name: `lightning` and `pytorch_lightning` have a class each, and older versions lack some.
+    return any(each.__name__ in names for each in type(callback).__mro__)
 
 
 def _steps_per_epoch(trainer: Any) -> int:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ from mfac_core.log_lines import pruning_step_line
 from mfac_core.pruner import MFACPruner, Pruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
-from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_core.weight_names import ALL
+from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
 from mfac_core.zero_count import count_zeros
 from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
@@ -29,7 +27,7 @@ from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters, weight_axes
 
-__all__ = ["LivePruning", "Resumed"]
+__all__ = ["LivePruning", "Resumed", "masks_together"]
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -87,7 +85,10 @@ class LivePruning:
     ) -> None:
         self.settings = settings
         self.name = name
-        self.parameters = select_parameters(model, settings.params, settings.exclude, told=told)
+        # Zeros that are held only need no training: they stay where nothing moves them.
+        self.parameters = select_parameters(
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
+        )
         check_plain(self.parameters)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
@@ -97,7 +98,7 @@ class LivePruning:
         self._sampler = grad_sampler if uses_sampler else None
         self._loggers = loggers
         self._pruner = make_pruner(
-            replace(settings, params=(ALL,), exclude=()),  # which parameters that means has been decided above
+            settings.of_selected(self.parameters),
             self._weights(),
             steps_per_epoch=steps_per_epoch,
             live_gradients=self._sampler is None,
@@ -114,8 +115,7 @@ class LivePruning:
     @property
     def sparsity(self) -> float:
         """Fraction of the weights in scope that is pruned and zero, counted from the weights."""
-        masks = {name: mask.cpu().numpy() for name, mask in self.masks.items()}
-        return count_zeros(self._weights(), masks).sparsity
+        return count_zeros(self._weights(), self._host_masks()).sparsity
 
     @property
     def schedule(self) -> Sequence[PlannedStep]:
@@ -140,6 +140,15 @@ class LivePruning:
     def refused_rows(self) -> int:
         """Gradient samples that were left out because they held NaN or Inf."""
         return self._pruner.refused_rows
+
+    @property
+    def current_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters in scope as the model has them now: those that took the place of others too."""
+        now = dict(self._model.named_parameters())
+        return {
+            name: now[name] if name in now and now[name].shape == parameter.shape else parameter
+            for name, parameter in self.parameters.items()
+        }
 
     @property
     def untrained(self) -> list[str]:
@@ -189,6 +198,47 @@ class LivePruning:
             optimizer: Those of the parameters that this optimizer trains; ``None`` for all.
         """
         self._held.zero_weights(None if optimizer is None else self._trained_by[optimizer])
+
+    def held_parameters(self, optimizer: int | None = None) -> dict[str, nn.Parameter]:
+        """Return the parameters whose masks are held.
+
+        Args:
+            optimizer: Those of the parameters that this optimizer trains; ``None`` for all.
+
+        Returns:
+            The parameters by name.
+        """
+        return self._held.parameters(None if optimizer is None else self._trained_by[optimizer])
+
+    def has_regrown(self, optimizer: int | None = None) -> bool:
+        """Return whether a pruned weight is not zero.
+
+        Args:
+            optimizer: Of the parameters that this optimizer trains only; ``None`` for all.
+
+        Returns:
+            Whether there is one.
+        """
+        return self._held.has_regrown(None if optimizer is None else self._trained_by[optimizer])
+
+    def follow(self, optimizer: int) -> None:
+        """Look again which parameters an optimizer trains: it may have got more since.
+
+        Args:
+            optimizer: Which of the optimizers.
+        """
+        self._trained_by[optimizer] = _trained_by(self._optimizers[optimizer], self.parameters)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a pruning step is due.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            Whether :meth:`prune_if_due` would prune.
+        """
+        return self._pruner.is_due(step)
 
     def prune_if_due(self, step: int) -> None:
         """Do the pruning step that is due, if there is one, with all its parts.
@@ -248,6 +298,13 @@ class LivePruning:
         """
         self._parts = None
         self._pruner, self._held = resumed
+        difference = count_zeros(self._weights(), self._host_masks()).difference()
+        if difference:
+            _logger.warning(
+                "%s. The masks of the loaded state are held, so these weights are set to zero; load the model's own "
+                "state, saved together with it, before that of the manager",
+                difference,
+            )
         self._held.zero_weights()
 
     def _prune(self, step: int) -> PruneResult:
@@ -273,6 +330,9 @@ class LivePruning:
             undo.pop_all()
         self._report(step, rows, result, time.perf_counter() - start)
         return result
+
+    def _host_masks(self) -> dict[str, Array]:
+        return {name: mask.cpu().numpy() for name, mask in self.masks.items()}
 
     def _weights(self) -> dict[str, Array]:
         return {name: to_array(parameter) for name, parameter in self.parameters.items()}
@@ -333,6 +393,22 @@ class LivePruning:
             seconds=seconds,
         )
         _logger.info("%s", line)
+
+
+def masks_together(prunings: Iterable[LivePruning]) -> dict[str, torch.Tensor]:
+    """Return the masks that several modifiers hold together.
+
+    Args:
+        prunings: The pruning modifiers at work.
+
+    Returns:
+        The masks by parameter name: what one of them prunes is pruned.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    for pruning in prunings:
+        for name, mask in pruning.masks.items():
+            masks[name] = masks[name] & mask if name in masks else mask
+    return masks
 
 
 def _trained_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> Collection[str]:

@@ -17,15 +17,17 @@ from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import modifier_names, overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
+from mfac_core.zero_count import ZeroCount
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped, unwrapped_optimizers
-from mfac_torch.live_pruning import LivePruning
+from mfac_torch.live_pruning import LivePruning, masks_together
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.plan import log_plan
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
 from mfac_torch.training_changes import TrainingChanges
+from mfac_torch.zeros import apply_masks, zeros_of
 
 __all__ = ["ScheduledModifierManager"]
 
@@ -82,19 +84,20 @@ class ScheduledModifierManager(ModifierList):
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks held now by parameter name: boolean, True keeps; none before the first pruning step."""
-        masks: dict[str, torch.Tensor] = {}
-        for pruning in self._prunings:
-            for name, mask in pruning.masks.items():
-                masks[name] = masks[name] & mask if name in masks else mask
-        return masks
+        return masks_together(self._prunings)
 
     @property
     def sparsity(self) -> float:
-        """Pruned fraction of all weights in scope, by the masks held now."""
-        in_scope = {name: parameter for pruning in self._prunings for name, parameter in pruning.parameters.items()}
-        weights = sum(parameter.numel() for parameter in in_scope.values())
-        pruned = sum(int((~mask).sum()) for mask in self.masks.values())
-        return pruned / weights if weights else 0.0
+        """Fraction of all weights in scope that is pruned, counted from the weights: those that are zero now."""
+        return self._zeros().sparsity
+
+    def regrown(self) -> dict[str, int]:
+        """Return the parameters of which pruned weights are not zero now, after :meth:`finalize` too.
+
+        Returns:
+            Name of each such parameter -> how many; nothing where weights and masks agree.
+        """
+        return dict(self._zeros().regrown)
 
     def initialize(
         self,
@@ -282,14 +285,25 @@ class ScheduledModifierManager(ModifierList):
         """
         unwrapped(module)
 
-    def finalize(self, module: nn.Module | None = None, reset_loggers: bool = True, **unsupported: object) -> None:
+    def finalize(
+        self,
+        module: nn.Module | None = None,
+        reset_loggers: bool = True,
+        *,
+        hold: bool | None = None,
+        **unsupported: object,
+    ) -> None:
         """Detach from model and optimizers: a plain module remains, whose pruned weights are exactly zero.
 
+        Where something else has written to the model after the last step of its optimizer, such as ``load_state_dict``
+        of the best epoch, pruned weights may not be zero any more. A warning counts them then, and ``hold`` decides.
         A second call, and one after :meth:`apply`, which finalizes by itself, does nothing.
 
         Args:
             module: The model, to check that it is the one that was modified.
             reset_loggers: Whether to forget the loggers that :meth:`initialize_loggers` has kept.
+            hold: Whether pruned weights that are not zero any more are set to zero once more; otherwise they are left
+                as they are. ``None`` sets them to zero after ``apply(finalize=False)`` only.
             **unsupported: Refused by name.
 
         Raises:
@@ -308,16 +322,15 @@ class ScheduledModifierManager(ModifierList):
         if self._session is not None:
             self._session.detach()
             self._warn_unfinished(self._session)
-        for pruning in self._prunings:
-            pruning.hold_masks()
         self._warn_replaced(self._model)
+        self._settle(hold)
         if reset_loggers:
             self._loggers = None
         self._session = None
         self._model = None
         self._is_finalized = True
 
-    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return all that a resumed run needs beside model and optimizers: tensors and plain values only.
 
         Take it between two optimizer steps, together with ``model.state_dict()`` and ``optimizer.state_dict()``. The
@@ -326,6 +339,7 @@ class ScheduledModifierManager(ModifierList):
         Args:
             gradient_window: Whether gradient windows are part of it. Without them files are small, and a resumed run
                 prunes by the rows that it sees from then on.
+            warn: Whether a warning names pruned weights that are not zero, which are saved with the model as they are.
 
         Returns:
             The state; ``torch.load(weights_only=True)`` reads it.
@@ -333,7 +347,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If no run is in progress.
         """
-        return self._attached("state_dict").state_dict(gradient_window=gradient_window)
+        return self._attached("state_dict").state_dict(gradient_window=gradient_window, warn=warn)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on from :meth:`state_dict`; call :meth:`modify` first.
@@ -441,6 +455,30 @@ class ScheduledModifierManager(ModifierList):
             raise RuntimeError(f"{method}() is about a run in progress; call modify() first")
         return self._session
 
+    def _zeros(self) -> ZeroCount:
+        return zeros_of(self._parameters(), self.masks)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name: each for pruning in self._prunings for name, each in pruning.current_parameters.items()}
+
+    def _settle(self, hold: bool | None) -> None:
+        """Compare weights and masks at the end, and say what was found and done."""
+        difference = self._zeros().difference()
+        if not difference:
+            return
+        if hold or (hold is None and self._session is None):
+            changed = apply_masks(self._parameters(), self.masks)
+            level = logging.INFO if hold is None else logging.WARNING  # after a fine-tuning it is what was announced
+            _logger.log(level, "%s; finalize has set %s weights to zero", difference, f"{changed:,}")
+            return
+        cause = "" if self._session is None else f" The likely cause: {self._session.outside.likely_cause()}."
+        _logger.warning(
+            "%s.%s The weights are left as they are; finalize(hold=True) would have set these to zero, and "
+            "mfac_torch.apply_masks(model, manager) does it now",
+            difference,
+            cause,
+        )
+
     def _warn_replaced(self, model: nn.Module) -> None:
         now = {id(parameter) for parameter in model.parameters()}
         replaced = [
@@ -457,6 +495,7 @@ class ScheduledModifierManager(ModifierList):
             )
 
     def _warn_unfinished(self, session: TrainingSession) -> None:
+        missing = session.outside.missing_steps()
         for pruning in self._prunings:
             if pruning.is_finished:
                 continue
@@ -469,7 +508,7 @@ class ScheduledModifierManager(ModifierList):
                 sparsity=pruning.sparsity,
                 refused_rows=pruning.refused_rows,
             )
-            _logger.warning("%s", line)
+            _logger.warning("%s%s", line, f"; {missing}" if missing else "")
 
 
 def _refuse(method: str, unsupported: Mapping[str, object]) -> None:

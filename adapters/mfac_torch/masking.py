@@ -76,6 +76,33 @@ class HeldMasks:
         for _, parameter, pruned in self._held(names):
             parameter.detach().masked_fill_(pruned, 0.0)
 
+    def parameters(self, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
+        """Return the parameters whose masks are held.
+
+        Args:
+            names: Of these parameters only.
+
+        Returns:
+            The parameters by name.
+        """
+        return {name: parameter for name, parameter, _ in self._held(names)}
+
+    def has_regrown(self, names: Collection[str] | None = None) -> bool:
+        """Return whether a pruned weight is not zero, looked up on the device of the weights.
+
+        Args:
+            names: Of these parameters only.
+
+        Returns:
+            Whether there is one.
+        """
+        found: dict[torch.device, torch.Tensor] = {}
+        for _, parameter, pruned in self._held(names):
+            regrown = (parameter.detach() != 0).logical_and_(pruned).any()
+            before = found.get(regrown.device)
+            found[regrown.device] = regrown if before is None else before | regrown
+        return any(map(bool, found.values()))  # one wait per device
+
     def _held(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         for name, pruned in self._pruned.items():
             if names is not None and name not in names:

@@ -18,7 +18,7 @@ from mfac_core.training_settings import (
     TrainableParams,
     TrainingSettings,
 )
-from mfac_torch.selection import prunable_parameters
+from mfac_torch.selection import sparse_parameters
 
 __all__ = [
     "ACDCPruningModifier",
@@ -43,9 +43,6 @@ __all__ = [
 
 Settings = PruningSettings | TrainingSettings
 """What a modifier carries: one entry of a loaded recipe."""
-
-_PRUNED_ON_PURPOSE = 0.1
-"""A weight with more zeros than this fraction was pruned; fewer may be chance."""
 
 
 class Modifier:
@@ -178,8 +175,12 @@ class ConstantPruningModifier(PruningModifier):
         Args:
             model: The model.
 
+        They hold frozen weights too, and those that no optimizer trains.
+
         Returns:
-            One modifier for each prunable weight (see :func:`prunable_parameters`) of which more than 10% are zero.
+            One modifier for each weight that was pruned, whatever its layer: it has at least two axes, and more than
+            10% of it are zero, but not all. Biases and weights of normalization layers are held where a modifier of
+            your own names them in ``params``.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -189,8 +190,7 @@ class ConstantPruningModifier(PruningModifier):
         """
         return [
             ConstantPruningModifier.from_settings(ConstantSettings(params=(name,)))
-            for name, weight in prunable_parameters(model).items()
-            if float((weight == 0).float().mean()) > _PRUNED_ON_PURPOSE
+            for name in sparse_parameters(model, warn=True)
         ]
 
 

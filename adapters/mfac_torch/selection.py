@@ -26,7 +26,10 @@ from mfac_core.weight_names import (
     selected_names,
 )
 
-__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "weight_axes"]
+__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters", "weight_axes"]
+
+_PRUNED_ON_PURPOSE = 0.1
+"""A weight with more zeros than this fraction was pruned; fewer may be chance."""
 
 _NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -38,7 +41,7 @@ def select_parameters(
     params: Sequence[str],
     exclude: Sequence[str] = (),
     *,
-    frozen: bool = False,
+    frozen_too: bool = False,
     told: set[str] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
@@ -53,8 +56,8 @@ def select_parameters(
             matched from the start of the dotted name (``re.match``); ``__ALL__``, every parameter;
             ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
         exclude: What is left out of it, in the same form; the name of a layer means all that is in it.
-        frozen: Whether frozen parameters are selected like others; those that are no dense floating-point tensors, such
-            as quantized weights, are left out all the same.
+        frozen_too: Whether frozen parameters are selected like others; those that are no dense floating-point tensors,
+            such as quantized weights, are left out all the same.
         told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
@@ -68,14 +71,14 @@ def select_parameters(
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
         ['0.weight', '2.bias']
     """
-    names = _names(model, with_frozen=frozen)
+    names = _names(model, with_frozen=frozen_too)
     selected = selected_names(params, exclude, names)
     chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}
     lazy = [name for name, parameter in chosen.items() if is_lazy(parameter)]
     if lazy:
         have = f"{lazy[0]!r} has" if len(lazy) == 1 else f"{listed(lazy)} have"
         raise SettingError("params", f"{have} no values yet; run one batch through the model first")
-    warn_once(_logger, selection_warnings(params, exclude, names, selected), told)
+    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), told)
     return chosen
 
 
@@ -134,6 +137,45 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     weights = _prunable_ids(model)
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.Parameter]:
+    """Return the parameters that were pruned, to judge by their zeros: more than 10%, and not all of them.
+
+    Whatever layer a parameter belongs to, and whether it is frozen or not, it counts if it has at least two axes: zeros
+    of biases and of normalization layers are most often those they began with. So are those of a parameter that is zero
+    throughout, such as the second matrix of a LoRA adapter before training, which would never learn if it was held.
+
+    Args:
+        model: The model to look into.
+        warn: Whether a warning names those that are zero throughout.
+
+    Returns:
+        The parameters by name, a tied one once, in the order of ``model.named_parameters()``.
+
+    Example:
+        >>> attention = nn.MultiheadAttention(4, 2)
+        >>> _ = nn.init.zeros_(attention.in_proj_weight[:6].detach())
+        >>> list(sparse_parameters(attention))
+        ['in_proj_weight']
+    """
+    found: dict[str, nn.Parameter] = {}
+    empty = []
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.ndim < 2 or not parameter.numel() or not _is_dense_float(parameter):
+            continue
+        zeros = float((parameter.detach() == 0).float().mean())
+        if zeros == 1.0:
+            empty.append(name)
+        elif zeros > _PRUNED_ON_PURPOSE:
+            found[name] = parameter
+    if empty and warn:
+        _logger.warning(
+            "zero throughout, which is taken for how they began and not for pruned: %s; to hold them at zero, name "
+            "them in params of a ConstantPruningModifier",
+            listed(empty),
+        )
+    return found
 
 
 def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

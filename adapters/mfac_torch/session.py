@@ -13,6 +13,7 @@ import torch
 
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 from mfac_torch.live_pruning import LivePruning, Resumed
+from mfac_torch.outside_changes import OutsideChanges
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
 
@@ -53,6 +54,7 @@ class TrainingSession:
         step: Completed optimizer steps so far.
         steps_per_epoch: Optimizer steps per epoch.
         optimizers: The optimizers that are followed.
+        outside: What others do to the weights in scope.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class TrainingSession:
         self.optimizers = optimizers
         self._prunings = prunings
         self._changes = changes
+        self.outside = OutsideChanges(optimizers, prunings, steps_per_epoch)
+        self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
         # work is done at the first opportunity only. A counter of levels would go wrong for good once a step raises.
         self._counts = False
@@ -95,10 +99,12 @@ class TrainingSession:
             self._changes.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
+        self.outside.attach(self.step)
 
     def detach(self) -> None:
         """Remove the hooks, and let each parameter be trained as before."""
-        if len(self.optimizers) > 1:
+        self.outside.detach()
+        if len(self.optimizers) > 1 and not self.outside.has_regrown():  # what was put back is not pruned
             self._prune_if_due()  # the last round may have lacked its last optimizer
         for handle in self._handles:
             handle.remove()
@@ -106,15 +112,18 @@ class TrainingSession:
         _followed.difference_update(self.optimizers)
         self._changes.restore()
 
-    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+    def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return the progress: plain numbers, tensors, and the state of each pruning modifier.
 
         Args:
             gradient_window: Whether gradient windows are part of it.
+            warn: Whether pruned weights that are not zero are said.
 
         Returns:
             The state.
         """
+        if warn and self.outside.has_regrown():
+            self.outside.warn_of_regrown(self.step)
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -156,6 +165,7 @@ class TrainingSession:
         def resume() -> None:
             for pruning, resumed in taken:
                 pruning.resume(resumed)
+            self.outside.remember()
             self.step = step
             self._counts = False
             self._observed_at = [-1] * len(self.optimizers)
@@ -202,6 +212,7 @@ class TrainingSession:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
+        self._look_outside(number)
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
             self._prune_if_due()
@@ -214,6 +225,20 @@ class TrainingSession:
         self._take_gradients(number)
         return None
 
+    def _look_outside(self, number: int) -> None:
+        self.outside.begin(number)
+        trained = _num_trained(self.optimizers[number])
+        if trained != self._num_trained[number]:
+            self._num_trained[number] = trained
+            for pruning in self._prunings:
+                pruning.follow(number)
+        is_due = any(pruning.is_due(self.step) for pruning in self._prunings)
+        if (is_due or self.outside.may_have_changed(number, self.step)) and self.outside.has_regrown():
+            self.outside.warn_of_regrown(self.step)
+            for pruning in self._prunings:
+                pruning.hold_masks()
+            self.outside.remember()
+
     def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stepped = number
         for pruning in self._prunings:
@@ -222,15 +247,19 @@ class TrainingSession:
             self._counts = False
             self.step += 1
             self._changes.set_trained(self.step)
+        self.outside.end(number, self.step)
         if number == self._last:
             self._prune_if_due()
 
     def _prune_if_due(self) -> None:
+        if not any(pruning.is_due(self.step) for pruning in self._prunings):
+            return
         for pruning in self._prunings:
             pruning.prune_if_due(self.step)
         if len(self._prunings) > 1:  # an update may have moved what another modifier has pruned
             for pruning in self._prunings:
                 pruning.hold_masks()
+        self.outside.remember()
 
     def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         def observed() -> Any:
@@ -262,6 +291,10 @@ def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[...
 
     untraced: Callable[..., Any] = torch.compiler.disable(called)
     return untraced
+
+
+def _num_trained(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

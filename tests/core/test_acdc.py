@@ -238,3 +238,17 @@ def test_masks_given_at_the_start_are_held_with_the_zeros():
     for name, array in sparse_weights().items():
         np.testing.assert_array_equal(result.masks[name], masks[name] & (array != 0))
         assert not np.any(result.weights[name][~masks[name]])
+
+
+def test_what_is_zero_throughout_is_not_held_unless_it_is_named(caplog):
+    weights = {"a": np.array([0.0, 1.0]), "b": np.zeros(2), "c": np.zeros(2)}
+    pruner = constant(weights, params=("__ALL__", "c"))
+    assert pruner.schedule[0].sparsity == 0.5
+    result = pruner.prune({name: array.copy() for name, array in weights.items()}, step=0)
+    assert {name: mask.tolist() for name, mask in result.masks.items()} == {
+        "a": [False, True],
+        "b": [True, True],
+        "c": [False, False],
+    }
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "not held: b; to hold them at zero, write their exact names in params" in warning

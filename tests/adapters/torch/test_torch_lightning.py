@@ -16,7 +16,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports has warnings of its own
     datasets = pytest.importorskip("sklearn.datasets")
     pytest.importorskip("lightning.pytorch")
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
     from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
@@ -377,3 +377,80 @@ def test_the_block_of_the_migration_page_runs_as_it_stands(tmp_path, monkeypatch
     blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (block,) = (each for each in blocks if "mfac_torch.lightning" in each)
     exec(compile(block, page, "exec"), {"__name__": "__main__"})
+
+
+# --- what other callbacks do to the weights
+
+
+def averaging(name):
+    made = getattr(callbacks, name, None)
+    if made is None:
+        pytest.skip(f"this Lightning has no {name}")
+    return made(0.01, swa_epoch_start=1) if name == "StochasticWeightAveraging" else made()
+
+
+class WithNormalization(Digits):
+    """Stochastic weight averaging adds an epoch for its statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, images):
+        return self.norm(self.net(images))
+
+
+class Restoring(callbacks.Callback):
+    """Puts the weights of the first epoch back, as callbacks that keep the best do."""
+
+    def __init__(self, hook):
+        setattr(self, hook, lambda trainer, pl_module: pl_module.load_state_dict(self.best))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            self.best = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("name", ["StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"])
+@pytest.mark.parametrize("kind", [Digits, WithNormalization])
+def test_an_average_of_the_weights_has_the_zeros_that_are_reported(tmp_path, pruning_first, name, kind):
+    class Validated(kind):
+        def validation_step(self, batch, batch_idx):
+            self.validated = round(zeros(self) / WEIGHTS, 3)
+
+    model, callback = Validated(), PruningCallback(RECIPE)
+    both = [callback, averaging(name)] if pruning_first else [averaging(name), callback]
+    writer = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_epochs=1, save_last=True)
+    run = trainer(tmp_path, *both, writer, max_epochs=5, enable_checkpointing=True)
+    run.fit(model, loader(), loader())
+    assert zeros(model) == round(0.75 * WEIGHTS)
+    assert callback.manager.sparsity == 0.75
+    assert model.validated == 0.75
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    for path in [tmp_path / "end.ckpt", *(tmp_path / "checkpoints").iterdir()]:
+        saved = Digits()
+        saved.load_state_dict(torch.load(path, weights_only=True)["state_dict"], strict=False)
+        assert zeros(saved) == round(0.75 * WEIGHTS), path.name
+
+
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_weights_that_another_callback_puts_back_are_left_and_said(tmp_path, caplog, pruning_first, hook):
+    model, callback, restoring = Digits(), PruningCallback(RECIPE), Restoring(hook)
+    trainer(tmp_path, *([callback, restoring] if pruning_first else [restoring, callback])).fit(model, loader())
+    assert torch.equal(model.net[0].weight, restoring.best["net.0.weight"])
+    assert callback.manager.sparsity == zeros(model) / WEIGHTS < 0.25
+    (warning,) = [record.getMessage() for record in caplog.records if "are not zero" in record.getMessage()]
+    assert "net.0.weight" in warning
+    assert "restored" in warning
+    assert "apply_masks" in warning
+
+
+def test_early_stopping_beside_it_changes_nothing(tmp_path, caplog):
+    for first in (True, False):
+        callback, stopping = PruningCallback(RECIPE), callbacks.EarlyStopping("sparsity", mode="max", patience=5)
+        model = Digits()
+        trainer(tmp_path, *([callback, stopping] if first else [stopping, callback])).fit(model, loader())
+        assert zeros(model) == round(0.75 * WEIGHTS)
+    assert not [record for record in caplog.records if record.name == "mfac_torch"]

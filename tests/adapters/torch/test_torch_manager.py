@@ -715,7 +715,7 @@ def test_finalize_leaves_a_plain_module_and_a_plain_optimizer(task):
     masks = manager.masks
     with torch.no_grad():
         model[0].weight.add_(1.0)  # whatever happened outside the optimizer's steps
-    manager.finalize(model)
+    manager.finalize(model, hold=True)
     assert hooks(optimizer) == 0
     assert list(model.state_dict()) == keys
     assert type(model[0]) is nn.Linear

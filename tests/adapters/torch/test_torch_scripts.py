@@ -180,7 +180,7 @@ modifiers:
   - !OBSPruningModifier
       params: ["re:.*weight"]
       init_sparsity: 0.2
-      final_sparsity: 0.7
+      final_sparsity: 0.9
       start_epoch: 0.0
       end_epoch: 2.0
       update_frequency: 1.0
@@ -281,9 +281,9 @@ def test_a_script_that_prunes_in_one_shot_by_a_generator_of_samples(tmp_path, mo
 
 def test_a_script_that_initializes_scales_and_samples(tmp_path, monkeypatch):
     after = run(INTEGRATION, tmp_path, monkeypatch)
-    assert sparsity(after["model"].fc) == pytest.approx(0.7)
+    assert sparsity(after["model"].fc) == pytest.approx(0.9)
     assert after["builders"] == [{"batch_size": 4}] * 3 * 2
-    assert after["board"].scalars["ParamPruning/fc.weight"][-1] == (8, pytest.approx(0.7))
+    assert after["board"].scalars["ParamPruning/fc.weight"][-1] == (8, pytest.approx(0.9))
     assert after["optimizer"].param_groups[0]["lr"] == 0.05
     assert (after["scheduler"], after["epochs"], after["pruning_end"]) == (None, 3, 2)
 

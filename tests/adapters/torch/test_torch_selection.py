@@ -105,8 +105,8 @@ def test_a_frozen_parameter_is_an_error_by_name_and_left_out_by_token(zoo, caplo
 
 def test_frozen_parameters_are_selected_like_others_where_that_is_asked_for(zoo, caplog):
     zoo.conv.requires_grad_(False)
-    assert "conv.weight" in select_parameters(zoo, ["__ALL_PRUNABLE__"], ["attention.in_proj_weight"], frozen=True)
-    assert list(select_parameters(zoo, ["conv.weight"], frozen=True)) == ["conv.weight"]
+    assert "conv.weight" in select_parameters(zoo, ["__ALL_PRUNABLE__"], ["attention.in_proj_weight"], frozen_too=True)
+    assert list(select_parameters(zoo, ["conv.weight"], frozen_too=True)) == ["conv.weight"]
     assert not caplog.records
 
 

@@ -1,0 +1,125 @@
+"""The zeros of a model: counted from its weights, and set by masks in copies that nobody else prunes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from mfac_core.weight_names import listed
+from mfac_core.zero_count import ZeroCount, count_zeros
+from mfac_torch.conversion import to_array
+
+__all__ = ["HasMasks", "Masks", "apply_masks", "zeros_of"]
+
+Masks = Mapping[str, torch.Tensor]
+"""Boolean tensors by parameter name, each of its parameter's shape; True keeps."""
+
+_WRAPPED_LAYER = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+class HasMasks(Protocol):
+    """What a manager is to this module."""
+
+    @property
+    def masks(self) -> Masks:
+        """The masks held last."""
+
+
+def zeros_of(parameters: Mapping[str, torch.Tensor], masks: Masks) -> ZeroCount:
+    """Count how many pruned weights are zero.
+
+    Args:
+        parameters: All parameters in scope by name.
+        masks: The masks of those that are pruned.
+
+    Returns:
+        The counts.
+    """
+    return count_zeros(
+        {name: to_array(parameter) for name, parameter in parameters.items()},
+        {name: mask.cpu().numpy() for name, mask in masks.items()},
+    )
+
+
+def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks | Masks) -> int:
+    """Set pruned weights to zero in a copy that training does not prune, such as an average of the weights.
+
+    Names are those of the masks, or end with them: what ``AveragedModel``, ``DataParallel``, ``torch.compile`` or a
+    Lightning module put before a name is looked through. So is a prefix that only the names of the masks have.
+
+    Args:
+        model_or_state: A model, wrapped or not, or a state dict; changed in place.
+        masks: The masks, or the manager that holds them. No masks, as before the first pruning step, change nothing.
+
+    Returns:
+        How many weights were set to zero; those that were zero already do not count.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a mask fits no tensor, several, or one of another shape. Nothing is changed then.
+
+    Example:
+        >>> average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
+        >>> apply_masks(average, {"weight": torch.tensor([[False, True]])})
+        1
+    """
+    tensors = _tensors(model_or_state)
+    given = masks if isinstance(masks, Mapping) else getattr(masks, "masks", None)
+    if not isinstance(given, Mapping):
+        raise TypeError(f"masks is a {type(masks).__name__}; pass masks by parameter name, or the manager")
+    matched = _matched(given, tensors)
+    changed = 0
+    with torch.no_grad():
+        for name, mask in given.items():
+            tensor = tensors[matched[name]]
+            pruned = ~mask.to(tensor.device, torch.bool)
+            changed += int(((tensor != 0) & pruned).sum())
+            tensor.masked_fill_(pruned, 0.0)
+    return changed
+
+
+def _tensors(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    if isinstance(model_or_state, nn.Module):
+        return dict(model_or_state.named_parameters(remove_duplicate=False))
+    if isinstance(model_or_state, Mapping):
+        return {name: value for name, value in model_or_state.items() if isinstance(value, torch.Tensor)}
+    raise TypeError(f"the model is a {type(model_or_state).__name__}; pass a torch.nn.Module or a state dict")
+
+
+def _matched(masks: Masks, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    # The names of all tensors are known before the first is changed.
+    plain = {name: _WRAPPED_LAYER.sub(r"\1", name) for name in tensors}
+    matched: dict[str, str] = {}
+    for name, mask in masks.items():
+        found = [name] if name in tensors else _same_end(_WRAPPED_LAYER.sub(r"\1", name), plain)
+        if not found:
+            raise ValueError(
+                f"the mask of {name} fits nothing: there are {listed(tensors) or 'no tensors'}; pass the model or the "
+                "state dict that the masks belong to"
+            )
+        if len(found) > 1 or found[0] in matched.values():
+            raise ValueError(
+                f"the mask of {name} fits several tensors, or one that has a mask already ({listed(found)}); pass the "
+                "part of the model that the masks belong to"
+            )
+        if mask.shape != tensors[found[0]].shape:
+            raise ValueError(
+                f"the mask of {name} has the shape {tuple(mask.shape)}, and {found[0]} has "
+                f"{tuple(tensors[found[0]].shape)}; pass the model or the state dict that the masks belong to"
+            )
+        matched[name] = found[0]
+    return matched
+
+
+def _same_end(name: str, plain: Mapping[str, str]) -> list[str]:
+    """Return the tensors of this name, or, where there is none, those of which one name ends with the other."""
+    same = [tensor for tensor, other in plain.items() if other == name]
+    return (
+        same
+        or [tensor for tensor, other in plain.items() if f".{other}".endswith(f".{name}")]
+        or [tensor for tensor, other in plain.items() if f".{name}".endswith(f".{other}")]
+    )
