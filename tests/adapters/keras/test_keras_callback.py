@@ -46,6 +46,7 @@ def test_magnitude_pruning_works_too(task, modifier):
     assert_pruned(task, model)
 
 
+@pytest.mark.once
 @pytest.mark.feature("fractional epochs")
 def test_pruning_steps_happen_at_their_batch(task):
     model = task.model()
@@ -70,6 +71,7 @@ def test_pruning_steps_happen_at_their_batch(task):
     assert steps == [3, 7, 11, 12]
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
@@ -111,6 +113,7 @@ def test_two_callbacks_on_one_optimizer_are_refused(task):
         task.fit(model, MFACPruningCallback(task.recipe()), MFACPruningCallback(task.recipe()))
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
@@ -120,6 +123,7 @@ def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     assert pruning.sparsity == 0.75
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
@@ -129,6 +133,7 @@ def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, c
     assert pruning.sparsity == 0.75
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
     text = task.recipe() + "  - !QuantizationModifier {start_epoch: 1.0}\n"
@@ -140,6 +145,7 @@ def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
     assert_pruned(task, model)
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_names_in_the_style_of_pytorch_are_told_apart(task):
     with pytest.raises(
@@ -159,6 +165,7 @@ def test_an_optimizer_that_does_not_train_the_variables_is_refused(task):
         task.fit(model, MFACPruningCallback(task.recipe(), optimizer=other))
 
 
+@pytest.mark.once
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 def test_what_will_hardly_go_as_it_was_meant_is_warned_of_when_training_begins(task, caplog):
     task.fit(task.model(), MFACPruningCallback(task.recipe(num_grads=7), verbose=0), epochs=2)
@@ -204,6 +211,7 @@ def test_callbacks_before_and_after_see_the_sparsity_and_the_same_metrics(task):
     assert before.logs[0]["loss"] == pytest.approx(plain.logs[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 @pytest.mark.parametrize("first", [True, False])
 def test_tensorboard_gets_the_sparsity(task, tmp_path, first):
@@ -227,6 +235,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
     assert ("pruned weights are not zero at the end of fit" in caplog.text) == first
 
 
+@pytest.mark.once
 @pytest.mark.feature("EarlyStopping and ModelCheckpoint beside it")
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):

@@ -94,6 +94,7 @@ def test_one_shot_pruning_leaves_the_dense_network_as_it_is_and_repeats():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.once
 def test_a_recipe_that_matches_nothing_is_refused_before_any_training(tmp_path, monkeypatch):
     (tmp_path / "gradual.yaml").write_text(GRADUAL.replace("__ALL_PRUNABLE__", "re:.*attention"))
     monkeypatch.setattr(keras_demo, "train", None)
@@ -115,16 +116,13 @@ def test_the_network_begins_with_weights_like_those_of_pytorch():
 
 def in_the_form_of_keras(network):
     """The weights of PyTorch's network as the one of Keras takes them."""
-    weights = []
-    for array in (weight.numpy(force=True) for weight in network.parameters()):
-        if array.ndim == 4:
-            array = array.transpose(2, 3, 1, 0)
-        elif array.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
-            array = array.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
-        elif array.ndim == 2:
-            array = array.T
-        weights.append(array.copy())
-    return weights
+
+    def turned(array):
+        if array.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
+            return array.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+    return [turned(weight.numpy(force=True)).copy() for weight in network.parameters()]
 
 
 def test_the_same_weights_and_images_give_the_same_steps_of_training_as_in_pytorch():

@@ -9,7 +9,10 @@ from mfac_core.errors import SettingError  # noqa: E402
 from mfac_keras import prunable_variables, select_variables  # noqa: E402
 from mfac_keras.layout import pytorch_forms  # noqa: E402
 
-pytestmark = pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes")
+pytestmark = [
+    pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes"),
+    pytest.mark.once,
+]
 
 
 @pytest.fixture(scope="module")
