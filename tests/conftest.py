@@ -12,6 +12,11 @@ settings.register_profile("local", timeless)
 settings.register_profile("ci", timeless, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# What a terminal shows is not for the settings of the one who runs the tests to decide.
+for name in ("CLICOLOR", "CLICOLOR_FORCE", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"):
+    os.environ.pop(name, None)
+os.environ |= {"COLUMNS": "80", "TERM": "xterm"}
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (missing := _missing_for_gpu()):

@@ -315,7 +315,8 @@ def test_inputs_are_unchanged_and_results_are_new(update, dtype):
 
 
 @UPDATES
-def test_the_working_memory_is_a_few_blocks(update):
+def test_the_working_memory_is_a_few_blocks(update, monkeypatch):
+    monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 2)  # each works on a block of its own
     m, block_size, blocks = 128, 16384, 6
     d = blocks * block_size
     rng = np.random.default_rng(0)

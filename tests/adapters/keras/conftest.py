@@ -3,9 +3,11 @@
 The backend is the one that ``KERAS_BACKEND`` names, ``tensorflow`` by default; each needs a process of its own.
 """
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -17,12 +19,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests count on two virtual devices of the CPU
 if BACKEND == "jax":
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # tests compile the same steps: once for all of their processes
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="mfac-jax-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 try:
     import keras
 except ImportError:
     keras = None
 
+ONCE_ON = "torch"  # the backend of the tests that no backend can change: it compiles nothing
 STEPS_PER_EPOCH = 5
 COMPILERS = ("g++", "c++", "clang++")
 REPORT = "MFAC_KERAS_FEATURES"  # where to write the outcome of each feature, as JSON
@@ -31,6 +38,7 @@ REPORT = "MFAC_KERAS_FEATURES"  # where to write the outcome of each feature, as
 def pytest_configure(config):
     config.addinivalue_line("markers", "feature(name): what the test shows, a row of the matrix of backends")
     config.addinivalue_line("markers", "backends(*names): the backends of Keras that have what the test is about")
+    config.addinivalue_line("markers", f"once: no backend can change what the test shows; it runs on {ONCE_ON}")
     config.addinivalue_line("markers", "needs(*names): names in keras.optimizers that older versions of Keras lack")
     config.addinivalue_line("markers", "jit_compile: the test compiles the training step, with torch.compile on torch")
     # Keras on TensorFlow asks for arrays in a way that NumPy 2 warns about.
@@ -49,6 +57,8 @@ def pytest_runtest_setup(item):
     marker = item.get_closest_marker("backends")
     if marker is not None and BACKEND not in marker.args:
         pytest.skip(f"is about {', '.join(marker.args)}; Keras runs on {BACKEND}")
+    if item.get_closest_marker("once") and BACKEND != ONCE_ON and REPORT not in os.environ:
+        pytest.skip(f"no backend can change what it shows: it runs on {ONCE_ON}")
     marker = item.get_closest_marker("needs")
     missing = [name for name in marker.args if not hasattr(keras.optimizers, name)] if marker else []
     if missing:

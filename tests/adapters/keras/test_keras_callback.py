@@ -46,6 +46,7 @@ def test_magnitude_pruning_works_too(task, modifier):
     assert_pruned(task, model)
 
 
+@pytest.mark.once
 @pytest.mark.feature("fractional epochs")
 def test_pruning_steps_happen_at_their_batch(task):
     model = task.model()
@@ -70,6 +71,7 @@ def test_pruning_steps_happen_at_their_batch(task):
     assert steps == [3, 7, 11, 12]
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
@@ -111,6 +113,7 @@ def test_two_callbacks_on_one_optimizer_are_refused(task):
         task.fit(model, MFACPruningCallback(task.recipe()), MFACPruningCallback(task.recipe()))
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
@@ -120,6 +123,7 @@ def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     assert pruning.sparsity == 0.75
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
@@ -129,6 +133,7 @@ def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, c
     assert pruning.sparsity == 0.75
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
     text = task.recipe() + "  - !QuantizationModifier {start_epoch: 1.0}\n"
@@ -140,6 +145,7 @@ def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
     assert_pruned(task, model)
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_names_in_the_style_of_pytorch_are_told_apart(task):
     with pytest.raises(
@@ -166,6 +172,7 @@ def of_keras_2(name):
     return type("Mine", (base,), {})()
 
 
+@pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
     keys = {"final_sparsity": 0.5, "end_epoch": 1.0}
@@ -200,6 +207,7 @@ def test_a_torch_module_is_sent_to_the_other_adapter(task):
         prune_one_shot(torch.nn.Linear(4, 4), [task.batch(0)], final_sparsity=0.5)
 
 
+@pytest.mark.once
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 @pytest.mark.parametrize("several", [False, True])
 def test_each_line_says_what_it_is_about(task, caplog, several):
@@ -217,6 +225,7 @@ def test_each_line_says_what_it_is_about(task, caplog, several):
         assert sum(each.startswith(ended) for each in messages) == 1
 
 
+@pytest.mark.once
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 def test_what_will_hardly_go_as_it_was_meant_is_warned_of_when_training_begins(task, caplog):
     task.fit(task.model(), MFACPruningCallback(task.recipe(num_grads=7), verbose=0), epochs=2)
@@ -262,6 +271,7 @@ def test_callbacks_before_and_after_see_the_sparsity_and_the_same_metrics(task):
     assert before.logs[0]["loss"] == pytest.approx(plain.logs[0]["loss"], rel=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 @pytest.mark.parametrize("first", [True, False])
 def test_tensorboard_gets_the_sparsity(task, tmp_path, first):
@@ -286,6 +296,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
     assert pruning.sparsity < 0.3
 
 
+@pytest.mark.once
 @pytest.mark.feature("EarlyStopping and ModelCheckpoint beside it")
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):

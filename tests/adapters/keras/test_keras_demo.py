@@ -94,6 +94,7 @@ def test_one_shot_pruning_leaves_the_dense_network_as_it_is_and_repeats():
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.once
 def test_a_recipe_that_matches_nothing_is_refused_before_any_training(tmp_path, monkeypatch):
     (tmp_path / "gradual.yaml").write_text(GRADUAL.replace("__ALL_PRUNABLE__", "re:.*attention"))
     monkeypatch.setattr(keras_demo, "train", None)
@@ -116,14 +117,12 @@ def test_the_network_begins_with_weights_like_those_of_pytorch():
 def in_the_form_of_keras(network):
     """The weights of PyTorch's network as the one of Keras takes them."""
 
-    def form(weight):
-        if weight.ndim == 4:
-            return weight.transpose(2, 3, 1, 0)
-        if weight.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
-            return weight.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
-        return weight.T if weight.ndim == 2 else weight
+    def turned(array):
+        if array.shape == (32, 128):  # PyTorch flattens channels, height, width, and Keras height, width, channels
+            return array.reshape(32, 32, 2, 2).transpose(2, 3, 1, 0).reshape(128, 32)
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
-    return [form(weight.numpy(force=True)).copy() for weight in network.parameters()]
+    return [turned(weight.numpy(force=True)).copy() for weight in network.parameters()]
 
 
 def test_the_same_weights_and_images_give_the_same_steps_of_training_as_in_pytorch():

@@ -306,6 +306,7 @@ def test_a_sampler_may_have_a_loss_of_its_own(task, loss):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.once
 @pytest.mark.feature("gradients of a sampler")
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
@@ -321,6 +322,7 @@ def test_what_is_no_dataset_is_refused_by_name(task, dataset, error, message):
         list(GradientSampler(dataset).gradients(model, model.trainable_variables, 1))
 
 
+@pytest.mark.once
 @pytest.mark.feature("gradients of a sampler")
 def test_a_model_without_a_loss_is_refused_by_name(task):
     model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])

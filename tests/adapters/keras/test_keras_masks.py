@@ -47,6 +47,7 @@ def assert_masks_held(task, watch, model, *, exempt=(), **fit_options):
     return pruning
 
 
+@pytest.mark.once
 def test_every_optimizer_that_keras_ships_is_tried():
     shipped = {
         name

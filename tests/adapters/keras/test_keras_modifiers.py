@@ -43,6 +43,7 @@ def test_a_constant_mask_holds_the_zeros_that_are_there_to_the_end(task):
     assert callback.sparsity == 0.5
 
 
+@pytest.mark.once
 def test_a_constant_mask_with_an_end_is_released_there(task):
     zeros = ZerosPerBatch(task)
     recipe = "pruning_modifiers:\n  - !ConstantPruningModifier {start_epoch: 0.0, end_epoch: 1.0}\n"
@@ -90,6 +91,7 @@ def test_obs_with_recomputations_reaches_its_sparsity(task):
         assert np.count_nonzero(kernel == 0) == round(0.75 * kernel.size)
 
 
+@pytest.mark.once
 def test_each_entry_of_a_mapping_has_its_sparsity(task):
     recipe = task.recipe("GMPruningModifier", final_sparsity="{0.5: ['re:.*body/kernel'], 0.75: ['re:.*head/kernel']}")
     model = task.model()
@@ -98,6 +100,7 @@ def test_each_entry_of_a_mapping_has_its_sparsity(task):
     assert zeros == [0.5, 0.75]
 
 
+@pytest.mark.once
 def test_acdc_and_constant_masks_in_one_shot(task):
     recipe = (
         "pruning_modifiers:\n  - !ACDCPruningModifier\n    compression_sparsity: 0.75\n    start_epoch: 0.0\n"
@@ -112,6 +115,7 @@ def test_acdc_and_constant_masks_in_one_shot(task):
     }
 
 
+@pytest.mark.once
 def test_a_finished_callback_that_begins_anew_says_so(task, caplog):
     model = task.model()
     callback = MFACPruningCallback(task.recipe("GMPruningModifier"), verbose=0)
@@ -121,6 +125,7 @@ def test_a_finished_callback_that_begins_anew_says_so(task, caplog):
     assert "has pruned in an earlier fit (sparsity 0.7500) and begins anew at epoch 0" in caplog.text
 
 
+@pytest.mark.once
 def test_keys_in_a_dictionary_are_refused_with_the_cure():
     with pytest.raises(TypeError, match=r"recipe is a dict; pass a path, a text or a Recipe, or the keys"):
         MFACPruningCallback({"final_sparsity": 0.8})
@@ -158,6 +163,7 @@ def test_an_update_of_one_modifier_does_not_bring_back_what_another_has_pruned(t
     assert regrown == [0] * 20
 
 
+@pytest.mark.once
 def test_two_modifiers_on_one_variable_in_one_shot(task):
     model = task.model()
     masks = prune_one_shot(model, [task.batch(number) for number in range(5)], recipe=two_modifiers(task))
@@ -166,6 +172,7 @@ def test_two_modifiers_on_one_variable_in_one_shot(task):
     assert np.mean(~masks[BODY]) >= 0.75
 
 
+@pytest.mark.once
 def test_a_modifier_that_follows_another_sees_its_zeros_wherever_it_stands_in_the_recipe(task):
     first = task.recipe("MagnitudePruningModifier", start_epoch=0.0, end_epoch=1.0, final_sparsity=0.5)
     second = task.recipe("MagnitudePruningModifier", init_sparsity="__FROM_PARAM__", start_epoch=1.0, end_epoch=3.0)
@@ -199,6 +206,7 @@ def test_a_modifier_that_asks_for_gradients_of_training_gets_them_in_spite_of_a_
     assert len(drawn) == 3
 
 
+@pytest.mark.once
 def test_a_function_that_makes_the_batches_gets_what_the_recipe_gives_it(task):
     seen = []
 

@@ -31,6 +31,7 @@ def test_keys_need_no_epochs_and_a_tuple_of_arrays_is_data(task):
     assert all(np.count_nonzero(kernel == 0) == kernel.size / 2 for kernel in task.kernels(model).values())
 
 
+@pytest.mark.once
 def test_the_update_makes_up_for_some_of_the_loss():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((256, 6)) @ rng.standard_normal((6, 12))).astype(
@@ -52,6 +53,7 @@ def test_the_update_makes_up_for_some_of_the_loss():
     assert loss_after(**by_mfac) < 0.1 * loss_after(recipe=by_magnitude)
 
 
+@pytest.mark.once
 def test_an_unbuilt_model_is_refused(task):
     with pytest.raises(ValueError, match="is not built"):
         prune_one_shot(keras.Sequential([keras.layers.Dense(3)]), batches(task), "mse", task.recipe())
@@ -66,12 +68,14 @@ def test_zeros_are_kept_in_a_fine_tuning(task):
         np.testing.assert_array_equal(kernel != 0, masks[name])
 
 
+@pytest.mark.once
 def test_a_recipe_in_the_place_of_the_loss_is_refused_by_name(task, tmp_path):
     for recipe in (task.recipe(), "recipe.yaml", tmp_path / "recipe.yaml"):
         with pytest.raises(TypeError, match=r"the third argument, is a recipe; pass it by name: .*recipe="):
             prune_one_shot(task.model(), [task.batch(0)], recipe)
 
 
+@pytest.mark.once
 def test_samples_that_all_hold_nan_are_refused_with_the_likely_cause(task):
     task.x[:] = np.nan
     with pytest.raises(ValueError, match=r"all 3 held NaN or Inf and were refused; look for NaN in the data"):

@@ -87,6 +87,7 @@ def test_without_its_state_a_run_takes_zeros_for_masks_and_says_so(task, tmp_pat
     assert pruning.sparsity == 0.75
 
 
+@pytest.mark.once
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_the_window_need_not_be_saved(task, tmp_path):
     run(task, tmp_path, kill_at=13, save_window=False)
@@ -105,6 +106,7 @@ def test_a_fit_that_goes_on_with_the_same_callback_equals_a_single_one(task):
     assert_equal_runs((whole, pruning), (halves, again))
 
 
+@pytest.mark.once
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_a_state_of_another_recipe_is_refused(task, tmp_path):
     run(task, tmp_path, kill_at=13)
@@ -115,6 +117,7 @@ def test_a_state_of_another_recipe_is_refused(task, tmp_path):
         task.fit(model, backup, other, epochs=5)
 
 
+@pytest.mark.once
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_a_fit_that_begins_anew_over_a_state_says_so_and_what_is_no_state_is_not_touched(task, tmp_path, caplog):
     path = tmp_path / "state"
@@ -130,6 +133,7 @@ def test_a_fit_that_begins_anew_over_a_state_says_so_and_what_is_no_state_is_not
     assert path.read_bytes() == b"my thesis"
 
 
+@pytest.mark.once
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_a_state_that_fits_in_part_changes_no_weight(task, tmp_path):
     def text(end):
@@ -168,6 +172,7 @@ def test_layers_that_keras_numbers_anew_are_the_same_layers(task, tmp_path, capl
         assert not (late & ~early).any()
 
 
+@pytest.mark.once
 def test_a_state_comes_back_as_it_was_and_a_broken_file_is_refused(tmp_path):
     path = tmp_path / "folder" / "state"
     state = {"step": np.int64(3), "rates": [None, 0.5], "masks": {"a/kernel": np.array([True, False])}, "none": None}

@@ -7,7 +7,10 @@ from mfac_core.errors import SettingError  # noqa: E402
 from mfac_keras import MFACPruningCallback, prunable_variables, prune_one_shot, select_variables  # noqa: E402
 from mfac_keras.layout import pytorch_forms  # noqa: E402
 
-pytestmark = pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes")
+pytestmark = [
+    pytest.mark.feature("which variables: kernels of every layer, selectors, order of axes"),
+    pytest.mark.once,
+]
 
 
 @pytest.fixture(scope="module")

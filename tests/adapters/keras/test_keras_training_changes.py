@@ -100,6 +100,7 @@ def test_a_function_moves_the_rate_at_each_step_and_ends_exactly(task):
     assert [rate for (rate,) in rates_of(task, text, epochs=2)] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.once
 @RATES
 def test_a_schedule_of_pytorch_is_followed_epoch_by_epoch(task):
     keys = {"lr_class": "StepLR", "lr_kwargs": "{step_size: 1, gamma: 0.5}", "init_lr": 0.1}
@@ -146,6 +147,7 @@ def test_an_optimizer_beside_may_have_a_schedule_of_its_own(task, of_head):
     assert "learning_rate" not in history.history
 
 
+@pytest.mark.once
 @RATES
 def test_any_other_optimizer_is_the_parameter_group_0(task):
     text = recipe(modifier("SetLearningRateModifier", learning_rate=0.01, param_groups=[0]))
@@ -261,6 +263,7 @@ def test_what_is_frozen_is_pruned_all_the_same(task, watch):
     assert np.isin(before, after).mean() < 0.9  # the update of M-FAC has moved what is kept
 
 
+@pytest.mark.once
 @TRAINABLE
 def test_a_variable_of_a_layer_that_is_not_trainable_cannot_be_unfrozen(task):
     model = task.model()
@@ -272,6 +275,7 @@ def test_a_variable_of_a_layer_that_is_not_trainable_cannot_be_unfrozen(task):
     task.fit(model, MFACPruningCallback(text.replace("true", "false"), verbose=0), epochs=1)
 
 
+@pytest.mark.once
 @TRAINABLE
 @pytest.mark.parametrize("strict", [True, False])
 def test_params_that_match_nothing_are_an_error_unless_the_recipe_says_otherwise(task, strict, caplog):
@@ -300,6 +304,7 @@ def test_an_interrupted_fit_leaves_nothing_frozen(task):
     assert all(weights.changes("body"))
 
 
+@pytest.mark.once
 @RATES
 def test_a_recipe_that_does_not_prune_sets_what_it_sets_and_says_so(task, caplog):
     text = recipe(
@@ -377,6 +382,7 @@ def test_the_learning_rate_is_in_the_logs_where_the_recipe_sets_it(task):
     assert set(plain.history) == {"loss", "sparsity"}
 
 
+@pytest.mark.once
 @TRAINABLE
 def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
     keys = {"params": "['re:.*/body/']", "trainable": "false", "start_epoch": 1.5}
@@ -402,6 +408,7 @@ def test_changes_are_told_when_they_are_made(task, caplog):
     ]
 
 
+@pytest.mark.once
 def test_a_recipe_for_longer_training_than_fit_makes_is_warned_of(task, caplog):
     text = task.recipe() + modifier("EpochRangeModifier", end_epoch=9.0)
     text += modifier("SetWeightDecayModifier", weight_decay=0.1, start_epoch=7.0)
