@@ -13,7 +13,6 @@ import sys
 import time
 from typing import NamedTuple
 
-
 CLOSING_OF_PYTEST = re.compile(r"\d+ (passed|failed|skipped|error).* in [\d.]+s")
 
 
