@@ -97,9 +97,12 @@ def check_optimizers(
 
     Raises:
         TypeError: If it is anything else.
+        ValueError: If one of them is there twice.
         RuntimeError: If a manager is attached to one of them already.
     """
     optimizers = unwrapped_optimizers(optimizer)
+    if len({id(each) for each in optimizers}) < len(optimizers):
+        raise ValueError("the list of optimizers has one of them twice; pass each of them once")
     for each in optimizers:
         if is_followed(each):
             raise RuntimeError(

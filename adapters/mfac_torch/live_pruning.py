@@ -221,6 +221,17 @@ class LivePruning:
         """
         return self._held.has_regrown(None if optimizer is None else self._trained_by[optimizer])
 
+    def seems_regrown(self, optimizer: int) -> bool:
+        """Return whether one of a few pruned weights is not zero, in host memory, at next to no cost.
+
+        Args:
+            optimizer: Of the parameters that this optimizer trains only.
+
+        Returns:
+            Whether there is one.
+        """
+        return self._held.seems_regrown(self._trained_by[optimizer])
+
     def follow(self, optimizer: int) -> None:
         """Look again which parameters an optimizer trains: it may have got more since.
 

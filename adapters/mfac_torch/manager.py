@@ -173,8 +173,9 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If training is distributed over several processes.
-            SettingError: If a modifier does not fit the model.
+            SettingError: If a modifier does not fit the model, or ``steps_per_epoch`` or ``epoch`` is out of range.
             TypeError: If an argument is of the wrong kind or not supported.
+            ValueError: If no optimizer trains a parameter in scope, or one of them is there twice.
 
         Whatever is raised, manager, model and optimizers are as before, and the call may be made again.
         """
@@ -185,6 +186,8 @@ class ScheduledModifierManager(ModifierList):
         model = unwrapped(module)
         sampler = self._sampler if grad_sampler is None else grad_sampler
         steps = _whole(steps_per_epoch)
+        start = self._epoch if epoch is None else epoch
+        check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
         prunings = _live_prunings(
             [modifier.settings for modifier in self.pruning_modifiers],
             model,
@@ -197,7 +200,6 @@ class ScheduledModifierManager(ModifierList):
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
         log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, told=self._told)
-        start = self._epoch if epoch is None else epoch
         session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session

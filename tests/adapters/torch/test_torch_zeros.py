@@ -124,6 +124,23 @@ def test_what_leaves_no_trace_is_said_at_the_next_epoch(task, caplog):
     assert "(0.weight)" in warning
 
 
+@pytest.mark.parametrize("write", ["copied", "taken"])
+def test_what_leaves_no_trace_is_said_before_the_next_step_in_host_memory(task, caplog, write):
+    model, optimizer, manager = attached(task)
+    task.train(model, optimizer, stop=13)
+    caplog.clear()
+    for weight, value in zip(model.parameters(), dense(model).values(), strict=True):
+        if write == "copied":
+            weight.data.copy_(value)
+        else:
+            weight.data = value
+    task.train(model, optimizer, start=13, stop=14)
+    (warning,) = warnings_of(caplog)
+    assert "(0.weight, 2.weight)" in warning
+    assert "at step 13" in warning
+    manager.finalize(model)
+
+
 def test_an_average_that_is_swapped_in_for_validation_and_out_again_is_no_event(task, caplog):
     model, optimizer, _ = attached(task)
     average = copy.deepcopy(model.state_dict())
