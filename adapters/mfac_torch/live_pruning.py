@@ -143,12 +143,9 @@ class LivePruning:
 
     @property
     def current_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters in scope as the model has them now: those that took the place of others too."""
-        now = dict(self._model.named_parameters())
-        return {
-            name: now[name] if name in now and now[name].shape == parameter.shape else parameter
-            for name, parameter in self.parameters.items()
-        }
+        """The parameters in scope as the model has them now: those that took the place of others, too, of any shape."""
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        return {name: now[name] for name in self.parameters if name in now}
 
     @property
     def untrained(self) -> list[str]:
