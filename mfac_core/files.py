@@ -28,8 +28,8 @@ def write_file(
         keep_previous: Whether the old file is kept, as ``<path>.previous``.
 
     Raises:
-        OSError: If the file cannot be written, or the path is that of a folder. What was there before is untouched
-            then, as it is if ``write`` raises.
+        IsADirectoryError: If the path is that of a folder.
+        OSError: If the file cannot be written. What was there before is untouched then, as it is if ``write`` raises.
 
     Example:
         >>> import tempfile
