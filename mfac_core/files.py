@@ -28,6 +28,7 @@ def write_file(
         keep_previous: Whether the old file is kept, as ``<path>.previous``.
 
     Raises:
+        IsADirectoryError: If the path is that of a folder.
         OSError: If the file cannot be written. What was there before is untouched then, as it is if ``write`` raises.
 
     Example:
@@ -39,6 +40,8 @@ def write_file(
         ('second', 'first')
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; name a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished")  # beside it: names do not move from disk to disk
     try:

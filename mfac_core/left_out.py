@@ -7,10 +7,26 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, listed, matching_names
 
-__all__ = ["selection_warnings", "warn_once"]
+__all__ = ["is_adapter", "selection_warnings", "warn_once"]
 
 _STACKED_AXES = 3
 _MILLION = 1_000_000
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a weight is called as those of low-rank adapters are.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        Whether it is; other names tell nothing.
+
+    Example:
+        >>> is_adapter("query.lora_B.default.weight")
+        True
+    """
+    return "lora" in name.lower()
 
 
 def warn_once(logger: logging.Logger, warnings: Sequence[str], told: set[str] | None = None) -> None:
@@ -174,7 +190,7 @@ def _count(names: Sequence[str], model: ModelNames) -> str:
 def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:
     """Return a warning of low-rank adapters in scope, beside the frozen weights that they are added to."""
     frozen = [name for name in model.frozen if name in model.prunable]
-    found = {name for name in names if "lora" in name.lower()} if frozen else set()
+    found = set(filter(is_adapter, names)) if frozen else set()
     for base in frozen:
         found |= _beside(base, frozen, names, model)
     if not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -107,6 +108,12 @@ def load_optimizers(optimizers: Sequence[torch.optim.Optimizer], states: Any, un
             raise ValueError(
                 f"the state of the {type(optimizer).__name__} optimizer in the checkpoint does not fit: {error}"
             ) from error
+        lacking = {key for group in optimizer.param_groups for key in optimizer.defaults if key not in group}
+        if lacking:
+            raise ValueError(
+                f"the checkpoint holds the state of another optimizer than this {type(optimizer).__name__}: it lacks "
+                f"{', '.join(sorted(lacking))}; resume with the optimizer that it was saved with"
+            )
 
 
 def write_tensors(path: str | os.PathLike[str], content: Any, *, keep_previous: bool = False) -> None:
@@ -173,4 +180,7 @@ def _checked(path: str | os.PathLike[str], keys: Collection[str]) -> dict[str, A
 
 
 def _first_line(error: Exception) -> str:
+    strange = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if strange:  # what torch says around it is how to read a file that cannot be trusted
+        return f"it holds an object of {strange[1]}"
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -7,33 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed
-from torch import nn
 
 from mfac_core.settings import ConstantSettings
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.session import is_followed
 
-__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped", "unwrapped_optimizers"]
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model that wrappers (``DataParallel``, ``torch.compile``) hold.
-
-    Args:
-        module: A model, wrapped or not.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        TypeError: If it is no module.
-    """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"the model is a {type(module).__name__}; pass a torch.nn.Module")
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return unwrapped(module.module)
-    compiled = module._modules.get("_orig_mod")  # what torch.compile(module) wraps
-    return module if compiled is None else unwrapped(compiled)
+__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped_optimizers"]
 
 
 def refuse_distributed() -> None:
@@ -97,9 +76,12 @@ def check_optimizers(
 
     Raises:
         TypeError: If it is anything else.
+        ValueError: If one of them is there twice.
         RuntimeError: If a manager is attached to one of them already.
     """
     optimizers = unwrapped_optimizers(optimizer)
+    if len({id(each) for each in optimizers}) < len(optimizers):
+        raise ValueError("the list of optimizers has one of them twice; pass each of them once")
     for each in optimizers:
         if is_followed(each):
             raise RuntimeError(

@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 from mfac_core.errors import DeviceError
 from mfac_core.files import write_file
 from mfac_torch.selection import prunable_parameters, select_parameters, sparse_parameters
+from mfac_torch.wrappers import unwrapped
 from mfac_torch.zeros import HasMasks, Masks
 
 __all__ = ["Masks", "export_onnx", "load_masks", "masks_of", "save_masks", "to_semi_structured", "to_torch_prune"]
@@ -52,7 +53,7 @@ def masks_of(model: nn.Module, params: Sequence[str] | None = None) -> dict[str,
         parameters = select_parameters(model, params, frozen_too=True)
     else:
         found = prunable_parameters(model) | sparse_parameters(model)
-        parameters = {name: parameter for name, parameter in model.named_parameters() if name in found}
+        parameters = {name: parameter for name, parameter in unwrapped(model).named_parameters() if name in found}
     masks = {name: parameter.detach() != 0 for name, parameter in parameters.items()}
     return {name: mask for name, mask in masks.items() if params is not None or not bool(mask.all())}
 
@@ -258,7 +259,7 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     try:
-        return model.get_parameter(name)
+        return unwrapped(model).get_parameter(name)
     except AttributeError as error:
         raise ValueError(f"the model has no parameter {name!r}; the masks belong to another model") from error
 

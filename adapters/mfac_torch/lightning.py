@@ -143,11 +143,12 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach: a plain module remains, and an average that has taken the place of the weights has their zeros."""
-        self._finalize(hold=True if _averages(trainer) else None)
+        self._hold_average(trainer, pl_module, is_last=True)
+        self._finalize()
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Say what has come back since training ended."""
-        regrown = self.manager.regrown()
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Say what has come back since training ended, in the hooks of the module too."""
+        regrown = self.manager.regrown() if stage == "fit" else {}
         if regrown and not self._has_warned:
             _logger.warning(
                 "%s pruned weights are not zero (%s): they came back after the end of training, most likely with best "
@@ -171,15 +172,15 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         """Keep the state of a checkpoint until training starts."""
         self._loaded = state_dict
 
-    def _finalize(self, hold: bool | None = None) -> None:
+    def _finalize(self) -> None:
         if self._is_attached:
             # Checkpoints may be saved after the end. What finalize finds, it says itself.
             self._last_state = self.manager.state_dict(gradient_window=self._gradient_window, warn=False)
             self._is_attached = False
-            self.manager.finalize(hold=hold)
+            self.manager.finalize()
             self._has_warned = bool(self.manager.regrown())
 
-    def _hold_average(self, trainer: Any, model_or_state: Any) -> None:
+    def _hold_average(self, trainer: Any, model_or_state: Any, *, is_last: bool = False) -> None:
         averages = _averages(trainer)
         masks = self.manager.masks
         if not averages or not masks:
@@ -187,7 +188,14 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         if isinstance(model_or_state, Mapping):  # a module may save a part of its weights only
             masks = {name: mask for name, mask in masks.items() if name in model_or_state}
         changed = apply_masks(model_or_state, masks)
-        if changed:
+        if changed and is_last:
+            _logger.warning(
+                "%s has put an average in the place of the weights in which %s pruned weights were not zero, so they "
+                "were set to zero; let averaging begin after the last pruning step to average pruned weights alone",
+                ", ".join(averages),
+                f"{changed:,}",
+            )
+        elif changed:
             _logger.info("%s: %s pruned weights of the average were set to zero", ", ".join(averages), f"{changed:,}")
 
 

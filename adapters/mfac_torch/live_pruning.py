@@ -143,12 +143,9 @@ class LivePruning:
 
     @property
     def current_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters in scope as the model has them now: those that took the place of others too."""
-        now = dict(self._model.named_parameters())
-        return {
-            name: now[name] if name in now and now[name].shape == parameter.shape else parameter
-            for name, parameter in self.parameters.items()
-        }
+        """The parameters in scope as the model has them now: those that took the place of others, too, of any shape."""
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        return {name: now[name] for name in self.parameters if name in now}
 
     @property
     def untrained(self) -> list[str]:
@@ -220,6 +217,17 @@ class LivePruning:
             Whether there is one.
         """
         return self._held.has_regrown(None if optimizer is None else self._trained_by[optimizer])
+
+    def seems_regrown(self, optimizer: int) -> bool:
+        """Return whether one of a few pruned weights is not zero, in host memory, at next to no cost.
+
+        Args:
+            optimizer: Of the parameters that this optimizer trains only.
+
+        Returns:
+            Whether there is one.
+        """
+        return self._held.seems_regrown(self._trained_by[optimizer])
 
     def follow(self, optimizer: int) -> None:
         """Look again which parameters an optimizer trains: it may have got more since.

@@ -19,7 +19,7 @@ from mfac_core.recipe.linting import modifier_names, overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
 from mfac_core.zero_count import ZeroCount
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
-from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped, unwrapped_optimizers
+from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped_optimizers
 from mfac_torch.live_pruning import LivePruning, masks_together
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.plan import log_plan
@@ -27,6 +27,7 @@ from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
 from mfac_torch.training_changes import TrainingChanges
+from mfac_torch.wrappers import unwrapped
 from mfac_torch.zeros import apply_masks, zeros_of
 
 __all__ = ["ScheduledModifierManager"]
@@ -154,7 +155,7 @@ class ScheduledModifierManager(ModifierList):
         """Attach the modifiers to a model and its optimizers; the training loop stays as it is.
 
         Args:
-            module: The model; wrappers (``DataParallel``, ``torch.compile``) are looked through.
+            module: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
             optimizer: The optimizer that trains it, or a list of several: steps are counted by the first. Hooks follow
                 their steps until :meth:`finalize`; wrappers (of ``accelerate``) are looked through.
             steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less when gradients are accumulated. A
@@ -173,8 +174,9 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If training is distributed over several processes.
-            SettingError: If a modifier does not fit the model.
+            SettingError: If a modifier does not fit the model, or ``steps_per_epoch`` or ``epoch`` is out of range.
             TypeError: If an argument is of the wrong kind or not supported.
+            ValueError: If no optimizer trains a parameter in scope, or one of them is there twice.
 
         Whatever is raised, manager, model and optimizers are as before, and the call may be made again.
         """
@@ -185,6 +187,8 @@ class ScheduledModifierManager(ModifierList):
         model = unwrapped(module)
         sampler = self._sampler if grad_sampler is None else grad_sampler
         steps = _whole(steps_per_epoch)
+        start = self._epoch if epoch is None else epoch
+        check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
         prunings = _live_prunings(
             [modifier.settings for modifier in self.pruning_modifiers],
             model,
@@ -197,7 +201,6 @@ class ScheduledModifierManager(ModifierList):
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
         log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, told=self._told)
-        start = self._epoch if epoch is None else epoch
         session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session
@@ -456,7 +459,12 @@ class ScheduledModifierManager(ModifierList):
         return self._session
 
     def _zeros(self) -> ZeroCount:
-        return zeros_of(self._parameters(), self.masks)
+        return zeros_of(self._parameters(), self._masks_that_fit())
+
+    def _masks_that_fit(self) -> dict[str, torch.Tensor]:
+        """Return the masks without those of layers that are not there any more, or have another shape."""
+        now = self._parameters()
+        return {name: mask for name, mask in self.masks.items() if name in now and now[name].shape == mask.shape}
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: each for pruning in self._prunings for name, each in pruning.current_parameters.items()}
@@ -467,7 +475,7 @@ class ScheduledModifierManager(ModifierList):
         if not difference:
             return
         if hold or (hold is None and self._session is None):
-            changed = apply_masks(self._parameters(), self.masks)
+            changed = apply_masks(self._parameters(), self._masks_that_fit())
             level = logging.INFO if hold is None else logging.WARNING  # after a fine-tuning it is what was announced
             _logger.log(level, "%s; finalize has set %s weights to zero", difference, f"{changed:,}")
             return
@@ -490,7 +498,7 @@ class ScheduledModifierManager(ModifierList):
         if replaced:
             _logger.warning(
                 "%s: the model has other parameters there than when the recipe was attached, and those are not pruned; "
-                "attach the recipe after the model has its layers",
+                "attach the recipe after the model has its layers, and load weights without assign=True",
                 ", ".join(replaced),
             )
 

@@ -13,6 +13,10 @@ from mfac_torch.conversion import to_tensor
 __all__ = ["HeldMasks"]
 
 
+_SAMPLED = 8
+"""Pruned weights of a parameter that :meth:`HeldMasks.seems_regrown` looks at."""
+
+
 class HeldMasks:
     """The masks of one pruning modifier, kept on the devices of the parameters they belong to.
 
@@ -23,6 +27,7 @@ class HeldMasks:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._pruned: dict[str, torch.Tensor] = {}
+        self._sampled: dict[str, torch.Tensor] = {}  # positions of a few pruned weights in the flattened parameter
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -43,10 +48,11 @@ class HeldMasks:
         self._pruned = {
             name: ~to_tensor(mask).to(self._parameters[name].device, torch.bool) for name, mask in masks.items()
         }
+        self._sampled = {name: _few_of(pruned).cpu() for name, pruned in self._pruned.items()}
 
     def release(self) -> None:
         """Hold no masks any more."""
-        self._pruned = {}
+        self._pruned, self._sampled = {}, {}
 
     def zero_gradients(self, names: Collection[str] | None = None) -> None:
         """Set the gradients of pruned entries to zero, so that optimizers gather no momentum for them.
@@ -103,6 +109,21 @@ class HeldMasks:
             found[regrown.device] = regrown if before is None else before | regrown
         return any(map(bool, found.values()))  # one wait per device
 
+    def seems_regrown(self, names: Collection[str] | None = None) -> bool:
+        """Return whether one of a few pruned weights is not zero, in host memory, where a look costs next to nothing.
+
+        Args:
+            names: Of these parameters only.
+
+        Returns:
+            Whether there is one.
+        """
+        return any(
+            bool(parameter.detach().take(self._sampled[name]).any())
+            for name, parameter, pruned in self._held(names)
+            if pruned.device.type == "cpu"
+        )
+
     def _held(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         for name, pruned in self._pruned.items():
             if names is not None and name not in names:
@@ -111,3 +132,8 @@ class HeldMasks:
             if pruned.device != parameter.device:  # the model has moved since the last call
                 self._pruned[name] = pruned.to(parameter.device)
             yield name, parameter, self._pruned[name]
+
+
+def _few_of(pruned: torch.Tensor) -> torch.Tensor:
+    positions = pruned.flatten().nonzero().flatten()
+    return positions[:: max(1, len(positions) // _SAMPLED)]

@@ -87,7 +87,7 @@ def forget(
         pruned: Which weights are pruned, boolean, by parameter name.
         undo: Gets a callback for each change, which takes it back.
     """
-    if _is_of(optimizer, torch.optim.LBFGS):
+    if _keeps_history(optimizer):
         _drop_history(optimizer, parameters.values(), undo)
         return
     for name, mask in pruned.items():
@@ -108,7 +108,7 @@ def forget_all(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: E
         parameters: The parameters. Those that the optimizer does not train are passed over.
         undo: Gets a callback for each change, which takes it back.
     """
-    if _is_of(optimizer, torch.optim.LBFGS):
+    if _keeps_history(optimizer):
         _drop_history(optimizer, parameters, undo)
         return
     drops = _makes_state_in_step(type(optimizer)) and not any(
@@ -175,6 +175,11 @@ def _tell_left(optimizer: Optimizer, keys: Iterable[str]) -> None:
             name,
             left,
         )
+
+
+def _keeps_history(optimizer: Optimizer) -> bool:
+    # A subclass with a step of its own has the history of its base class as well.
+    return isinstance(optimizer, torch.optim.LBFGS) and _makes_state_in_step(type(optimizer))
 
 
 def _drop_history(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:

@@ -98,16 +98,21 @@ class OutsideChanges:
                 self._versions[id(parameter)] = parameter._version
 
     def may_have_changed(self, number: int, step: int) -> bool:
-        """Return whether it is worth looking at the weights, at no cost.
+        """Return whether it is worth looking at all the weights, at next to no cost.
 
         Args:
             number: The optimizer that is about to step.
             step: Completed optimizer steps.
 
         Returns:
-            Whether somebody has written to them; at the first step of an epoch always, for what leaves no trace.
+            Whether somebody has written to them, as far as it leaves a trace or shows in a few of them; at the first
+            step of an epoch always.
         """
-        return step % self._steps_per_epoch == 0 or self._is_written(number)
+        return (
+            step % self._steps_per_epoch == 0
+            or self._is_written(number)
+            or any(pruning.seems_regrown(number) for pruning in self._prunings)
+        )
 
     def has_regrown(self) -> bool:
         """Return whether a pruned weight is not zero."""

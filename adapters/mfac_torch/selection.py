@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.left_out import is_adapter, selection_warnings, warn_once
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
     Computed,
@@ -25,6 +25,7 @@ from mfac_core.weight_names import (
     matching_names,
     selected_names,
 )
+from mfac_torch.wrappers import unwrapped
 
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters", "weight_axes"]
 
@@ -71,6 +72,7 @@ def select_parameters(
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
         ['0.weight', '2.bias']
     """
+    model = unwrapped(model)
     names = _names(model, with_frozen=frozen_too)
     selected = selected_names(params, exclude, names)
     chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}
@@ -129,6 +131,7 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         >>> list(prunable_parameters(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 3, 3))))
         ['0.weight', '2.weight']
     """
+    model = unwrapped(model)
     for name, computed in _computed(model).items():
         by = f" ({computed.by})" if computed.by else ""
         layer = name.rpartition(".")[0]
@@ -148,7 +151,8 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
 
     Args:
         model: The model to look into.
-        warn: Whether a warning names those that are zero throughout.
+        warn: Whether warnings name those that are zero throughout, and biases that are zero in part, and say where
+            nothing is found.
 
     Returns:
         The parameters by name, a tied one once, in the order of ``model.named_parameters()``.
@@ -160,15 +164,32 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
         ['in_proj_weight']
     """
     found: dict[str, nn.Parameter] = {}
-    empty = []
-    for name, parameter in model.named_parameters():
-        if is_lazy(parameter) or parameter.ndim < 2 or not parameter.numel() or not _is_dense_float(parameter):
+    empty, vectors = [], []
+    for name, parameter in unwrapped(model).named_parameters():
+        if is_lazy(parameter) or not parameter.numel() or not _is_dense_float(parameter):
             continue
         zeros = float((parameter.detach() == 0).float().mean())
-        if zeros == 1.0:
+        if zeros <= _PRUNED_ON_PURPOSE:
+            continue
+        if zeros < 1.0:
+            if parameter.ndim < 2:  # noqa: PLR2004
+                vectors.append(name)
+            else:
+                found[name] = parameter
+        elif parameter.ndim >= 2 and not is_adapter(name):  # noqa: PLR2004
             empty.append(name)
-        elif zeros > _PRUNED_ON_PURPOSE:
-            found[name] = parameter
+    if warn and not found:
+        _logger.warning(
+            "no weight of the model has more than %d%% zeros, so there is nothing to hold; load the pruned weights "
+            "first, or name what is less sparse in params of a ConstantPruningModifier",
+            100 * _PRUNED_ON_PURPOSE,
+        )
+    if warn and vectors:
+        _logger.warning(
+            "biases or scales with zeros, which are not held: %s; where they were pruned, name them in params of a "
+            "ConstantPruningModifier",
+            listed(vectors),
+        )
     if empty and warn:
         _logger.warning(
             "zero throughout, which is taken for how they began and not for pruned: %s; to hold them at zero, name "

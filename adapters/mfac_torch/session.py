@@ -198,8 +198,9 @@ class TrainingSession:
         for pruning, saved in zip(self._prunings, states, strict=False):
             try:
                 check_keys("a pruning modifier", saved, ())
-                if saved.get("steps_per_epoch", saved_with) != saved_with:
-                    refuse("steps_per_epoch of a pruning modifier", saved["steps_per_epoch"], f"{saved_with} as of all")
+                its_own = saved.get("steps_per_epoch", saved_with)
+                if not isinstance(its_own, int) or its_own != saved_with:
+                    refuse("steps_per_epoch of a pruning modifier", its_own, f"{saved_with} as of all")
                 taken.append((pruning, pruning.resumed({**saved, "steps_per_epoch": saved_with})))
             except ValueError as error:
                 if strict:

@@ -11,7 +11,8 @@ from torch import nn
 
 from mfac_core.weight_names import listed
 from mfac_core.zero_count import ZeroCount, count_zeros
-from mfac_torch.conversion import to_array
+from mfac_torch.conversion import check_plain, to_array
+from mfac_torch.wrappers import unwrapped
 
 __all__ = ["HasMasks", "Masks", "apply_masks", "zeros_of"]
 
@@ -60,7 +61,8 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If a mask fits no tensor, several, or one of another shape. Nothing is changed then.
+        ValueError: If a mask fits no tensor, several, or one of another shape or in another form than plain numbers
+            (distributed, quantized, sparse). Nothing is changed then.
 
     Example:
         >>> average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
@@ -72,6 +74,7 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
     if not isinstance(given, Mapping):
         raise TypeError(f"masks is a {type(masks).__name__}; pass masks by parameter name, or the manager")
     matched = _matched(given, tensors)
+    check_plain({name: tensors[name] for name in matched.values()})
     changed = 0
     with torch.no_grad():
         for name, mask in given.items():
@@ -84,7 +87,7 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
 
 def _tensors(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if isinstance(model_or_state, nn.Module):
-        return dict(model_or_state.named_parameters(remove_duplicate=False))
+        return dict(unwrapped(model_or_state).named_parameters(remove_duplicate=False))
     if isinstance(model_or_state, Mapping):
         return {name: value for name, value in model_or_state.items() if isinstance(value, torch.Tensor)}
     raise TypeError(f"the model is a {type(model_or_state).__name__}; pass a torch.nn.Module or a state dict")

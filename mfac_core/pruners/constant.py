@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.left_out import is_adapter
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import ConstantSettings
@@ -58,6 +59,7 @@ class ConstantPruner(Pruner):
         if self._releases(index):
             return Outcome(weights, np.ones_like(self._kept))
         kept, unheld = self._found(weights)
+        unheld = [name for name in unheld if not is_adapter(name)]  # which begin at zero, as everybody knows
         if unheld:
             _logger.warning(
                 "zero throughout, which is taken for how they began and not for pruned, and not held: %s; to hold "

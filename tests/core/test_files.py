@@ -25,6 +25,14 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) ->
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"state": b"old"}
 
 
+def test_a_folder_is_not_taken_for_the_file_before(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_file(folder / "state", b"old")
+    with pytest.raises(IsADirectoryError, match="run' is a folder; name a file in it"):
+        write_file(folder, b"new", keep_previous=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["run"]
+
+
 def test_the_one_before_is_kept_and_older_ones_are_not(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "state"
     for content in (b"1", b"2", b"3"):

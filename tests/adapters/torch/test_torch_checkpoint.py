@@ -149,12 +149,24 @@ def other_model(run):
     return {}
 
 
+def test_an_object_in_a_checkpoint_is_refused_in_one_plain_sentence(task, tmp_path):
+    run = Run(task)
+    scheduler = torch.optim.lr_scheduler.StepLR(run.optimizer, 3)
+    with pytest.raises(TypeError, match=r"it holds an object of torch\.optim\.\w+(\.\w+)*; save tensors") as raised:
+        run.manager.save_checkpoint(tmp_path / "c.pt", scheduler=scheduler)
+    assert "\x1b" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (other_model, "weights of the checkpoint do not fit"),
         (lambda run: {"optimizer": [run.optimizer, torch.optim.SGD(run.model.parameters())]}, "state of 1 optimizers"),
         (lambda run: {"optimizer": torch.optim.Adam([run.model[0].weight])}, "Adam optimizer in the checkpoint does"),
+        (
+            lambda run: {"optimizer": torch.optim.SGD(run.model.parameters())},
+            "another optimizer than this SGD",
+        ),
         (lambda run: {"model": nn.Linear(3, 3)}, "weights of the checkpoint do not fit"),
     ],
 )

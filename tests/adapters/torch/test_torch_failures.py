@@ -19,6 +19,7 @@ from mfac_torch import (
     ScheduledModifierManager,
     SetLearningRateModifier,
     TrainableParamsModifier,
+    apply_masks,
     live_pruning,
 )
 from mfac_torch.live_pruning import LivePruning
@@ -444,4 +445,6 @@ def test_weights_in_a_form_that_cannot_be_pruned_are_refused_by_name(one_process
         manager.apply(model) if method == "apply" else manager.modify(model, optimizer, 5)
     assert not manager.initialized
     assert not is_followed(optimizer)
+    with pytest.raises(ValueError, match=r"only plain, dense, real floating-point weights.*1\." + message):
+        apply_masks(model, {name: torch.zeros(4, 4, dtype=torch.bool) for name in ("0.weight", "1.weight")})
     assert torch.equal(model[0].weight, before)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from mfac_core.errors import RecipeError
-from mfac_torch import GradSampler, ScheduledModifierManager
+from mfac_torch import GradSampler, ScheduledModifierManager, apply_masks
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports has warnings of its own
@@ -445,6 +445,40 @@ def test_weights_that_another_callback_puts_back_are_left_and_said(tmp_path, cap
     assert "net.0.weight" in warning
     assert "restored" in warning
     assert "apply_masks" in warning
+
+
+@pytest.mark.parametrize("hook", ["on_train_end", "on_fit_end"])
+def test_weights_that_the_module_itself_puts_back_are_said(tmp_path, caplog, hook):
+    model, callback = Digits(), PruningCallback(RECIPE)
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    setattr(model, hook, lambda: model.load_state_dict(best))
+    trainer(tmp_path, callback).fit(model, loader())
+    assert callback.manager.sparsity == zeros(model) / WEIGHTS == 0
+    (warning,) = [record.getMessage() for record in caplog.records if "are not zero" in record.getMessage()]
+    assert "apply_masks" in warning
+
+
+def test_an_average_of_weights_before_the_last_pruning_step_is_said_with_its_cure(tmp_path, caplog):
+    callback = PruningCallback(RECIPE)
+    trainer(tmp_path, callback, averaging("StochasticWeightAveraging"), max_epochs=5).fit(Digits(), loader())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("StochasticWeightAveraging has put an average in the place of the weights")
+    assert "after the last pruning step" in warning
+
+
+def test_a_model_that_fabric_has_wrapped_keeps_its_names(tmp_path):
+    fabric = pytest.importorskip("lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    inner = nn.Sequential(nn.Linear(4, 3))
+    model, optimizer = fabric.setup(inner, torch.optim.SGD(inner.parameters(), lr=0.1))
+    manager = ScheduledModifierManager.from_yaml(RECIPE.replace("re:net.*weight", "0.weight"))
+    manager.modify(model, optimizer, steps_per_epoch=1)
+    for _ in range(8):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(2, 4)).square().sum())
+        optimizer.step()
+    manager.finalize(model)
+    assert list(manager.masks) == ["0.weight"]
+    assert apply_masks(model, manager) == 0
 
 
 def test_early_stopping_beside_it_changes_nothing(tmp_path, caplog):

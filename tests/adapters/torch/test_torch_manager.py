@@ -801,6 +801,9 @@ def test_finalize_refuses_what_it_was_not_given(task):
     [
         (SettingError, "'0.wieght' matches no parameter", {"recipe": {"params": "[0.weight, 0.wieght]"}}),
         (SettingError, "steps_per_epoch", {"steps_per_epoch": 0}),
+        (SettingError, "epoch: nan is not a finite number", {"epoch": float("nan")}),
+        (SettingError, "epoch: 'last' is not a finite number", {"epoch": "last"}),
+        (SettingError, "epoch: -1 is out of range", {"epoch": -1}),
         (TypeError, "optimizer is an empty list", {"optimizer": []}),
         (TypeError, "optimizer is a int", {"optimizer": 3}),
         (TypeError, "does not support 'distillation_teacher'", {"distillation_teacher": "self"}),
@@ -828,6 +831,15 @@ def test_a_modify_that_fails_leaves_model_and_optimizer_untouched(task, error, m
     if second is None and not isinstance(change.get("optimizer"), list) and "0.wieght" not in recipe:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         assert manager.modify(model, optimizer, 5) is optimizer
+
+
+def test_one_optimizer_given_twice_is_refused(task):
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    with pytest.raises(ValueError, match="one of them twice"):
+        manager.modify(model, [optimizer, optimizer], task.steps_per_epoch)
+    assert hooks(optimizer) == 0
 
 
 def test_what_is_not_a_modifier_is_refused():

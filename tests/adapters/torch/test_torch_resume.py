@@ -176,6 +176,15 @@ def test_a_state_of_another_run_is_refused(task, change, message):
         run.manager.load_state_dict(run.manager.state_dict() | change)
 
 
+@pytest.mark.parametrize("value", [torch.ones(2), torch.ones(2).to_sparse(), torch.tensor(5), "5"])
+def test_a_state_whose_steps_per_epoch_is_no_integer_is_refused(task, value):
+    run = Trainer(task, task.recipe())
+    state = run.manager.state_dict()
+    state["prunings"][0]["steps_per_epoch"] = value
+    with pytest.raises(ValueError, match="the state is broken: steps_per_epoch of a pruning modifier is"):
+        run.manager.load_state_dict(state)
+
+
 def test_a_state_of_another_model_is_refused(task):
     run, other = Trainer(task, task.recipe()), Trainer(task, task.recipe(params="[0.weight]"))
     with pytest.raises(ValueError, match=r"another recipe or model: .*masks for 2\.weight"):
