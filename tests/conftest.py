@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from functools import cache
 
 import pytest
@@ -16,6 +19,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 for name in ("CLICOLOR", "CLICOLOR_FORCE", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"):
     os.environ.pop(name, None)
 os.environ |= {"COLUMNS": "80", "TERM": "xterm"}
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    # What torch.compile has kept of an earlier run may be code for another processor, or for another setting of it.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="mfac-inductor-")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -7,17 +7,20 @@ The exit status is 1 if any of them failed.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
 from typing import NamedTuple
+
+CLOSING_OF_PYTEST = re.compile(r"\d+ (passed|failed|skipped|error).* in [\d.]+s")
 
 
 class Outcome(NamedTuple):
     target: str
     status: int
     seconds: float
-    last_line: str
+    closing: str
 
 
 def main() -> int:
@@ -33,9 +36,9 @@ def main() -> int:
 
 
 def run(make: str, target: str) -> Outcome:
-    """Run a target and show what it prints; its last line is kept, which is where a tool says how it went."""
+    """Run a target and show what it prints; the line is kept in which pytest closes, or the last one of other tools."""
     print(f"== {target}", flush=True)
-    started, last_line = time.monotonic(), ""
+    started, closing = time.monotonic(), ""
     command = [make, "--no-print-directory", target]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as process:
         assert process.stdout is not None
@@ -43,16 +46,16 @@ def run(make: str, target: str) -> Outcome:
             sys.stdout.buffer.write(line)
             sys.stdout.flush()
             text = line.decode(errors="replace").strip(" =\n")
-            if text and not text.startswith("make"):
-                last_line = text
-    return Outcome(target, process.returncode, time.monotonic() - started, last_line)
+            if text and not text.startswith("make") and not CLOSING_OF_PYTEST.match(closing):
+                closing = text
+    return Outcome(target, process.returncode, time.monotonic() - started, closing)
 
 
 def summary(outcomes: list[Outcome]) -> list[str]:
     width = max((len(outcome.target) for outcome in outcomes), default=0)
     lines = [
         f"{'FAILED' if outcome.status else 'passed'}  {outcome.target:<{width}}  {outcome.seconds:4.0f} s  "
-        f"{outcome.last_line}"
+        f"{outcome.closing}"
         for outcome in outcomes
     ]
     failed = [outcome.target for outcome in outcomes if outcome.status]

@@ -6,7 +6,7 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from mfac_core.schedule import PlannedStep, pruning_schedule
 from mfac_core.settings import MaskType, PruningSettings, Scope
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_layout import WeightLayout
-from mfac_core.weight_names import ModelNames, layers_of_names, listed, selected_names
+from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, layers_of_names, listed, selected_names
 
 __all__ = ["Outcome", "Progress", "Pruner"]
 
@@ -124,9 +124,8 @@ class Pruner(ABC):
         self._steps_per_epoch = steps_per_epoch
         self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
         shapes = {name: tuple(array.shape) for name, array in weights.items()}
-        names = ModelNames(shapes=shapes, prunable=frozenset(weights), layers=layers_of_names(weights), kind="weight")
-        named = selected_names(settings.params, settings.exclude, names) if weights else {}
-        self._left_out = frozenset(weights) - named.keys()
+        named = _selected(settings, shapes)
+        self._left_out = frozenset(weights).difference(named)
         self.layout = WeightLayout({name: shape for name, shape in shapes.items() if name in named})
         if masks is None:
             kept = np.ones(self.layout.num_weights, bool)
@@ -482,6 +481,14 @@ class Pruner(ABC):
 
 def _sparsity_of(kept: Mask) -> float:
     return int(np.count_nonzero(~kept)) / len(kept)
+
+
+def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
+    """Return the names of those arrays that settings mean; the keywords mean all of them, whatever they are called."""
+    if not settings.exclude and set(settings.params) <= {ALL, ALL_PRUNABLE}:
+        return shapes.keys()
+    names = ModelNames(shapes=shapes, prunable=shapes.keys(), layers=layers_of_names(shapes), kind="weight")
+    return selected_names(settings.params, settings.exclude, names).keys()
 
 
 def _table(schedule: Sequence[PlannedStep]) -> Vector:

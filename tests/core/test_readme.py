@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -26,7 +27,10 @@ def blocks(language: str) -> list[str]:
 def test_the_block_on_plain_arrays_runs_in_any_folder_and_shows_something(tmp_path: Path) -> None:
     (block,) = [block for block in blocks("python") if "import mfac_core" in block]
 
-    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=True)
+    installed = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=installed, capture_output=True, text=True, check=True
+    )
 
     assert "80% of the weights are pruned" in done.stdout
 
