@@ -195,6 +195,11 @@ class GradientWindow:
             )
         # until the window is full, the next row comes after the others
         full = len(rows) == self.num_gradients
+        if not full and checked_integer("position in the gradient window", state["position"]) < len(rows):
+            raise ValueError(
+                f"the stored gradient window is full with {len(rows)} rows, this one holds {self.num_gradients}; "
+                "resume with the num_gradients (num_grads in a recipe) that the state was saved with"
+            )
         bounds = (0, len(rows) - 1) if full else (len(rows), len(rows))
         checked_integer("position in the gradient window", state["position"], *bounds)
 

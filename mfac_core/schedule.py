@@ -93,6 +93,25 @@ def sparsity_at(fraction: float, *, initial: float, final: float, interpolation:
     return min(final, initial + (final - initial) * interpolate(fraction, interpolation))
 
 
+def checked_steps_per_epoch(value: object) -> int:
+    """Return the length of an epoch, or refuse what is none.
+
+    Args:
+        value: What is given as ``steps_per_epoch``.
+
+    Returns:
+        The value.
+
+    Raises:
+        SettingError: If it is not a positive integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(
+            "steps_per_epoch", f"{value!r} must be a positive integer, such as len(loader) for one step per batch"
+        )
+    return value
+
+
 def pruning_schedule(
     settings: PruningSettings, steps_per_epoch: int, *, sparsities: tuple[float, float] | None = None
 ) -> tuple[PlannedStep, ...]:
@@ -129,11 +148,7 @@ def pruning_schedule(
         >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
         [(0, 0.0, 0.0), (10, 1.0, 0.9), (20, 2.0, 0.0), (30, 3.0, 0.9), (50, 5.0, 0.9)]
     """
-    if isinstance(steps_per_epoch, bool) or not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
-        raise SettingError(
-            "steps_per_epoch",
-            f"{steps_per_epoch!r} must be a positive integer, such as len(loader) for one step per batch",
-        )
+    checked_steps_per_epoch(steps_per_epoch)
     match settings:
         case GradualSettings():
             return _gradual(settings, steps_per_epoch, sparsities)

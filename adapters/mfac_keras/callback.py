@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_model, modifier_names
+from mfac_core.schedule import checked_steps_per_epoch
 from mfac_core.settings import PruningSettings
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, check_optimizer, check_trained, refuse_keras_2
@@ -70,6 +71,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     Raises:
         RecipeError: If the recipe or a key is wrong; the message names the key, the rule and the cure.
+        SettingError: If ``steps_per_epoch`` is no positive integer.
         TypeError: If there is neither a recipe nor keys, or both, or the optimizer or the loss is one of Keras 2.
 
     Example:
@@ -108,7 +110,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._given_optimizer = optimizer
         self._state_path = None if state_path is None else Path(state_path)
         self._save_window = save_window
-        self._given_steps_per_epoch = steps_per_epoch
+        self._given_steps_per_epoch = None if steps_per_epoch is None else checked_steps_per_epoch(steps_per_epoch)
         self._verbose = verbose
         self._session: TrainingSession | None = None
         self._last_session: TrainingSession | None = None
@@ -159,7 +161,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
         Args:
             logs: Not used.
+
+        Raises:
+            ValueError: If an epoch has another number of steps than was given.
         """
+        self._check_steps_per_epoch()
         self.close()
         if self._pruned_model is not self._model:
             self._last_session = None
@@ -247,6 +253,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._counted_steps = self._seen
         if self._session is not None:
             self._session.check_followed()
+            self._session.warn_of_untrained()
         if logs is not None:
             logs["sparsity"] = self._sparsity_now()
         self._save()
@@ -276,6 +283,14 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 _logger.warning("%s", unfinished)
         self._ended = session
         self._warn_of_restored()
+
+    def _check_steps_per_epoch(self) -> None:
+        given, known = self._given_steps_per_epoch, (self.params or {}).get("steps")
+        if given is not None and known is not None and given != known:
+            raise ValueError(
+                f"steps_per_epoch is {given} for MFACPruningCallback, and an epoch of this fit has {known} steps; "
+                "leave it out where Keras knows the length of the data"
+            )
 
     def _warn_of_restored(self) -> None:
         # Called twice, as a callback that restores weights may come before this one or after it.
@@ -307,7 +322,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             self._live_pruning(each, steps_per_epoch, name, told)
             for each, name in zip(settings, modifier_names(settings), strict=True)
         ]
-        check_trained(prunings, optimizer)
+        # zeros that are only held need no optimizer where nothing moves
+        check_trained([each.variables for each in prunings if not each.only_holds], optimizer)
         others = [each for each in self._modifiers if not isinstance(each, PruningSettings)]
         forms = {name: form for pruning in prunings for name, form in pruning.forms.items()}
         trained = _trained(prunings, optimizer)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
 
-from mfac_core.settings import ConstantSettings
-from mfac_keras.live_pruning import LivePruning
 from mfac_keras.optimizers import innermost, trained_by
 
 __all__ = ["check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
@@ -30,6 +28,8 @@ def check_model(model: Any) -> None:
     refuse_keras_2("the model", model)
     is_torch = any(base.__module__.startswith("torch.") for base in type(model).__mro__)
     cure = "use mfac_torch, which prunes torch modules" if is_torch else "pass the model itself"
+    if isinstance(model, keras.layers.Layer):  # on torch a torch module too
+        cure = "put the layer into a model, such as keras.Sequential([layer])"
     raise TypeError(f"the model is a {_class_of(model)}, and pruning needs a keras.Model of Keras 3; {cure}")
 
 
@@ -71,20 +71,20 @@ def refuse_keras_2(what: str, thing: Any) -> None:
         )
 
 
-def check_trained(prunings: Sequence[LivePruning], optimizer: Any) -> None:
-    """Check that the optimizer trains what is pruned; zeros that are only held need no optimizer where nothing moves.
+def check_trained(scopes: Iterable[Mapping[str, Any]], optimizer: Any) -> None:
+    """Check that the optimizer trains what is pruned.
 
     Args:
-        prunings: The modifiers at work on one model.
+        scopes: The variables by path that each modifier prunes.
         optimizer: The optimizer, built.
 
     Raises:
         ValueError: If it does not.
     """
     trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
-    for pruning in prunings:
-        missing = [name for name, variable in pruning.variables.items() if id(variable) not in trained]
-        if missing and not isinstance(pruning.settings, ConstantSettings):
+    for variables in scopes:
+        missing = [name for name, variable in variables.items() if id(variable) not in trained]
+        if missing:
             raise ValueError(
                 f"{optimizer.name} does not train {', '.join(missing)}, so their masks could not be held; pass the "
                 "optimizer that does as optimizer=..., or name in params only what it trains"

@@ -97,9 +97,19 @@ class LivePruning:
         return {name: self.forms[name].back(mask) for name, mask in self._pruner.masks.items()}
 
     @property
+    def only_holds(self) -> bool:
+        """Whether it prunes nothing, and holds the zeros that are there."""
+        return isinstance(self.settings, ConstantSettings)
+
+    @property
     def sparsity(self) -> float:
         """Pruned fraction of the weights in scope."""
         return self._pruner.sparsity
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no pruning step is left."""
+        return self._pruner.is_finished
 
     @property
     def schedule(self) -> tuple[PlannedStep, ...]:

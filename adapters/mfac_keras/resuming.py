@@ -66,6 +66,8 @@ def _rank(session: TrainingSession, saved: SavedState) -> int:
 
 def _say_what_differs(session: TrainingSession, saved: SavedState, rank: int) -> None:
     now = session.step // session.steps_per_epoch
+    if saved.path is None and now == saved.state["step"] // saved.state["steps_per_epoch"]:
+        return  # fit was interrupted within this epoch, which begins anew
     if _epoch(saved.state) != now:
         _logger.warning(
             "training goes on at epoch %d with the weights of epoch %d, as after a kill between the two files of "

@@ -11,7 +11,8 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import selection_warnings, warn_once
-from mfac_core.weight_names import ModelNames, layers_of_names, matching_names, selected_names
+from mfac_core.weight_names import ModelNames, layers_of_names, listed, matching_names, selected_names
+from mfac_keras.conditions import check_model
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
 
@@ -27,6 +28,7 @@ _PRUNABLE_LAYERS = tuple(
         *(f"SeparableConv{rank}D" for rank in (1, 2)),
     )
 )
+_WITH_ADAPTERS = _KERNELS | {"embeddings"}
 _NORMALIZATION = (
     keras.layers.BatchNormalization,
     keras.layers.LayerNormalization,
@@ -65,19 +67,23 @@ def select_variables(
         ``path#2``, the third ``path#3``.
 
     Raises:
-        SettingError: If an entry matches nothing, a variable selected by its exact path is frozen, or nothing is left
-            to prune.
+        SettingError: If an entry matches nothing, a variable selected by its exact path is frozen, or is not of
+            floating-point numbers, or nothing is left to prune.
+        TypeError: If it is no model of Keras 3.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="body")])
         >>> [path.rpartition("/")[2] for path in select_variables(model, ["body"])]
         ['kernel']
     """
-    named = _trainable_by_nature(model)
+    check_model(model)
+    named = _trainable_by_nature(model) if frozen_too else _to_be_pruned(model)
     names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):
         selected = selected_names(params, exclude, names)
-    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), told)
+    _refuse_other_numbers({name: named[name] for name in selected})
+    warnings = selection_warnings(params, exclude, names, selected, prunes=not frozen_too)
+    warn_once(_logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], told)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
     in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
     return {name: named[name] for name in in_order}
@@ -124,8 +130,10 @@ def prunable_variables(model: Any) -> dict[str, Any]:
         The variables by path, in the order of ``model.trainable_variables``; frozen ones are left out.
 
     Raises:
+        TypeError: If it is no model of Keras 3.
         ValueError: If the model is not built.
     """
+    check_model(model)
     kernels = _kernel_ids(model)
     trainable = {id(variable) for variable in model.trainable_variables}
     return {name: variable for name, variable in _named(model).items() if id(variable) in kernels & trainable}
@@ -172,6 +180,7 @@ def _names(model: Any, named: Mapping[str, Any], *, with_frozen: bool = False) -
         layers.setdefault(layer.name, {}).update(dict.fromkeys(inside))
         if isinstance(layer, _NORMALIZATION):
             normalization.update(inside)
+    is_quantized = not all(map(_is_float, named.values()))
     return ModelNames(
         shapes={name: tuple(map(int, variable.shape)) for name, variable in named.items()},
         prunable=frozenset(name for name, variable in named.items() if id(variable) in kernels),
@@ -179,7 +188,7 @@ def _names(model: Any, named: Mapping[str, Any], *, with_frozen: bool = False) -
         normalization=normalization,
         frozen=frozenset(name for name, variable in named.items() if id(variable) not in trainable and not with_frozen),
         kind="variable",
-        frozen_because="the layer is not trainable",
+        frozen_because="the layer is not trainable, or quantized" if is_quantized else "the layer is not trainable",
         prunable_layers="Dense and convolution layers",
     )
 
@@ -202,6 +211,41 @@ def _trainable_by_nature(model: Any) -> dict[str, Any]:
     return {
         name: variable for name, variable in _named(model).items() if id(variable) in nature and _is_float(variable)
     }
+
+
+def _to_be_pruned(model: Any) -> dict[str, Any]:
+    """Return what a loss can train, and kernels of other numbers too, so that nothing is silently left out."""
+    floats, kernels = _trainable_by_nature(model), _kernel_ids(model)
+    return {name: each for name, each in _named(model).items() if name in floats or id(each) in kernels}
+
+
+def _refuse_other_numbers(selected: Mapping[str, Any]) -> None:
+    others = [name for name, variable in selected.items() if not _is_float(variable)]
+    if others:
+        dtypes = ", ".join(dict.fromkeys(selected[name].dtype for name in others))
+        raise SettingError(
+            "params",
+            f"{listed(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before they are "
+            "quantized, or take them out with exclude",
+        )
+
+
+def _dense_sums(model: Any, selected: Mapping[str, Any]) -> list[str]:
+    """Return a warning of low-rank adapters beside what is selected: the layer computes with the sum of both."""
+    with_adapters = {
+        id(variable)
+        for layer in layers_of(model)
+        if getattr(layer, "lora_enabled", False)
+        for variable in layer.weights
+    }
+    sums = [name for name, each in selected.items() if id(each) in with_adapters and each.name in _WITH_ADAPTERS]
+    if not sums:
+        return []
+    return [
+        f"low-rank adapters are added to {listed(sums)} (enable_lora): the layer computes with the sum, Keras saves "
+        "the sum, and that is dense, whatever the sparsity that is reported. Set the sum to zero where the masks are "
+        "False after the model is saved and loaded, or train without adapters"
+    ]
 
 
 def _named(model: Any) -> dict[str, Any]:

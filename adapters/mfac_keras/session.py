@@ -60,6 +60,7 @@ class TrainingSession:
         self._fingerprints: dict[str, str] | None = None
         self._has_advanced = False
         self._checksums: dict[str, int] = {}  # of variables that no training step has given to the optimizer so far
+        self._untouched: dict[str, int] = {}  # checksums of what is to be pruned, until it is known who trains it
         self._told: tuple[dict[str, int], str] = ({}, "")
         self._sparsity: float | None = None
 
@@ -115,12 +116,34 @@ class TrainingSession:
             self.detach()
             raise self._hooks.not_followed(f"the gradients of {listed(moved)}")
 
+    def warn_of_untrained(self) -> None:
+        """Warn once of what is to be pruned and was not changed by training, though other weights were."""
+        before, self._untouched = (self._untouched, {}) if self._has_advanced else ({}, self._untouched)
+        if not before:
+            return
+        self._hooks.sync()
+        untrained = [name for name, checksum in before.items() if self._checksum(name) == checksum]
+        if untrained and len(untrained) < len(before):
+            _logger.warning(
+                "training has not changed %s so far, and the recipe prunes it all the same, without training to make "
+                "up for it. Where nothing trains it, as the teacher in a distillation, take it out of params, or set "
+                "trainable = False on its layer before compile",
+                listed(untrained),
+            )
+
     def begin(self) -> None:
         """Attach to the training step, and do what is due before the next one."""
         self._hooks.attach()
         self._hold_masks()
         self._do_what_is_due()
         self._checksums = self._checksums_of_the_unfollowed()
+        self._untouched = {
+            name: self._checksum(name)
+            for pruning in self.prunings
+            if not (pruning.only_holds or pruning.is_finished)
+            for name, variable in pruning.variables.items()
+            if not self._hooks.is_frozen(variable)
+        }
 
     def advance(self, step: int) -> None:
         """Take the gradients of the training steps that were made, and do what is due after them.
@@ -273,6 +296,7 @@ class TrainingSession:
         if any(pruning.needs_pruning(self.step) for pruning in self.prunings):
             self._hooks.sync()
             self.check_followed()
+            self.warn_of_untrained()
             self._sparsity = None
             prune_if_due(self.prunings, self.step, self._hooks.slots_of)
             self._hold_masks()
@@ -306,7 +330,10 @@ class TrainingSession:
         names = [name for name, each in self._variables.items() if each.trainable and id(each) not in followed]
         if names:
             self._hooks.sync()
-        return {name: zlib.crc32(self._variables[name].numpy().tobytes()) for name in names}
+        return {name: self._checksum(name) for name in names}
+
+    def _checksum(self, name: str) -> int:
+        return zlib.crc32(self._variables[name].numpy().tobytes())
 
 
 def check_state(state: Any) -> None:

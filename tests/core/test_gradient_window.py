@@ -221,3 +221,11 @@ def test_arrays_side_by_side_are_read_as_one_without_the_columns_that_are_left_o
     matrix = GradientMatrix(np.split(rows, np.cumsum(widths)[:-1], axis=1), kept, block_size=block_size)
     assert (matrix.count, matrix.num_weights) == (3, kept.sum())
     np.testing.assert_array_equal(through_chunks(matrix), rows[:, kept])
+
+
+def test_a_window_that_was_full_with_fewer_rows_is_refused_by_the_number_of_rows():
+    full = GradientWindow(4, 2, block_size=2)
+    for _ in range(2):
+        full.push(np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"is full with 2 rows, this one holds 3; resume with the num_gradients"):
+        GradientWindow(4, 3, block_size=2).load_state_dict(full.state_dict())

@@ -108,6 +108,17 @@ class TrainingHooks(ABC):
             self._frozen = frozen
             self.recompile()
 
+    def is_frozen(self, variable: Any) -> bool:
+        """Return whether :meth:`freeze` keeps a variable as it is.
+
+        Args:
+            variable: A variable that the optimizer trains.
+
+        Returns:
+            Whether it does.
+        """
+        return id(variable) in self._frozen
+
     def recompile(self) -> None:
         """Compile the training step anew, because something that is a constant in it has changed."""
         self._drop_compiled()

@@ -625,3 +625,20 @@ def test_embeddings_recurrent_layers_and_attention(task, watch):
     assert watching.steps > 10
     assert watching.grown == 0
     assert sum(watching.remembered.values()) == 0
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "ten", True])
+def test_steps_per_epoch_that_is_no_positive_integer_is_refused_at_once(task, steps):
+    with pytest.raises(SettingError, match=f"{steps!r} must be a positive integer"):
+        MFACPruningCallback(task.recipe(), steps_per_epoch=steps)
+
+
+@pytest.mark.once
+def test_steps_per_epoch_that_keras_knows_otherwise_is_refused_before_training(task):
+    model = task.model()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="steps_per_epoch is 100 .* an epoch of this fit has 5 steps"):
+        task.fit(model, MFACPruningCallback(task.recipe(), steps_per_epoch=100))
+    for weights, now in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(weights, now)

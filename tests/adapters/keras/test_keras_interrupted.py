@@ -173,3 +173,21 @@ def test_values_are_assigned_to_all_variables_or_to_none(dtype):
     assign_all((variable, new) for variable in variables)
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [4, 5, 6]
+
+
+@pytest.mark.once
+def test_an_epoch_that_was_interrupted_begins_anew_without_a_warning(task, caplog):
+    class Interrupts(keras.callbacks.Callback):
+        steps = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.steps += 1
+            if self.steps == 7:
+                raise KeyboardInterrupt
+
+    model, pruning = task.model(), MFACPruningCallback(task.recipe(), verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        task.fit(model, pruning, Interrupts())
+    task.fit(model, pruning, initial_epoch=1)
+    assert pruning.sparsity == pytest.approx(0.75, abs=0.01)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

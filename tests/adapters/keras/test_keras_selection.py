@@ -298,3 +298,36 @@ def test_exclude_is_a_keyword_of_callback_and_one_shot():
     assert [name.endswith("a/kernel") for name in callback.masks] == [True]
     masks = prune_one_shot(model, data, "mse", final_sparsity=0.5, num_grads=2, ignore=["a"])
     assert [name.endswith("b/kernel") for name in masks] == [True]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("function", [prunable_variables, lambda model: select_variables(model, ["__ALL__"])])
+@pytest.mark.parametrize("model", [None, "model", keras.Sequential])
+def test_what_is_no_model_is_refused_by_name(function, model):
+    with pytest.raises(TypeError, match="the model is a .* pruning needs a keras.Model of Keras 3; pass"):
+        function(model)
+
+
+@pytest.mark.once
+def test_a_layer_is_not_taken_for_a_model_of_pytorch():
+    with pytest.raises(TypeError, match="put the layer into a model"):
+        prunable_variables(keras.layers.Dense(3))
+
+
+@pytest.mark.once
+def test_kernels_of_complex_numbers_are_refused_by_name():
+    model = keras.Sequential([keras.Input([4], dtype="complex64"), keras.layers.Dense(3, dtype="complex64", name="fc")])
+    with pytest.raises(SettingError, match="fc/kernel of dtype complex64, and only floating-point weights are pruned"):
+        select_variables(model, ["__ALL_PRUNABLE__"])
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have:UserWarning")
+def test_quantized_kernels_are_not_said_to_be_lacking(caplog):
+    model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="fc"), keras.layers.Dense(2, name="head")])
+    model.get_layer("fc").quantize("int8")
+    assert all("/head/" in name for name in select_variables(model, ["__ALL_PRUNABLE__"]))
+    assert "12 of 18 weights of Dense and convolution layers are not in scope" in caplog.text
+    model.get_layer("head").quantize("int8")
+    with pytest.raises(SettingError, match="is frozen .the layer is not trainable, or quantized"):
+        select_variables(model, ["__ALL_PRUNABLE__"])

@@ -365,3 +365,56 @@ def test_a_frozen_base_is_held_while_the_head_is_pruned(task):
     task.fit(model, pruning)
     assert [np.mean(layer.kernel.numpy() == 0) for layer in model.layers] == [0.5, 0.75]
     assert pruning.sparsity == pytest.approx((24 + 18) / 72)
+
+
+class Distiller(keras.Model):
+    """Trains a student, and has a teacher that nobody has frozen."""
+
+    def __init__(self, task):
+        super().__init__()
+        self.student, self.teacher = (self.network(name) for name in ("student", "teacher"))
+        self.compile("adam", "mse")
+        self(task.x)
+
+    @staticmethod
+    def network(name):
+        return keras.Sequential([keras.Input([6]), keras.layers.Dense(8), keras.layers.Dense(3)], name=name)
+
+    def call(self, x):
+        return self.student(x)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        taught = keras.ops.stop_gradient(self.teacher(x))
+        return keras.ops.mean((y - y_pred) ** 2) + keras.ops.mean((taught - y_pred) ** 2)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+@pytest.mark.parametrize("start_epoch", [0.0, 1.0])
+def test_weights_that_nothing_trains_are_named_once(task, caplog, start_epoch):
+    task.fit(Distiller(task), MFACPruningCallback(magnitude(task, start_epoch=start_epoch), verbose=0))
+    warned = [record.getMessage() for record in caplog.records if "training has not changed" in record.getMessage()]
+    assert len(warned) == 1
+    assert "teacher" in warned[0]
+    assert "student" not in warned[0]
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")
+def test_weights_that_a_recipe_freezes_or_that_are_out_of_scope_are_not_named_as_untrained(task, caplog):
+    frozen = "  - !TrainableParamsModifier {params: [head], trainable: false}\n"
+    task.fit(task.model(), MFACPruningCallback(magnitude(task, params="[body, head]") + frozen, verbose=0))
+    task.fit(Distiller(task), MFACPruningCallback(magnitude(task, params="[student]"), verbose=0))
+    assert "training has not changed" not in caplog.text
+
+
+def test_zeros_that_are_held_below_an_adapter_are_no_sparsity_of_the_layer(task, caplog):
+    model = task.model()
+    task.fit(model, MFACPruningCallback(magnitude(task), verbose=0))
+    model.get_layer("body").enable_lora(2)
+    model.compile("adam", "mse")
+    caplog.clear()
+    hold = "pruning_modifiers:\n  - !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n"
+    task.fit(model, MFACPruningCallback(hold, verbose=0))
+    warned = [record.getMessage() for record in caplog.records if "low-rank adapters" in record.getMessage()]
+    assert len(warned) == 1
+    assert "tiny/body/kernel" in warned[0]
+    assert "head" not in warned[0]
