@@ -231,7 +231,7 @@ def test_a_position_that_does_not_belong_to_the_rows_is_refused(rows, position):
     window.push(np.ones(4))
     state = {"rows": np.zeros((rows, 4), np.float32), "position": position}
     for take in (window.check_state, window.load_state_dict):
-        with pytest.raises(ValueError, match="position in the gradient window is"):
+        with pytest.raises(ValueError, match="position in the gradient window is|full with [12] rows"):
             take(state)
     np.testing.assert_array_equal(window.to_rows(), [np.ones(4)])
 
