@@ -11,6 +11,7 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.settings import checked_params
 from mfac_core.weight_names import ModelNames, layers_of_names, matching_names, selected_names
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
@@ -39,8 +40,8 @@ _logger = logging.getLogger("mfac_keras")
 
 def select_variables(
     model: Any,
-    params: Sequence[str],
-    exclude: Sequence[str] = (),
+    params: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     *,
     frozen_too: bool = False,
     told: set[str] | None = None,
@@ -65,14 +66,15 @@ def select_variables(
         ``path#2``, the third ``path#3``.
 
     Raises:
-        SettingError: If an entry matches nothing, a variable selected by its exact path is frozen, or nothing is left
-            to prune.
+        SettingError: If an argument is no name or list of names, an entry matches nothing, a variable selected by its
+            exact path is frozen, or nothing is left to prune.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="body")])
         >>> [path.rpartition("/")[2] for path in select_variables(model, ["body"])]
         ['kernel']
     """
+    params, exclude = checked_params(params), checked_params(exclude, "exclude")
     named = _trainable_by_nature(model)
     names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):

@@ -298,3 +298,11 @@ def test_exclude_is_a_keyword_of_callback_and_one_shot():
     assert [name.endswith("a/kernel") for name in callback.masks] == [True]
     masks = prune_one_shot(model, data, "mse", final_sparsity=0.5, num_grads=2, ignore=["a"])
     assert [name.endswith("b/kernel") for name in masks] == [True]
+
+
+def test_one_name_needs_no_list(zoo):
+    assert list(select_variables(zoo, "attention", exclude="re:attention/(query|key|value)")) == [
+        "attention/attention_output/kernel"
+    ]
+    with pytest.raises(SettingError, match="params: None must be a name or a non-empty list of names"):
+        select_variables(zoo, None)
