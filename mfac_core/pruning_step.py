@@ -32,7 +32,7 @@ class PruneResult:
         sparsity: Pruned fraction of all weights in scope.
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
             of the loss.
-        resets_optimizer: Whether what the optimizer remembers of all these weights is to be set to zero.
+        resets_optimizer: Whether the optimizer is to forget what it remembers of all these weights.
     """
 
     weights: Array | Mapping[str, Array]

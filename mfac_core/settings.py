@@ -269,7 +269,7 @@ class ACDCSettings(PruningSettings):
         update_frequency: Epochs per phase, ``> 0``.
         scope: Where magnitudes compete.
         mask_type: Pattern of the zeros, see :data:`MaskType`.
-        reset_momentum: Whether what the optimizer remembers is set to zero when weights come back: at the beginning of
+        reset_momentum: Whether the optimizer forgets what it remembers when weights come back: at the beginning of
             each decompressed phase but the first.
 
     References:

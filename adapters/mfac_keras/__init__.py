@@ -4,6 +4,7 @@ Read in this order:
 
 * ``callback``: :class:`MFACPruningCallback`, the entry point: gradual pruning, resume
 * ``one_shot``: :func:`prune_one_shot`, without training
+* ``conditions``: what is refused before anything is changed
 * ``session``: what happens between training steps
 * ``training_changes``: learning rates, weight decay, which variables are trained
 * ``live_pruning``: one pruning modifier at work on one model
@@ -11,7 +12,11 @@ Read in this order:
 * ``optimizers``: what an optimizer is made of
 * ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
 * ``sampling``: gradient samples outside the training loop
-* ``recipes``, ``state_file``, ``conversion``: settings in, state on disk, tensors to arrays
+* ``assigning``: values into variables, into all of them or into none
+* ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
+* ``end_of_fit``: the moment when all callbacks are done
+* ``recipes``, ``conversion``: settings in, tensors to arrays
+* ``digits``, ``demo``: what ``mfac demo --framework keras`` runs
 """
 
 from mfac_keras.callback import MFACPruningCallback

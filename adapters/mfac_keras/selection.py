@@ -11,6 +11,7 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.settings import checked_params
 from mfac_core.weight_names import ModelNames, layers_of_names, listed, matching_names, selected_names
 from mfac_keras.conditions import check_model
 
@@ -41,8 +42,8 @@ _logger = logging.getLogger("mfac_keras")
 
 def select_variables(
     model: Any,
-    params: Sequence[str],
-    exclude: Sequence[str] = (),
+    params: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     *,
     frozen_too: bool = False,
     told: set[str] | None = None,
@@ -67,8 +68,8 @@ def select_variables(
         ``path#2``, the third ``path#3``.
 
     Raises:
-        SettingError: If an entry matches nothing, a variable selected by its exact path is frozen, or is not of
-            floating-point numbers, or nothing is left to prune.
+        SettingError: If an argument is no name or list of names, an entry matches nothing, a variable selected by its
+            exact path is frozen, or is not of floating-point numbers, or nothing is left to prune.
         TypeError: If it is no model of Keras 3.
 
     Example:
@@ -77,6 +78,7 @@ def select_variables(
         ['kernel']
     """
     check_model(model)
+    params, exclude = checked_params(params), checked_params(exclude, "exclude")
     named = _trainable_by_nature(model) if frozen_too else _to_be_pruned(model)
     names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):

@@ -8,7 +8,6 @@ Read in this order:
 * ``session``: what happens around each optimizer step
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained
-* ``one_shot``: a gradual run in a single pruning step
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero
@@ -20,6 +19,7 @@ Read in this order:
 * ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
 * ``scheduled_optimizer``: :func:`ScheduledOptimizer`, for scripts that call it
+* ``digits``, ``demo``: what ``mfac demo`` runs
 * ``export``, ``lightning``, ``transformers``: imported only when asked for
 """
 

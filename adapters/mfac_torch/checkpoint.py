@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, BinaryIO
@@ -138,8 +140,9 @@ def write_tensors(path: str | os.PathLike[str], content: Any, *, keep_previous: 
             if isinstance(error, OSError | MemoryError):
                 raise
             raise TypeError(
-                f"{os.fspath(path)} is not written, because it could not be read again: {_first_line(error)}; save "
-                "tensors and plain values only, such as the state_dict() of an object in place of the object"
+                f"{os.fspath(path)} is not written, because it could not be read again: "
+                f"{_unreadable(content) or _first_line(error)}; save tensors and plain values only, such as the "
+                "state_dict() of an object in place of the object"
             ) from error
 
     write_file(path, write, keep_previous=keep_previous)
@@ -177,6 +180,23 @@ def _checked(path: str | os.PathLike[str], keys: Collection[str]) -> dict[str, A
             f"{os.fspath(path)} is no checkpoint of a manager; pass a file that manager.save_checkpoint() wrote"
         )
     return parts
+
+
+def _unreadable(content: Any, *place: str) -> str:
+    """Return which entry could not be read again, and what it is; empty where each of them can."""
+    if type(content) in {dict, OrderedDict, list, tuple}:
+        entries = content.items() if isinstance(content, dict) else enumerate(content)
+        return next(filter(None, (_unreadable(value, *place, str(key)) for key, value in entries)), "")
+    if type(content) is torch.Tensor:
+        return ""
+    file = io.BytesIO()
+    try:
+        torch.save(content, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception:
+        return f"{'.'.join(place) or 'it'} is a {type(content).__name__}"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -28,6 +28,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "Adafactor": (),  # of rows and columns
     "Adagrad": ("sum",),
     "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "AdamW": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "Adamax": ("exp_avg", "exp_inf"),
     "Muon": ("momentum_buffer",),
     "NAdam": ("exp_avg", "exp_avg_sq"),
@@ -37,7 +38,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "SGD": ("momentum_buffer",),
     "SparseAdam": ("exp_avg", "exp_avg_sq"),
 }
-"""Of the optimizers of PyTorch; AdamW has the step of Adam. The oldest supported PyTorch lacks some of them."""
+"""Of the optimizers of PyTorch. The oldest supported one lacks some of them, and its AdamW is not an Adam."""
 
 _keys: dict[type[Optimizer], Collection[str]] = {
     getattr(torch.optim, name): keys for name, keys in _NAMES.items() if hasattr(torch.optim, name)

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import is_adapter, selection_warnings, warn_once
+from mfac_core.settings import checked_params
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
     Computed,
@@ -39,8 +40,8 @@ _logger = logging.getLogger("mfac_torch")
 
 def select_parameters(
     model: nn.Module,
-    params: Sequence[str],
-    exclude: Sequence[str] = (),
+    params: str | Sequence[str],
+    exclude: str | Sequence[str] = (),
     *,
     frozen_too: bool = False,
     told: set[str] | None = None,
@@ -65,14 +66,15 @@ def select_parameters(
         The selected parameters by name.
 
     Raises:
-        SettingError: If an entry matches nothing, a parameter selected by its exact name is frozen,
-            a parameter has no values yet, or nothing is left to prune.
+        SettingError: If an argument is no name or list of names, an entry matches nothing, a parameter selected by its
+            exact name is frozen, a parameter has no values yet, or nothing is left to prune.
 
     Example:
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
         ['0.weight', '2.bias']
     """
     model = unwrapped(model)
+    params, exclude = checked_params(params), checked_params(exclude, "exclude")
     names = _names(model, with_frozen=frozen_too)
     selected = selected_names(params, exclude, names)
     chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = (ROOT / "mfac_core", ROOT / "adapters" / "mfac_torch", ROOT / "adapters" / "mfac_keras")
+ADAPTERS = (ROOT / "adapters" / "mfac_torch", ROOT / "adapters" / "mfac_keras")
+PACKAGES = (ROOT / "mfac_core", *ADAPTERS)
 
 
 def modules(folder: Path) -> set[str]:
@@ -41,11 +43,21 @@ def test_the_map_in_the_design_lists_the_backends() -> None:
     assert set(re.findall(r"\w+\.py", line)) <= modules(ROOT / "mfac_core" / "backends")
 
 
-def test_the_map_in_the_design_lists_modules_of_the_torch_adapter_that_exist() -> None:
-    line = next(line for line in map_of_the_house().splitlines() if line.strip().startswith("mfac_torch/"))
-    names = {f"{name}.py" for name in line.split("/", 1)[1].strip().split(", ")}
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
+def test_the_map_in_the_design_lists_the_modules_of_an_adapter_and_no_others(adapter: Path) -> None:
+    line = next(line for line in map_of_the_house().splitlines() if line.strip().startswith(f"{adapter.name}/"))
+    names = line.split("/", 1)[1].partition(";")[0].strip().split(", ")
 
-    assert names <= modules(ROOT / "adapters" / "mfac_torch")
+    assert {f"{name}.py" for name in names} == modules(adapter)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
+def test_an_adapter_says_which_modules_it_has(adapter: Path) -> None:
+    text = ast.get_docstring(ast.parse((adapter / "__init__.py").read_text(encoding="utf-8"))) or ""
+    heads = [line.partition(":")[0] for line in text.splitlines() if line.startswith("* ")]
+    names = {f"{name}.py" for head in heads for name in re.findall("``(\\w+)``", head)}
+
+    assert names - {"backends.py"} == modules(adapter)
 
 
 def test_the_shelf_of_adapters_is_no_package() -> None:
@@ -69,3 +81,10 @@ def test_no_module_is_a_drawer_for_everything(package: Path) -> None:
 )
 def test_the_house_has_its_papers(name: str) -> None:
     assert (ROOT / name).is_file()
+
+
+def test_the_log_has_each_heading_once_in_a_version() -> None:
+    for version in re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+        headings = re.findall(r"^### (.*)$", version, re.MULTILINE)
+
+        assert headings == [each for each in ("Added", "Changed", "Removed", "Fixed") if each in headings]

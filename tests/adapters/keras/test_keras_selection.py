@@ -331,3 +331,11 @@ def test_quantized_kernels_are_not_said_to_be_lacking(caplog):
     model.get_layer("head").quantize("int8")
     with pytest.raises(SettingError, match="is frozen .the layer is not trainable, or quantized"):
         select_variables(model, ["__ALL_PRUNABLE__"])
+
+
+def test_one_name_needs_no_list(zoo):
+    assert list(select_variables(zoo, "attention", exclude="re:attention/(query|key|value)")) == [
+        "attention/attention_output/kernel"
+    ]
+    with pytest.raises(SettingError, match="params: None must be a name or a non-empty list of names"):
+        select_variables(zoo, None)

@@ -1,6 +1,8 @@
 """What optimizers remember of pruned weights, and what of it is left alone."""
 
+import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,3 +327,13 @@ def test_an_optimizer_beside_the_scope_keeps_its_history(task):
     forget_all(optimizer, [model[2].weight], ExitStack())
     assert dict(optimizer.state[model[0].weight]) == before
     assert np.isfinite(float(closure().detach()))
+
+
+def test_each_optimizer_in_the_table_is_known_by_its_own_name():
+    # In the oldest supported PyTorch no optimizer with plain state is a subclass of another.
+    page = (Path(__file__).parents[3] / "docs" / "pytorch.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.endswith("| entries of pruned weights become zero |"))
+    names = re.findall(r"`([A-Z]\w+)`", row)
+
+    assert len(names) > 10
+    assert set(names) <= of_optimizers._NAMES.keys()

@@ -361,3 +361,10 @@ def test_all_layers_that_a_pattern_does_not_fit_are_named():
     with pytest.raises(SettingError, match=r"MagnitudePruningModifier.mask_type: .*'0\.weight'.*'2\.weight'") as caught:
         prune_by([1, 4], model, ["__ALL_PRUNABLE__"])
     assert "'1.weight'" not in str(caught.value)
+
+
+def test_one_name_needs_no_list(zoo):
+    assert list(select_parameters(zoo, "body")) == ["body.0.weight", "body.2.weight"]
+    assert list(select_parameters(zoo, "body", exclude="body.2")) == ["body.0.weight"]
+    with pytest.raises(SettingError, match="params: None must be a name or a non-empty list of names"):
+        select_parameters(zoo, None)
