@@ -361,3 +361,21 @@ def test_all_layers_that_a_pattern_does_not_fit_are_named():
     with pytest.raises(SettingError, match=r"MagnitudePruningModifier.mask_type: .*'0\.weight'.*'2\.weight'") as caught:
         prune_by([1, 4], model, ["__ALL_PRUNABLE__"])
     assert "'1.weight'" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reparametrize", "is_said"),
+    [
+        (nn.utils.parametrizations.orthogonal, True),
+        (nn.utils.parametrizations.weight_norm, False),
+        (nn.utils.parametrizations.spectral_norm, False),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), False),
+    ],
+    ids=["orthogonal", "weight_norm", "spectral_norm", "prune"],
+)
+def test_zeros_that_do_not_reach_the_weights_of_the_layer_are_a_warning(reparametrize, is_said, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    reparametrize(model[0])
+    selected = select_parameters(model, ["re:.*"], ["re:.*bias"])
+    assert len(selected) > 1
+    assert ("other weights are computed from 0.parametrizations.weight.original, and" in caplog.text) is is_said
