@@ -97,7 +97,8 @@ def test_nearest_names_are_of_what_one_prunes(entry):
 
 def test_layers_are_suggested_too():
     assert "the nearest layers are block2, block1" in refusal(["blck2"])
-    assert "the nearest layers are block1" in refusal(["block1."])
+    nested = names_of_shapes({f"block1.{number}.conv.weight": (2, 2) for number in range(3)})
+    assert "the nearest layers are block1, " in refusal(["block1."], model=nested)
 
 
 @pytest.mark.parametrize(
