@@ -113,6 +113,8 @@ class InverseFisher:
         devices: Where the blocks are computed.
     """
 
+    __array_ufunc__ = None  # NumPy leaves ``x @ fisher`` to this class
+
     def __init__(
         self,
         gradients: Array,
@@ -167,6 +169,11 @@ class InverseFisher:
     def __matmul__(self, x: Array) -> Array:
         """Return :meth:`apply` of ``x``."""
         return self.apply(x)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """Return the product with the rows of ``x``; the matrix is symmetric."""
+        _check_array("x", x, f"an array of shape ({self.shape[0]},) or (k, {self.shape[0]})")
+        return self.apply(x.T).T
 
 
 class BlockwiseFisher:

@@ -76,6 +76,7 @@ def selection_warnings(
     by_group = [name for name, entries in selected.items() if not any(entry in model.shapes for entry in entries)]
     return [
         *(_rarely_pruned(by_group, selected, model) if prunes else ()),
+        *(_made_into_others(selected, model) if prunes else ()),
         *_left_out(params, exclude, model, selected),
         *(_adapters(by_group, model) if prunes else ()),
     ]
@@ -90,6 +91,19 @@ def _rarely_pruned(names: Sequence[str], selected: Mapping[str, Sequence[str]], 
         f"params {', '.join(map(repr, entries))} selects normalization weights, biases or scales too: "
         f"{listed(caught, at_most=10)}. To prune them saves nothing and harms the model; name layers, which means "
         f"their weights alone, write {ALL_PRUNABLE}, or take them out with exclude"
+    ]
+
+
+def _made_into_others(names: Collection[str], model: ModelNames) -> list[str]:
+    """Return a warning of weights in scope that a layer makes its weight of, which need not be zero where they are."""
+    layers = [_layer_of(name) for name, computed in model.computed.items() if not computed.keeps_zeros]
+    within = tuple(f"{layer}{sign}" if layer else "" for layer in layers for sign in "./")
+    made = [name for name in names if name.startswith(within) and not model.is_rarely_pruned(name)]
+    if not made:
+        return []
+    return [
+        f"other weights are computed from {listed(made)}, and need not be zero where these are: the sparsity that is "
+        "reported is not that of the layers; take the computation off before pruning"
     ]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-__all__ = ["BatchSource", "batches_to_sample"]
+from mfac_core.weight_names import listed
+
+__all__ = ["BatchSource", "batches_to_sample", "zero_in_all_samples"]
 
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
@@ -31,7 +33,8 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
         The batches.
 
     Raises:
-        TypeError: If there are options and the source does not take them, or none and it needs some.
+        TypeError: If there are options and the source does not take them, or none and it needs some, or if the function
+            returns no batches.
         ValueError: If the source yields no batch at all.
 
     Example:
@@ -41,7 +44,13 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
     drawn = 0
     while drawn < count:
         before = drawn
-        for batch in _opened(source, options or {}):
+        opened = _opened(source, options or {})
+        if not isinstance(opened, Iterable):
+            raise TypeError(
+                f"the function that makes the batches to sample gradients from returned a {type(opened).__name__}; it "
+                "must return an iterable of batches, such as a data loader"
+            )
+        for batch in opened:
             yield batch
             drawn += 1
             if drawn == count:
@@ -56,6 +65,24 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
             return
         if before == 0:
             _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
+
+
+def zero_in_all_samples(names: Collection[str]) -> list[str]:
+    """Return the warning about weights whose gradient is zero in every sample.
+
+    Args:
+        names: The names of the weights.
+
+    Returns:
+        One sentence, or none where there are no such weights.
+    """
+    if not names:
+        return []
+    return [
+        f"the gradient is zero in every gradient sample for {listed(names)}, so that M-FAC prunes them as if they had "
+        "no effect; exclude what the loss does not use. A part that is used in training mode only needs samples in "
+        "that mode, and a reentrant checkpoint needs an input that requires a gradient"
+    ]
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

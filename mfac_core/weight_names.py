@@ -40,10 +40,12 @@ class Computed:
     Args:
         by: What computes it, such as ``weight_norm``; empty where that is not known.
         shape: Its shape.
+        keeps_zeros: Whether it is zero where what it is computed from is.
     """
 
     by: str
     shape: tuple[int, ...]
+    keeps_zeros: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,8 +332,11 @@ def _compiled(entry: str, setting: str) -> re.Pattern[str]:
 def _why_nothing(entry: str, model: ModelNames, *, is_whole: bool) -> str:
     """Return why an entry matches nothing, and what to write instead."""
     if entry in model.layers:
-        inside = model.layers[entry]
-        held = f"; it holds {listed(inside)}, which you can write by name" if inside and not is_whole else ""
+        inside = () if is_whole else model.layers[entry]
+        usual = [name for name in inside if not model.is_rarely_pruned(name)]
+        held = f"; it holds {listed(usual)}, which you can write by name" if usual else ""
+        if inside and not usual:
+            held = f"; it holds {listed(inside)}, and to prune normalization weights, biases or scales harms the model"
         return f"{entry!r} is a layer without weights of {model.prunable_layers}{_computed_inside(entry, model)}{held}"
     if entry in model.computed:
         return f"{entry!r} is no {model.kind}{_computed_inside(entry, model)}"
@@ -351,6 +356,8 @@ def _computed_inside(entry: str, model: ModelNames) -> str:
 
 
 def _suggestion(entry: str, model: ModelNames, *, is_whole: bool) -> str:
+    if entry not in (ALL, ALL_PRUNABLE) and f"__{entry.strip('_').upper()}__" in (ALL, ALL_PRUNABLE):
+        return f"write {ALL_PRUNABLE} for the weights of all {model.prunable_layers}, or {ALL} for everything"
     if entry == ALL_PRUNABLE and model.shapes:
         own = f" ({', '.join(sorted(model.computed))})" if model.computed else ""
         is_computed = f"the weights of all its layers are computed from other {model.kind}s{own}"
@@ -388,6 +395,8 @@ def _as_pattern(entry: str, model: ModelNames, *, is_whole: bool) -> str:
     layer = text.rstrip("*?./")
     if harmed and layer in model.layers:
         return f"write {layer!r} for the weights of that layer without normalization and biases ({write} for all)"
+    if harmed and model.prunable and set(model.prunable) <= set(caught):
+        return f"write {ALL_PRUNABLE} for the weights of all {model.prunable_layers} ({write}, and exclude, for others)"
     return f"{write}, and exclude for {listed(harmed)}" if harmed else write
 
 
@@ -401,7 +410,7 @@ def _of_glob(text: str) -> str:
 
 def _nearest(entry: str, model: ModelNames, *, is_whole: bool) -> str:
     """Return the nearest names: of what one prunes, unless the entry stands where anything is meant."""
-    text = entry.removeprefix(PATTERN)
+    text = entry.removeprefix(PATTERN).rstrip("./")
     usual = [name for name in model.shapes if is_whole or name in model.prunable]
     others = [name for name in model.shapes if name not in usual and not model.is_rarely_pruned(name)]
     names = get_close_matches(text, usual, n=3) or get_close_matches(text, others, n=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,13 @@ import keras
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.sample_batches import batches_to_sample
+from mfac_core.left_out import warn_once
+from mfac_core.sample_batches import batches_to_sample, zero_in_all_samples
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
+
+_logger = logging.getLogger("mfac_keras")
 
 _SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
 _BATCH_SIZE = 32
@@ -40,13 +44,16 @@ class GradientSampler:
                 f"loss is a {type(loss).__name__}; pass a Keras loss, its name, or a function loss(y_true, y_pred), "
                 "after the batches"
             )
-        is_no_data = isinstance(dataset, str | keras.losses.Loss | Mapping)
+        if isinstance(loss, type):
+            raise TypeError(f"loss is the class {loss.__name__}; make a loss of it: {loss.__name__}()")
+        is_no_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
         if is_no_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
             raise TypeError(
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
                 "tf.data.Dataset or a PyDataset, and the loss after them"
             )
         self._source = _batches_of(dataset)
+        self._told: set[str] = set()
         self._loss = None if loss is None else keras.losses.get(loss)
 
     def gradients(
@@ -74,6 +81,8 @@ class GradientSampler:
         if self._loss is None and not model.compiled:
             raise ValueError(f"{model.name} is not compiled, so it has no loss; compile it, or pass loss=...")
         metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
+        zero = [*range(len(variables))]
+        drawn = 0
         batches = (_batch(each) for each in batches_to_sample(self._source, count, options))
         try:
             for gradients in current_backend().loss_gradients(
@@ -84,6 +93,11 @@ class GradientSampler:
                         "the loss of the sampled batches depends on none of the weights to prune: "
                         f"{', '.join(variable.path for variable in variables)}"
                     )
+                drawn += 1
+                zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
+                if drawn == count:  # before the last one is taken, after which nobody asks for another
+                    paths = [variables[place].path for place in zero]
+                    warn_once(_logger, zero_in_all_samples(paths), self._told)
                 yield [
                     np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
                     for gradient, variable in zip(gradients, variables, strict=True)

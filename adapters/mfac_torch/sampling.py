@@ -11,7 +11,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from mfac_core.sample_batches import BatchSource, batches_to_sample
+from mfac_core.left_out import warn_once
+from mfac_core.sample_batches import BatchSource, batches_to_sample, zero_in_all_samples
 
 __all__ = ["GradSampler"]
 
@@ -86,6 +87,7 @@ class GradSampler:
         self._training = training
         self._progress = progress
         self._takes_first_entry = False
+        self._told: set[str] = set()
 
     @classmethod
     def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
@@ -135,19 +137,33 @@ class GradSampler:
             that the loss does not depend on.
 
         Raises:
-            ValueError: If there is no batch at all, a batch has another form, or the loss is not a scalar that depends
-                on the parameters.
-            TypeError: If the batches do not come from a callable that takes the options.
+            ValueError: If there is no batch at all, a batch has another form, the loss is not a scalar that depends
+                on the parameters, or inference mode is on.
+            TypeError: If the batches do not come from a callable that takes the options, or the model does not take
+                them.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "the GradSampler is used under torch.inference_mode(), in which there are no gradients; call outside "
+                "of it, or under torch.no_grad()"
+            )
         batches = batches_to_sample(self._source, count, options)
+        zero = dict.fromkeys(parameters)
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
-            for batch in batches:
-                yield self._gradient(model, parameters, batch)
+            for number, batch in enumerate(batches, start=1):
+                gradients = self._gradient(model, parameters, batch)
+                zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
+                if number == count:  # before the last one is taken, after which nobody asks for another
+                    warn_once(_logger, zero_in_all_samples(zero), self._told)
+                yield {
+                    name: torch.zeros_like(parameters[name]) if gradient is None else gradient
+                    for name, gradient in gradients.items()
+                }
                 advance()
 
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor | None]:
         args, kwargs, target = _call_of(_to_device(batch, _device_of(model)), with_target=self._loss_fn is not None)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
@@ -156,8 +172,7 @@ class GradSampler:
             _without_gradients(leaves),
             torch.enable_grad(),
         ):
-            if self._loss_fn is None:
-                _check_takes(model, args, kwargs)
+            _check_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
             loss = self._loss(model(*args, **kwargs), target)
             _check_loss(loss)
             # Not torch.autograd.grad, which sees nothing of a block that is evaluated again in its own backward pass.
@@ -167,10 +182,7 @@ class GradSampler:
             raise ValueError(
                 f"the loss of the GradSampler depends on none of the weights to prune: {', '.join(parameters)}"
             )
-        return {
-            name: torch.zeros_like(parameters[name]) if gradient is None else gradient
-            for name, gradient in gradients.items()
-        }
+        return gradients
 
     def _loss(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:
@@ -181,6 +193,11 @@ class GradSampler:
             return self._loss_fn(output, target)
         except (TypeError, AttributeError) as error:
             if type(output) is not tuple:
+                if not isinstance(output, torch.Tensor):
+                    error.add_note(
+                        f"The GradSampler called loss_fn(output, target), where output is {_described(output)} that "
+                        "the model returned; let loss_fn take that."
+                    )
                 raise
             try:
                 loss = self._loss_fn(output[0], target)
@@ -217,7 +234,7 @@ def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[st
     )
 
 
-def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, has_loss: bool) -> None:
     """Refuse a batch that the model cannot be called with.
 
     Raises:
@@ -226,9 +243,13 @@ def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
+        why, cure = "has no loss_fn, so it calls", "pass loss_fn, or batches that the model takes"
+        with_what = "all of a batch to get its own loss"
+        if has_loss:
+            why, with_what = "calls", "what a batch of the data loader holds beside the target"
+            cure = "pass batches that the model takes; the keys of a mapping are its keyword arguments"
         raise TypeError(
-            f"the GradSampler has no loss_fn, so it calls {type(model).__name__} with all of a batch to get its own "
-            f"loss, and that does not fit ({error}); pass loss_fn, or batches that the model takes"
+            f"the GradSampler {why} {type(model).__name__} with {with_what}, and that does not fit ({error}); {cure}"
         ) from error
 
 

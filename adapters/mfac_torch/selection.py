@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import is_adapter, selection_warnings, warn_once
@@ -330,23 +331,31 @@ def _is_dense_float(parameter: nn.Parameter) -> bool:
 def _computed(model: nn.Module) -> dict[str, Computed]:
     """Return the weights of prunable layers that are computed from other parameters."""
     return {
-        f"{name}.weight" if name else "weight": Computed(_computed_by(module), _computed_shape(module))
+        f"{name}.weight" if name else "weight": Computed(
+            ", ".join(map(_in_words, _computing(module))), _computed_shape(module), keeps_zeros=_keeps_zeros(module)
+        )
         for name, module in model.named_modules()
         if _is_prunable_layer(module) and module._parameters.get("weight") is None
     }
 
 
-def _computed_by(module: nn.Module) -> str:
+def _computing(module: nn.Module) -> list[object]:
+    """Return what computes the weight of a layer, as far as it is known."""
     if parametrize.is_parametrized(module, "weight"):
-        kinds: list[object] = list(module.parametrizations["weight"])  # type: ignore[index]  # a ModuleDict there
-    else:
-        hooks = module._forward_pre_hooks.values()
-        kinds = [hook for hook in hooks if "weight" in (getattr(hook, "name", ""), getattr(hook, "_tensor_name", ""))]
-    return ", ".join(_in_words(type(kind).__name__) for kind in kinds)
+        return list(module.parametrizations["weight"])  # type: ignore[index]  # a ModuleDict there
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if "weight" in (getattr(hook, "name", ""), getattr(hook, "_tensor_name", ""))]
 
 
-def _in_words(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).strip("_").lower()
+def _keeps_zeros(module: nn.Module) -> bool:
+    kinds = _computing(module)
+    return bool(kinds) and all(
+        isinstance(kind, BasePruningMethod) or _in_words(kind) in {"weight_norm", "spectral_norm"} for kind in kinds
+    )
+
+
+def _in_words(kind: object) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(kind).__name__).strip("_").lower()
 
 
 def _computed_shape(module: nn.Module) -> tuple[int, ...]:

@@ -451,3 +451,13 @@ def test_what_float64_cannot_hold_is_refused_rather_than_wrong(kind, seed):
     except mfac_core.IllConditionedError:
         return
     np.testing.assert_allclose(diagonal, np.diag(reference.exact_inverse(gradients, damping)), rtol=1e-4)
+
+
+def test_rows_are_multiplied_from_the_left():
+    rng = np.random.default_rng(0)
+    fisher = mfac_core.inverse_fisher(rng.standard_normal((4, 6)), damping=0.1)
+    rows = rng.standard_normal((3, 6))
+    np.testing.assert_array_equal(rows @ fisher, (fisher @ rows.T).T)
+    np.testing.assert_array_equal(rows[0] @ fisher, fisher @ rows[0])
+    with pytest.raises(TypeError, match=r"x must be an array of shape \(6,\) or \(k, 6\), NumPy or CuPy, got list"):
+        [1.0] * 6 @ fisher

@@ -130,3 +130,17 @@ def test_a_warning_is_logged_once_where_there_is_a_memory(caplog):
     assert [record.getMessage() for record in caplog.records] == ["this 100%"]
     warn_once(logger, ["this 100%"])
     assert len(caplog.records) == 2
+
+
+def test_weights_that_others_are_computed_from_are_named_where_zeros_do_not_carry_over():
+    names = ["fc.parametrizations.weight.original", "fc.bias"]
+    shapes = dict(zip(names, [(4, 4), (4,)], strict=True))
+    for params in (["re:fc"], names):
+        found = {}
+        for keeps_zeros in (True, False):
+            computed = {"fc.weight": Computed("orthogonal", (4, 4), keeps_zeros=keeps_zeros)}
+            found[keeps_zeros] = warnings_of(
+                params, shapes=shapes, prunable=[], frozen=[], packed={}, computed=computed
+            )
+        (added,) = set(found[False]) - set(found[True])
+        assert added.startswith(f"other weights are computed from {names[0]}, and need not be zero where these are")

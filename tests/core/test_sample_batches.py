@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from mfac_core.sample_batches import batches_to_sample
+from mfac_core.sample_batches import batches_to_sample, zero_in_all_samples
 
 
 def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
@@ -34,6 +34,17 @@ def test_an_iterator_yields_what_it_has_with_a_warning(caplog):
 def test_a_source_without_batches_is_refused(source):
     with pytest.raises(ValueError, match="yields no batch; a used-up generator must be passed as a callable"):
         list(batches_to_sample(source, 2))
+
+
+def test_a_function_that_returns_no_batches_is_refused():
+    with pytest.raises(TypeError, match="returned a NoneType; it must return an iterable of batches"):
+        list(batches_to_sample(lambda: None, 2))
+
+
+def test_weights_whose_gradient_is_always_zero_are_one_sentence():
+    assert zero_in_all_samples([]) == []
+    (sentence,) = zero_in_all_samples(["a.weight", "b.weight"])
+    assert sentence.startswith("the gradient is zero in every gradient sample for a.weight, b.weight, ")
 
 
 def test_a_function_gets_its_options_by_name_or_as_one_dictionary():

@@ -76,8 +76,11 @@ def test_a_layer_without_prunable_weights_says_so_and_what_it_holds():
     message = refusal(["block1.bn"])
     assert message == (
         "params: 'block1.bn' is a layer without weights of Linear and convolution layers; it holds block1.bn.weight, "
-        "block1.bn.bias, which you can write by name"
+        "block1.bn.bias, and to prune normalization weights, biases or scales harms the model"
     )
+    shapes = {"lstm.weight_ih": (8, 2), "lstm.bias_ih": (8,), "fc.weight": (2, 2)}
+    model = ModelNames(shapes=shapes, prunable=["fc.weight"], layers={"lstm": ["lstm.weight_ih", "lstm.bias_ih"]})
+    assert refusal(["lstm"], model=model).endswith("it holds lstm.weight_ih, which you can write by name")
 
 
 def test_all_entries_that_match_nothing_are_one_error():
@@ -94,6 +97,8 @@ def test_nearest_names_are_of_what_one_prunes(entry):
 
 def test_layers_are_suggested_too():
     assert "the nearest layers are block2, block1" in refusal(["blck2"])
+    nested = names_of_shapes({f"block1.{number}.conv.weight": (2, 2) for number in range(3)})
+    assert "the nearest layers are block1, " in refusal(["block1."], model=nested)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,11 @@ def test_layers_are_suggested_too():
         ("block*.weight", "'re:block.*[.]weight$', and exclude for block1.bn.weight"),
         ("block?.conv.weight", "'re:block.[.]conv[.]weight$'"),
         ("block[12].conv.weight", "'re:block[12][.]conv[.]weight$'"),
-        ("*.weight", "'re:.*[.]weight$', and exclude for block1.bn.weight"),
+        ("*.weight", "write __ALL_PRUNABLE__ for the weights of all"),
+        (".*", "write __ALL_PRUNABLE__ for the weights of all"),
+        ("ALL_PRUNABLE", "model; write __ALL_PRUNABLE__ for the weights of all"),
+        ("__all_prunable__", "model; write __ALL_PRUNABLE__ for the weights of all"),
+        ("all", "model; write __ALL_PRUNABLE__ for the weights of all"),
         ("block1.*", "write 'block1' for the weights of that layer without normalization and biases"),
         ("*", "__ALL_PRUNABLE__"),
         ("re:block*.bn.weight", None),

@@ -87,7 +87,9 @@ def loss_gradients(
     for batch in batches:
         with _evaluating(model), _without_gradients(model), torch.enable_grad():
             # Not torch.autograd.grad, which sees nothing of a layer that is evaluated again in its own backward pass.
-            (loss_of(*batch) * scale).backward()
+            loss = loss_of(*batch) * scale
+            if loss.requires_grad:
+                loss.backward()
             gradients = [each.grad for each in values]
         yield [None if each is None else to_array(each.float() / scale) for each in gradients]
 

@@ -418,3 +418,36 @@ def test_a_layer_that_is_evaluated_again_in_its_backward_pass_has_its_gradient()
     ((gradient,),) = GradientSampler([batch], "mse").gradients(model, [kernel], 1)
     assert gradient.any()
     assert kernel.value.grad is before
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_weights_that_no_sample_reaches_are_said_once(caplog):
+    inputs = keras.Input([3])
+    used, unused = keras.layers.Dense(2, name="used")(inputs), keras.layers.Dense(2, name="unused")(inputs)
+    model = keras.Model(inputs, used + 0.0 * unused)
+    x, y = np.ones((4, 3), np.float32), np.ones((4, 2), np.float32)
+    sampler = GradientSampler([(x, y)], keras.losses.MeanSquaredError())
+    for _ in range(2):
+        assert next(sampler.gradients(model, model.trainable_variables, 1))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith("the gradient is zero in every gradient sample for unused/kernel, unused/bias, so that")
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_a_loss_that_depends_on_no_weight_is_refused_by_name():
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+    sampler = GradientSampler([(np.ones((4, 3), np.float32), np.ones((4, 2), np.float32))], lambda y, _: y)
+    if keras.backend.backend() == "jax":  # has a gradient of zeros, and says so in the log
+        assert next(sampler.gradients(model, model.trainable_variables, 1))
+    else:
+        with pytest.raises(ValueError, match="depends on none of the weights to prune: .*kernel"):
+            next(sampler.gradients(model, model.trainable_variables, 1))
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_models_and_classes_in_place_of_batches_and_losses_are_refused_by_name():
+    batches = [(np.ones((4, 3)), np.ones((4, 2)))]
+    with pytest.raises(TypeError, match=r"loss is the class MeanSquaredError; make a loss of it: MeanSquaredError\(\)"):
+        GradientSampler(batches, keras.losses.MeanSquaredError)
+    with pytest.raises(TypeError, match="the dataset to sample gradients from is a Sequential; pass batches"):
+        GradientSampler(keras.Sequential(), "mse")

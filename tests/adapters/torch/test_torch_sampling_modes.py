@@ -298,3 +298,77 @@ def test_different_batches_are_not_spoken_of(caplog):
     with caplog.at_level(logging.WARNING):
         manager.apply(model, grad_sampler=GradSampler(batches, F.cross_entropy))
     assert "distinct" not in caplog.text
+
+
+# --- what the loss does not reach, and what does not fit
+
+
+class Unread(nn.Module):
+    """Has a part that a loss reads in training mode only."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.auxiliary = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.body(x) + self.auxiliary(x) if self.training else self.body(x)
+
+
+def test_weights_that_no_sample_reaches_are_said_once(caplog):
+    torch.manual_seed(0)
+    model, batches = Unread(), [(torch.randn(4, 4), torch.randint(2, (4,))) for _ in range(4)]
+    parameters = dict(model.named_parameters())
+    for training in (False, True):
+        caplog.clear()
+        sampler = GradSampler(batches, F.cross_entropy, training=training)
+        for _ in range(2):
+            samples = sampler.gradients(model, parameters, 4)
+            for _ in range(4):  # as a pruning step does, which takes so many and no more
+                next(samples)
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == (0 if training else 1)
+        assert training or "zero in every gradient sample for auxiliary.weight, auxiliary.bias, so" in warnings[0]
+
+
+def test_what_a_reentrant_checkpoint_loses_is_said(caplog):
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(checkpoint(self.a, x, use_reentrant=True))
+
+    model = Checkpointed()
+    sampler = GradSampler([(torch.randn(4, 4), torch.randint(2, (4,)))], F.cross_entropy)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+        list(sampler.gradients(model, dict(model.named_parameters()), 1))
+    assert "zero in every gradient sample for a.weight, a.bias, so" in caplog.text
+
+
+def test_batches_that_the_model_does_not_take_are_refused_with_a_loss_too():
+    model = nn.Linear(4, 2)
+    sampler = GradSampler([{"image": torch.randn(4, 4), "labels": torch.randint(2, (4,))}], F.cross_entropy)
+    with pytest.raises(
+        TypeError, match=r"calls Linear with what a batch .* does not fit .*; pass batches that the model"
+    ):
+        next(sampler.gradients(model, {"weight": model.weight}, 1))
+
+
+def test_a_loss_that_does_not_take_the_output_is_told_what_it_got():
+    model = nn.Sequential(nn.Linear(4, 2))
+    model.forward = lambda x: {"logits": model[0](x)}
+    sampler = GradSampler([(torch.randn(4, 4), torch.randint(2, (4,)))], F.cross_entropy)
+    with pytest.raises(TypeError) as caught:
+        next(sampler.gradients(model, dict(model.named_parameters()), 1))
+    assert caught.value.__notes__ == [
+        "The GradSampler called loss_fn(output, target), where output is a dict that the model returned; let loss_fn "
+        "take that."
+    ]
+
+
+def test_inference_mode_is_refused_by_name():
+    model = nn.Linear(4, 2)
+    sampler = GradSampler([(torch.randn(4, 4), torch.randint(2, (4,)))], F.cross_entropy)
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"under torch.inference_mode\(\), .*; call outside"):
+        next(sampler.gradients(model, {"weight": model.weight}, 1))

@@ -368,3 +368,21 @@ def test_one_name_needs_no_list(zoo):
     assert list(select_parameters(zoo, "body", exclude="body.2")) == ["body.0.weight"]
     with pytest.raises(SettingError, match="params: None must be a name or a non-empty list of names"):
         select_parameters(zoo, None)
+
+
+@pytest.mark.parametrize(
+    ("reparametrize", "is_said"),
+    [
+        (nn.utils.parametrizations.orthogonal, True),
+        (nn.utils.parametrizations.weight_norm, False),
+        (nn.utils.parametrizations.spectral_norm, False),
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), False),
+    ],
+    ids=["orthogonal", "weight_norm", "spectral_norm", "prune"],
+)
+def test_zeros_that_do_not_reach_the_weights_of_the_layer_are_a_warning(reparametrize, is_said, caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    reparametrize(model[0])
+    selected = select_parameters(model, ["re:.*"], ["re:.*bias"])
+    assert len(selected) > 1
+    assert ("other weights are computed from 0.parametrizations.weight.original, and" in caplog.text) is is_said
