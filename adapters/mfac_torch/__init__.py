@@ -8,6 +8,7 @@ Read in this order:
 * ``session``: what happens around each optimizer step
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained
+* ``wrappers``: the model inside what holds it
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``masking``: pruned weights stay at exactly zero

@@ -314,7 +314,7 @@ def test_a_layer_is_not_taken_for_a_model_of_pytorch():
         prunable_variables(keras.layers.Dense(3))
 
 
-@pytest.mark.once
+@pytest.mark.backends("torch")  # the others draw no complex weights
 def test_kernels_of_complex_numbers_are_refused_by_name():
     model = keras.Sequential([keras.Input([4], dtype="complex64"), keras.layers.Dense(3, dtype="complex64", name="fc")])
     with pytest.raises(SettingError, match="fc/kernel of dtype complex64, and only floating-point weights are pruned"):
