@@ -62,17 +62,17 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
     host = np.asarray if device is None else device.to_numpy
     assert host(made.precise).tolist() == [False, True, False, False, False, True]
     exact = reference.exact_inverse(rows, DAMPING, width)
-    np.testing.assert_allclose(host(diagonal).reshape(-1), np.diag(exact), rtol=1e-4)
+    np.testing.assert_allclose(host(diagonal).reshape(-1) / DAMPING, np.diag(exact), rtol=1e-4)
     x = np.random.default_rng(1).standard_normal((BLOCKS, width)).astype(np.float32)
     given = x if device is None else device.asarray(x)
     wanted = exact @ x.reshape(-1)
     for again in (made, inverse_fisher.factor(chunks, DAMPING, made.precise)):
-        found = host(again.apply(chunks, given[..., None])).reshape(-1)
+        found = host(again.apply(chunks, given[..., None])).reshape(-1) / DAMPING
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
             found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[..., 0]
             within = wanted.reshape(BLOCKS, width)[part]
-            np.testing.assert_allclose(found, within, rtol=0, atol=1e-4 * np.abs(within).max())
+            np.testing.assert_allclose(found / DAMPING, within, rtol=0, atol=1e-4 * np.abs(within).max())
 
 
 def test_rows_are_applied_to_in_the_precision_of_each_block():
