@@ -137,9 +137,16 @@ class InverseFisher:
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a block cannot be inverted accurately.
+            IllConditionedError: If a block cannot be inverted accurately, or the dtype cannot hold the result.
         """
-        return self._fisher.home.move(self._fisher.diagonal(), self._home)
+        fisher = self._fisher
+        diagonal = fisher.diagonal()
+        if fisher.unit != 1:
+            with np.errstate(over="ignore"):  # refused below
+                exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
+                diagonal = fisher.home.asarray(exact, fisher.source.dtype)
+            fisher.refuse_unheld(diagonal)
+        return fisher.home.move(diagonal, self._home)
 
     def apply(self, x: Array) -> Array:
         """Return ``F^-1 x``, also written ``fisher @ x``.
@@ -249,11 +256,8 @@ class BlockwiseFisher:
         limits = [float(limit) for of_group in self._dampings for limit in (of_group.min(), of_group.max())]
         self.damping_range = (min(limits, default=self.unit), max(limits, default=self.unit))
 
-    def diagonal(self, unit: float = 1.0) -> Array:
-        """Return ``diag(F^-1)`` on the home device, shape ``(d,)``.
-
-        Args:
-            unit: It is multiplied by that.
+    def diagonal(self) -> Array:
+        """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
@@ -262,7 +266,7 @@ class BlockwiseFisher:
         out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
-            _, diagonal = self._evaluate(index, device, chunks, unit)
+            _, diagonal = self._evaluate(index, device, chunks)
             self.put(out, index, device, diagonal)
 
         self.run(task)
@@ -313,18 +317,17 @@ class BlockwiseFisher:
             return device.asarray(self._dampings[index], np.float64)
         return device.zeros((self.groups[index].count,), np.float64) + float(self._dampings[index][0])
 
-    def scale(self, index: int, device: Device, unit: float | None = None) -> Array:
-        """Return the unit over the damping of each block of a group.
+    def scale(self, index: int, device: Device) -> Array:
+        """Return :attr:`unit` over the damping of each block of a group.
 
         Args:
             index: Which group.
             device: Where it is wanted.
-            unit: The unit; ``None`` means :attr:`unit`.
 
         Returns:
             Shape ``(n,)``, float64.
         """
-        return (self.unit if unit is None else unit) / self.damping(index, device)
+        return self.unit / self.damping(index, device)
 
     def take(self, x: Array, index: int, device: Device) -> Array:
         """Return a group's part of a vector, or of several.
@@ -375,11 +378,28 @@ class BlockwiseFisher:
             return kept
         precise = self._precise[index]
         if precise is None:
-            return self._evaluate(index, device, chunks, self.unit)[0]
+            return self._evaluate(index, device, chunks)[0]
         made = factor(chunks, self.damping(index, device), precise)
         if self._keep_mode == "always":
             self._keep(index, device, made)
         return made
+
+    def refuse_unheld(self, diagonal: Array) -> None:
+        """Refuse an inverse diagonal that its dtype cannot hold.
+
+        Args:
+            diagonal: Part of it, or all.
+
+        Raises:
+            IllConditionedError: If an entry is not positive and finite.
+        """
+        xp = array_namespace(diagonal)
+        if not bool(xp.all(xp.isfinite(diagonal) & (diagonal > 0))):
+            cure = "scale the gradients" if self._is_measured else "choose a damping closer to 1"
+            raise IllConditionedError(
+                f"damping {damping_text(*self.damping_range)} gives an inverse Fisher that {self.source.dtype} cannot "
+                f"hold; {cure}, or float64 gradients"
+            )
 
     def run(self, task: Callable[[int, Device, list[Array]], None], groups: Iterable[int] | None = None) -> None:
         """Run ``task(index, device, chunks)`` for groups, each on the device that it was dealt to.
@@ -448,23 +468,17 @@ class BlockwiseFisher:
             )
         return dampings(means, [group.width for group in self.groups])
 
-    def _evaluate(self, index: int, device: Device, chunks: list[Array], unit: float) -> tuple[Factor, Array]:
+    def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
         try:
             made, share = evaluate(chunks, self.damping(index, device))
         except IllConditionedError:
             self._refuse_bad_rows()
             raise
         xp = array_namespace(share)
-        with np.errstate(over="ignore"):  # found below
-            scale = xp.asarray(self.scale(index, device, unit), dtype=share.dtype)
+        with np.errstate(over="ignore"):  # refused below
+            scale = xp.asarray(self.scale(index, device), dtype=share.dtype)
             diagonal = xp.asarray(share * scale[:, None], dtype=chunks[0].dtype)
-        if not bool(xp.all(xp.isfinite(diagonal) & (diagonal > 0))):
-            text = damping_text(*self.damping_range)
-            cure = "scale the gradients" if self._is_measured else "choose a damping closer to 1"
-            raise IllConditionedError(
-                f"damping {text} gives an inverse Fisher that {self.source.dtype} cannot hold; {cure}, or float64 "
-                "gradients"
-            )
+        self.refuse_unheld(diagonal)
         self._precise[index] = made.precise
         self._keep(index, device, made)
         return made, diagonal

@@ -229,7 +229,7 @@ class _DualFactor:
         return not bool(xp.any(error <= RELATIVE_ERROR))
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)``, and an estimate of the relative error in each block: not finite if not usable."""
+        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
 
         def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
@@ -349,7 +349,7 @@ class _PrimalFactor:
         return False
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)``, and an estimate of the relative error in each block: not finite if not usable."""
+        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
         diagonal = column_sums_of_squares(self._factor.inverse())
         share = diagonal * self._damping[:, None]

@@ -67,7 +67,7 @@ def independent_update(
         fisher: The Fisher over the unpruned weights.
         weights: Unpruned weights, shape ``(d,)``, on the home device of the Fisher. Not modified.
         newly_pruned: Which of them are pruned now, shape ``(d,)``, same device.
-        inverse_diagonal: ``diag(F^-1)`` times the unit of the Fisher, shape ``(d,)``, same device.
+        inverse_diagonal: What ``fisher.diagonal()`` returns, shape ``(d,)``, same device.
 
     Returns:
         The change of each weight, shape ``(d,)``, and the predicted loss increase.

@@ -74,8 +74,7 @@ def mfac_step(
         # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
         scale = _power_of_two(working)
         working = working / scale
-        # saliencies in the unit of the Fisher are ranked as those in 1
-        inverse_diagonal = fisher.diagonal(fisher.unit)
+        inverse_diagonal = fisher.diagonal()  # in a unit of the Fisher, which does not change the order of saliencies
         chosen = select(saliency(working, inverse_diagonal))
         if update == "joint":
             change, increase = joint_update(fisher, working, chosen)
