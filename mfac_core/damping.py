@@ -24,6 +24,9 @@ Without any curvature the weights of a block are then the least salient, and ran
 below the others, and not so far that float32 could not hold their saliencies.
 """
 
+LEAST_DAMPING = 1e-200
+"""The least damping, whatever the gradients are: what is smaller has an inverse that float64 hardly holds."""
+
 _Vector = npt.NDArray[np.float64]
 
 
@@ -71,9 +74,9 @@ def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vecto
     overall = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))
     if not overall:
         return [np.ones(len(mean)) for mean in means], 1.0
-    tiny = float(np.finfo(np.float64).tiny)
-    chosen = [np.maximum(AUTO_SHARE * np.maximum(mean, LEAST_SHARE * overall), tiny) for mean in means]
-    return chosen, math.ldexp(1.0, math.frexp(max(AUTO_SHARE * overall, tiny))[1] - 1)
+    shares = [AUTO_SHARE * np.maximum(mean, LEAST_SHARE * overall) for mean in means]
+    typical = max(AUTO_SHARE * overall, LEAST_DAMPING)
+    return [np.maximum(share, LEAST_DAMPING) for share in shares], math.ldexp(1.0, math.frexp(typical)[1] - 1)
 
 
 def damping_text(smallest: float, largest: float) -> str:

@@ -70,8 +70,14 @@ def spread(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[
     threads = min(_threads.get(), len(pieces))
     if threads < 2:
         return [function(piece) for piece in pieces]
+    handling = np.geterr()  # what the caller says of overflow holds in its threads too
+
+    def handled(piece: Array) -> Array:
+        with np.errstate(**handling):
+            return function(piece)
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, pieces))
+        return list(pool.map(handled, pieces))
 
 
 def split_for_threads(x: Array) -> list[Array]:

@@ -89,8 +89,9 @@ def _number(value: object) -> object:
 def _damping(value: object) -> object:
     if value == "auto":
         return value
-    if isinstance(value, str) and value.strip().lower() == "auto":
-        raise ValueError("is neither a number nor auto; write auto")
+    hint = nearest(value.lower(), ["auto"]) if isinstance(value, str) else ""
+    if hint:
+        raise ValueError(f"is neither a number nor auto{hint}")
     return _number(value)
 
 

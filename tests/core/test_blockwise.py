@@ -12,6 +12,7 @@ import pytest
 import mfac_core
 import mfac_core.blockwise as blockwise
 from mfac_core.backends import Device
+from mfac_core.backends.kernels import spare_threads, spread
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.gradient_matrix import GradientMatrix
@@ -286,6 +287,11 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
     spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
     assert len(threads) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
+
+
+def test_what_is_said_of_overflow_holds_in_spread_work_too():
+    with spare_threads(2), np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        spread(lambda x: x * x, [np.array([1e300])] * 2)
 
 
 @pytest.mark.parametrize("damping", [1e-300, 1e-45, 1e300])
