@@ -232,6 +232,28 @@ def test_blocks_that_need_float64_keep_their_own_damping(m, update):
     assert_same(result, reference.prune({"w": weights}, gradients, **options), np.float32)
 
 
+@DTYPES
+def test_a_diagonal_that_cancels_is_restored_with_the_damping_of_its_block(dtype):
+    gradients = np.random.default_rng(0).standard_normal((3, 6000)).astype(dtype)
+    gradients[:, :3000] *= 100
+    gradients[:, [5, 1700, 4000]] *= 1e5
+    fisher = mfac_core.inverse_fisher(gradients, block_size=1500, damping="auto", devices=Device(OneGroup(), "cpu"))
+    inverse = reference.dense_inverse(gradients, "auto", 1500)
+    np.testing.assert_allclose(fisher.diagonal(), np.diag(inverse), rtol=TOLERANCE[dtype])
+
+
+@UPDATES
+def test_the_loss_of_a_small_update_by_small_gradients_does_not_underflow(update):
+    weights = numbered_weights(24, np.float32)
+    weights[::4] *= 1e-7
+    gradients = np.random.default_rng(0).standard_normal((5, 24))
+    options = dict(sparsity=0.25, block_size=8, damping="auto", update=update)
+    result = mfac_core.prune(weights, (4e-15 * gradients).astype(np.float32), **options)
+    expected = reference.prune({"w": weights}, 4e-15 * gradients, **options)
+    np.testing.assert_array_equal(np.flatnonzero(~result.masks), np.arange(0, 24, 4))
+    assert result.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=1e-3, abs=0)
+
+
 @st.composite
 def problems(draw):
     m, d = draw(st.integers(1, 20)), draw(st.integers(2, 40))
