@@ -103,6 +103,7 @@ def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gr
                 damping=damping,
                 scope=scope,
                 update=update,
+                num_recomputations=1,
             )
             kept = np.concatenate([masks[name].ravel() for name in SHAPES])
             dampings = reference.damping_of_weights(recent[:, kept], damping, 20)
