@@ -239,7 +239,8 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_keras"):
         task.fit(task.model(), MFACPruningCallback(task.recipe()))
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    plan, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    plan, advice, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    assert "in one pass within each layer" in advice
     assert plan.endswith("3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75")
     assert printed == logged
     assert len(printed) == 3
