@@ -127,7 +127,7 @@ def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
 @pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
-    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     task.fit(task.model(), pruning)
     task.fit(task.model(), pruning)
     assert not caplog.text
@@ -312,7 +312,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):
     stopping = keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True, start_from_epoch=3)
-    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     model = task.model()
     task.fit(model, *([stopping, pruning] if first else [pruning, stopping]), epochs=6)
     assert_pruned(task, model)
