@@ -9,7 +9,10 @@ import numpy.typing as npt
 
 from mfac_core.weight_names import listed
 
-__all__ = ["BatchStatistics", "estimated_anew_line", "no_statistics_line", "stale_statistics_line"]
+__all__ = ["ENOUGH_BATCHES", "BatchStatistics", "estimated_anew_line", "no_statistics_line", "stale_statistics_line"]
+
+ENOUGH_BATCHES = 256
+"""How many batches one-shot pruning uses at most."""
 
 Vector = npt.NDArray[np.float64]
 
@@ -20,17 +23,19 @@ class BatchStatistics:
     Args:
         layers: Names of the layers.
 
+    Attributes:
+        num_batches: How many batches have been measured, for the log.
+
     Example:
         >>> statistics = BatchStatistics(["norm", "unused"])
         >>> for mean in (1.0, 2.0):
         ...     statistics.add("norm", np.array([mean]), np.array([4.0]))
         >>> [(name, mean.tolist(), variance.tolist()) for name, mean, variance in statistics.averages()]
         [('norm', [1.5], [4.0])]
-        >>> statistics.unused
-        ['unused']
     """
 
     def __init__(self, layers: Iterable[str]) -> None:
+        self.num_batches = 0
         self._calls = dict.fromkeys(layers, 0)
         self._sums: dict[str, tuple[Vector, Vector]] = {}
 
@@ -46,7 +51,7 @@ class BatchStatistics:
             layer: Its name.
 
         Returns:
-            Their number; a layer that stands in several places sees each batch several times.
+            Their number; a layer that is called twice for each batch counts each twice.
         """
         return self._calls[layer]
 
@@ -57,16 +62,18 @@ class BatchStatistics:
             layer: Its name.
             mean: The mean of each channel.
             variance: The variance of each channel.
-            calls: Of how many batches these are the average already.
+            calls: Of how many calls these are the average; nothing is added where it is 0.
 
         Raises:
             ValueError: If a number is not finite.
         """
+        if not calls:
+            return
         measured = np.array(mean, np.float64), np.array(variance, np.float64)
         if not all(np.isfinite(each).all() for each in measured):
             raise ValueError(
-                f"the input of the batch normalization {layer} holds NaN or Inf, or numbers too large for its variance: "
-                "the statistics stay as they were; look for NaN in the data and in the weights"
+                f"what comes into the batch normalization {layer} holds NaN or Inf, or is too large for a variance, so "
+                "its statistics stay as they were; look for NaN in the data and in the weights"
             )
         before = self._sums.get(layer, (0.0, 0.0))
         self._sums[layer] = (before[0] + calls * measured[0], before[1] + calls * measured[1])
@@ -84,31 +91,31 @@ class BatchStatistics:
         ]
 
 
-def no_statistics_line(kept: Collection[str] = ()) -> str:
+def no_statistics_line(frozen: Collection[str] = ()) -> str:
     """Return in one line that a model has no statistics to estimate anew.
 
     Args:
-        kept: Names of layers whose statistics are frozen.
+        frozen: Names of layers whose statistics are frozen.
 
     Returns:
         The line.
 
     Example:
         >>> no_statistics_line()
-        'the model has no batch normalization with running statistics: there is nothing to recalibrate'
+        'nothing to recalibrate: the model has no batch normalization with running statistics'
     """
-    if kept:
-        return f"the statistics of every batch normalization are frozen ({listed(kept)}): there is nothing to recalibrate"
-    return "the model has no batch normalization with running statistics: there is nothing to recalibrate"
+    why = "the model has no batch normalization with running statistics"
+    if frozen:
+        why = f"every batch normalization of the model is frozen ({listed(frozen)})"
+    return f"nothing to recalibrate: {why}"
 
 
-def estimated_anew_line(statistics: BatchStatistics, batches: int, kept: Collection[str] = ()) -> str:
+def estimated_anew_line(statistics: BatchStatistics, frozen: Collection[str] = ()) -> str:
     """Return in one line what was estimated anew.
 
     Args:
         statistics: What was measured.
-        batches: Over how many batches.
-        kept: Names of layers whose statistics are frozen.
+        frozen: Names of layers whose statistics are frozen.
 
     Returns:
         The line.
@@ -116,16 +123,14 @@ def estimated_anew_line(statistics: BatchStatistics, batches: int, kept: Collect
     Example:
         >>> statistics = BatchStatistics(["norm", "unused"])
         >>> statistics.add("norm", [0.0], [1.0])
-        >>> estimated_anew_line(statistics, 1)
+        >>> statistics.num_batches = 1
+        >>> estimated_anew_line(statistics)
         'statistics of 1 batch normalization layer estimated anew over 1 batch; no batch comes through unused'
     """
     unused = f"; no batch comes through {listed(statistics.unused)}" if statistics.unused else ""
-    frozen = f"; frozen, and left as they are: {listed(kept)}" if kept else ""
-    number = len(statistics.averages())
-    return (
-        f"statistics of {_counted(number, 'batch normalization layer')} estimated anew over "
-        f"{_counted(batches, 'batch', 'batches')}{unused}{frozen}"
-    )
+    left = f"; frozen, and left as they are: {listed(frozen)}" if frozen else ""
+    layers = _counted(len(statistics.averages()), "batch normalization layer")
+    return f"statistics of {layers} estimated anew over {_counted(statistics.num_batches, 'batch', 'es')}{unused}{left}"
 
 
 def stale_statistics_line(layers: Collection[str], cure: str) -> str:
@@ -139,15 +144,15 @@ def stale_statistics_line(layers: Collection[str], cure: str) -> str:
         The line.
 
     Example:
-        >>> stale_statistics_line(["norm"], "recalibrate(model)")
-        '1 batch normalization layer (norm) still has the statistics of the weights before pruning, which costs accuracy; recalibrate(model) estimates them anew'
+        >>> stale_statistics_line(["norm"], "recalibrate(model)").partition("; ")[0]
+        '1 batch normalization layer (norm) still has the statistics of the weights before pruning'
     """
     has = "has" if len(layers) == 1 else "have"
     return (
         f"{_counted(len(layers), 'batch normalization layer')} ({listed(layers)}) still {has} the statistics of the "
-        f"weights before pruning, which costs accuracy; {cure} estimates them anew"
+        f"weights before pruning, which can cost accuracy; {cure} estimates them anew"
     )
 
 
-def _counted(number: int, one: str, several: str = "") -> str:
-    return f"{number:,} {one if number == 1 else several or f'{one}s'}"
+def _counted(number: int, one: str, ending: str = "s") -> str:
+    return f"{number:,} {one}{'' if number == 1 else ending}"

@@ -57,7 +57,7 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
                 return
         if drawn == before:
             if drawn == 0:
-                raise _no_batch(source)
+                raise ValueError(_no_batch(source))
             _logger.warning("the data ended after %d of %d gradient samples and cannot be started again", drawn, count)
             return
         if before == 0:
@@ -97,7 +97,7 @@ def batches_of_one_pass(
         yield batch
         drawn += 1
     if not drawn:
-        raise _no_batch(source)
+        raise ValueError(_no_batch(source))
     if at_most is None and drawn == most:
         _logger.info("the data have no length: one pass over them is taken to end after %d batches", drawn)
 
@@ -130,8 +130,8 @@ def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]
     return opened
 
 
-def _no_batch(source: BatchSource) -> ValueError:
-    return ValueError(
+def _no_batch(source: BatchSource) -> str:
+    return (
         f"the source of batches (a {type(source).__name__}) yields no batch; a used-up generator must be passed as a "
         "callable that makes a new one"
     )

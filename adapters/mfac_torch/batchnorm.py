@@ -57,7 +57,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
         (1, 5)
     """
     inside = unwrapped(model)
-    sampler = loader if isinstance(loader, GradSampler) else GradSampler(loader, _no_loss)
+    sampler = loader if isinstance(loader, GradSampler) else _WithoutLoss(loader)
     return RunningStatistics(inside).estimate_anew(sampler, num_batches)
 
 
@@ -77,7 +77,7 @@ class RunningStatistics:
         every = {
             name: layer
             for name, layer in model.named_modules()
-            if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.running_mean is not None
+            if isinstance(layer, _BatchNorm) and all(getattr(layer, each) is not None for each in _BUFFERS)
         }
         self.frozen = [name for name, layer in every.items() if model.training and not layer.training]
         self.layers = {name: layer for name, layer in every.items() if name not in self.frozen}
@@ -98,10 +98,11 @@ class RunningStatistics:
         Raises:
             ValueError: As in :func:`recalibrate_batchnorm`.
         """
-        lazy = [name for name, layer in self.layers.items() if is_lazy(layer.running_mean)]
+        lazy = [name for name, layer in self.layers.items() if is_lazy(getattr(layer, _BUFFERS[0]))]
         if lazy:
             raise ValueError(
-                f"{', '.join(lazy)} has not seen any input yet, so it has no statistics; call the model on a batch first"
+                f"{', '.join(lazy)} has no statistics, because no input has come through yet; call the model on a "
+                "batch first"
             )
         if not self.layers:
             _logger.info("%s", no_statistics_line(self.frozen))
@@ -110,7 +111,7 @@ class RunningStatistics:
         before = self.copied()
         try:
             with self._measuring():
-                for number, batch in enumerate(sampler.one_pass(num_batches, options), start=1):
+                for batch in sampler.one_pass(num_batches, options):
                     self._measure(sampler, batch, statistics)
             self.put_back(before)
             for name, mean, variance in statistics.averages():
@@ -120,7 +121,7 @@ class RunningStatistics:
         except BaseException:
             self.put_back(before)
             raise
-        _logger.info("%s", estimated_anew_line(statistics, number, self.frozen))
+        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
         return len(statistics.averages())
 
     def copied(self) -> dict[str, list[torch.Tensor]]:
@@ -142,10 +143,9 @@ class RunningStatistics:
             layer.reset_running_stats()  # each batch by itself: half precision cannot hold a sum of many
         sampler.forward(self._model, batch)
         for name, layer in self.layers.items():
-            calls = int(layer.num_batches_tracked)
-            if calls:
-                mean, variance = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS[:2])
-                statistics.add(name, mean, variance, calls)
+            mean, variance, calls = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS)
+            statistics.add(name, mean, variance, int(calls))
+        statistics.num_batches += 1
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -165,6 +165,20 @@ class RunningStatistics:
                 layer.momentum = momentum
 
 
+class _WithoutLoss(GradSampler):
+    """Batches of which the model gets the inputs; the target too only where it cannot be called without."""
+
+    def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        is_input = isinstance(batch, torch.Tensor) or (isinstance(batch, tuple | list) and len(batch) == 1)
+        if is_input:
+            return super()._call_of(model, ([batch] if isinstance(batch, torch.Tensor) else batch, {}, None))
+        self._loss_fn = _no_loss
+        try:
+            return super()._call_of(model, batch)
+        except (TypeError, ValueError):
+            self._loss_fn = None
+            return super()._call_of(model, batch)
+
+
 def _no_loss(output: Any, target: Any) -> Any:
-    """Stand for a loss where there is none, so that the model is not given the target."""
     return output
