@@ -144,7 +144,7 @@ def stale_statistics_line(layers: Collection[str], cure: str) -> str:
         The line.
 
     Example:
-        >>> stale_statistics_line(["norm"], "recalibrate(model)").partition("; ")[0]
+        >>> stale_statistics_line(["norm"], "recalibrate(model)").partition(", ")[0]
         '1 batch normalization layer (norm) still has the statistics of the weights before pruning'
     """
     has = "has" if len(layers) == 1 else "have"

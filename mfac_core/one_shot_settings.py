@@ -23,9 +23,9 @@ from mfac_core.settings import (
 
 __all__ = [
     "RECOMMENDED",
+    "differs_line",
     "one_shot",
     "one_shot_in_order",
-    "recipe_differs_line",
     "recommended_keys",
     "recommended_line",
 ]
@@ -81,34 +81,31 @@ def recommended_line(keys: Mapping[str, object]) -> str:
         keys: The recipe keys that are given.
 
     Returns:
-        The line.
+        The line; nothing where all of them are given.
 
     Example:
-        >>> line = recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4})
-        >>> for part in line.split("; "):
-        ...     print(part)
-        one-shot by final_sparsity 0.9, damp 0.001, num_recomputations 4
-        recommended, and taken where nothing is given: global_sparsity True, update joint, num_grads 256
+        >>> recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4})
+        'one-shot by recommended settings where none are given: global_sparsity True, update joint, num_grads 256'
     """
-    taken = _listed(_recommended_beside(keys)) or "none"
-    return f"one-shot by {_listed(keys)}; recommended, and taken where nothing is given: {taken}"
+    taken = ", ".join(f"{key} {value}" for key, value in _recommended_beside(keys).items())
+    return f"one-shot by recommended settings where none are given: {taken}" if taken else ""
 
 
-def recipe_differs_line(settings: PruningSettings) -> str:
-    """Return in one line where M-FAC settings of a recipe differ from those recommended for one-shot.
+def differs_line(settings: PruningSettings) -> str:
+    """Return in one line where settings differ from those that are recommended for one-shot M-FAC.
 
     Args:
-        settings: What a modifier of the recipe says.
+        settings: What a modifier says.
 
     Returns:
         The line; nothing where they do not differ, or prune in another way.
 
     Example:
         >>> settings = settings_from_keys("MFACPruningModifier", {**RECOMMENDED, "final_sparsity": 0.9, "end_epoch": 0})
-        >>> recipe_differs_line(settings)
+        >>> differs_line(settings)
         ''
-        >>> recipe_differs_line(replace(settings, scope="layer"))
-        'one-shot as the recipe says; others are recommended for global_sparsity False (True)'
+        >>> differs_line(replace(settings, scope="layer"))
+        'one-shot by other settings than recommended: global_sparsity False (recommended: True)'
     """
     if not isinstance(settings, MFACSettings):
         return ""
@@ -118,8 +115,8 @@ def recipe_differs_line(settings: PruningSettings) -> str:
         meaning = {"global_sparsity": SCOPE, **MFAC_KEYS}[key]
         says = getattr(settings, str(meaning.field))
         if says != getattr(recommended, str(meaning.field)) and meaning.write is not None:
-            differs.append(f"{key} {meaning.write(says)} ({value})")
-    return f"one-shot as the recipe says; others are recommended for {', '.join(differs)}" if differs else ""
+            differs.append(f"{key} {meaning.write(says)} ({'' if differs else 'recommended: '}{value})")
+    return f"one-shot by other settings than recommended: {', '.join(differs)}" if differs else ""
 
 
 def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
@@ -171,10 +168,6 @@ def _recommended_beside(given: Mapping[str, object]) -> dict[str, object]:
     nested = given.get(_NESTED)
     known = {*given, *(nested if isinstance(nested, Mapping) else ())}
     return {key: value for key, value in RECOMMENDED.items() if key not in known}
-
-
-def _listed(keys: Mapping[str, object]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in keys.items())
 
 
 def _sparsity_at(settings: PruningSettings, epoch: float) -> float:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mfac_core.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.log_lines import unfinished_line
-from mfac_core.one_shot_settings import one_shot_in_order
+from mfac_core.one_shot_settings import differs_line, one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import modifier_names, overlaps
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
@@ -265,6 +265,8 @@ class ScheduledModifierManager(ModifierList):
             grad_sampler=sampler,
             loggers=self._loggers if loggers is None else loggers,
         )
+        for line in filter(None, map(differs_line, settings)):
+            _logger.info("%s", line)
         statistics = RunningStatistics(model)
         parameters = {id(each): each.detach() for pruning in prunings for each in pruning.parameters.values()}
         before = [(values, values.clone()) for values in parameters.values()]

@@ -71,8 +71,9 @@ def prune_one_shot(
     keys = recommended_keys(recipe_keys, sparsity)
     manager = ScheduledModifierManager([MFACPruningModifier(**keys)])
     sampler = _sampler(loader, loss_fn)
-    given = {key: value for key, value in keys.items() if key == "final_sparsity" or key in recipe_keys}
-    _logger.info("%s", recommended_line(given))
+    line = recommended_line(recipe_keys)
+    if line:
+        _logger.info("%s", line)
     manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)
     return manager.masks
 

@@ -27,8 +27,10 @@ def test_a_model_is_pruned_in_one_step(task, compiled, capsys):
 
 def test_keys_need_no_epochs_and_a_tuple_of_arrays_is_data(task):
     model = task.model()
-    prune_one_shot(model, (task.x, task.y), final_sparsity=0.5, num_grads=4, fisher_block_size=16, damp=0.01)
-    assert all(np.count_nonzero(kernel == 0) == kernel.size / 2 for kernel in task.kernels(model).values())
+    prune_one_shot(model, (task.x, task.y), final_sparsity=0.75, num_grads=4, fisher_block_size=16, damp=0.01)
+    zeros = [np.count_nonzero(kernel == 0) for kernel in task.kernels(model).values()]
+    assert sum(zeros) == 54
+    assert zeros != [36, 18]  # over all layers, which is recommended
 
 
 @pytest.mark.once
@@ -42,7 +44,7 @@ def test_the_update_makes_up_for_some_of_the_loss():
     def loss_after(**keys):
         model = keras.Sequential([keras.Input([12]), keras.layers.Dense(2, use_bias=False)])
         model.compile("sgd", "mse")
-        model.set_weights([np.linalg.lstsq(x, y)[0]])
+        model.set_weights([np.linalg.lstsq(x, y, rcond=1e-4)[0]])  # smallest weights of the many that fit
         data = [(x[rows : rows + 4], y[rows : rows + 4]) for rows in range(0, 256, 4)]
         prune_one_shot(model, data, **keys)
         assert np.count_nonzero(model.get_weights()[0] == 0) == 12
