@@ -14,7 +14,7 @@ from mfac_core.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.errors import RecipeError
 from mfac_core.one_shot_settings import differs_line, one_shot_in_order, recommended_keys, recommended_line
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import modifier_names, overlaps
+from mfac_core.recipe.linting import lint_one_shot, modifier_names
 from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_keras.assigning import assign_all
 from mfac_keras.batchnorm import MovingStatistics
@@ -116,7 +116,7 @@ def prune_one_shot(
                 each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, told=told
             )
             prunings.append(pruning)
-    for warning in overlaps([gradual for gradual, _ in parts], [pruning.variables for pruning in prunings]):
+    for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
     for line in (recommended_line(recipe_keys) if recipe is None else "", *map(differs_line, modifiers)):
         if line:
