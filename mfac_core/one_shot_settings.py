@@ -33,7 +33,7 @@ __all__ = [
 RECOMMENDED: Mapping[str, object] = {
     "global_sparsity": True,
     "update": "joint",
-    "num_recomputations": 8,
+    "num_recomputations": "auto",
     "damp": 1e-5,
     "num_grads": 256,
 }
