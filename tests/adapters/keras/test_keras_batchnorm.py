@@ -218,9 +218,12 @@ def test_batch_renormalization_gets_its_deviations_too():
         norm = BatchNormalization(renorm=True, name="norm")
     except (TypeError, ValueError):
         pytest.skip("this version of Keras has no batch renormalization")
-    model = keras.Sequential([keras.Input([6]), norm])
-    assert recalibrate_batchnorm(model, batches()) == 1
+    last = BatchNormalization()
+    model = keras.Sequential([keras.Input([6]), norm, keras.layers.Activation("tanh"), last])
+    assert recalibrate_batchnorm(model, batches()) == 2
     mean, variance = average(x for x, _ in batches())
+    normalized = [(x - x.mean(0)) / np.sqrt(x.var(0) + norm.epsilon) for x, _ in batches()]
+    assert_statistics(last, *average(map(np.tanh, normalized)))
     assert_statistics(norm, mean, variance)
     np.testing.assert_allclose(norm.moving_stddev.numpy(), np.sqrt(variance + norm.epsilon), rtol=1e-4)
     np.testing.assert_allclose(norm.renorm_mean.numpy(), mean, rtol=1e-4, atol=1e-5)

@@ -123,10 +123,11 @@ def test_layers_that_are_frozen_or_that_nothing_comes_through_are_left_and_named
 
     model = Model().train()
     model.body.eval()
+    model.unused.running_mean.fill_(7)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         assert recalibrate_batchnorm(model, [torch.randn(8, 4) + 3]) == 1
     assert "no batch comes through unused; frozen, and left as they are: body" in caplog.text
-    assert not model.body.running_mean.any() and not model.unused.running_mean.any()
+    assert not model.body.running_mean.any() and (model.unused.running_mean == 7).all()
     assert (model.head.running_mean > 1).all()  # of inputs that the frozen layer leaves as they are
     assert not model.unused.num_batches_tracked
     model.head.eval()
