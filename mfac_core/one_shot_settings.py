@@ -34,7 +34,7 @@ RECOMMENDED: Mapping[str, object] = {
     "global_sparsity": True,
     "update": "joint",
     "num_recomputations": "auto",
-    "damp": 1e-5,
+    "damp": "auto",
     "num_grads": 256,
 }
 """Recipe key -> value: what prunes most accurately in one shot, on models of several kinds."""

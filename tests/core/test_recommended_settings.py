@@ -1,5 +1,8 @@
+import inspect
+
 import pytest
 
+from mfac_core import prune
 from mfac_core.one_shot_settings import RECOMMENDED, differs_line, recommended_keys, recommended_line
 from mfac_core.recipe import settings_from_keys
 from mfac_core.settings import MagnitudeSettings
@@ -15,8 +18,15 @@ def test_what_is_recommended():
     settings = recommended()
     assert settings.final_sparsity == 0.9
     assert (settings.scope, settings.update) == ("global", "joint")
+    assert (settings.num_recomputations, settings.damping) == ("auto", "auto")
     assert settings.num_gradients == {0.0: 256}
     assert (settings.start_epoch, settings.end_epoch) == (0.0, 0.0)
+
+
+def test_arrays_are_pruned_by_the_same_settings():
+    parameters = inspect.signature(prune).parameters
+    for field in ("scope", "update", "num_recomputations", "damping"):
+        assert getattr(recommended(), field) == parameters[field].default
 
 
 @pytest.mark.parametrize(
