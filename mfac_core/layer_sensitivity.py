@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -29,14 +29,16 @@ from mfac_core.settings import (
     check_damping,
     check_number,
     checked_mask_type,
+    is_integer,
 )
 from mfac_core.terminal import console, plain_text
 from mfac_core.weight_layout import WeightLayout
+from mfac_core.weight_names import listed
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPARSITIES", "Sensitivity", "check_rows_fit", "sensitivity", "stacked_rows"]
+__all__ = ["SPARSITIES", "Sensitivity", "check_num_batches", "check_rows_fit", "sensitivity", "stacked_rows"]
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 """The sparsities at which each layer is measured where no others are given."""
@@ -58,10 +60,11 @@ class Sensitivity:
     Args:
         dense_loss: The loss before anything is pruned.
         sparsities: The sparsities, rising.
-        measured: Name of each layer and, at each sparsity, the loss minus :attr:`dense_loss`; infinite where the loss
-            was NaN or infinite, and negative where pruning made it smaller.
-        predicted: The same as M-FAC predicts it, ``1/2 dw^T F dw`` summed over the steps. This is in-sample: it is
-            taken on the gradient samples that chose the update, and most often far too small.
+        measured: Name of each layer and, at each sparsity, the loss minus :attr:`dense_loss`; infinite from the
+            sparsity on at which the loss was NaN or infinite, and negative where pruning made it smaller.
+        predicted: The same as M-FAC predicts it, ``1/2 dw^T F dw`` summed over the steps; infinite where a layer was
+            not pruned any further. This is in-sample: it is taken on the gradient samples that chose the update, and
+            most often far too small.
         num_weights: Name of each layer and its number of weights.
     """
 
@@ -266,9 +269,15 @@ def sensitivity(
                 losses.append(loss_of(now) if has_changed else losses[-1])
                 increases.append(increases[-1] + (result.predicted_loss_increase or 0.0))
                 advance(name)
-            _warn_of_no_number(name, levels, losses[1:])
-            measured[name] = tuple(_increase(each, dense_loss) for each in losses[1:])
-            predicted[name] = tuple(increases[1:])
+                if not math.isfinite(losses[-1]):  # neither are its gradients, most likely
+                    _logger.warning(
+                        "the loss is %s with %s pruned to %g: its increase counts as infinite from there on",
+                        *(losses[-1], name, level),
+                    )
+                    losses[-1] = math.inf
+                    break
+            measured[name] = _filled((loss - dense_loss for loss in losses[1:]), len(levels))
+            predicted[name] = _filled(increases[1:], len(levels))
     sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
     return Sensitivity(dense_loss, levels, measured, predicted, sizes)
 
@@ -278,13 +287,14 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
 
     Args:
         rows: Name and gradient of each layer, for each sample; they may be written over when the next is asked for.
+            Samples with NaN or Inf are left out, with a warning.
         count: How many there are at most.
 
     Returns:
         Name and array of each layer, of shape ``(m, *shape)``, where the gradients are.
 
     Raises:
-        ValueError: If there is no row.
+        ValueError: If there is no sample of finite numbers.
 
     Example:
         >>> stacked_rows(({"a": np.full(2, value)} for value in (1.0, 2.0)), 3)
@@ -292,16 +302,21 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
                [2., 2.]])}
     """
     stacked: dict[str, Array] = {}
-    drawn = 0
+    taken = refused = 0
     for row in rows:
         for name, gradient in row.items():
             if name not in stacked:
                 stacked[name] = device_of(gradient).zeros((count, *gradient.shape), gradient.dtype)
-            stacked[name][drawn] = gradient
-        drawn += 1
-    if not drawn:
-        raise ValueError("there is no gradient sample; pass at least one batch")
-    return {name: array[:drawn] for name, array in stacked.items()}
+            stacked[name][taken] = gradient
+        if all(bool(array_namespace(gradient).all(abs(gradient) < math.inf)) for gradient in row.values()):
+            taken += 1
+        else:
+            refused += 1
+    if not taken:
+        raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
+    if refused:
+        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", listed(stacked))
+    return {name: array[:taken] for name, array in stacked.items()}
 
 
 def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size: int | None, *, together: bool) -> None:
@@ -315,13 +330,28 @@ def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size:
 
     Raises:
         SettingError: If ``num_gradients`` is not a positive integer.
-        MemoryBudgetError: If they would not fit; the message names what would.
+        MemoryBudgetError: If they would not fit; the message names how many would.
     """
+    if not is_integer(num_gradients):
+        raise SettingError("num_gradients", f"{num_gradients!r} must be a positive integer, the same for all layers")
     sizes = [math.prod(array.shape) for array in weights.values()]
     settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
     device = device_of(next(iter(weights.values())))
     step = PlannedStep(step=0, epoch=0.0, sparsity=0.5)
     check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
+
+
+def check_num_batches(num_batches: int) -> None:
+    """Refuse a number of batches that is none.
+
+    Args:
+        num_batches: How many batches the loss is measured on.
+
+    Raises:
+        SettingError: If it is not a positive integer.
+    """
+    if not is_integer(num_batches) or num_batches < 1:
+        raise SettingError("num_batches", f"{num_batches!r} must be a positive integer")
 
 
 def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
@@ -394,16 +424,8 @@ def _checked_loss(value: Any) -> float:
         raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error
 
 
-def _increase(loss: float, dense_loss: float) -> float:
-    return loss - dense_loss if math.isfinite(loss) else math.inf
-
-
-def _warn_of_no_number(name: str, levels: Sequence[float], losses: Sequence[float]) -> None:
-    where = [f"{level:g}" for level, loss in zip(levels, losses, strict=True) if not math.isfinite(loss)]
-    if where:
-        _logger.warning(
-            "the loss was not finite with %s pruned to %s: these increases count as infinite", name, ", ".join(where)
-        )
+def _filled(increases: Iterable[float], length: int) -> tuple[float, ...]:
+    return tuple(islice(chain(increases, repeat(math.inf)), length))
 
 
 @contextmanager

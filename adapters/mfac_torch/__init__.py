@@ -11,6 +11,7 @@ Read in this order:
 * ``wrappers``: the model inside what holds it
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter bears
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
 * ``outside_changes``: what others do to these weights between two steps
@@ -24,6 +25,7 @@ Read in this order:
 * ``export``, ``lightning``, ``transformers``: imported only when asked for
 """
 
+from mfac_torch.layer_sensitivity import sensitivity
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import (
     ACDCPruningModifier,
@@ -69,4 +71,5 @@ __all__ = [
     "declare_elementwise_state",
     "prunable_parameters",
     "select_parameters",
+    "sensitivity",
 ]

@@ -240,10 +240,12 @@ def test_a_loss_that_is_not_finite_counts_as_infinite_and_is_said(caplog) -> Non
     with caplog.at_level(logging.WARNING, "mfac_core"):
         result = sensitivity(weights, loss, make_gradients(), sparsities=LEVELS)
 
+    assert math.isfinite(result.predicted["third"][1])
+    assert result.predicted["third"][2] == math.inf
     assert result.measured["third"] == (0.0, math.inf, math.inf)
     assert result.measured["first"] == (0.0, 0.0, 0.0)
     assert [record.getMessage() for record in caplog.records] == [
-        "the loss was not finite with third pruned to 0.5, 0.9: these increases count as infinite"
+        "the loss is -inf with third pruned to 0.5: its increase counts as infinite from there on"
     ]
     assert result.highest(1e9) == {"first": 0.9, "second": 0.9, "third": 0.3}
 
@@ -478,6 +480,18 @@ def test_rows_are_stacked_as_they_come() -> None:
         stacked_rows([], 5)
 
 
+def test_rows_that_are_not_finite_are_left_out_and_said(caplog) -> None:
+    values = [1.0, math.nan, 3.0, -math.inf]
+
+    stacked = stacked_rows(({"a": np.ones(2), "b": np.array([0.0, value])} for value in values), 4)
+
+    np.testing.assert_array_equal(stacked["b"], [[0.0, 1.0], [0.0, 3.0]])
+    assert len(stacked["a"]) == 2
+    assert "NaN or Inf are left out of the sensitivity of a, b" in caplog.text
+    with pytest.raises(ValueError, match=r"of finite numbers \(2 hold NaN or Inf\)"):
+        stacked_rows([{"a": np.full(2, math.nan)}] * 2, 2)
+
+
 def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch) -> None:
     monkeypatch.setattr("mfac_core.backends.numpy_backend.NumpyBackend.free_bytes", lambda self, device: 30_000_000)
     weights = {"a": np.ones(1000), "b": np.ones(2000)}
@@ -489,3 +503,5 @@ def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch) -
         check_rows_fit({"a": np.ones(1000), **{f"b{i}": np.ones(900) for i in range(3)}}, 4000, 100, together=True)
     with pytest.raises(SettingError, match="num_gradients"):
         check_rows_fit(weights, 0, 100, together=False)
+    with pytest.raises(SettingError, match="the same for all layers"):
+        check_rows_fit(weights, {0.0: 64}, 100, together=False)
