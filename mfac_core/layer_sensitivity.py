@@ -184,7 +184,7 @@ def sensitivity(
         mask_type: As in :func:`mfac_core.prune`; ``N:M`` leaves no sparsity above ``1 - N/M``.
         axes: As in :func:`mfac_core.prune`.
         devices: As in :func:`mfac_core.prune`.
-        progress: Whether a progress bar is shown, where standard error is a terminal.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook.
 
     Returns:
         The loss and its increases, measured and predicted.
@@ -458,6 +458,8 @@ def _bar(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=terminal, disable=not (shown and terminal.is_terminal)) as progress:
+    with Progress(
+        *columns, console=terminal, disable=not (shown and (terminal.is_terminal or terminal.is_jupyter))
+    ) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, advance=1, description=plain_text(name))

@@ -63,7 +63,7 @@ def sensitivity(
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
         damp: Added to the diagonal of the empirical Fisher, positive.
         mask_type: Pattern of the zeros, as in a recipe; ``N:M`` leaves no sparsity above ``1 - N/M``.
-        progress: Whether a progress bar is shown, where standard error is a terminal.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook.
 
     Returns:
         The loss and its increases by variable path; ``print()`` shows them as a table.

@@ -262,6 +262,21 @@ def test_a_warning_about_the_rows_is_said_once(caplog) -> None:
     assert len(repeated) == 2  # prune says it for itself again
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_on_a_terminal_where_it_is_wanted(progress, is_terminal, monkeypatch, capsys) -> None:
+    shown = Console(file=io.StringIO(), width=100, force_terminal=is_terminal, color_system=None)
+    monkeypatch.setattr("mfac_core.layer_sensitivity.console", lambda *, stderr: shown)
+    weights = make_weights()
+
+    sensitivity(weights, Quadratic(weights), make_gradients(), sparsities=LEVELS, progress=progress)
+
+    written = shown.file.getvalue()
+    assert ("10/10" in written and "third" in written) == (progress and is_terminal)
+    assert bool(written) == (progress and is_terminal)
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("value", [np.float32(3), np.array(3.0), 3])
 def test_a_loss_may_be_any_number(value) -> None:
     weights = make_weights()
