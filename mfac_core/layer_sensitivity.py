@@ -272,7 +272,9 @@ def sensitivity(
                 if not math.isfinite(losses[-1]):  # neither are its gradients, most likely
                     _logger.warning(
                         "the loss is %s with %s pruned to %g: its increase counts as infinite from there on",
-                        *(losses[-1], name, level),
+                        losses[-1],
+                        name,
+                        level,
                     )
                     losses[-1] = math.inf
                     break
