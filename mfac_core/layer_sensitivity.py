@@ -23,11 +23,13 @@ from mfac_core.sensitivity_report import draw_increases, increases_table, printe
 from mfac_core.settings import (
     MaskType,
     MFACSettings,
+    Recomputations,
     Update,
     check_block_size,
     check_choice,
     check_damping,
     check_number,
+    check_recomputations,
     checked_mask_type,
     is_integer,
 )
@@ -154,6 +156,7 @@ def sensitivity(
     block_size: int | None = 2000,
     damping: float = 1e-5,
     update: Update = "joint",
+    num_recomputations: Recomputations = 1,
     mask_type: MaskType = "unstructured",
     axes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     devices: Sequence[str | Device] | str | Device = ("cpu",),
@@ -181,6 +184,8 @@ def sensitivity(
         block_size: As in :func:`mfac_core.prune`.
         damping: As in :func:`mfac_core.prune`.
         update: As in :func:`mfac_core.prune`.
+        num_recomputations: In how many parts each of the sparsities is reached from the one before, as in
+            :func:`mfac_core.prune`: ``auto`` where they lie far apart.
         mask_type: As in :func:`mfac_core.prune`; ``N:M`` leaves no sparsity above ``1 - N/M``.
         axes: As in :func:`mfac_core.prune`.
         devices: As in :func:`mfac_core.prune`.
@@ -230,6 +235,7 @@ def sensitivity(
     check_choice("update", update, get_args(Update))
     check_block_size(block_size)
     check_damping(damping)
+    check_recomputations(num_recomputations, "geometric")
     mask_type = checked_mask_type(mask_type, levels)
     resolve_devices(devices)
     layout = _checked_layout(named)
@@ -252,7 +258,7 @@ def sensitivity(
             for level in levels:
                 result = prune(
                     now,
-                    rows_of(now),
+                    rows_of(name),
                     sparsity=level,
                     masks=masks,
                     block_size=block_size,
@@ -260,7 +266,7 @@ def sensitivity(
                     scope="layer",
                     mask_type=mask_type,
                     update=update,
-                    num_recomputations=1,
+                    num_recomputations=num_recomputations,
                     axes=None if named_axes is None or name not in named_axes else {name: named_axes[name]},
                     devices=devices,
                 )
@@ -382,13 +388,15 @@ def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
 
 def _rows_of(
     gradients: Gradients | Callable[[Any], Gradients], weights: Array | Mapping[str, Array], layout: WeightLayout
-) -> Callable[[Mapping[str, Array]], Gradients]:
-    # from one layer, by its name, to its rows in a form that prune takes for a mapping
+) -> Callable[[str], Gradients | Callable[[Mapping[str, Array]], Gradients]]:
+    # from the name of a layer to its rows, or to what gives them, in a form that prune takes for a mapping
     if callable(gradients):
         draw = gradients
-        if isinstance(weights, Mapping):
-            return lambda layer: _in_rows(draw(dict(layer)))
-        return lambda layer: _in_rows(draw(layer[_ARRAY]))
+
+        def fresh(layer: Mapping[str, Array]) -> Gradients:
+            return _in_rows(draw(dict(layer) if isinstance(weights, Mapping) else layer[_ARRAY]))
+
+        return lambda name: fresh
     if isinstance(gradients, Mapping):
         if not isinstance(weights, Mapping):
             raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
@@ -407,7 +415,7 @@ def _rows_of(
         xp = array_namespace(part)
         if not bool(xp.all(xp.isfinite(part))):
             raise ValueError(f"the gradients of {name} hold NaN or Inf; leave these samples out")
-    return lambda layer: parts[next(iter(layer))]
+    return parts.__getitem__
 
 
 def _in_rows(gradients: Gradients) -> Any:

@@ -12,7 +12,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings import MaskType
+from mfac_core.settings import MaskType, Recomputations
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.layout import PyTorchForm, pytorch_forms
@@ -32,6 +32,7 @@ def sensitivity(
     sparsities: Sequence[float] = SPARSITIES,
     num_grads: int = 64,
     fresh_grads: bool = True,
+    num_recomputations: Recomputations = 1,
     num_batches: int = 16,
     held_out: Any = None,
     fisher_block_size: int | None = 2000,
@@ -57,6 +58,8 @@ def sensitivity(
             does: ``num_grads`` backward passes each time. Otherwise they are drawn once, at the dense model, for all
             variables together: much faster, takes memory for all of them, and shows high sparsities worse than they
             are.
+        num_recomputations: In how many parts each of the sparsities is reached from the one before, each with gradient
+            samples of its own where these are fresh; ``auto`` where they lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
         held_out: Batches to draw these from, in the form of those of ``dataset``, such as validation data; ``None``
             takes those of ``dataset``.
@@ -118,6 +121,7 @@ def sensitivity(
             sparsities=sparsities,
             block_size=fisher_block_size,
             damping=damp,
+            num_recomputations=num_recomputations,
             mask_type=mask_type,
             axes={name: form.core_axes for name, form in forms.items() if form.core_axes is not None},
             devices=[device_of(next(iter(weights.values())))],

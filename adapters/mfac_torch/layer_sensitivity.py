@@ -13,7 +13,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings import MaskType
+from mfac_core.settings import MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
 from mfac_torch.conversion import check_plain, to_array, wait_until_read, write_back
 from mfac_torch.sampling import GradSampler
@@ -33,6 +33,7 @@ def sensitivity(
     sparsities: Sequence[float] = SPARSITIES,
     num_grads: int = 64,
     fresh_grads: bool = True,
+    num_recomputations: Recomputations = 1,
     num_batches: int = 16,
     held_out: Any = None,
     fisher_block_size: int | None = 2000,
@@ -58,6 +59,8 @@ def sensitivity(
             does: ``num_grads`` backward passes each time. Otherwise they are drawn once, at the dense model, for all
             parameters together: much faster, takes memory for all of them, and shows high sparsities worse than they
             are.
+        num_recomputations: In how many parts each of the sparsities is reached from the one before, each with gradient
+            samples of its own where these are fresh; ``auto`` where they lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
         held_out: Batches to draw these from, in the form of those of ``loader``, such as validation data; ``None``
             takes those of ``loader``.
@@ -117,6 +120,7 @@ def sensitivity(
             sparsities=sparsities,
             block_size=fisher_block_size,
             damping=damp,
+            num_recomputations=num_recomputations,
             mask_type=mask_type,
             axes=weight_axes(model, parameters),
             devices=[device_of(next(iter(weights.values())))],

@@ -65,6 +65,7 @@ class Quadratic:
 
 def expected(weights, rows_of, loss, **options):
     """Each layer by the dense oracle, the others dense: measured and predicted increases."""
+    options = dict(scope="layer", num_recomputations=1) | options
     measured, predicted = {}, {}
     for name, array in weights.items():
         now, masks = {name: array}, None
@@ -72,7 +73,13 @@ def expected(weights, rows_of, loss, **options):
         for level in LEVELS:
             rows = rows_of(name, now)
             result = reference.prune(
-                now, rows.reshape(len(rows), -1), sparsity=level, masks=masks, scope="layer", **options
+                now,
+                rows.reshape(len(rows), -1),
+                sparsity=level,
+                masks=masks,
+                scope="layer",
+                num_recomputations=1,
+                **options,
             )
             now, masks = result.weights, result.masks
             total += result.predicted_loss_increase
@@ -128,6 +135,28 @@ def test_a_function_gives_fresh_rows_for_the_layer_as_it_is() -> None:
     ]
 
 
+@pytest.mark.parametrize("num_recomputations", [3, "auto"])
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_recomputations_are_those_of_prune(num_recomputations, is_fresh) -> None:
+    weights, gradients, seen = make_weights()["first"], make_gradients()[:, :24], []
+
+    def loss(pruned):
+        seen.append(pruned)
+        return 0.0
+
+    def fresh(now):
+        return gradients * (1 + np.ravel(now))
+
+    given = fresh if is_fresh else gradients
+    result = sensitivity(weights, loss, given, sparsities=(0.5, 0.9), num_recomputations=num_recomputations)
+
+    half = mfac_core.prune(weights, given, sparsity=0.5, num_recomputations=num_recomputations)
+    wanted = mfac_core.prune(half.weights, given, sparsity=0.9, masks=half.masks, num_recomputations=num_recomputations)
+    np.testing.assert_array_equal(seen[1], half.weights)
+    np.testing.assert_array_equal(seen[2], wanted.weights)
+    assert result.predicted["weights"][1] == half.predicted_loss_increase + wanted.predicted_loss_increase
+
+
 @pytest.mark.parametrize("mask_type, axes", [("channel", None), ("channel", {"first": (1, 0)}), ((1, 2), None)])
 def test_patterns_are_those_of_prune(mask_type, axes) -> None:
     weights, gradients = {"first": make_weights()["first"]}, make_gradients()[:, :24]
@@ -140,7 +169,7 @@ def test_patterns_are_those_of_prune(mask_type, axes) -> None:
     options = dict(block_size=None, damping=1e-3, update="joint", mask_type=mask_type, axes=axes)
     sensitivity(weights, loss, gradients, sparsities=(0.5,), **options)
 
-    wanted = mfac_core.prune(weights, gradients, sparsity=0.5, **options)
+    wanted = mfac_core.prune(weights, gradients, sparsity=0.5, scope="layer", num_recomputations=1, **options)
     np.testing.assert_array_equal(seen[1], wanted.weights["first"])
 
 
@@ -156,10 +185,10 @@ def test_one_array_stays_one_array() -> None:
         assert pruned.shape == (2, 2)
         return rows.reshape(32, 2, 2)
 
-    result = sensitivity(array, loss, rows, sparsities=(0.5,))
+    result = sensitivity(array, loss, rows, sparsities=(0.5,), num_recomputations="auto")
     of_a_function = sensitivity(array.reshape(2, 2), loss, fresh, sparsities=(0.5,))
 
-    np.testing.assert_array_equal(seen[1], mfac_core.prune(array, rows, sparsity=0.5, update="joint").weights)
+    np.testing.assert_array_equal(seen[1], mfac_core.prune(array, rows, sparsity=0.5).weights)
     assert list(result.measured) == ["weights"]
     assert result.measured == of_a_function.measured
 
@@ -336,6 +365,7 @@ def test_sparsities_that_do_not_rise_between_0_and_1_are_refused(sparsities, mes
         (dict(update="both"), SettingError, "update"),
         (dict(damping=-1.0), SettingError, "damping"),
         (dict(block_size=0), SettingError, "block_size"),
+        (dict(num_recomputations=0), SettingError, "num_recomputations"),
         (dict(mask_type="2:4"), SettingError, "2:4 leaves at most a sparsity of 0.5, and 0.6 is to be reached"),
         (dict(mask_type=(1, 5)), SettingError, "do not divide 'first'"),
         (dict(axes={"fourth": (1, 0)}), ValueError, "axes names fourth"),

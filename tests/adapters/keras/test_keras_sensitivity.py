@@ -43,8 +43,15 @@ class Network:
         return hidden, hidden @ self.kernels[1] + self.biases[1]
 
 
-def expected(model, data, held_out, *, fresh, damping=0.01, block_size=16, mask_type="unstructured"):
+def expected(model, data, held_out, *, fresh, **options):
     """The increases by the dense oracle."""
+    options = {
+        "damping": 0.01,
+        "block_size": 16,
+        "scope": "layer",
+        "update": "joint",
+        "num_recomputations": 1,
+    } | options
     network = Network(model)
     dense_loss = network.loss(held_out)
     measured, predicted = {}, {}
@@ -54,7 +61,6 @@ def expected(model, data, held_out, *, fresh, damping=0.01, block_size=16, mask_
         measured[name], predicted[name] = [], []
         for level in LEVELS:
             rows = network.gradients(place, data) if fresh else rows
-            options = {"block_size": block_size, "damping": damping, "update": "joint", "mask_type": mask_type}
             result = reference.prune({name: network.kernels[place].T}, rows, sparsity=level, masks=masks, **options)
             masks, total = result.masks, total + result.predicted_loss_increase
             network.kernels[place] = result.weights[name].T
@@ -185,6 +191,22 @@ def test_patterns_follow_the_layout_of_the_layer(monkeypatch):
     sensitivity(model, data, params=["back"], mask_type="filter", **OPTIONS | {"sparsities": (0.34,)})
 
     assert (seen[-1] == 0).all(axis=(0, 1, 3)).sum() == 1  # (*window, output, input)
+
+
+@pytest.mark.once
+def test_recomputations_have_gradients_of_their_own(task, monkeypatch):
+    model, seen = task.model(), []
+    gradients = GradientSampler.gradients
+
+    def seeing(sampler, model, variables, count):
+        seen.append(int((model.layers[0].kernel.numpy() == 0).sum()))
+        return gradients(sampler, model, variables, count)
+
+    monkeypatch.setattr(GradientSampler, "gradients", seeing)
+    keys = OPTIONS | {"sparsities": (0.75,), "num_recomputations": 2}
+    sensitivity(model, batches(task), params=["body"], **keys)
+
+    assert seen == [0, 24]
 
 
 @pytest.mark.once

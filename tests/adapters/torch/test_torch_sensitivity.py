@@ -58,7 +58,7 @@ def gradients_of(model, name, batches) -> np.ndarray:
 
 def expected(model, batches, *, fresh, num_grads=6, num_batches=3, held_out=None, **options):
     """The increases by the dense oracle, on copies of the model."""
-    options = dict(block_size=2000, damping=1e-5, update="joint") | options
+    options = dict(block_size=2000, damping=1e-5, update="joint", scope="layer", num_recomputations=1) | options
     held_out = batches[:num_batches] if held_out is None else held_out
     dense_loss = loss_of(copy.deepcopy(model), held_out)
     measured, predicted = {}, {}
@@ -145,6 +145,19 @@ def test_a_sampler_with_its_loss_and_mode_is_taken(model, batches) -> None:
     assert_as_expected(result, *expected(model, batches, fresh=True, held_out=batches[6:]))
     with pytest.raises(TypeError, match="the GradSampler has its own loss; leave loss_fn out"):
         sensitivity(model, sampler, nn.functional.cross_entropy)
+
+
+def test_recomputations_have_gradients_of_their_own(model, batches) -> None:
+    seen = []
+
+    def loss_fn(output, target):
+        seen.append(int((model[5].weight == 0).sum()))
+        return nn.functional.cross_entropy(output, target)
+
+    keys = OPTIONS | dict(sparsities=(0.75,), num_recomputations=2, num_batches=1, num_grads=1)
+    sensitivity(model, batches, loss_fn, params=["5"], **keys)
+
+    assert seen == [0, 0, 90, 135]  # the dense loss, the gradients of both parts, the loss; half of what is left goes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
