@@ -72,15 +72,7 @@ def expected(weights, rows_of, loss, **options):
         measured[name], predicted[name], total = [], [], 0.0
         for level in LEVELS:
             rows = rows_of(name, now)
-            result = reference.prune(
-                now,
-                rows.reshape(len(rows), -1),
-                sparsity=level,
-                masks=masks,
-                scope="layer",
-                num_recomputations=1,
-                **options,
-            )
+            result = reference.prune(now, rows.reshape(len(rows), -1), sparsity=level, masks=masks, **options)
             now, masks = result.weights, result.masks
             total += result.predicted_loss_increase
             measured[name].append(loss.increase(flat({**weights, **now})))
