@@ -21,6 +21,7 @@ from mfac_core.planning import check_memory
 from mfac_core.schedule import PlannedStep
 from mfac_core.sensitivity_report import draw_increases, increases_table, printed
 from mfac_core.settings import (
+    Damping,
     MaskType,
     MFACSettings,
     Recomputations,
@@ -154,7 +155,7 @@ def sensitivity(
     *,
     sparsities: Sequence[float] = SPARSITIES,
     block_size: int | None = 2000,
-    damping: float = 1e-5,
+    damping: Damping = "auto",
     update: Update = "joint",
     num_recomputations: Recomputations = 1,
     mask_type: MaskType = "unstructured",
@@ -219,9 +220,9 @@ def sensitivity(
          Layer        Weights  50%  75%
         ───────────────────────────────
          first              4  1.9  5.9
-           predicted           1.9  5.9
+           predicted           2.1  6.6
          second             4   32   69
-           predicted            32   69
+           predicted            35   77
         <BLANKLINE>
         Predicted is in-sample: by the gradient samples that chose the update.
         >>> result.final_sparsity(3.0)

@@ -12,7 +12,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings import MaskType, Recomputations
+from mfac_core.settings import Damping, MaskType, Recomputations
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.layout import PyTorchForm, pytorch_forms
@@ -36,7 +36,7 @@ def sensitivity(
     num_batches: int = 16,
     held_out: Any = None,
     fisher_block_size: int | None = 2000,
-    damp: float = 1e-5,
+    damp: Damping = "auto",
     mask_type: MaskType = "unstructured",
     progress: bool = True,
 ) -> Sensitivity:
@@ -64,7 +64,8 @@ def sensitivity(
         held_out: Batches to draw these from, in the form of those of ``dataset``, such as validation data; ``None``
             takes those of ``dataset``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
-        damp: Added to the diagonal of the empirical Fisher, positive.
+        damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
+            that diagonal.
         mask_type: Pattern of the zeros, as in a recipe; ``N:M`` leaves no sparsity above ``1 - N/M``.
         progress: Whether a progress bar is shown, on a terminal or in a notebook.
 

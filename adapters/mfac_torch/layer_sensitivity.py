@@ -13,7 +13,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings import MaskType, Recomputations
+from mfac_core.settings import Damping, MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
 from mfac_torch.conversion import check_plain, to_array, wait_until_read, write_back
 from mfac_torch.sampling import GradSampler
@@ -37,7 +37,7 @@ def sensitivity(
     num_batches: int = 16,
     held_out: Any = None,
     fisher_block_size: int | None = 2000,
-    damp: float = 1e-5,
+    damp: Damping = "auto",
     mask_type: MaskType = "unstructured",
     progress: bool = True,
 ) -> Sensitivity:
@@ -65,7 +65,8 @@ def sensitivity(
         held_out: Batches to draw these from, in the form of those of ``loader``, such as validation data; ``None``
             takes those of ``loader``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
-        damp: Added to the diagonal of the empirical Fisher, positive.
+        damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
+            that diagonal.
         mask_type: Pattern of the zeros, as in a recipe; ``N:M`` leaves no sparsity above ``1 - N/M``.
         progress: Whether a progress bar is shown, on a terminal or in a notebook.
 

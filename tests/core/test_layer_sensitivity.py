@@ -88,7 +88,7 @@ def assert_increases(result: Sensitivity, measured, predicted) -> None:
 
 
 @pytest.mark.parametrize("update", ["joint", "independent"])
-@pytest.mark.parametrize("block_size, damping", [(None, 1e-3), (10, 1e-3), (10, 1.0)])
+@pytest.mark.parametrize("block_size, damping", [(None, 1e-3), (10, 1e-3), (10, 1.0), (10, "auto")])
 @pytest.mark.parametrize("named", [True, False], ids=["by name", "one array"])
 def test_increases_are_those_of_a_quadratic_loss_and_of_the_dense_oracle(named, block_size, damping, update) -> None:
     weights, gradients = make_weights(), make_gradients()
@@ -149,6 +149,21 @@ def test_recomputations_are_those_of_prune(num_recomputations, is_fresh) -> None
     assert result.predicted["weights"][1] == half.predicted_loss_increase + wanted.predicted_loss_increase
 
 
+def test_the_damping_is_that_of_prune_by_default() -> None:
+    weights, gradients, seen = make_weights()["first"], 1e-3 * make_gradients()[:, :24], []
+
+    def loss(pruned):
+        seen.append(pruned)
+        return 0.0
+
+    sensitivity(weights, loss, gradients, sparsities=(0.5,))
+
+    wanted = mfac_core.prune(weights, gradients, sparsity=0.5, num_recomputations=1)
+    other = mfac_core.prune(weights, gradients, sparsity=0.5, num_recomputations=1, damping=1e-2)
+    np.testing.assert_array_equal(seen[1], wanted.weights)
+    assert not np.array_equal(seen[1], other.weights)
+
+
 @pytest.mark.parametrize("mask_type, axes", [("channel", None), ("channel", {"first": (1, 0)}), ((1, 2), None)])
 def test_patterns_are_those_of_prune(mask_type, axes) -> None:
     weights, gradients = {"first": make_weights()["first"]}, make_gradients()[:, :24]
@@ -178,7 +193,7 @@ def test_one_array_stays_one_array() -> None:
         return rows.reshape(32, 2, 2)
 
     result = sensitivity(array, loss, rows, sparsities=(0.5,), num_recomputations="auto")
-    of_a_function = sensitivity(array.reshape(2, 2), loss, fresh, sparsities=(0.5,))
+    of_a_function = sensitivity(array.reshape(2, 2), loss, fresh, sparsities=(0.5,), num_recomputations="auto")
 
     np.testing.assert_array_equal(seen[1], mfac_core.prune(array, rows, sparsity=0.5).weights)
     assert list(result.measured) == ["weights"]
@@ -355,6 +370,7 @@ def test_sparsities_that_do_not_rise_between_0_and_1_are_refused(sparsities, mes
     [
         (dict(loss=3.0), TypeError, "loss is a float; pass a function"),
         (dict(update="both"), SettingError, "update"),
+        (dict(damping="automatic"), SettingError, "damping"),
         (dict(damping=-1.0), SettingError, "damping"),
         (dict(block_size=0), SettingError, "block_size"),
         (dict(num_recomputations=0), SettingError, "num_recomputations"),

@@ -14,7 +14,7 @@ from mfac_torch import GradSampler, sensitivity
 from tests import reference
 
 LEVELS = (0.3, 0.6, 0.9)
-OPTIONS = dict(sparsities=LEVELS, num_grads=6, num_batches=3)
+OPTIONS = dict(sparsities=LEVELS, num_grads=6, num_batches=3, damp=1e-5)
 
 
 @pytest.fixture
@@ -117,6 +117,7 @@ def test_increases_are_those_of_the_dense_oracle(model, batches, fresh) -> None:
         (dict(fisher_block_size=16), dict(block_size=16)),
         (dict(fisher_block_size=None), dict(block_size=None)),
         (dict(damp=0.1), dict(damping=0.1)),
+        (dict(damp="auto"), dict(damping="auto")),
         (dict(mask_type="channel"), dict(mask_type="channel")),
     ],
 )
