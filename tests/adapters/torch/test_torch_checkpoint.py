@@ -341,6 +341,8 @@ def harmless(path, name, changed):
         return type(value) is int and value >= 0  # a count for the log
     if path[-1] == "initial_sparsities":
         return name == "None"  # none were measured
+    if path[-1] == "parts" and path[0] == "prunings" and name == "removed":
+        return True  # a state of an older release
     if path[-1] == "steps_per_epoch" and path[0] == "prunings":
         return name == "removed"  # a state of an older release
     return path == ("random", "cuda") and value == []
