@@ -13,6 +13,7 @@ Read in this order:
 * ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
 * ``sampling``: gradient samples outside the training loop
 * ``batchnorm``: :func:`recalibrate_batchnorm`, moving statistics for the weights that there are now
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable bears
 * ``assigning``: values into variables, into all of them or into none
 * ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
 * ``end_of_fit``: the moment when all callbacks are done
@@ -22,6 +23,7 @@ Read in this order:
 
 from mfac_keras.batchnorm import recalibrate_batchnorm
 from mfac_keras.callback import MFACPruningCallback
+from mfac_keras.layer_sensitivity import sensitivity
 from mfac_keras.one_shot import prune_one_shot
 from mfac_keras.selection import prunable_variables, select_variables
 
@@ -31,4 +33,5 @@ __all__ = [
     "prune_one_shot",
     "recalibrate_batchnorm",
     "select_variables",
+    "sensitivity",
 ]

@@ -13,6 +13,7 @@ Read in this order:
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the weights that there are now
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter bears
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
 * ``outside_changes``: what others do to these weights between two steps
@@ -27,6 +28,7 @@ Read in this order:
 """
 
 from mfac_torch.batchnorm import recalibrate_batchnorm
+from mfac_torch.layer_sensitivity import sensitivity
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import (
     ACDCPruningModifier,
@@ -75,4 +77,5 @@ __all__ = [
     "prune_one_shot",
     "recalibrate_batchnorm",
     "select_parameters",
+    "sensitivity",
 ]
