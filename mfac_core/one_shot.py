@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.errors import SettingError
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
@@ -29,6 +28,7 @@ from mfac_core.settings import (
     checked_mask_type,
 )
 from mfac_core.weight_layout import WeightLayout
+from mfac_core.window_checks import window_warnings
 
 __all__ = ["prune"]
 
@@ -118,10 +118,8 @@ def prune(
     layout.check_finite(vector, kept, "prune from finite weights, or mask these")
     gradient_parts = _gradient_parts(gradients, weights, layout)
     vector[~kept] = 0
-    whole = GradientMatrix(gradient_parts, block_size=block_size)
-    distinct = num_distinct_rows(whole)
-    if distinct < whole.count:
-        _logger.warning(repeated_rows(whole.count, distinct))
+    for warning in window_warnings(GradientMatrix(gradient_parts, kept, block_size=block_size), damping=damping):
+        _logger.warning(warning)
     increase = 0.0
     for parts_left in range(int(num_recomputations), 0, -1):
         reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)

@@ -67,16 +67,17 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
             _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
 
 
-def zero_in_all_samples(names: Collection[str]) -> list[str]:
+def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     """Return the warning about weights whose gradient is zero in every sample.
 
     Args:
         names: The names of the weights.
+        num_weights: How many have a gradient; where it is zero for all of them, the gradient window is spoken of.
 
     Returns:
         One sentence, or none where there are no such weights.
     """
-    if not names:
+    if not names or len(names) == num_weights:
         return []
     return [
         f"the gradient is zero in every gradient sample for {listed(names)}, so that M-FAC prunes them as if they had "

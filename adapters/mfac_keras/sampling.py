@@ -100,7 +100,7 @@ class GradientSampler:
                 zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
                 if drawn == count:  # before the last one is taken, after which nobody asks for another
                     paths = [variables[place].path for place in zero]
-                    warn_once(_logger, zero_in_all_samples(paths), self._told)
+                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._told)
                 yield [
                     np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
                     for gradient, variable in zip(gradients, variables, strict=True)

@@ -155,7 +155,7 @@ class GradSampler:
                 gradients = self._gradient(model, parameters, batch)
                 zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
                 if number == count:  # before the last one is taken, after which nobody asks for another
-                    warn_once(_logger, zero_in_all_samples(zero), self._told)
+                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._told)
                 yield {
                     name: torch.zeros_like(parameters[name]) if gradient is None else gradient
                     for name, gradient in gradients.items()

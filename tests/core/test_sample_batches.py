@@ -42,8 +42,9 @@ def test_a_function_that_returns_no_batches_is_refused():
 
 
 def test_weights_whose_gradient_is_always_zero_are_one_sentence():
-    assert zero_in_all_samples([]) == []
-    (sentence,) = zero_in_all_samples(["a.weight", "b.weight"])
+    assert zero_in_all_samples([], 3) == []
+    assert zero_in_all_samples(["a.weight", "b.weight"], 2) == []  # of which the gradient window is spoken
+    (sentence,) = zero_in_all_samples(["a.weight", "b.weight"], 3)
     assert sentence.startswith("the gradient is zero in every gradient sample for a.weight, b.weight, ")
 
 
