@@ -78,7 +78,7 @@ def prune(
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, and the predicted
-        loss increase: the sum over the parts.
+        loss increase: the sum over the parts, in-sample.
 
     Raises:
         TypeError: If an argument is not an array.

@@ -128,6 +128,11 @@ class MFACPruner(GradualPruner):
         return self._num_gradients_of(self._progress)
 
     @property
+    def is_inside_step(self) -> bool:
+        """Whether a part of the next pruning step is done."""
+        return self._progress.parts_done > 0
+
+    @property
     def num_rows(self) -> int:
         """Gradient samples that the window holds now."""
         self._store_arriving()
