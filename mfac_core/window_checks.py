@@ -10,6 +10,7 @@ import numpy as np
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.blockwise import GradientSource
+from mfac_core.settings import Damping
 
 __all__ = ["window_warnings"]
 
@@ -37,14 +38,14 @@ _ONE_BATCH = (
 )
 
 
-def window_warnings(source: GradientSource, *, damping: float) -> list[str]:
+def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
     """Return what is wrong with gradient samples that are all zero or nearly so, all alike, or repeated.
 
     They are read piece by piece until nothing can be wrong any more, which most often is after the first piece.
 
     Args:
         source: The gradient samples: a window, or plain gradients.
-        damping: Added to the diagonal of their empirical Fisher.
+        damping: Added to the diagonal of their empirical Fisher; ``auto`` hides none.
 
     Returns:
         Sentences; none where all is well.
@@ -129,9 +130,9 @@ class _Seen:
         """Whether the rows are nearly equal to each other; one row alone is not."""
         return self._count > 1 and self.spread <= _NEARLY_EQUAL * self.squares < math.inf
 
-    def is_lost_under(self, damping: float) -> bool:
+    def is_lost_under(self, damping: Damping) -> bool:
         """Return whether the empirical Fisher makes next to no difference beside the damping."""
-        return self.squares < math.inf and self.largest_trace <= _LOST_UNDER_DAMPING * damping
+        return damping != "auto" and self.squares < math.inf and self.largest_trace <= _LOST_UNDER_DAMPING * damping
 
     def add(self, piece: Array, *, begins_block: bool) -> None:
         """Take further columns, of shape ``(n, m, width)``: of one block, or of ``n`` whole ones."""

@@ -314,6 +314,7 @@ class LivePruning:
     ) -> None:
         line = pruning_step_line(
             result,
+            settings=self._pruner.settings,
             modifier=self._name,
             names=self.variables,
             step=step,

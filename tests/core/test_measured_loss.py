@@ -66,6 +66,7 @@ def test_what_it_rests_on_is_said(source: range, rows: int, where: str) -> None:
     (result,) = prune(pruner_for(num_gradients=rows), measurement, {"w": np.arange(1.0, 9.0)}, source)
     line = pruning_step_line(
         result,
+        settings=pruner_for().settings,
         modifier="",
         names=["w"],
         step=0,

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,6 +66,8 @@ class TestMFACPruningModifier:
         (["phased: false"], {}),
         (["score_type: MFAC"], {}),
         (["num_recomputations: 8"], {"num_recomputations": 8}),
+        (["num_recomputations: auto"], {"num_recomputations": "auto"}),
+        (["recomputation_spacing: linear"], {"recomputation_spacing": "linear"}),
         (["use_gradient_buffering: true"], {"gradient_origin": "training"}),
         (["use_gradient_buffering: null"], {}),
         (["grad_sampler_kwargs: {batch_size: 8}"], {"sampler_options": {"batch_size": 8}}),
@@ -82,6 +85,8 @@ class TestMFACPruningModifier:
         (["damp: 1.0e-3"], {"damping": 1e-3}),
         (["damp: 1e-3"], {"damping": 1e-3}),
         (["damp: 2E+1"], {"damping": 20.0}),
+        (["damp: auto"], {"damping": "auto"}),
+        (["mfac_options: {damp: auto}"], {"damping": "auto"}),
         (["available_gpus: ['cuda:0', 'cuda:1']"], {"devices": ("cuda:0", "cuda:1")}),
         (["available_gpus: []"], {"devices": ("cpu",)}),
         (["available_devices: ['cuda:0']"], {"devices": ("cuda:0",)}),
@@ -192,7 +197,6 @@ class TestMFACPruningModifier:
             ("fisher_block_size: 0", "fisher_block_size: 0 must be a positive integer, or null"),
             ("fisher_block_size: true", "fisher_block_size: True must be a positive integer, or null"),
             ("fisher_block_size: 2.5", "fisher_block_size: 2.5 must be a positive integer, or null"),
-            ("damp: 0", "damp: 0.0 is out of range; the rule is damp > 0"),
             ("damp: high", "damp: 'high' is text where a number must stand"),
             ("available_gpus: cuda:0", "available_gpus: 'cuda:0' must be a list of device names"),
             ("available_gpus: [0]", "available_gpus: [0] must be a list of device names"),
@@ -205,11 +209,19 @@ class TestMFACPruningModifier:
             ("mfac_options: {params: a}", "mfac_options.params: unknown key; the keys are num_grads, "),
             ("mfac_options: {dmap: 1.0}", "mfac_options.dmap: unknown key (did you mean damp?)"),
             ("mfac_options: {damp: -1}", "mfac_options.damp: -1.0 is out of range; the rule is damp > 0"),
+            ("damp: 0", 'damp: 0.0 is out of range; the rule is damp > 0, or "auto"'),
+            ("damp: '0.1'", "damp: '0.1' is text where a number must stand; write the number without quotes"),
+            ("damp: AUTO", "damp: 'AUTO' is neither a number nor auto (did you mean auto?)"),
+            ("mfac_options: {damp: atuo}", "mfac_options.damp: 'atuo' is neither a number nor auto (did you mean auto"),
+            ("damp: true", 'damp: True is not a finite number; the rule is damp > 0, or "auto"'),
             ("finl_sparsity: 3", "finl_sparsity: unknown key (did you mean final_sparsity?); the keys are params, "),
             ("qqq: 3", "qqq: unknown key; the keys are params, ignore, exclude, init_sparsity, "),
             ("grad_sampler_kwargs: 8", "grad_sampler_kwargs: 8 must be a mapping of arguments"),
             ("grad_sampler_kwargs: {1: 2}", "grad_sampler_kwargs: {1: 2} must be a mapping from argument to value"),
-            ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer"),
+            ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer, or auto"),
+            ("num_recomputations: automatic", "num_recomputations: 'automatic' must be a positive integer, or auto"),
+            ("num_recomputations: true", "num_recomputations: True must be a positive integer, or auto"),
+            ("recomputation_spacing: cubic", "recomputation_spacing: 'cubic' is not one of geometric, linear"),
             ("use_gradient_buffering: 1", "use_gradient_buffering: 1 must be true (always take gradients of training)"),
             ("phased: true", "phased: True is not supported here; alternating phases are what !ACDCPruningModifier is"),
             ("phased: 0", "phased: 0 is not supported here"),
@@ -318,7 +330,13 @@ class TestModifiers:
         "MFACPruningModifier": MFACSettings(final_sparsity=0.8, end_epoch=3.0),
         "MFACGlobalPruningModifier": MFACSettings(final_sparsity=0.8, end_epoch=3.0, scope="global"),
         "OBSPruningModifier": MFACSettings(
-            final_sparsity=0.8, end_epoch=3.0, scope="global", num_gradients=1024, damping=1e-7, block_size=50
+            final_sparsity=0.8,
+            end_epoch=3.0,
+            scope="global",
+            num_gradients=1024,
+            damping=1e-7,
+            block_size=50,
+            recomputation_spacing="linear",
         ),
         "MagnitudePruningModifier": MagnitudeSettings(final_sparsity=0.8, end_epoch=3.0),
         "GMPruningModifier": MagnitudeSettings(final_sparsity=0.8, end_epoch=3.0),
@@ -362,10 +380,12 @@ class TestModifiers:
         ("MFACGlobalPruningModifier", "mfac_options: {num_grads: 8}", {"num_gradients": 8}),
         ("OBSPruningModifier", "num_grads: 32", {"num_gradients": 32}),
         ("OBSPruningModifier", "damp: 1e-6", {"damping": 1e-6}),
+        ("OBSPruningModifier", "damp: auto", {"damping": "auto"}),
         ("OBSPruningModifier", "fisher_block_size: 4", {"block_size": 4}),
         ("OBSPruningModifier", "global_sparsity: false", {"scope": "layer"}),
         ("OBSPruningModifier", "mask_type: block4", {"mask_type": "block4"}),
         ("OBSPruningModifier", "num_recomputations: 4", {"num_recomputations": 4}),
+        ("OBSPruningModifier", "recomputation_spacing: geometric", {"recomputation_spacing": "geometric"}),
         ("OBSPruningModifier", "grad_sampler_kwargs: {batch_size: 8}", {"sampler_options": {"batch_size": 8}}),
         ("ConstantPruningModifier", "params: [a, b]", {"params": ("a", "b")}),
         ("ConstantPruningModifier", "start_epoch: 2", {"start_epoch": 2.0}),
@@ -476,6 +496,28 @@ class TestModifiers:
             item(f"lr_class: {lr_class}", f"lr_kwargs: {lr_kwargs}", "init_lr: 0.1", modifier="LearningRateModifier")
         )
         assert loaded == LearningRateSchedule(kind=lr_class, options=options, initial=0.1)
+
+    def test_obs_says_that_its_parts_are_linear(self, caplog):
+        lines = ["final_sparsity: 0.8", "end_epoch: 3", "fisher_block_size: 50"]
+        item_of = partial(item, *lines, modifier="OBSPruningModifier")
+        assert only(item_of("num_recomputations: 4")).recomputation_spacing == "linear"
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "<text>:2: OBSPruningModifier.recomputation_spacing: is absent and therefore linear, as this modifier "
+            "always meant it; geometric, which shrinks what is left by equal factors, is more accurate at high sparsity"
+        )
+        caplog.clear()
+        only(item_of())
+        only(item_of("num_recomputations: 4", "recomputation_spacing: linear"))
+        assert (
+            only(item_of("num_recomputations: auto", "recomputation_spacing: geometric")).num_recomputations == "auto"
+        )
+        assert not caplog.records
+
+    def test_auto_is_geometric(self):
+        assert "linear does not go with num_recomputations auto, which shrinks what is left" in refusal(
+            mfac("num_recomputations: auto", "recomputation_spacing: linear")
+        )
 
     def test_obs_says_that_its_default_is_a_diagonal_fisher(self, caplog):
         text = item("final_sparsity: 0.8", "end_epoch: 3", modifier="OBSPruningModifier")

@@ -499,7 +499,8 @@ def test_one_shot_equals_the_core_and_its_update_lowers_the_loss(task):
         task.loss(twin, batch).backward()
         rows.append({name: parameter.grad.clone().numpy() for name, parameter in prunable(twin).items()})
     gradients = {name: np.stack([row[name] for row in rows]) for name in PRUNABLE}
-    expected = prune(before, gradients, sparsity=0.75, block_size=16, damping=0.01)
+    one_pass = {"scope": "layer", "update": "independent", "num_recomputations": 1}
+    expected = prune(before, gradients, sparsity=0.75, block_size=16, damping=0.01, **one_pass)
     sampler = GradSampler(task.batches, nn.functional.mse_loss)
     ScheduledModifierManager.from_yaml(task.recipe()).apply(model, grad_sampler=sampler)
     for name, parameter in prunable(model).items():
@@ -693,6 +694,16 @@ def test_each_pruning_step_is_logged(task, caplog):
     assert other.scalars == board.scalars[:8]
     assert board.scalars[0] == ("ParamPruning/0.weight", pytest.approx(10 / 48), 5)
     assert board.scalars[-1] == ("ParamPruning/2.weight", 0.75, 20)
+
+
+def test_damping_auto_is_measured_at_each_pruning_step_and_named_in_its_line(task, caplog):
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        final_weights(task, task.recipe(damp="auto"))
+        final_weights(task, task.recipe())
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pruning step")]
+    named = [re.search(r"damping (\S+ to \S+), predicted loss increase \S+ \(in-sample\), \d", line) for line in lines]
+    assert all(named[:4]) and not any(named[4:])
+    assert len({found[1] for found in named[:4]}) == 4
 
 
 def test_a_run_that_ends_before_its_last_pruning_step_says_so(task, caplog):
