@@ -39,6 +39,7 @@ def pruning_step_line(
     steps_per_epoch: int,
     num_rows: int,
     seconds: float,
+    measured_on: str = "",
 ) -> str:
     """Return in one line what a pruning step has done.
 
@@ -51,6 +52,7 @@ def pruning_step_line(
         steps_per_epoch: Training steps per epoch.
         num_rows: Gradient samples that it drew on.
         seconds: How long it took.
+        measured_on: What the change of the loss was measured on.
 
     Returns:
         The line.
@@ -67,9 +69,14 @@ def pruning_step_line(
         'pruning step at epoch 1.50 (step 15): sparsity 0.5000, 0.10 s (MagnitudePruningModifier 2: fc.weight)'
     """
     increase = result.predicted_loss_increase
-    by_mfac = "" if increase is None else f", {num_rows} gradient rows, predicted loss increase {increase:.3g}"
-    if isinstance(settings, MFACSettings) and settings.damping == "auto" and result.damping is not None:
-        by_mfac += f", damping {damping_text(*result.damping)}"
+    by_mfac = ""
+    if increase is not None:
+        by_mfac += f", {num_rows} gradient rows"
+        if isinstance(settings, MFACSettings) and settings.damping == "auto" and result.damping is not None:
+            by_mfac += f", damping {damping_text(*result.damping)}"
+        by_mfac += f", predicted loss increase {increase:.3g} (in-sample)"
+    if result.measured_loss_change is not None:
+        by_mfac += f", measured loss change {result.measured_loss_change:+.3g} on {measured_on}"
     return (
         f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step}): sparsity {result.sparsity:.4f}{by_mfac}, "
         f"{seconds:.2f} s ({scope_in_line(modifier, names)})"

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
 from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
@@ -33,6 +32,7 @@ from mfac_core.settings import (
     checked_mask_type,
 )
 from mfac_core.weight_layout import WeightLayout
+from mfac_core.window_checks import window_warnings
 
 __all__ = ["Gradients", "prune"]
 
@@ -93,7 +93,7 @@ def prune(
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted
-        loss increase: the sum over the parts, and the damping of the last part.
+        loss increase: the sum over the parts, in-sample, and the damping of the last part.
 
     Raises:
         TypeError: If an argument is not an array, or the function returns none.
@@ -144,7 +144,7 @@ def prune(
         if not source.num_weights:
             break
         if parts_left == parts:
-            _say_what_is_wanting(source, 1 if callable(gradients) else parts)
+            _say_what_is_wanting(source, damping, 1 if callable(gradients) else parts)
         wanted = part_of_the_way(reached, sparsity, parts_left, recomputation_spacing)
         updated, chosen, part_increase, used_damping = mfac_step(
             vector[kept],
@@ -220,11 +220,10 @@ def _takes_an_argument(function: Callable[..., Any]) -> bool:
     return True
 
 
-def _say_what_is_wanting(source: GradientMatrix, parts_that_share: int) -> None:
-    """Warn of gradient samples that repeat, and of those that belong to the weights of an earlier part."""
-    distinct = num_distinct_rows(source)
-    if distinct < source.count:
-        _logger.warning(repeated_rows(source.count, distinct))
+def _say_what_is_wanting(source: GradientMatrix, damping: Damping, parts_that_share: int) -> None:
+    """Warn of gradient samples that tell nothing, and of those that belong to the weights of an earlier part."""
+    for warning in window_warnings(source, damping=damping):
+        _logger.warning(warning)
     if parts_that_share > 1:
         _logger.warning(
             "the %d parts of this pruning step share the gradients that are given, which belong to the weights before "

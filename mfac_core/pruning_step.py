@@ -31,8 +31,12 @@ class PruneResult:
         masks: Booleans of the same form and shapes; True keeps.
         sparsity: Pruned fraction of all weights in scope.
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
-            of the loss.
+            of the loss. It is in-sample: measured on the gradient samples that chose the update, which it suits best.
+            The loss on other data grows by more, often by tens of times, so compare such numbers with each other only.
         resets_optimizer: Whether the optimizer is to forget what it remembers of all these weights.
+        completes_step: Whether the pruning step is done with it, and not a part of one that others follow.
+        measured_loss_change: By how much the loss has grown over the pruning step, on batches beside the gradient
+            samples; ``None`` where it was not measured.
         damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
             ``None`` where there was none, as in magnitude pruning.
     """
@@ -42,6 +46,8 @@ class PruneResult:
     sparsity: float
     predicted_loss_increase: float | None
     resets_optimizer: bool = False
+    completes_step: bool = True
+    measured_loss_change: float | None = None
     damping: tuple[float, float] | None = None
 
 

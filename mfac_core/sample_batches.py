@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -12,7 +13,7 @@ from mfac_core.errors import SettingError
 from mfac_core.settings import is_integer
 from mfac_core.weight_names import listed
 
-__all__ = ["BatchSource", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]
+__all__ = ["BatchSource", "HeldOut", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]
 
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
@@ -23,17 +24,37 @@ _MOST_WITHOUT_LENGTH = 1000
 _logger = logging.getLogger("mfac_core")
 
 
-def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, object] | None = None) -> Iterator[Any]:
+@dataclass
+class HeldOut:
+    """Batches that are drawn after those of the gradient samples.
+
+    Args:
+        wanted: How many.
+        batches: Those that were drawn.
+        are_new: Whether they come from the one pass that the gradient samples come from, so that none of them gave one.
+    """
+
+    wanted: int
+    batches: list[Any] = field(default_factory=list)
+    are_new: bool = True
+
+
+def batches_to_sample(
+    source: BatchSource, count: int, options: Mapping[str, object] | None = None, held_out: HeldOut | None = None
+) -> Iterator[Any]:
     """Yield batches, as many as are asked for.
 
     When the batches have run out, they are begun anew, and a function is called anew; an iterator, which cannot begin
     anew, yields what it had, with a warning.
+
+    Batches to hold out follow, as far as there are any. An iterator gives none: what it has are gradient samples.
 
     Args:
         source: The batches, or a function that makes them.
         count: How many to yield.
         options: What the recipe gives as ``grad_sampler_kwargs``. A function gets them by name where it has these
             arguments, otherwise as one dictionary.
+        held_out: Takes further batches, once all are yielded and one more is asked for.
 
     Yields:
         The batches.
@@ -50,10 +71,14 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
     drawn = 0
     while drawn < count:
         before = drawn
-        for batch in _opened(source, options or {}):
+        batches = iter(_opened(source, options or {}))
+        for batch in batches:
             yield batch
             drawn += 1
             if drawn == count:
+                if held_out is not None and not isinstance(source, Iterator):
+                    held_out.are_new = before == 0
+                    _hold_out(held_out, batches, lambda: _opened(source, options or {}))
                 return
         if drawn == before:
             if drawn == 0:
@@ -102,22 +127,31 @@ def batches_of_one_pass(
         _logger.info("the data have no length: one pass over them is taken to end after %d batches", drawn)
 
 
-def zero_in_all_samples(names: Collection[str]) -> list[str]:
+def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     """Return the warning about weights whose gradient is zero in every sample.
 
     Args:
         names: The names of the weights.
+        num_weights: How many have a gradient; where it is zero for all of them, the gradient window is spoken of.
 
     Returns:
         One sentence, or none where there are no such weights.
     """
-    if not names:
+    if not names or len(names) == num_weights:
         return []
     return [
         f"the gradient is zero in every gradient sample for {listed(names)}, so that M-FAC prunes them as if they had "
         "no effect; exclude what the loss does not use. A part that is used in training mode only needs samples in "
         "that mode, and a reentrant checkpoint needs an input that requires a gradient"
     ]
+
+
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], begun_anew: Callable[[], Iterable[Any]]) -> None:
+    held_out.batches.extend(islice(batches, held_out.wanted))
+    lacking = held_out.wanted - len(held_out.batches)
+    if lacking:
+        held_out.are_new = False
+        held_out.batches.extend(islice(begun_anew(), lacking))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["assign_all"]
+__all__ = ["assign_all", "assigned"]
 
 
-def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
-    """Assign values to variables; when one cannot be assigned, all have the values again that they had before.
+@contextmanager
+def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
+    """Assign values to variables; when one cannot be assigned, or the block fails, all have again those before.
 
     Args:
         values: Keras variables and what to assign to each. All values are made before the first is assigned.
@@ -21,7 +23,8 @@ def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
         >>> import keras
         >>> one, other = keras.Variable([1.0]), keras.Variable([2.0])
         >>> try:
-        ...     assign_all([(one, [3.0]), (other, [3.0, 4.0])])
+        ...     with assigned([(one, [3.0]), (other, [3.0, 4.0])]):
+        ...         print("both have them")
         ... except ValueError:
         ...     print(one.numpy().tolist(), other.numpy().tolist())
         [1.0] [2.0]
@@ -31,11 +34,22 @@ def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
         for variable, value in list(values):
             touched.append((variable, _copied(variable)))
             variable.assign(value)
+        yield
     except BaseException:
         for variable, before in reversed(touched):
             if _copied(variable).tobytes() != before.tobytes():
                 variable.assign(before)
         raise
+
+
+def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
+    """Assign values to variables; when one cannot be assigned, all have again those before.
+
+    Args:
+        values: As in :func:`assigned`.
+    """
+    with assigned(values):
+        pass
 
 
 def _copied(variable: Any) -> npt.NDArray[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ import numpy.typing as npt
 from mfac_core.adoption import Adoption, adopt
 from mfac_core.backends import Array, device_of
 from mfac_core.log_lines import pruning_step_line, scope_in_line, unfinished_line
+from mfac_core.measured_loss import LossMeasurement
 from mfac_core.pruner import MFACPruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
 from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
 from mfac_core.zero_count import count_zeros
-from mfac_keras.assigning import assign_all
+from mfac_keras.assigning import assigned
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
@@ -182,21 +184,23 @@ class LivePruning:
             slots_of: Gives what optimizers remember of variables: it is set to zero where weights have come back.
             held: Masks of other modifiers by path, True keeps; what they prune stays zero.
         """
+        measurement = LossMeasurement(None if self._sampler is None else partial(self._sampler.loss, self._model))
         while self._pruner.is_due(step):
             planned = self._pruner.next_step
             start = time.perf_counter()
-            self._sample_gradients(step)
+            self._sample_gradients(step, measurement)
             rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
-            with self._pruner.pruning(self._weights(), step) as result:
+            with self._pruner.pruning(self._weights(), step) as pruned:
                 values = [
-                    (variable, self._to_write(name, result.weights[name], held or {}))
+                    (variable, self._to_write(name, pruned.weights[name], held or {}))
                     for name, variable in self.variables.items()
                 ]
-                if result.resets_optimizer:
+                if pruned.resets_optimizer:
                     stale = slots_of(self.variables.values())
                     values += [(slot, np.zeros(slot.shape, slot.dtype)) for slot in stale]
-                assign_all(values)
-            self._report(planned, step, rows, result, time.perf_counter() - start)
+                with assigned(values):
+                    result = measurement.end(pruned)
+            self._report(planned, step, rows, result, time.perf_counter() - start, measurement.where)
 
     def take_zeros_as_masks(self, step: int) -> bool:
         """Take every weight that is zero as pruned, where pruning steps have been done that nothing is known of.
@@ -213,7 +217,8 @@ class LivePruning:
         is_dense = self._pruner.schedule[done - 1].sparsity == 0  # its zeros may grow: a decompressed phase, or the end
         masks = {name: self.forms[name].of((each.numpy() != 0) | is_dense) for name, each in self.variables.items()}
         state = self._pruner.state_dict()
-        begun = {key: value for key, value in (("window", None), ("parts_done", 0), ("waits", False)) if key in state}
+        anew = (("window", None), ("parts_done", 0), ("parts", 0), ("waits", False))
+        begun = {key: value for key, value in anew if key in state}
         self._pruner.load_state_dict({**state, **begun, "masks": masks, "pruning_steps_done": done})
         return True
 
@@ -280,18 +285,34 @@ class LivePruning:
             return current_backend().to_tensor(values)
         return np.where(held[name], device_of(values).to_numpy(values), 0).astype(values.dtype, copy=False)
 
-    def _sample_gradients(self, step: int) -> None:
+    def _sample_gradients(self, step: int, measurement: LossMeasurement) -> None:
         if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             return
         self._pruner.forget_gradients()
         variables = list(self.variables.values())
         options = self._pruner.settings.sampler_options
-        for row in self._sampler.gradients(self._model, variables, self._pruner.num_gradients, options):
+        rows = self._sampler.gradients(
+            self._model,
+            variables,
+            self._pruner.num_gradients,
+            options,
+            held_out=measurement.held_out(self._pruner),
+        )
+        for row in rows:
             self._pruner.observe(
                 {name: form.of(array) for (name, form), array in zip(self.forms.items(), row, strict=True)}
             )
+        measurement.begin()
 
-    def _report(self, planned: PlannedStep | None, step: int, rows: int, result: PruneResult, seconds: float) -> None:
+    def _report(
+        self,
+        planned: PlannedStep | None,
+        step: int,
+        rows: int,
+        result: PruneResult,
+        seconds: float,
+        measured_on: str,
+    ) -> None:
         line = pruning_step_line(
             result,
             settings=self._pruner.settings,
@@ -301,6 +322,7 @@ class LivePruning:
             steps_per_epoch=self._steps_per_epoch,
             num_rows=rows,
             seconds=seconds,
+            measured_on=measured_on,
         )
         _logger.info("%s", line)
         if self._verbose:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
@@ -61,7 +61,13 @@ class GradientSampler:
         self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
 
     def gradients(
-        self, model: Any, variables: Sequence[Any], count: int, options: Mapping[str, object] | None = None
+        self,
+        model: Any,
+        variables: Sequence[Any],
+        count: int,
+        options: Mapping[str, object] | None = None,
+        *,
+        held_out: HeldOut | None = None,
     ) -> Iterator[list[Array]]:
         """Yield gradient samples.
 
@@ -72,6 +78,7 @@ class GradientSampler:
             variables: The variables to differentiate by.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
+            held_out: Takes the batches that follow those of the samples, once all samples are drawn.
 
         Yields:
             The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
@@ -86,7 +93,7 @@ class GradientSampler:
         metrics = _values(model.metrics_variables)
         zero = [*range(len(variables))]
         drawn = 0
-        batches = (_batch(each) for each in batches_to_sample(self._source, count, options))
+        batches = (_batch(each) for each in batches_to_sample(self._source, count, options, held_out))
         try:
             for gradients in current_backend().loss_gradients(
                 model, variables, self._loss_of(model), batches, _scale(model)
@@ -100,7 +107,7 @@ class GradientSampler:
                 zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
                 if drawn == count:  # before the last one is taken, after which nobody asks for another
                     paths = [variables[place].path for place in zero]
-                    warn_once(_logger, zero_in_all_samples(paths), self._told)
+                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._told)
                 yield [
                     np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
                     for gradient, variable in zip(gradients, variables, strict=True)

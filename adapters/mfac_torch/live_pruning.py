@@ -14,6 +14,7 @@ from torch import nn
 
 from mfac_core.backends import Array, device_of
 from mfac_core.log_lines import pruning_step_line
+from mfac_core.measured_loss import LossMeasurement
 from mfac_core.pruner import MFACPruner, Pruner, make_pruner
 from mfac_core.pruning_step import PruneResult
 from mfac_core.schedule import PlannedStep
@@ -257,12 +258,18 @@ class LivePruning:
         Args:
             step: Completed optimizer steps.
         """
-        masks: Mapping[str, Array] = {}
+        if not self._pruner.is_due(step):
+            return
+        measurement = self._measurement()
+        result = self._prune(step, measurement)
         while self._pruner.is_due(step):
-            masks = self._prune(step).masks
-        for name, mask in masks.items():
-            for log in self._loggers:
+            result = self._prune(step, measurement)
+        for log in self._loggers:
+            for name, mask in result.masks.items():
                 log(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
+            if result.measured_loss_change is not None:
+                of_modifier = f"/{self.name}" if self.name else ""
+                log(f"PruningStep/measured_loss_change{of_modifier}", result.measured_loss_change, step)
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
         """Return all that a resumed run needs: tensors and plain values only.
@@ -315,28 +322,29 @@ class LivePruning:
             )
         self._held.zero_weights()
 
-    def _prune(self, step: int) -> PruneResult:
+    def _prune(self, step: int, measurement: LossMeasurement) -> PruneResult:
         """Return what one part of a pruning step leaves, once all of it is done; or nothing of it is."""
         start = time.perf_counter()
-        with self._sampled(step), ExitStack() as undo:
+        with self._sampled(step, measurement), ExitStack() as undo:
             rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
-            with self._pruner.pruning(self._weights(), step) as result:
+            with self._pruner.pruning(self._weights(), step) as pruned:
                 held = HeldMasks(self.parameters)
-                held.hold(result.masks)
+                held.hold(pruned.masks)
                 for name, parameter in self.parameters.items():
                     values = parameter.detach()
                     undo.callback(values.copy_, values.clone())
-                    write_back(parameter, result.weights[name])
+                    write_back(parameter, pruned.weights[name])
                 held.zero_weights()
                 for optimizer in self._optimizers:
-                    if result.resets_optimizer:
+                    if pruned.resets_optimizer:
                         forget_all(optimizer, self.parameters.values(), undo)
                     forget(optimizer, self.parameters, held.pruned, undo)
+                result = measurement.end(pruned)
             if self._pruner.is_released:
                 held.release()
             self._held = held
             undo.pop_all()
-        self._report(step, rows, result, time.perf_counter() - start)
+        self._report(step, rows, result, time.perf_counter() - start, measurement.where)
         return result
 
     def _host_masks(self) -> dict[str, Array]:
@@ -368,8 +376,24 @@ class LivePruning:
                 "check that the loss depends on them, or pass grad_sampler=GradSampler(loader, loss_fn) to modify()"
             )
 
+    def _measurement(self) -> LossMeasurement:
+        """Return a measurement of a pruning step: dropout, where it is active, drops the same before it and after."""
+        if self._sampler is None:
+            return LossMeasurement(None)
+        sampler, draws = self._sampler, random_state()
+
+        def loss(batches: Sequence[Any]) -> float:
+            now = random_state()
+            restore_random_state(draws)
+            try:
+                return sampler.loss(self._model, batches)
+            finally:
+                restore_random_state(now)
+
+        return LossMeasurement(loss)
+
     @contextmanager
-    def _sampled(self, step: int) -> Iterator[None]:
+    def _sampled(self, step: int, measurement: LossMeasurement) -> Iterator[None]:
         """Put fresh samples into the gradient window for a block; if it fails, the next try draws the same ones."""
         if self._sampler is None or not isinstance(self._pruner, MFACPruner) or not self._pruner.uses_gradients(step):
             yield
@@ -378,11 +402,16 @@ class LivePruning:
         try:
             self._pruner.forget_gradients()
             samples = self._sampler.gradients(
-                self._model, self.parameters, self._pruner.num_gradients, self._pruner.settings.sampler_options
+                self._model,
+                self.parameters,
+                self._pruner.num_gradients,
+                self._pruner.settings.sampler_options,
+                held_out=measurement.held_out(self._pruner),
             )
             for gradients in samples:
                 self._pruner.observe({name: to_array(gradient) for name, gradient in gradients.items()})
                 wait_until_read(gradient.device for gradient in gradients.values())
+            measurement.begin()
             yield
         except BaseException:
             restore_random_state(before)
@@ -390,7 +419,7 @@ class LivePruning:
         finally:
             self._pruner.forget_gradients()
 
-    def _report(self, step: int, rows: int, result: PruneResult, seconds: float) -> None:
+    def _report(self, step: int, rows: int, result: PruneResult, seconds: float, measured_on: str) -> None:
         line = pruning_step_line(
             result,
             settings=self._pruner.settings,
@@ -400,6 +429,7 @@ class LivePruning:
             steps_per_epoch=self._steps_per_epoch,
             num_rows=rows,
             seconds=seconds,
+            measured_on=measured_on,
         )
         _logger.info("%s", line)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import BatchSource, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import BatchSource, HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
 
 __all__ = ["GradSampler"]
 
@@ -122,6 +122,8 @@ class GradSampler:
         parameters: Mapping[str, nn.Parameter],
         count: int,
         options: Mapping[str, object] | None = None,
+        *,
+        held_out: HeldOut | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield gradient samples.
 
@@ -132,6 +134,7 @@ class GradSampler:
             parameters: The parameters to differentiate by, by name.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
+            held_out: Takes the batches that follow those of the samples, once all samples are drawn.
 
         Yields:
             The gradient of one batch's loss by parameter name, each of its parameter's shape; zeros for a parameter
@@ -148,14 +151,14 @@ class GradSampler:
                 "the GradSampler is used under torch.inference_mode(), in which there are no gradients; call outside "
                 "of it, or under torch.no_grad()"
             )
-        batches = batches_to_sample(self._source, count, options)
+        batches = batches_to_sample(self._source, count, options, held_out)
         zero = dict.fromkeys(parameters)
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
             for number, batch in enumerate(batches, start=1):
                 gradients = self._gradient(model, parameters, batch)
                 zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
                 if number == count:  # before the last one is taken, after which nobody asks for another
-                    warn_once(_logger, zero_in_all_samples(zero), self._told)
+                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._told)
                 yield {
                     name: torch.zeros_like(parameters[name]) if gradient is None else gradient
                     for name, gradient in gradients.items()

@@ -170,6 +170,11 @@ class Pruner(ABC):
         return None if self.is_finished else self.schedule[self._done]
 
     @property
+    def is_inside_step(self) -> bool:
+        """Whether a part of the next pruning step is done."""
+        return False
+
+    @property
     def num_rows(self) -> int:
         """Gradient samples that are stored now."""
         return 0
@@ -312,6 +317,7 @@ class Pruner(ABC):
             sparsity=_sparsity_of(outcome.kept),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
+            completes_step=after.done > index,
             damping=outcome.damping,
         )
         if self._kept is not before:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.parts import Sparsity, num_parts, part_of_the_way, part_step
 from mfac_core.planning import check_memory, choose_window_device, window_bytes
@@ -22,6 +21,7 @@ from mfac_core.pruning_step import Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
+from mfac_core.window_checks import window_warnings
 
 __all__ = ["MFACPruner"]
 
@@ -129,6 +129,11 @@ class MFACPruner(GradualPruner):
     def num_gradients(self) -> int:
         """Rows that the window keeps now: those of the next pruning step that draws on them."""
         return self._num_gradients_of(self._progress)
+
+    @property
+    def is_inside_step(self) -> bool:
+        """Whether a part of the next pruning step is done."""
+        return self._progress.parts_done > 0
 
     @property
     def num_rows(self) -> int:
@@ -378,10 +383,10 @@ class MFACPruner(GradualPruner):
                 f"a pruning step uses {self._window.count} gradient samples where {self._window.num_gradients} are "
                 f"wanted; {cure} num_gradients (num_grads in a recipe)",
             )
-        if "repeated" not in self._told:
-            distinct = num_distinct_rows(self._window)
-            if distinct < self._window.count:
-                self._tell_once("repeated", repeated_rows(self._window.count, distinct))
+        if "window" not in self._told:
+            for warning in window_warnings(self._window, damping=self.settings.damping):
+                self._told.add("window")
+                _logger.warning(warning)
         return mfac_step(
             weights,
             self._window,

@@ -4,7 +4,7 @@ import pytest
 
 from mfac_core import sample_batches
 from mfac_core.errors import SettingError
-from mfac_core.sample_batches import batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
 
 
 def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
@@ -44,8 +44,9 @@ def test_a_function_that_returns_no_batches_is_refused():
 
 
 def test_weights_whose_gradient_is_always_zero_are_one_sentence():
-    assert zero_in_all_samples([]) == []
-    (sentence,) = zero_in_all_samples(["a.weight", "b.weight"])
+    assert zero_in_all_samples([], 3) == []
+    assert zero_in_all_samples(["a.weight", "b.weight"], 2) == []  # of which the gradient window is spoken
+    (sentence,) = zero_in_all_samples(["a.weight", "b.weight"], 3)
     assert sentence.startswith("the gradient is zero in every gradient sample for a.weight, b.weight, ")
 
 
@@ -111,3 +112,34 @@ def test_one_pass_without_a_batch_is_refused():
         list(batches_of_one_pass(iter([])))
     with pytest.raises(TypeError, match="returned a NoneType; it must return an iterable of batches"):
         list(batches_of_one_pass(lambda: None))
+
+
+def held_out(source, count, wanted):
+    further = HeldOut(wanted)
+    assert len(list(batches_to_sample(source, count, held_out=further))) == count
+    return further.batches, further.are_new
+
+
+def test_batches_to_hold_out_follow_in_the_same_pass_and_a_new_one_begins_only_where_it_ends():
+    assert held_out(range(10), 3, 4) == ([3, 4, 5, 6], True)
+    assert held_out(lambda: iter(range(10)), 3, 7) == ([3, 4, 5, 6, 7, 8, 9], True)
+    assert held_out(range(5), 3, 4) == ([3, 4, 0, 1], False)
+    assert held_out(range(3), 3, 2) == ([0, 1], False)
+    assert held_out(range(3), 4, 1) == ([1], False)
+    assert held_out(range(3), 3, 16) == ([0, 1, 2], False)
+
+
+def test_what_cannot_begin_anew_gives_no_batches_to_hold_out_and_says_nothing(caplog):
+    source = iter(range(10))
+    assert held_out(source, 3, 4)[0] == []
+    assert next(source) == 3
+    once = iter(range(3))
+    assert held_out(lambda: once, 3, 4)[0] == []
+    assert caplog.text == ""
+
+
+def test_nothing_is_held_out_before_all_samples_are_drawn():
+    further = HeldOut(2)
+    batches = batches_to_sample(range(10), 2, held_out=further)
+    assert [next(batches), next(batches)] == [0, 1]
+    assert further.batches == []

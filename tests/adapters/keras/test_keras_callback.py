@@ -253,7 +253,9 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
 def test_damping_auto_is_measured_at_each_pruning_step_and_named_in_its_line(task, capsys):
     task.fit(task.model(), MFACPruningCallback(task.recipe(damp="auto")))
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    named = [re.search(r"predicted loss increase \S+, damping (\S+ to \S+), \d", line) for line in printed]
+    named = [
+        re.search(r"damping (\S+ to \S+), predicted loss increase \S+ \(in-sample\), \d", line) for line in printed
+    ]
     assert all(named)
     assert len({found[1] for found in named}) == 3
 

@@ -7,7 +7,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 
 from mfac_core.backends import Device  # noqa: E402
 from mfac_core.backends.numpy_backend import NumpyBackend  # noqa: E402
-from mfac_keras import MFACPruningCallback, conversion  # noqa: E402
+from mfac_keras import MFACPruningCallback, conversion, prune_one_shot  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
 from mfac_keras.live_pruning import LivePruning  # noqa: E402
 from mfac_keras.sampling import GradientSampler  # noqa: E402
@@ -529,3 +529,32 @@ def test_a_loss_of_no_batch_or_no_loss_is_refused_by_name(task):
         GradientSampler(batches(task)).loss(task.model(), [])
     with pytest.raises(ValueError, match="has no loss; compile it, or pass loss="):
         GradientSampler(batches(task)).loss(keras.Sequential([keras.Input([6]), keras.layers.Dense(3)]), batches(task))
+
+
+def divergence(targets, output):
+    ops = keras.ops
+    differences = ops.log_softmax(targets) - ops.log_softmax(output)
+    return ops.mean(ops.sum(ops.softmax(targets) * differences, axis=-1))
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_samples_that_tell_nothing_are_named_with_the_cure(task, caplog):
+    model = task.model(hidden=keras.layers.Dense(8, activation="relu"))
+    task.fit(model, epochs=1)
+    weights = model.get_weights()
+
+    def said(dataset, loss):
+        model.set_weights(weights)
+        caplog.clear()
+        prune_one_shot(model, dataset, loss, final_sparsity=0.5, num_grads=5)
+        return [record.getMessage() for record in caplog.records if "gradient samples" in record.getMessage()]
+
+    distilled = [(x, np.asarray(model.predict(x, verbose=0))) for x, _ in batches(task)]
+    (warning,) = said(distilled, divergence)
+    assert warning.startswith(("the 5 gradient samples are as small as rounding errors", "all 5 gradient samples are"))
+    assert "sample the targets from its own output instead" in warning
+    (warning,) = said([task.batch(0)], "mse")
+    assert warning.startswith("of 5 gradient samples only 1 is distinct, so that the Fisher has rank 1")
+    (warning,) = said(batches(task), lambda y, predicted: 1e-4 * keras.ops.square(y - predicted))
+    assert warning.startswith("the damping of 1e-05 hides the empirical Fisher of the 5 gradient samples")
+    assert said(batches(task), "mse") == []

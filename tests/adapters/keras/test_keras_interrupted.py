@@ -6,7 +6,7 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_keras import MFACPruningCallback, live_pruning  # noqa: E402
-from mfac_keras.assigning import assign_all  # noqa: E402
+from mfac_keras.assigning import assigned  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
 from mfac_keras.live_pruning import LivePruning  # noqa: E402
 
@@ -135,7 +135,7 @@ def test_optimizers_forget_with_the_weights_that_come_back_or_not_at_all(task, w
 
     fault = Fault(RuntimeError())
     with pytest.MonkeyPatch.context() as patches:
-        done = live_pruning.assign_all
+        done = live_pruning.assigned
 
         def looking(values):
             values = list(values)
@@ -143,9 +143,9 @@ def test_optimizers_forget_with_the_weights_that_come_back_or_not_at_all(task, w
                 before.update({id(variable): np.array(variable.numpy(), copy=True) for variable, _ in values})
                 before["variables"] = [variable for variable, _ in values]
                 fault.is_on = True
-            done(values)
+            return done(values)
 
-        patches.setattr(live_pruning, "assign_all", looking)
+        patches.setattr(live_pruning, "assigned", looking)
         patches.setattr(keras.Variable, "assign", fault.of(keras.Variable.assign, call=int(number), late=bool(late)))
         with pytest.raises(RuntimeError):
             task.fit(model, pruning, epochs=4)
@@ -164,13 +164,19 @@ def test_values_are_assigned_to_all_variables_or_to_none(dtype):
         yield variables[0], new
         raise MemoryError
 
+    def assign(values):
+        with assigned(values):
+            pass
+
     with pytest.raises(MemoryError):
-        assign_all(failing())
+        assign(failing())
     with pytest.raises(ValueError, match="shape"):
-        assign_all([(variables[0], new), (variables[1], new), (variables[2], keras.ops.cast([1], dtype))])
+        assign([(variables[0], new), (variables[1], new), (variables[2], keras.ops.cast([1], dtype))])
+    with pytest.raises(ZeroDivisionError), assigned((variable, new) for variable in variables):
+        raise ZeroDivisionError
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [1, 2, 3]
-    assign_all((variable, new) for variable in variables)
+    assign((variable, new) for variable in variables)
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [4, 5, 6]
 

@@ -428,7 +428,7 @@ def test_with_a_sampler_each_pruning_step_draws_fresh_samples(task):
     manager = ScheduledModifierManager.from_yaml(task.recipe(start_epoch=0.0, num_grads=4, inter_func="linear"))
     manager.modify(model, optimizer, 5, grad_sampler=GradSampler(batches, nn.functional.mse_loss))
     task.train(model, optimizer)
-    assert drawn == [step for step in (0, 5, 10, 15, 20) for _ in range(4)]
+    assert drawn == [step for step in (0, 5, 10, 15, 20) for _ in range(4 + 4)]  # and to measure the loss on
     assert zeros(model) == 54
 
 
@@ -687,7 +687,7 @@ def test_each_pruning_step_is_logged(task, caplog):
     assert len(lines) == 8
     assert re.fullmatch(
         r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient rows, "
-        r"predicted loss increase \d\S*, \d+\.\d\d s \(0\.weight, 2\.weight\)",
+        r"predicted loss increase \d\S* \(in-sample\), \d+\.\d\d s \(0\.weight, 2\.weight\)",
         lines[0],
     )
     assert re.fullmatch(r"pruning step at epoch 4\.00 \(step 20\): sparsity 0\.7500, \d+\.\d\d s \(.*\)", lines[7])
@@ -701,7 +701,7 @@ def test_damping_auto_is_measured_at_each_pruning_step_and_named_in_its_line(tas
         final_weights(task, task.recipe(damp="auto"))
         final_weights(task, task.recipe())
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pruning step")]
-    named = [re.search(r"predicted loss increase \S+, damping (\S+ to \S+), \d", line) for line in lines]
+    named = [re.search(r"damping (\S+ to \S+), predicted loss increase \S+ \(in-sample\), \d", line) for line in lines]
     assert all(named[:4]) and not any(named[4:])
     assert len({found[1] for found in named[:4]}) == 4
 
@@ -922,7 +922,7 @@ def test_arguments_may_be_given_to_initialize(task):
     assert manager.initialized
     assert manager.state_dict()["step"] == 5
     task.train(model, optimizer, stop=6)
-    assert drawn == [5, 10]
+    assert drawn == [5, 5, 10, 10]  # begun anew for the batches to measure the loss on
     with pytest.raises(TypeError, match="initialize.. does not support 'teacher'"):
         manager.initialize(model, teacher=model)
 

@@ -261,7 +261,7 @@ def test_options_of_a_recipe_reach_the_builder(model, data):
         [MFACPruningModifier(final_sparsity=0.5, end_epoch=0.0, num_grads=2, grad_sampler_kwargs={"batch_size": 3})]
     )
     manager.apply(model, grad_sampler=GradSampler(builder, nn.functional.cross_entropy))
-    assert sizes == [3]
+    assert sizes == [3, 3]  # two batches for the samples, and two of three to measure the loss on
 
 
 # --- models that return tuples

@@ -300,6 +300,85 @@ def test_different_batches_are_not_spoken_of(caplog):
     assert "distinct" not in caplog.text
 
 
+# --- samples that tell nothing
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A small convolutional network that knows its data, and the data in batches."""
+    torch.manual_seed(0)
+    labels = torch.randint(3, (64,))
+    images = torch.randn(64, 1, 6, 6) + torch.randn(3, 1, 6, 6)[labels]
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    model.eval()
+    return model, list(zip(images.split(4), labels.split(4), strict=True))
+
+
+def warnings_of(caplog, trained, loss, *, batches=None, training=False, damp=1e-5):
+    """What is said where the trained network is pruned in one shot."""
+    model, data = copy.deepcopy(trained[0]), trained[1] if batches is None else batches
+    modifier = MFACPruningModifier(final_sparsity=0.5, end_epoch=0.0, num_grads=16, damp=damp)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        sampler = GradSampler(data, loss, training=training)
+        ScheduledModifierManager([modifier]).apply(model, grad_sampler=sampler)
+    return [record.getMessage() for record in caplog.records if "gradient samples" in record.getMessage()]
+
+
+def divergence(output, targets):
+    return F.kl_div(F.log_softmax(output, dim=1), F.softmax(targets, dim=1), reduction="batchmean")
+
+
+@pytest.mark.parametrize(
+    ("loss", "damp", "said"),
+    [
+        (F.mse_loss, 1e-5, "all 16 gradient samples are zero: the M-FAC run equals magnitude pruning"),
+        (divergence, 1e-5, "the 16 gradient samples are as small as rounding errors"),
+        (divergence, 1e-20, "the 16 gradient samples are as small as rounding errors"),
+    ],
+)
+def test_a_network_that_is_distilled_against_itself_is_named_with_the_cure(caplog, trained, loss, damp, said):
+    model, data = trained
+    with torch.no_grad():
+        batches = [(images, model(images)) for images, _ in data]
+    (warning,) = warnings_of(caplog, trained, loss, batches=batches, damp=damp)
+    assert warning.startswith(said)
+    assert "sample the targets from its own output instead" in warning
+
+
+def test_samples_of_one_batch_are_named_and_dropout_makes_them_differ(caplog, trained):
+    one = trained[1][:1]
+    (warning,) = warnings_of(caplog, trained, F.cross_entropy, batches=one)
+    assert warning.startswith("of 16 gradient samples only 1 is distinct, so that the Fisher has rank 1")
+    assert warnings_of(caplog, trained, F.cross_entropy, batches=one, training=True) == []
+
+
+def test_batches_of_the_same_images_in_another_order_are_nearly_equal(caplog, trained):
+    images, labels = (torch.cat(each) for each in zip(*trained[1], strict=True))
+    torch.manual_seed(1)
+    orders = [torch.randperm(64) for _ in range(16)]
+    (warning,) = warnings_of(caplog, trained, F.cross_entropy, batches=[(images[o], labels[o]) for o in orders])
+    assert warning.startswith("the 16 gradient samples are nearly equal")
+
+
+def test_a_loss_that_is_scaled_down_is_healthy_and_hidden_by_a_damping_that_is_not(caplog, trained):
+    def scaled(output, targets):
+        return 1e-4 * F.cross_entropy(output, targets)
+
+    assert warnings_of(caplog, trained, F.cross_entropy) == []
+    assert warnings_of(caplog, trained, scaled, damp=1e-13) == []
+    (warning,) = warnings_of(caplog, trained, scaled)
+    assert warning.startswith("the damping of 1e-05 hides the empirical Fisher of the 16 gradient samples")
+    assert "Use damp: auto" in warning
+
+
 # --- what the loss does not reach, and what does not fit
 
 

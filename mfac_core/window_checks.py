@@ -1,0 +1,169 @@
+"""Gradient samples that tell nothing, or less than their number: zero, lost under the damping, or alike."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.blockwise import GradientSource
+from mfac_core.settings import Damping
+
+__all__ = ["window_warnings"]
+
+_NUMBERS_AT_ONCE = 2**20
+
+_ROUNDING_ERRORS = 32
+"""Norm of rows, in roundings of a one, up to which they are rounding errors. A network that is distilled against itself
+leaves norms up to 11; the least that an untrained or trained one had by a loss times 1e-4 is 75."""
+
+_NEARLY_EQUAL = 1e-6
+"""Share of the squared norm of rows that their differences make up: rounding leaves 1e-13 of it, and mini-batches that
+share 99 % of their examples 1e-3."""
+
+_LOST_UNDER_DAMPING = 0.01
+"""Trace of the empirical Fisher of a block, in dampings: its inverse differs from that of the damping by no more."""
+
+_NO_GRADIENT = (
+    "The loss has no gradient at this model, as when the model is distilled against itself: sample the targets from "
+    "its own output instead, or take the labels"
+)
+
+_ONE_BATCH = (
+    "That comes from one batch over and over, or from a loss that does not depend on the data; draw more batches (a "
+    "data loader that shuffles gives other batches in each pass)"
+)
+
+
+def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
+    """Return what is wrong with gradient samples that are all zero or nearly so, all alike, or repeated.
+
+    They are read piece by piece until nothing can be wrong any more, which most often is after the first piece.
+
+    Args:
+        source: The gradient samples: a window, or plain gradients.
+        damping: Added to the diagonal of their empirical Fisher; ``auto`` hides none.
+
+    Returns:
+        Sentences; none where all is well.
+
+    Example:
+        >>> from mfac_core.gradient_matrix import GradientMatrix
+        >>> rows = GradientMatrix([np.array([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]])], block_size=1)
+        >>> window_warnings(rows, damping=1e-5)[0].partition(",")[0]
+        'of 3 gradient samples only 2 are distinct'
+    """
+    if not source.count or not source.num_weights:
+        return []
+    seen = _Seen(source)
+    for piece, begins_block in _pieces(source):
+        with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is none of all this
+            seen.add(piece, begins_block=begins_block)
+        if not (seen.is_small or seen.is_lost_under(damping) or seen.is_alike or seen.distinct < source.count):
+            return []
+    count = source.count
+    if seen.squares == 0:
+        return [f"all {count} gradient samples are zero: the M-FAC run equals magnitude pruning. {_NO_GRADIENT}"]
+    if seen.is_small:
+        return [
+            f"the {count} gradient samples are as small as rounding errors (norm {seen.norm:.1g}): the M-FAC run "
+            f"follows noise, or equals magnitude pruning under a fixed damping. {_NO_GRADIENT}; where the loss was "
+            "scaled down, scale it up"
+        ]
+    warnings = []
+    if seen.is_lost_under(damping):
+        warnings.append(
+            f"the damping of {damping:g} hides the empirical Fisher of the {count} gradient samples, of which no block "
+            f"has a trace above {seen.largest_trace:.1g}: the M-FAC run equals magnitude pruning. Use damp: auto "
+            '(damping="auto" in Python), which follows the scale of the loss, or a smaller damping; a model that is '
+            "distilled against itself needs other targets"
+        )
+    if count > 1 and seen.distinct == 1:
+        warnings.append(f"of {count} gradient samples only 1 is distinct, so that the Fisher has rank 1. {_ONE_BATCH}")
+    elif seen.is_alike:
+        warnings.append(
+            f"the {count} gradient samples are nearly equal (their differences are {seen.spread / seen.squares:.1g} of "
+            f"their squared norm), so that the Fisher has hardly more than rank 1. {_ONE_BATCH}"
+        )
+    elif seen.distinct < count:
+        warnings.append(
+            f"of {count} gradient samples only {seen.distinct} are distinct, so that the Fisher has no more rank than "
+            "that; draw more or smaller batches (a data loader that shuffles gives other batches in each pass), or "
+            "lower num_gradients (num_grads in a recipe)"
+        )
+    return warnings
+
+
+class _Seen:
+    """What is known of gradient samples from the columns that were read so far.
+
+    Attributes:
+        squares: Sum of the squares of all numbers.
+        spread: Sum of the squared differences from the mean of the rows.
+        largest_trace: The largest trace of the empirical Fisher of a block.
+        distinct: How many rows differ from each other, bit for bit.
+    """
+
+    def __init__(self, source: GradientSource) -> None:
+        self.squares = self.spread = self.largest_trace = 0.0
+        self.distinct = min(source.count, 1)
+        self._count = source.count
+        self._noise = _ROUNDING_ERRORS * float(np.finfo(source.dtype).eps)
+        self._block_trace = 0.0
+        self._digests = [hashlib.blake2b(digest_size=16) for _ in range(source.count)]
+
+    @property
+    def norm(self) -> float:
+        """Root mean square of the norms of the rows."""
+        return math.sqrt(self.squares / self._count)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the rows may be rounding errors."""
+        return self.norm <= self._noise
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the rows are nearly equal to each other; one row alone is not."""
+        return self._count > 1 and self.spread <= _NEARLY_EQUAL * self.squares < math.inf
+
+    def is_lost_under(self, damping: Damping) -> bool:
+        """Return whether the empirical Fisher makes next to no difference beside the damping."""
+        return damping != "auto" and self.squares < math.inf and self.largest_trace <= _LOST_UNDER_DAMPING * damping
+
+    def add(self, piece: Array, *, begins_block: bool) -> None:
+        """Take further columns, of shape ``(n, m, width)``: of one block, or of ``n`` whole ones."""
+        xp = array_namespace(piece)
+        wide = xp.asarray(piece, dtype=xp.float64)
+        squares = xp.sum(wide * wide, axis=(1, 2))
+        differences = wide - xp.mean(wide, axis=1, keepdims=True)
+        self.squares += float(xp.sum(squares))
+        self.spread += float(xp.sum(differences * differences))
+        trace = float(xp.max(squares)) / self._count
+        self._block_trace = trace if begins_block else self._block_trace + trace
+        self.largest_trace = max(self.largest_trace, self._block_trace)
+        if self.distinct < self._count:
+            self._compare(piece)
+
+    def _compare(self, piece: Array) -> None:
+        rows = device_of(piece).to_numpy(piece).swapaxes(0, 1)
+        for digest, row in zip(self._digests, rows, strict=True):
+            digest.update(np.ascontiguousarray(row).data)
+        self.distinct = len({digest.digest() for digest in self._digests})
+
+
+def _pieces(source: GradientSource) -> Iterator[tuple[Array, bool]]:
+    """Yield columns as arrays of shape ``(n, m, width)``, and whether they begin a block; whole blocks where small."""
+    at_once = max(1, _NUMBERS_AT_ONCE // source.count)
+    for slab in source.slabs:
+        blocks = max(1, at_once // slab.width)
+        for first in range(0, slab.count, blocks):
+            begins_block = True
+            for chunk in source.chunks(slab.part(first, min(blocks, slab.count - first))):
+                width = chunk.shape[2]
+                for start in range(0, width, at_once):
+                    yield chunk[:, :, start : min(start + at_once, width)], begins_block
+                    begins_block = False
