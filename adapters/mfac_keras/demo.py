@@ -18,6 +18,7 @@ from mfac_core.demo_runs import (
     DENSE_LEARNING_RATE,
     PRUNING_LEARNING_RATE,
     SAMPLE_BATCH_SIZE,
+    SEEDS,
     Demo,
     DigitImages,
     Pruned,
@@ -33,15 +34,16 @@ from mfac_keras.selection import select_variables
 __all__ = ["demo", "prune_gradually", "prune_in_one_shot", "run", "train_dense"]
 
 
-def run(*, recipe: Path | None, output: Path, seed: int) -> None:
+def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = SEEDS) -> None:
     """Run the comparison on the backend that Keras runs on, as :func:`mfac_core.demo_runs.run` says.
 
     Args:
-        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.
         output: Folder for the results; made if missing.
-        seed: Seed of the split, the weights, and the order of the batches.
+        seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
+        seeds: Number of seeds of the one-shot comparison.
     """
-    demo_runs.run(demo(seed), recipe=recipe, output=output, seed=seed)
+    demo_runs.run(demo, recipe=recipe, output=output, seed=seed, seeds=seeds)
 
 
 def demo(seed: int) -> Demo:
@@ -59,8 +61,9 @@ def demo(seed: int) -> Demo:
         versions={"keras": keras.__version__, "backend": keras.backend.backend()},
         check_params=partial(select_variables, make_network(seed)),
         train_dense=partial(train_dense, digits, seed),
-        prune_gradually=partial(prune_gradually, digits, seed),
+        train_by_recipe=partial(prune_gradually, digits, seed),
         prune_in_one_shot=partial(prune_in_one_shot, digits, seed),
+        num_test_images=len(digits.test_labels),
         files=("pruned.keras", "masks.npz"),
         save=_save,
     )
