@@ -26,6 +26,7 @@ from mfac_core.demo_runs import (
 )
 from mfac_core.files import write_file
 from mfac_core.recipe import Recipe
+from mfac_core.zero_count import count_zeros
 from mfac_keras.callback import MFACPruningCallback
 from mfac_keras.digits import accuracy, batches, copy_of, load_digits, make_network, train
 from mfac_keras.one_shot import prune_one_shot
@@ -94,12 +95,12 @@ def prune_gradually(
     dense: Any,
     advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
-    """Prune a copy of the dense network while it is trained further, for as many epochs as the recipe has.
+    """Train a copy of a network further, for as many epochs as the recipe has, while it is pruned or its zeros held.
 
     Args:
         digits: The data.
         seed: Seed of the order of the batches.
-        recipe: What prunes.
+        recipe: What prunes, or holds the zeros.
         method: Name of the method, for the record.
         dense: The trained network; stays as it is.
         advance: Called with the number of completed epochs.
@@ -148,12 +149,12 @@ def prune_in_one_shot(digits: DigitImages, seed: int, recipe: Recipe, method: st
     model = copy_of(dense)
     random = np.random.default_rng(seed)
     masks = prune_one_shot(model, lambda: batches(digits, random, SAMPLE_BATCH_SIZE), dense.loss, recipe=recipe)
-    weights = sum(mask.size for mask in masks.values())
+    weights = {each.path: keras.ops.convert_to_numpy(each) for each in model.trainable_variables if each.path in masks}
     return pruned(
         f"{method} one-shot",
         model,
         masks,
-        sparsity=sum(int((~mask).sum()) for mask in masks.values()) / weights,
+        sparsity=count_zeros(weights, masks).sparsity,
         accuracies=(accuracy(dense, digits), accuracy(model, digits)),
         started=started,
     )

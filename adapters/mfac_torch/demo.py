@@ -121,10 +121,10 @@ def prune_gradually(
     seed: int,
     advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
-    """Prune a copy of the dense network while it is trained further.
+    """Train a copy of a network further while it is pruned, or its zeros held.
 
     Args:
-        manager: What prunes.
+        manager: What prunes, or holds the zeros.
         method: Name of the method, for the record.
         dense: The trained network; stays as it is.
         digits: The data.
