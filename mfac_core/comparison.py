@@ -158,7 +158,7 @@ def _draw_accuracy(records: Sequence[RunRecord], sparsity: str, axes: Axes, styl
 def _draw_seeds(place: float, values: Sequence[float], axes: Axes, style: tuple[str, str]) -> None:
     color, marker = style
     mean, half_width = mean_and_half_width(values)
-    axes.plot([place + 0.1] * len(values), values, ".", color=color, markersize=4, alpha=0.5, markeredgewidth=0)
+    axes.plot([place + 0.1] * len(values), values, ".", color=color, markersize=5, alpha=0.5, markeredgewidth=0)
     axes.errorbar(place, mean, half_width, color=color, marker=marker, markersize=5.5, capsize=3, linewidth=1.4)
     ends = [*values, mean - (half_width or 0), mean + (half_width or 0)]
     is_low = min(ends) < _CHANCE + 0.1
@@ -180,7 +180,7 @@ def _draw_kept(records: Sequence[RunRecord], sparsity: str, axes: Axes, styles: 
             if kept:
                 at = row + 0.25 * (index - (len(styles) - 1) / 2) + 0.1
                 mean, half_width = mean_and_half_width(kept)
-                axes.plot(kept, [at] * len(kept), ".", color=color, markersize=4, alpha=0.5, markeredgewidth=0)
+                axes.plot(kept, [at] * len(kept), ".", color=color, markersize=5, alpha=0.5, markeredgewidth=0)
                 axes.plot(mean, at, color=color, marker=marker, markersize=5.5)
                 axes.text(max(kept) * 1.25, at, f"{mean:.0f}", color=color, va="center", fontsize=8.5)
     axes.set_yticks(range(len(sizes)), list(sizes))

@@ -168,14 +168,11 @@ def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str,
 
     axes.set_title("Gradual pruning")
     axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (solid; dotted: dense)")
+    axes.set_ylabel("test accuracy (dotted: dense)")
     axes.grid(alpha=0.3)
     if not records:
         _say(axes, "no gradual run")
         return
-    sparsity_axes = axes.twinx()
-    sparsity_axes.set_ylabel("sparsity (dashed)")
-    sparsity_axes.set_ylim(0, 1.02)
     curves: dict[tuple[tuple[float, ...], ...], str] = {}
     for record in records:
         epochs, accuracies, sparsities = zip(*record.history, strict=True)
@@ -184,10 +181,10 @@ def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str,
         # Methods on one schedule share one curve, which then belongs to none of them.
         curves[epochs, sparsities] = "gray" if (epochs, sparsities) in curves else colors[record.method]
     for (epochs, sparsities), color in curves.items():
-        sparsity_axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
+        axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for either in (axes, sparsity_axes):
-        either.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
 
 
 def _draw_layers(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, str]) -> None:

@@ -137,7 +137,7 @@ def test_the_picture_shows_methods_layers_and_axes(tmp_path: Path) -> None:
     for word in ("M-FAC gradual", "conv.weight", "fc.weight", "epoch", "test accuracy", "Sparsity per layer"):
         assert word in words
     assert "no gradual run" not in words
-    assert words.count(">sparsity<") == 2  # of the axis on the right, and of the dashed curves in the legend
+    assert words.count(">sparsity<") == 2  # of the axis of the layers, and of the dashed curves in the legend
 
 
 def test_the_picture_leaves_no_state_in_pyplot(tmp_path: Path) -> None:
