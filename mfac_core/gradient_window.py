@@ -57,6 +57,7 @@ class GradientWindow:
         self.dtype = np.dtype(dtype)
         # both change in one assignment each, so that an interruption leaves whole rows only
         self._pushed = 0  # rows since the window was empty
+        self._rebuilt_with = 0  # rows that came from another window
         self._overwritten: int | None = None  # the value of `_pushed` at which a row was begun over the oldest
         self._feeds = tuple(feeds)
         self._slab_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
@@ -72,6 +73,11 @@ class GradientWindow:
     def is_full(self) -> bool:
         """Whether the window holds as many rows as it keeps."""
         return self.count == self.num_gradients
+
+    @property
+    def num_fresh(self) -> int:
+        """Rows of the window that have come since it was rebuilt from another."""
+        return min(self._pushed - self._rebuilt_with, self.num_gradients)
 
     @property
     def num_bytes(self) -> int:
@@ -120,7 +126,7 @@ class GradientWindow:
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._pushed = 0
+        self._pushed = self._rebuilt_with = 0
 
     def rebuilt(self, kept: npt.NDArray[np.bool_], num_gradients: int) -> GradientWindow:
         """Return a window with fewer columns and another number of rows. This one is not changed.
@@ -157,7 +163,7 @@ class GradientWindow:
                     chunk[:, : len(rows), :] = xp.permute_dims(
                         xp.reshape(columns, (len(rows), slab.count, chunk.shape[2])), (1, 0, 2)
                     )
-        window._pushed = len(rows)
+        window._pushed = window._rebuilt_with = len(rows)
         return window
 
     def to_rows(self) -> npt.NDArray[Any]:

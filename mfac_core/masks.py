@@ -11,20 +11,16 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.mask_patterns import MaskPattern
+from mfac_core.parts import Sparsity, of_layer
 from mfac_core.settings import Scope
 
 __all__ = [
-    "Sparsity",
     "is_reached",
     "least_salient",
     "newly_pruned",
     "out_of_reach",
-    "part_of_the_way",
     "sparsity_of_zeros",
 ]
-
-Sparsity = float | Mapping[str, float]
-"""Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
 
 Vector = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
@@ -85,7 +81,7 @@ def newly_pruned(
         unpruned = int(np.count_nonzero(kept[start:stop]))
         already = (stop - start) - unpruned
         part = saliencies[position : position + unpruned]
-        chosen.append(least_salient(part, round((stop - start) * _of(sparsity, name)) - already))
+        chosen.append(least_salient(part, round((stop - start) * of_layer(sparsity, name)) - already))
         position += unpruned
     return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
@@ -173,9 +169,9 @@ def is_reached(
     """
     fitting = _fitting(zeros, segments, scope, patterns)
     if scope == "layer":
-        return all(count >= round(total * _of(sparsity, name)) for name, (count, total) in fitting.items())
+        return all(count >= round(total * of_layer(sparsity, name)) for name, (count, total) in fitting.items())
     count, total = (sum(column) for column in zip((0, 0), *fitting.values(), strict=True))
-    wanted = total * _of(sparsity, "all")
+    wanted = total * of_layer(sparsity, "all")
     # the number of whole groups that comes closest depends on which of them is next
     of_groups = any(pattern.kept_of_each is None for pattern in (patterns or {}).values())
     return bool(count >= (wanted if of_groups else round(wanted)))
@@ -205,32 +201,6 @@ def out_of_reach(sparsity: float, scope: Scope, patterns: Mapping[str, MaskPatte
     return {name: can / size for name, (can, size) in most.items() if can < round(size * sparsity)}
 
 
-def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int) -> Sparsity:
-    """Return the sparsity of the next of several equal parts of a pruning step.
-
-    Args:
-        reached: Sparsity now, as :func:`sparsity_of_zeros` gives it.
-        wanted: Sparsity of the pruning step.
-        parts_left: Parts to go, the next one included.
-
-    Returns:
-        A sparsity for :func:`newly_pruned`; with one part left exactly ``wanted``.
-
-    Example:
-        >>> part_of_the_way({"a": 0.0, "b": 0.5}, 0.75, 3)
-        {'a': 0.25, 'b': 0.5833333333333334}
-    """
-    if parts_left == 1:
-        return wanted
-    if isinstance(reached, Mapping):
-        return {name: now + (_of(wanted, name) - now) / parts_left for name, now in reached.items()}
-    return reached + (_of(wanted, "all") - reached) / parts_left
-
-
-def _of(sparsity: Sparsity, name: str) -> float:
-    return sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-
-
 def _newly_pruned_groups(
     saliencies: Array,
     kept: Mask,
@@ -248,10 +218,10 @@ def _newly_pruned_groups(
     if scope == "layer":
         for name, (start, stop) in segments.items():
             here = slice(start, stop)
-            chosen[here] = _choose(values[here], kept[here], [patterns[name]], _of(sparsity, name), by_groups=True)
+            chosen[here] = _choose(values[here], kept[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
     else:
         in_order = [patterns[name] for name in segments]
-        chosen = _choose(values, kept, in_order, _of(sparsity, "all"), by_groups=False)
+        chosen = _choose(values, kept, in_order, of_layer(sparsity, "all"), by_groups=False)
     return device.asarray(chosen[kept])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
@@ -13,53 +13,64 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
-from mfac_core.errors import SettingError
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import newly_pruned, part_of_the_way, sparsity_of_zeros
+from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.parts import num_parts, part_of_the_way
 from mfac_core.pruning_step import PruneResult, mfac_step
 from mfac_core.settings import (
     MaskType,
+    Recomputations,
     Scope,
+    Spacing,
     Update,
     check_block_size,
     check_choice,
     check_damping,
     check_number,
+    check_recomputations,
     checked_mask_type,
 )
 from mfac_core.weight_layout import WeightLayout
 
-__all__ = ["prune"]
+__all__ = ["Gradients", "prune"]
 
 _logger = logging.getLogger("mfac_core")
+
+Gradients = Array | Mapping[str, Array]
+"""Gradient samples as rows: one array, or a mapping from name to array."""
 
 _ARRAY = "weights"  # the name of a single array among the mappings below
 
 
 def prune(
     weights: Array | Mapping[str, Array],
-    gradients: Array | Mapping[str, Array],
+    gradients: Gradients | Callable[..., Gradients],
     *,
     sparsity: float,
     masks: Array | Mapping[str, Array] | None = None,
     block_size: int | None = 2000,
     damping: float = 1e-5,
-    scope: Scope = "layer",
+    scope: Scope = "global",
     mask_type: MaskType = "unstructured",
-    update: Update = "independent",
-    num_recomputations: int = 1,
+    update: Update = "joint",
+    num_recomputations: Recomputations = "auto",
+    recomputation_spacing: Spacing = "geometric",
     axes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
     devices: Sequence[str | Device] | str | Device = ("cpu",),
 ) -> PruneResult:
     """Prune weights to a sparsity by M-FAC, in one pruning step.
 
-    The weights that ``masks`` keeps are concatenated in order and cut into Fisher blocks.
+    The weights that ``masks`` keeps are concatenated in order and cut into Fisher blocks. The step is done in several
+    parts (``num_recomputations``), each by a Fisher of its own over what remains. What the parts before have moved has
+    other gradients: pass a function that gives them.
 
     Args:
         weights: One array, or a mapping from name to array; float32 or float64, NumPy or CuPy. Not modified.
         gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
-            ``weights``, arrays of shape ``(m, *shape)``. Not modified.
+            ``weights``, arrays of shape ``(m, *shape)``. Not modified. Or a function that returns such rows: it is
+            called before each part, with the weights as they are then, in the form of ``weights``; pruned ones are
+            exactly 0. A function without arguments is called without them.
         sparsity: Pruned fraction to reach, in ``[0, 1)``: exactly ``round(n * sparsity)`` zeros, per layer or over
             all weights according to ``scope``. Where it is reached already, nothing changes.
         masks: Which weights are unpruned so far (True), in the form of ``weights``; ``None`` means all.
@@ -69,8 +80,10 @@ def prune(
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
             a block; for their rules see :func:`mfac_core.masks.newly_pruned`.
         update: ``independent`` (the paper's) or ``joint`` (exact OBS for the pruned set).
-        num_recomputations: In how many equal parts the sparsity is reached, each by a Fisher of its own over what
-            remains.
+        num_recomputations: In how many parts the sparsity is reached; ``auto`` takes as many that none removes more
+            than about a fifth of what is left. With rows that are given once, all parts share them, with a warning.
+        recomputation_spacing: ``geometric``: each part leaves the same fraction of what it finds; ``linear``: each
+            removes as many weights.
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
             inputs alone mean that the others number separate matrices, as in a stack of experts.
@@ -81,7 +94,7 @@ def prune(
         loss increase: the sum over the parts.
 
     Raises:
-        TypeError: If an argument is not an array.
+        TypeError: If an argument is not an array, or the function returns none.
         ValueError: If shapes or names do not fit, a setting is out of range, or a gradient holds NaN or Inf.
         SettingError: If the mask type does not fit the shape of an array.
         DeviceError: If a device does not exist.
@@ -99,15 +112,13 @@ def prune(
     check_choice("update", update, get_args(Update))
     check_block_size(block_size)
     check_damping(damping)
-    if isinstance(num_recomputations, bool) or not isinstance(num_recomputations, Integral) or num_recomputations < 1:
-        raise SettingError(
-            "num_recomputations", f"{num_recomputations!r} must be a positive integer; 1 computes the Fisher once"
-        )
+    check_recomputations(num_recomputations, recomputation_spacing)
     mask_type = checked_mask_type(mask_type, [sparsity])
     sparsity = meant_sparsity(mask_type, float(sparsity)) if sparsity else 0.0
 
     named = _named(weights)
-    for array in (*named.values(), *_named(gradients).values(), *(() if masks is None else _named(masks).values())):
+    given = {} if callable(gradients) else _named(gradients)
+    for array in (*named.values(), *given.values(), *(() if masks is None else _named(masks).values())):
         device_of(array)  # refuses what is not an array
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
@@ -116,19 +127,22 @@ def prune(
     vector = layout.flatten(named)
     kept = _kept(masks, layout)
     layout.check_finite(vector, kept, "prune from finite weights, or mask these")
-    gradient_parts = _gradient_parts(gradients, weights, layout)
     vector[~kept] = 0
-    whole = GradientMatrix(gradient_parts, block_size=block_size)
-    distinct = num_distinct_rows(whole)
-    if distinct < whole.count:
-        _logger.warning(repeated_rows(whole.count, distinct))
+
+    def in_form(values: npt.NDArray[Any]) -> Any:
+        return _like(layout.unflatten_like(values, named), weights, named)
+
+    rows_of = _rows_for_parts(gradients, weights, layout, in_form)
+    reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
+    parts = num_parts(reached, sparsity, num_recomputations)
     increase = 0.0
-    for parts_left in range(int(num_recomputations), 0, -1):
-        reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
-        wanted = part_of_the_way(reached, sparsity, parts_left)
-        source = GradientMatrix(gradient_parts, kept, block_size=block_size)
+    for parts_left in range(parts, 0, -1):
+        source = GradientMatrix(rows_of(vector), kept, block_size=block_size)
         if not source.num_weights:
             break
+        if parts_left == parts:
+            _say_what_is_wanting(source, 1 if callable(gradients) else parts)
+        wanted = part_of_the_way(reached, sparsity, parts_left, recomputation_spacing)
         updated, chosen, part_increase = mfac_step(
             vector[kept],
             source,
@@ -140,8 +154,11 @@ def prune(
         vector[kept] = updated
         kept[kept] = ~chosen
         increase += part_increase
+        if is_reached(~kept, sparsity, layout.segments, scope, patterns):
+            break
+        reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
     return PruneResult(
-        weights=_like(layout.unflatten_like(vector, named), weights, named),
+        weights=in_form(vector),
         masks=_like(layout.unflatten(kept), weights, named),
         sparsity=int(np.count_nonzero(~kept)) / layout.num_weights,
         predicted_loss_increase=increase,
@@ -167,9 +184,52 @@ def _kept(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> np
     return layout.flatten(named)
 
 
-def _gradient_parts(
-    gradients: Array | Mapping[str, Array], weights: Array | Mapping[str, Array], layout: WeightLayout
-) -> list[Array]:
+def _rows_for_parts(
+    gradients: Gradients | Callable[..., Gradients],
+    weights: Array | Mapping[str, Array],
+    layout: WeightLayout,
+    in_form: Callable[[npt.NDArray[Any]], Any],
+) -> Callable[[npt.NDArray[Any]], list[Array]]:
+    """Return a function that gives the gradient samples of each part, from the weights as they are then."""
+    if not callable(gradients):
+        given = _gradient_parts(gradients, weights, layout)
+        return lambda vector: given
+    draw = gradients
+    takes_weights = _takes_an_argument(draw)
+
+    def drawn(vector: npt.NDArray[Any]) -> list[Array]:
+        rows = draw(in_form(vector.copy())) if takes_weights else draw()
+        for array in _named(rows).values():
+            device_of(array)  # refuses what is not an array
+        return _gradient_parts(rows, weights, layout)
+
+    return drawn
+
+
+def _takes_an_argument(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # one of a compiled module may not tell its arguments
+        return True
+    return True
+
+
+def _say_what_is_wanting(source: GradientMatrix, parts_that_share: int) -> None:
+    """Warn of gradient samples that repeat, and of those that belong to the weights of an earlier part."""
+    distinct = num_distinct_rows(source)
+    if distinct < source.count:
+        _logger.warning(repeated_rows(source.count, distinct))
+    if parts_that_share > 1:
+        _logger.warning(
+            "the %d parts of this pruning step share the gradients that are given, which belong to the weights before "
+            "the first: pass a function gradients(weights) that gives fresh rows for each, or num_recomputations=1",
+            parts_that_share,
+        )
+
+
+def _gradient_parts(gradients: Gradients, weights: Array | Mapping[str, Array], layout: WeightLayout) -> list[Array]:
     if isinstance(gradients, Mapping):
         if not isinstance(weights, Mapping):
             raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")

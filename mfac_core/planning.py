@@ -11,6 +11,7 @@ from itertools import pairwise
 from mfac_core.backends import Device, resolve_device
 from mfac_core.blocks import cut, working_bytes
 from mfac_core.errors import MemoryBudgetError
+from mfac_core.parts import num_parts, part_of_the_way
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 
@@ -157,12 +158,12 @@ def check_memory(
 def _windows(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> Iterator[tuple[int, int]]:
     """Yield rows and columns of the window before each pruning step, and before each of its parts."""
     reached = 0.0  # the window is as large as the sparsity reached by the pruning step before demands
-    parts = settings.num_recomputations
     for planned in schedule:
         rows = num_gradients_at(settings.num_gradients, reached)
-        for part in range(parts):
-            sparsity = reached + (planned.sparsity - reached) * part / parts
+        sparsity = reached
+        for parts_left in range(num_parts(reached, planned.sparsity, settings.num_recomputations), 0, -1):
             yield rows, num_weights - round(num_weights * sparsity)
+            sparsity = part_of_the_way(sparsity, planned.sparsity, parts_left, settings.recomputation_spacing)
         reached = planned.sparsity
 
 

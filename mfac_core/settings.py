@@ -23,12 +23,15 @@ __all__ = [
     "MagnitudeSettings",
     "MaskType",
     "PruningSettings",
+    "Recomputations",
     "Scope",
+    "Spacing",
     "Update",
     "check_block_size",
     "check_choice",
     "check_damping",
     "check_number",
+    "check_recomputations",
     "checked_mask_type",
     "checked_params",
     "is_integer",
@@ -37,6 +40,8 @@ __all__ = [
 Interpolation = Literal["linear", "cubic", "inverse_cubic"]
 Scope = Literal["layer", "global"]
 Update = Literal["independent", "joint"]
+Spacing = Literal["geometric", "linear"]
+Recomputations = int | Literal["auto"]
 GradientOrigin = Literal["auto", "training"]
 MaskType = str | tuple[int, int]
 """``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` such as ``2:4``, or the shape of a block."""
@@ -200,8 +205,10 @@ class MFACSettings(GradualSettings):
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
             GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
-        num_recomputations: How many times the Fisher is computed anew within one pruning step, whose sparsity is then
-            reached in as many equal parts.
+        num_recomputations: In how many parts a pruning step is done, each by a Fisher of its own over what remains;
+            ``auto`` takes as many that none removes more than about a fifth of what is left.
+        recomputation_spacing: How the parts share the way: ``geometric`` shrinks what is left by equal factors,
+            ``linear`` removes equally many weights in each.
         gradient_origin: ``auto`` takes gradient samples from the sampler where there is one, and those of training
             otherwise; ``training`` takes those of training in any case.
         sampler_options: Keyword arguments for the function that makes the sampler's batches.
@@ -213,7 +220,8 @@ class MFACSettings(GradualSettings):
     devices: tuple[str, ...] = ("auto",)
     gradients_device: str = "auto"
     update: Update = "independent"
-    num_recomputations: int = 1
+    num_recomputations: Recomputations = 1
+    recomputation_spacing: Spacing = "geometric"
     gradient_origin: GradientOrigin = "auto"
     sampler_options: Mapping[str, object] = field(default_factory=dict)
 
@@ -223,10 +231,7 @@ class MFACSettings(GradualSettings):
         check_block_size(self.block_size)
         check_damping(self.damping)
         check_choice("update", self.update, get_args(Update))
-        if not is_integer(self.num_recomputations) or self.num_recomputations < 1:
-            raise SettingError(
-                "num_recomputations", f"{self.num_recomputations!r} must be a positive integer; 1 computes it once"
-            )
+        check_recomputations(self.num_recomputations, self.recomputation_spacing)
         check_choice("gradient_origin", self.gradient_origin, get_args(GradientOrigin))
         options = self.sampler_options
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
@@ -400,6 +405,31 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
         raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
     if not holds(float(value)):  # type: ignore[arg-type]  # a number by now
         raise SettingError(name, f"{value!r} is out of range; the rule is {rule}")
+
+
+def check_recomputations(num_recomputations: object, spacing: object) -> None:
+    """Refuse a number of recomputations that is none, or does not go with its spacing.
+
+    Args:
+        num_recomputations: What is given as the number.
+        spacing: What is given as the spacing.
+
+    Raises:
+        SettingError: If the number is neither a positive integer nor ``auto``, the spacing is unknown, or the two do
+            not go together.
+    """
+    if num_recomputations != "auto" and (not is_integer(num_recomputations) or num_recomputations < 1):
+        raise SettingError(
+            "num_recomputations",
+            f"{num_recomputations!r} must be a positive integer, or auto; 1 computes the Fisher once",
+        )
+    check_choice("recomputation_spacing", spacing, get_args(Spacing))
+    if num_recomputations == "auto" and spacing == "linear":
+        raise SettingError(
+            "recomputation_spacing",
+            "linear does not go with num_recomputations auto, which shrinks what is left by equal factors; write "
+            "geometric, or a number of recomputations",
+        )
 
 
 def is_integer(value: object) -> TypeGuard[int]:

@@ -7,7 +7,7 @@ right (a damping of 1e-8 beside gradients of 1e3), ``exact_inverse`` computes in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal, localcontext
 from typing import NamedTuple
 
@@ -210,23 +210,25 @@ def predicted_loss_increase(fisher: Matrix, dw: Vector) -> float:
 
 def prune(
     weights: Mapping[str, ArrayLike],
-    gradients: ArrayLike,
+    gradients: ArrayLike | Callable[[dict[str, Vector]], ArrayLike],
     *,
     sparsity: float | Mapping[str, float],
     masks: Mapping[str, ArrayLike] | None = None,
     block_size: int | None = 2000,
     damping: float = 1e-5,
-    scope: str = "layer",
-    update: str = "independent",
+    scope: str = "global",
+    update: str = "joint",
     mask_type: str | tuple[int, int] = "unstructured",
     axes: Mapping[str, tuple[int, ...]] | None = None,
-    num_recomputations: int = 1,
+    num_recomputations: int | str = "auto",
+    recomputation_spacing: str = "geometric",
 ) -> Pruned:
     """One pruning step, densely. Only weights that ``masks`` keep take part; they are cut into blocks in their order.
 
     Args:
         weights: Name to array, in parameter order.
-        gradients: Shape (m, total): all weights flattened and concatenated in parameter order.
+        gradients: Shape (m, total): all weights flattened and concatenated in parameter order; or a function that
+            gives these for each part, from the weights as they are then.
         sparsity: Pruned fraction to reach, within each layer or over all (``scope``); or one per layer.
         masks: Name to mask, True keeps; None keeps all.
         block_size: Unpruned weights per block; None for one block.
@@ -235,13 +237,15 @@ def prune(
         update: ``independent`` or ``joint``.
         mask_type: Pattern of the zeros.
         axes: Name to the permutation of axes into outputs, kernel, inputs.
-        num_recomputations: Parts with a Fisher of their own, each as long a way towards the sparsity as the others.
+        num_recomputations: Parts with a Fisher of their own; "auto" for the least number of which none removes more
+            than 22 % of what is left.
+        recomputation_spacing: Each part keeps the same fraction of what it finds (geometric), or removes the same
+            fraction of all (linear).
     """
     shapes = {name: np.shape(array) for name, array in weights.items()}
     sizes = [int(np.prod(shape)) for shape in shapes.values()]
     layers = dict(zip(shapes, _consecutive(sizes), strict=True))
     w = np.concatenate([np.asarray(array, dtype=np.float64).ravel() for array in weights.values()])
-    g = np.asarray(gradients, dtype=np.float64)
     kept = np.ones(w.size, dtype=bool)
     if masks is not None:
         kept = np.concatenate([np.asarray(masks[name], dtype=bool).ravel() for name in weights])
@@ -254,19 +258,38 @@ def prune(
     if scope == "global":
         groups = {"all": [[q + layers[name].start for q in group] for name in groups for group in groups[name]]}
 
+    def ways():
+        for name, field in fields.items():
+            wanted = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
+            now = _reached(kept[field], mask_type, groups[name], by_groups=scope == "layer")
+            yield name, field, now, max(wanted, now)
+
+    parts = num_recomputations
+    if parts == "auto":
+        parts = 1
+        while any(1 - wanted < (1 - now) * 0.78**parts * (1 - 1e-8) for _, _, now, wanted in ways()):
+            parts += 1
     increase = 0.0
-    for parts_left in range(num_recomputations, 0, -1):
+    for parts_left in range(parts, 0, -1):
+        rows = (
+            gradients({name: w[part].reshape(shapes[name]) for name, part in layers.items()})
+            if callable(gradients)
+            else gradients
+        )
+        g = np.asarray(rows, dtype=np.float64)
         fisher = dense_fisher(g[:, kept], damping, block_size)
         inverse = dense_inverse(g[:, kept], damping, block_size)
         saliencies = np.zeros(w.size)
         saliencies[kept] = saliency(w[kept], np.diag(inverse))
         after = kept.copy()
-        for name, field in fields.items():
-            wanted = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-            if parts_left > 1:
-                now = _reached(kept[field], mask_type, groups[name], by_groups=scope == "layer")
-                wanted = now + (wanted - now) / parts_left
-            after[field] = _select(saliencies[field], kept[field], wanted, mask_type, groups[name], scope)
+        for name, field, now, wanted in ways():
+            if parts_left == 1:
+                target = wanted
+            elif recomputation_spacing == "linear":
+                target = now + (wanted - now) / parts_left
+            else:
+                target = 1 - (1 - now) * np.exp((np.log(1 - wanted) - np.log(1 - now)) / parts_left)
+            after[field] = _select(saliencies[field], kept[field], target, mask_type, groups[name], scope)
         pruned = ~after[kept]
         dw = {"independent": independent_update, "joint": joint_update}[update](w[kept], inverse, pruned)
         w[kept] += dw

@@ -415,6 +415,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         )
         for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
             _logger.info("%s", modifier.summary(pruning.schedule))
+        for note in plan.notes:
+            _logger.info("%s", note)
         for warning in plan.warnings:
             _logger.warning("%s", warning)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.errors import RecipeError
 from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import modifier_names, overlaps
+from mfac_core.recipe.linting import lint_one_shot, modifier_names
 from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due
@@ -95,7 +95,7 @@ def prune_one_shot(
                 each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, told=told
             )
             prunings.append(pruning)
-    for warning in overlaps([gradual for gradual, _ in parts], [pruning.variables for pruning in prunings]):
+    for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
     prune_if_due(prunings, 0)
     return combined_masks(prunings)

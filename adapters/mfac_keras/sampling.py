@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +57,8 @@ class GradientSampler:
         self._source = _batches_of(dataset)
         self._told: set[str] = set()
         self._loss = None if loss is None else keras.losses.get(loss)
+        # compiled for which model, and the function
+        self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
 
     def gradients(
         self, model: Any, variables: Sequence[Any], count: int, options: Mapping[str, object] | None = None
@@ -78,9 +82,8 @@ class GradientSampler:
             ValueError: If there is no loss, no batch at all, a batch has another form, or the loss depends on none of
                 the variables.
         """
-        if self._loss is None and not model.compiled:
-            raise ValueError(f"{model.name} is not compiled, so it has no loss; compile it, or pass loss=...")
-        metrics = [(variable, variable.numpy()) for variable in model.metrics_variables]
+        self._check_has_loss(model)
+        metrics = _values(model.metrics_variables)
         zero = [*range(len(variables))]
         drawn = 0
         batches = (_batch(each) for each in batches_to_sample(self._source, count, options))
@@ -103,12 +106,78 @@ class GradientSampler:
                     for gradient, variable in zip(gradients, variables, strict=True)
                 ]
         finally:
-            for variable, value in metrics:  # some losses keep count of themselves
-                variable.assign(value)
+            _put_back(metrics)
+
+    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
+        """Draw batches as for gradient samples.
+
+        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+
+        Args:
+            count: How many batches to draw.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches, as the dataset gives them.
+
+        Raises:
+            TypeError: If there are options and the batches do not come from a callable that takes them.
+            ValueError: If there is no batch at all.
+        """
+        return list(batches_to_sample(self._source, count, options))
+
+    def loss(self, model: Any, batches: Iterable[Any]) -> float:
+        """Return the mean loss of batches in inference mode; metrics are as before afterwards.
+
+        Args:
+            model: The model to evaluate.
+            batches: Batches in a form that the dataset may give; each counts the same.
+
+        Returns:
+            The mean of the losses.
+
+        Raises:
+            ValueError: If the model has no loss, there is no batch, or one has another form.
+        """
+        self._check_has_loss(model)
+        compiled_with = (model, model._compile_loss, model.run_eagerly)
+        if self._evaluation is None or not all(map(operator.is_, self._evaluation[0], compiled_with)):
+            self._evaluation = (compiled_with, current_backend().loss_function(model, self._loss_of(model)))
+        evaluate = self._evaluation[1]
+        metrics = _values(model.metrics_variables)
+        try:
+            losses = [float(keras.ops.convert_to_numpy(evaluate(_batch(each)))) for each in batches]
+        finally:
+            _put_back(metrics)
+        if not losses:
+            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
+        return math.fsum(losses) / len(losses)
+
+    def forward(self, model: Any, batch: Any, *, training: bool = False) -> Any:
+        """Run the model on one batch, without gradients.
+
+        Args:
+            model: The model to run.
+            batch: A batch in a form that the dataset may give.
+            training: Whether it runs as in training, in which normalization statistics are updated.
+
+        Returns:
+            What the model returned.
+
+        Raises:
+            ValueError: If the batch has another form.
+        """
+        x, _, _ = _batch(batch)
+        with current_backend().no_gradients():
+            return _called(model, x, training=training)
+
+    def _check_has_loss(self, model: Any) -> None:
+        if self._loss is None and not model.compiled:
+            raise ValueError(f"{model.name} is not compiled, so it has no loss; compile it, or pass loss=...")
 
     def _loss_of(self, model: Any) -> Callable[..., Any]:
         def loss_of(x: Any, y: Any, sample_weight: Any) -> Any:
-            predicted = model(x, training=False) if model._call_has_training_arg else model(x)
+            predicted = _called(model, x, training=False)
             if self._loss is None:
                 return model._compute_loss(x=x, y=y, y_pred=predicted, sample_weight=sample_weight, training=False)
             if isinstance(self._loss, keras.losses.Loss):
@@ -117,6 +186,19 @@ class GradientSampler:
             return keras.ops.mean(values if sample_weight is None else values * sample_weight)
 
         return loss_of
+
+
+def _called(model: Any, x: Any, *, training: bool) -> Any:
+    return model(x, training=training) if model._call_has_training_arg else model(x)
+
+
+def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
+    return [(variable, variable.numpy()) for variable in variables]
+
+
+def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
+    for variable, value in values:  # some losses keep count of themselves
+        variable.assign(value)
 
 
 def _batches_of(dataset: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from mfac_core.log_lines import unfinished_line
 from mfac_core.one_shot_settings import one_shot_in_order
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import modifier_names, overlaps
+from mfac_core.recipe.linting import lint_one_shot, modifier_names
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
 from mfac_core.zero_count import ZeroCount
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
@@ -568,6 +568,6 @@ def _live_prunings(
                 )
             )
     if one_shot_at is not None:  # for a gradual run the linter says it
-        for warning in overlaps([whole for whole, _ in parts], [pruning.parameters for pruning in prunings]):
+        for warning in lint_one_shot(parts, [pruning.parameters for pruning in prunings]):
             _logger.warning("%s", warning)
     return tuple(prunings)

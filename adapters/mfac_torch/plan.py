@@ -45,6 +45,8 @@ def log_plan(
         _logger.info("%s%s", modifier.summary(pruning.schedule), _computed(pruning))
         for step in modifier.steps:
             _logger.debug("%s", step)
+    for note in plan.notes:
+        _logger.info("%s", note)
     for warning in plan.warnings:
         if warning not in told:
             _logger.warning("%s", warning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
@@ -161,10 +162,82 @@ class GradSampler:
                 }
                 advance()
 
+    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
+        """Draw batches as for gradient samples.
+
+        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+
+        Args:
+            count: How many batches to draw.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches, as the data loader gives them.
+
+        Raises:
+            ValueError: If there is no batch at all.
+            TypeError: If the batches do not come from a callable that takes the options.
+        """
+        return list(batches_to_sample(self._source, count, options))
+
+    def loss(self, model: nn.Module, batches: Iterable[Any]) -> float:
+        """Return the mean loss of batches, in the mode of the gradient samples; no gradients arrive in the model.
+
+        Args:
+            model: The model to evaluate, unwrapped.
+            batches: Batches in a form that the data loader may give; each counts the same.
+
+        Returns:
+            The mean of the losses.
+
+        Raises:
+            ValueError: If there is no batch, one has another form, or the loss is not a scalar.
+            TypeError: If the model does not take the batches.
+
+        Example:
+            >>> sampler = GradSampler([(torch.ones(2, 1), torch.zeros(2, 1))], nn.functional.mse_loss)
+            >>> sampler.loss(nn.PReLU(), sampler.batches(1))
+            1.0
+        """
+        losses = []
+        # gradients are on, because a loss may itself differentiate, by an input for example
+        with _in_mode(model, training=self._training), torch.enable_grad():
+            for batch in batches:
+                args, kwargs, target = self._call_of(model, batch)
+                loss = self._loss_of(model(*args, **kwargs), target)
+                _check_scalar(loss)
+                losses.append(float(loss.detach()))
+        if not losses:
+            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
+        return math.fsum(losses) / len(losses)
+
+    def forward(self, model: nn.Module, batch: Any) -> Any:
+        """Run the model on one batch, without gradients, in the mode that it is in.
+
+        Args:
+            model: The model to run, unwrapped.
+            batch: A batch in a form that the data loader may give.
+
+        Returns:
+            What the model returned.
+
+        Raises:
+            ValueError: If the batch has another form.
+            TypeError: If the model does not take it.
+        """
+        args, kwargs, _ = self._call_of(model, batch)
+        with torch.no_grad():
+            return model(*args, **kwargs)
+
+    def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+        args, kwargs, target = _call_of(_to_device(batch, _device_of(model)), with_target=self._loss_fn is not None)
+        _check_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
+        return args, kwargs, target
+
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
     ) -> dict[str, torch.Tensor | None]:
-        args, kwargs, target = _call_of(_to_device(batch, _device_of(model)), with_target=self._loss_fn is not None)
+        args, kwargs, target = self._call_of(model, batch)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
             _in_mode(model, training=self._training),
@@ -172,8 +245,7 @@ class GradSampler:
             _without_gradients(leaves),
             torch.enable_grad(),
         ):
-            _check_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
-            loss = self._loss(model(*args, **kwargs), target)
+            loss = self._loss_of(model(*args, **kwargs), target)
             _check_loss(loss)
             # Not torch.autograd.grad, which sees nothing of a block that is evaluated again in its own backward pass.
             loss.backward()
@@ -184,7 +256,7 @@ class GradSampler:
             )
         return gradients
 
-    def _loss(self, output: Any, target: Any) -> Any:
+    def _loss_of(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:
             return _own_loss(output)
         if self._takes_first_entry:
@@ -351,7 +423,7 @@ def _trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _check_loss(loss: Any) -> None:
+def _check_scalar(loss: Any) -> None:
     if not isinstance(loss, torch.Tensor):
         raise ValueError(f"loss_fn of the GradSampler returned a {type(loss).__name__}; it must return a scalar tensor")
     if loss.numel() != 1:
@@ -359,6 +431,10 @@ def _check_loss(loss: Any) -> None:
             f"loss_fn of the GradSampler returned a tensor of shape {tuple(loss.shape)}; it must return a scalar, "
             "such as the mean over the batch"
         )
+
+
+def _check_loss(loss: Any) -> None:
+    _check_scalar(loss)
     if not loss.requires_grad:
         raise ValueError(
             "the loss of the GradSampler does not depend on the model's parameters; check model and loss_fn"

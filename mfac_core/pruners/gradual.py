@@ -11,7 +11,8 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import Sparsity, is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.parts import Sparsity
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruning_step import Selection, magnitude_step
 from mfac_core.schedule import PlannedStep, pruning_schedule, sparsity_at

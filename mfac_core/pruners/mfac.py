@@ -14,7 +14,7 @@ import numpy as np
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.distinct_rows import num_distinct_rows, repeated_rows
 from mfac_core.gradient_window import GradientWindow
-from mfac_core.masks import Sparsity, part_of_the_way
+from mfac_core.parts import Sparsity, num_parts, part_of_the_way, part_step
 from mfac_core.planning import check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner
@@ -34,6 +34,7 @@ class MFACProgress(Progress):
 
     Args (beside those of :class:`Progress`):
         parts_done: Parts of the next pruning step that are done.
+        parts: In how many parts the pruning step with the index ``next_pruning`` is done.
         waits: Whether a pruning step fell due before there was any row: it waits until the first window is full.
         window: The gradient samples of the unpruned weights; ``None`` before there is any.
         next_pruning: Index of the next pruning step that asks for more zeros than there are masked; the number of all
@@ -41,6 +42,7 @@ class MFACProgress(Progress):
     """
 
     parts_done: int = 0
+    parts: int = 1
     waits: bool = False
     window: GradientWindow | None = None
     next_pruning: int = 0
@@ -49,10 +51,11 @@ class MFACProgress(Progress):
 class MFACPruner(GradualPruner):
     """Gradual pruning by M-FAC.
 
-    With ``num_recomputations`` a pruning step is done in as many parts, one by each call of :meth:`prune`: each goes an
-    equal part of the way to the sparsity of the step, by a Fisher of its own over what remains. Live gradients serve
-    all parts; sampled ones are forgotten with each and to be drawn anew. :meth:`is_due` stays True until the last part
-    is done.
+    With ``num_recomputations`` a pruning step is done in as many parts, one by each call of :meth:`prune`, each by a
+    Fisher of its own over what remains, and by gradients of its own. Sampled ones are forgotten with each part and to
+    be drawn anew: :meth:`is_due` stays True until the last part is done. With live gradients the parts come one window
+    of rows after the other, so that the last is due at the step of the schedule, see :func:`mfac_core.parts.part_step`;
+    where there are too few steps for that, they share rows, which is said once.
 
     A pruning step that asks for no more zeros than there are, such as the first at sparsity 0, neither waits for
     gradients nor moves weights.
@@ -148,11 +151,10 @@ class MFACPruner(GradualPruner):
             True in the last :attr:`num_gradients` steps before the next pruning step that draws on them, and while one
             waits for rows.
         """
-        upcoming = self._progress.next_pruning
-        if upcoming == len(self.schedule) or not self._live:
+        if self._progress.next_pruning == len(self.schedule) or not self._live:
             return False
         self._note_waiting(step)
-        return step >= self.schedule[upcoming].step - self.num_gradients
+        return step >= self._next_part_step - self.num_gradients
 
     def uses_gradients(self, step: int) -> bool:
         """Return whether the pruning step that is due draws on gradient samples.
@@ -244,6 +246,7 @@ class MFACPruner(GradualPruner):
         return {
             **super().state_dict(),
             "parts_done": self._progress.parts_done,
+            "parts": self._progress.parts if self._progress.parts_done else 0,
             "waits": self._progress.waits,
             "refused_rows": self._refused_rows,
             "window": None if self._window is None else self._window.state_dict(),
@@ -252,15 +255,21 @@ class MFACPruner(GradualPruner):
     def _take(self, state: Mapping[str, Any]) -> None:
         super()._take(state)
         check_keys("an M-FAC pruner", state, ("parts_done", "waits", "refused_rows"))
-        parts = self.settings.num_recomputations
+        wanted = self.settings.num_recomputations
         parts_done = checked_integer("parts_done", state["parts_done"], at_least=-sys.maxsize)
-        if not 0 <= parts_done < parts or (parts_done and self.is_finished):
+        as_before = wanted if parts_done and wanted != "auto" else 0  # in states of older releases
+        parts = checked_integer("parts", state.get("parts", as_before))
+        fits = 0 < parts_done < parts and wanted in ("auto", parts) if parts_done else parts == 0
+        if not fits or (parts_done and self.is_finished):
             raise ValueError(
-                f"the state is {parts_done} parts into a pruning step, and num_recomputations is {parts}, with "
-                f"{len(self.schedule) - self._done} pruning steps to do; resume with the recipe that it was saved with"
+                f"the state is {parts_done} of {parts} parts into a pruning step, and num_recomputations is {wanted}, "
+                f"with {len(self.schedule) - self._done} pruning steps to do; resume with the recipe that it was saved "
+                "with"
             )
         waits = checked_flag("waits", state["waits"])
-        self._progress = replace(self._progress_at(self._kept, self._done, parts_done), waits=waits)
+        self._progress = replace(
+            self._progress_at(self._kept, self._done, parts_done, parts if parts_done else None), waits=waits
+        )
         self._refused_rows = checked_integer("refused_rows", state["refused_rows"])
         self._arriving = None
         if state.get("window") is not None:
@@ -275,13 +284,17 @@ class MFACPruner(GradualPruner):
             self._progress = replace(self._progress, window=window)
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
-        parts_left = self.settings.num_recomputations - self._parts_of(index)
-        return part_of_the_way(self._sparsity_of(~self._kept), self._sparsity_at(index), parts_left)
+        return part_of_the_way(
+            self._sparsity_of(~self._kept),
+            self._sparsity_at(index),
+            self._parts_of(index) - self._parts_done_of(index),
+            self.settings.recomputation_spacing,
+        )
 
     def _after(self, kept: Mask, index: int) -> MFACProgress:
-        parts_done = self._parts_of(index) + 1
-        if parts_done < self.settings.num_recomputations:
-            after = self._progress_at(kept, index, parts_done)
+        parts_done, parts = self._parts_done_of(index) + 1, self._parts_of(index)
+        if parts_done < parts and not self._is_reached(~kept, index):
+            after = self._progress_at(kept, index, parts_done, parts)
         else:
             after = self._progress_at(kept, index + 1)
         window, stay = self._window, kept[self._kept]
@@ -292,13 +305,20 @@ class MFACPruner(GradualPruner):
             window = window.rebuilt(stay, rows)
         return replace(after, window=window)
 
-    def _progress_at(self, kept: Mask, done: int, parts_done: int = 0) -> MFACProgress:
-        """Return the progress once pruning steps are done, without a window."""
+    def _progress_at(self, kept: Mask, done: int, parts_done: int = 0, parts: int | None = None) -> MFACProgress:
+        """Return the progress once pruning steps, and parts of the next, are done, without a window."""
         left = range(done, len(self.schedule))
         # sparsity never falls; most often the very next one prunes
         asks = bool(left) and not self._is_reached(~kept, done)
         ahead = 0 if asks else bisect_left(left, True, key=lambda index: not self._is_reached(~kept, index))
-        return MFACProgress(kept, done, parts_done, next_pruning=done + ahead)
+        upcoming = done + ahead
+        if parts is None:
+            parts = self._parts_needed(kept, upcoming) if upcoming < len(self.schedule) else 1
+        return MFACProgress(kept, done, parts_done, parts, next_pruning=upcoming)
+
+    def _parts_needed(self, kept: Mask, index: int) -> int:
+        """Return in how many parts the pruning step with this index is done, if it begins with these weights."""
+        return num_parts(self._sparsity_of(~kept), self._sparsity_at(index), self.settings.num_recomputations)
 
     def _num_gradients_of(self, progress: MFACProgress, schedule: Sequence[PlannedStep] | None = None) -> int:
         """Return the rows of a window at a place in a schedule: the own one, or another."""
@@ -307,9 +327,28 @@ class MFACPruner(GradualPruner):
         reached = planned[upcoming - 1].sparsity if upcoming else 0.0
         return num_gradients_at(self.settings.num_gradients, reached)
 
-    def _parts_of(self, index: int) -> int:
+    def _parts_done_of(self, index: int) -> int:
         """Return how many parts of a pruning step are done: none of one that passes others over."""
         return self._progress.parts_done if index == self._done else 0
+
+    def _parts_of(self, index: int) -> int:
+        """Return in how many parts a pruning step is done."""
+        return self._progress.parts if index == self._progress.next_pruning else self._parts_needed(self._kept, index)
+
+    @property
+    def _next_part_step(self) -> int:
+        """The optimizer step at which the next part that draws on gradients is due."""
+        upcoming = self._progress.next_pruning
+        planned = self.schedule[upcoming].step
+        if not self._live:
+            return planned
+        before = self.schedule[upcoming - 1].step if upcoming else None
+        return part_step(planned, before, self._parts_done_of(upcoming), self._progress.parts, self.num_gradients)
+
+    def _latest(self, step: int) -> int:
+        latest = super()._latest(step)
+        is_next = latest + 1 == self._done == self._progress.next_pruning < len(self.schedule)
+        return self._done if is_next and step >= self._next_part_step else latest
 
     def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
         self._store_arriving()
@@ -324,6 +363,14 @@ class MFACPruner(GradualPruner):
                     "refused; look for NaN in the data, the weights and the loss"
                 )
             raise ValueError("there are no gradient samples to prune with; observe at least one before prune")
+        if self._live and self._parts_done_of(index) and self._window.num_fresh < self._window.count:
+            self._tell_once(
+                "stale",
+                f"part {self._parts_done_of(index) + 1} of a pruning step uses {self._window.count} gradient samples, "
+                f"and {self._window.num_fresh} of them have arrived since the part before: the others are those of the "
+                "weights before it; prune less often, start later, or lower num_recomputations or num_gradients "
+                "(num_grads in a recipe), or use a gradient sampler",
+            )
         if not self._window.is_full:
             cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
             self._tell_once(

@@ -276,6 +276,7 @@ MFAC_KEYS: Mapping[str, Key] = {
     "available_devices": Key("devices", _devices, _write_devices),
     "update": Key("update"),
     "num_recomputations": Key("num_recomputations"),
+    "recomputation_spacing": Key("recomputation_spacing"),
     "use_gradient_buffering": Key("gradient_origin", _gradient_origin, _write_gradient_origin, _sampler_note),
     "grad_sampler_kwargs": Key("sampler_options", _sampler_options, _write_sampler_options),
 }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
+from mfac_core.parts import num_parts, part_step
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.writing import name_in_messages
@@ -36,14 +37,17 @@ __all__ = [
     "describe",
     "lint",
     "lint_model",
+    "lint_one_shot",
     "modifier_names",
     "named_parts",
     "notes",
-    "overlaps",
 ]
 
 _BYTES_PER_GRADIENT = 4
 _MANY_STEPS = 10**6
+_LARGE_STEP = 0.5
+"""A pruning step that keeps a smaller fraction than this of what it finds is a large one."""
+_BETTER = "write global_sparsity: true and num_recomputations: auto (and update: joint, damp: auto)"
 _NAMED = 3
 """So many parameters of a modifier are named in its summary."""
 
@@ -115,10 +119,12 @@ class Plan(NamedTuple):
     Attributes:
         modifiers: One entry per pruning modifier, and per final sparsity where it has several.
         warnings: One sentence per thing that will run but hardly as it was meant.
+        notes: One sentence per thing that is better known beforehand.
     """
 
     modifiers: tuple[ModifierPlan, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def window_bytes(self) -> int:
@@ -146,6 +152,7 @@ def lint(recipe: Recipe, steps_per_epoch: int | None = None, *, sampled: bool = 
         *(() if sampled else _window_warnings(named, steps_per_epoch)),
         *_ends_too_late(named, _end_of_training(recipe.modifiers)),
         *_begins_too_late(recipe.modifiers, _end_of_training(recipe.modifiers)),
+        *_layers_in_one_pass(_parts(named)),
         *_same_params(named),
         *_same_learning_rate(recipe.modifiers),
     )
@@ -206,24 +213,37 @@ def lint_model(
         *_begins_too_late(settings, end),
         *_cut_short(settings, epochs),
         *_same_learning_rate(settings),
+        *_layers_in_one_pass(
+            (name, part) for (name, part), plan in zip(parts, plans, strict=True) if len(plan.weights) > 1
+        ),
         *_pruned_while_frozen(((part, plan) for (_, part), plan in zip(parts, plans, strict=True)), trainable),
         *_same_weights([(name, part, plan.weights) for (name, part), plan in zip(parts, plans, strict=True)]),
     )
-    return Plan(plans, warnings)
+    within_layers = (named for named, plan in zip(parts, plans, strict=True) if len(plan.weights) > 1)
+    return Plan(plans, warnings, tuple(_in_one_pass(within_layers)))
 
 
-def overlaps(times: Sequence[PruningSettings], weights: Sequence[Collection[str]]) -> tuple[str, ...]:
-    """Return warnings about modifiers that prune the same parameters at the same time; :func:`lint_model` has them too.
+def lint_one_shot(
+    parts: Sequence[tuple[PruningSettings, PruningSettings]], weights: Sequence[Collection[str]]
+) -> tuple[str, ...]:
+    """Return warnings about what several modifiers prune in one shot.
 
     Args:
-        times: The settings that say when each of them prunes; in one shot still those of the gradual run, because a
-            modifier that follows another does not prune at the same time.
+        parts: For each, the settings of the gradual run, which say whether two of them prune at the same time or the
+            one after the other; and those of the single step, from
+            :func:`mfac_core.one_shot_settings.one_shot_in_order`.
         weights: Names of the parameters that each of them prunes.
 
     Returns:
-        One sentence for each two such modifiers.
+        One sentence per thing that will run but hardly as it was meant.
     """
-    return tuple(_same_weights([(*named, names) for named, names in zip(_named(times), weights, strict=True)]))
+    times = _named(gradual for gradual, _ in parts)
+    at_once = _named(single for _, single in parts)
+    several = (named for named, names in zip(at_once, weights, strict=True) if len(names) > 1)
+    return (
+        *_layers_in_one_pass(several),
+        *_same_weights([(*named, names) for named, names in zip(times, weights, strict=True)]),
+    )
 
 
 def modifier_names(pruning: Iterable[PruningSettings]) -> list[str]:
@@ -288,6 +308,12 @@ def notes(recipe: Recipe) -> tuple[str, ...]:
             found.append(f"{name}: holds the zeros that are there at epoch {settings.start_epoch:g}{until}")
         if isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM:
             found.append(f"{name}: begins at the sparsity that the weights have then")
+        found += _in_one_pass([(name, settings)])
+        if isinstance(settings, MFACSettings) and settings.num_recomputations != 1:
+            found.append(
+                f"{name}: does each pruning step in {_in_words(settings)}, each by gradients of its own: without a "
+                "gradient sampler those of the optimizer steps before it"
+            )
         if isinstance(settings, MFACSettings) and settings.devices == ("auto",):
             found.append(
                 f"{name}: computes where the model is: on its GPU if CuPy is installed, on the CPU otherwise; "
@@ -299,6 +325,13 @@ def notes(recipe: Recipe) -> tuple[str, ...]:
                 "for it, and in host memory otherwise; grads_device says it outright"
             )
     return tuple(found)
+
+
+def _in_words(settings: MFACSettings) -> str:
+    if settings.num_recomputations == "auto":
+        return "as many parts that none removes more than about a fifth of what is left"
+    how = "shrink what is left by equal factors" if settings.recomputation_spacing == "geometric" else "remove as much"
+    return f"{settings.num_recomputations} parts that {how}"
 
 
 def _scheduled(schedule: Sequence[PlannedStep]) -> str:
@@ -358,7 +391,8 @@ def _window_warnings(named: Iterable[_Named], steps_per_epoch: int | None, *, sa
         parts = settings.by_final_sparsity()
         yield from _waiting_start(name, parts[0], steps_per_epoch)
         if steps_per_epoch is not None:
-            yield from next(filter(None, (list(_not_full(name, part, steps_per_epoch)) for part in parts)), [])
+            for warn in (_not_full, _share_rows):
+                yield from next(filter(None, (list(warn(name, part, steps_per_epoch)) for part in parts)), [])
 
 
 def _waiting_start(name: str, settings: MFACSettings, steps_per_epoch: int | None) -> Iterator[str]:
@@ -374,14 +408,13 @@ def _waiting_start(name: str, settings: MFACSettings, steps_per_epoch: int | Non
 def _not_full(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterator[str]:
     """Yield at most one sentence: about the first step whose window is not full."""
     short, rows, before = [], 0, 0
-    for row in _rows(name, settings, steps_per_epoch):
-        if row.num_gradients is None:
-            continue
-        step, wanted = row.step or 0, row.num_gradients
+    for row, steps in _part_steps(name, settings, steps_per_epoch):
+        wanted = row.num_gradients or 0
         # Rows outlive a pruning step: only the columns of newly pruned weights leave the window.
-        rows, before = min(wanted, rows + step - before), step
+        rows = min(wanted, rows + steps[0] - before)
         if 0 < rows < wanted:
             short.append((row, rows))
+        rows, before = min(wanted, rows + steps[-1] - steps[0]), steps[-1]
     if short:
         row, rows = short[0]
         more = f" (the first of {len(short)} such steps)" if len(short) > 1 else ""
@@ -390,6 +423,76 @@ def _not_full(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterat
             f"gradient window has {rows} of {row.num_gradients} rows, and uses those{more}; start later, prune less "
             "often, lower num_grads or use a gradient sampler"
         )
+
+
+def _share_rows(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterator[str]:
+    """Yield at most one sentence: about the first pruning step whose parts do not have a window of rows each."""
+    for row, steps in _part_steps(name, settings, steps_per_epoch):
+        between = steps[1] - steps[0] if len(steps) > 1 else math.inf
+        if between < (row.num_gradients or 0):
+            yield (
+                f"{name}: the {len(steps)} parts of the pruning step at epoch {row.epoch:g} (optimizer step {row.step})"
+                f" share gradient samples: they are {between} optimizer steps apart, and a window has "
+                f"{row.num_gradients} rows; start later, prune less often, lower num_recomputations or num_grads, or "
+                "use a gradient sampler"
+            )
+            return
+
+
+def _part_steps(
+    name: str, settings: MFACSettings, steps_per_epoch: int
+) -> Iterator[tuple[ScheduleRow, tuple[int, ...]]]:
+    """Yield the pruning steps that draw on gradients of training, with the steps at which their parts are due."""
+    reached, before = 0.0, None
+    for row in _rows(name, settings, steps_per_epoch):
+        step, sparsity = row.step or 0, reached if row.sparsity is None else row.sparsity
+        if row.num_gradients is not None:
+            parts = num_parts(reached, sparsity, settings.num_recomputations)
+            yield row, tuple(part_step(step, before, part, parts, row.num_gradients) for part in range(parts))
+        reached, before = sparsity, step
+
+
+def _layers_in_one_pass(named: Iterable[_Named]) -> Iterator[str]:
+    for name, settings in named:
+        large = _large_step_within_layers(settings)
+        if large is not None:
+            yield (
+                f"{name}: goes from sparsity {large[0]:.3g} to {large[1]:.3g} in one pass within each layer, which "
+                f"most often is less accurate than global magnitude pruning; {_BETTER}, or prune in smaller steps"
+            )
+
+
+def _in_one_pass(named: Iterable[_Named]) -> Iterator[str]:
+    for name, settings in named:
+        if _is_within_layers_at_once(settings) and _large_step_within_layers(settings) is None:
+            yield (
+                f"{name}: gives each layer the same sparsity, and each pruning step one pass: the default of old "
+                f"recipes, and not the most accurate; {_BETTER}"
+            )
+
+
+def _large_step_within_layers(settings: PruningSettings) -> tuple[float, float] | None:
+    """Return the sparsities before and after the first large pruning step in one pass within layers, if any."""
+    reached = 0.0
+    for part in settings.by_final_sparsity() if _is_within_layers_at_once(settings) else ():
+        for planned in pruning_schedule(_begun(part), _MANY_STEPS):
+            if 1 - planned.sparsity < _LARGE_STEP * (1 - reached):
+                return reached, planned.sparsity
+            reached = planned.sparsity
+        reached = 0.0
+    return None
+
+
+def _is_within_layers_at_once(settings: PruningSettings) -> bool:
+    """Return whether each layer has the same sparsity, and each pruning step one Fisher."""
+    if not isinstance(settings, MFACSettings) or settings.scope == "global" or settings.num_recomputations != 1:
+        return False
+    # of N:M each group of inputs has its share whatever the scope
+    return ":" not in str(settings.mask_type) and not _names_one_weight(settings)
+
+
+def _names_one_weight(settings: PruningSettings) -> bool:
+    return len(settings.params) == 1 and not settings.params[0].startswith(("__", "re:"))
 
 
 def _end_of_training(settings: Iterable[Settings]) -> tuple[float, str]:

@@ -90,6 +90,20 @@ _STAND_INS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
 """Settings without a default -> a value that goes with those of the others that are right."""
 
 
+class Absent(NamedTuple):
+    """What to log where a key is not given.
+
+    Attributes:
+        key: The key.
+        note: What its absence means.
+        beside: Another key, if the absence matters only where that one is given.
+    """
+
+    key: str
+    note: str
+    beside: str = ""
+
+
 @dataclass(frozen=True)
 class ModifierFormat:
     """How a modifier is written in a recipe.
@@ -100,7 +114,7 @@ class ModifierFormat:
         required: Keys that must be given.
         defaults: Field of the settings -> its value where no key gives it, if it differs from that of the settings.
         nested: Key under which some of the keys may stand instead (``mfac_options``) -> those keys.
-        absent: Key -> what to log where it is not given.
+        absent: What to log where a key is not given.
     """
 
     settings: type[Settings]
@@ -108,7 +122,7 @@ class ModifierFormat:
     required: tuple[str, ...]
     defaults: Mapping[str, object] = field(default_factory=dict)
     nested: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    absent: Mapping[str, str] = field(default_factory=dict)
+    absent: tuple[Absent, ...] = ()
 
 
 _GRADUAL = ("final_sparsity", "end_epoch")
@@ -137,11 +151,25 @@ MODIFIERS: Mapping[str, ModifierFormat] = {
         settings=MFACSettings,
         keys={**GRADUAL_KEYS, "global_sparsity": SCOPE, **MFAC_KEYS},
         required=_GRADUAL,
-        defaults={"scope": "global", "num_gradients": 1024, "block_size": 1, "damping": 1e-7},
-        absent={
-            "fisher_block_size": "is absent and therefore 1, which makes the Fisher matrix diagonal; "
-            "the recipes of oBERT use 50"
+        defaults={
+            "scope": "global",
+            "num_gradients": 1024,
+            "block_size": 1,
+            "damping": 1e-7,
+            "recomputation_spacing": "linear",
         },
+        absent=(
+            Absent(
+                "fisher_block_size",
+                "is absent and therefore 1, which makes the Fisher matrix diagonal; the recipes of oBERT use 50",
+            ),
+            Absent(
+                "recomputation_spacing",
+                "is absent and therefore linear, as this modifier always meant it; geometric, which shrinks what is "
+                "left by equal factors, is more accurate at high sparsity",
+                beside="num_recomputations",
+            ),
+        ),
     ),
     "MagnitudePruningModifier": ModifierFormat(
         settings=MagnitudeSettings,
@@ -387,8 +415,8 @@ def _settings(modifier: ModifierFormat, all_written: list[_Written], place: Plac
                 fields[meaning.field] = value
     with wrong.gathered(place.line):
         _require(modifier, written, misspelled, place)
-    for absent, note in modifier.absent.items():
-        if modifier.keys[absent].field not in written:
+    for absent, note, beside in modifier.absent:
+        if modifier.keys[absent].field not in written and (not beside or modifier.keys[beside].field in written):
             _logger.warning(place._replace(name=f"{place.name}.{absent}").message(note))
     with wrong.gathered(written["params"].place.line if "params" in written else None):
         _settle_params(fields, written)

@@ -123,7 +123,7 @@ def test_a_state_that_lacks_something_is_refused_unless_it_is_the_window_or_of_a
     pruner, state = make(method), in_mid_run(method).state_dict()
     before = copy.deepcopy(pruner.state_dict())
     for path, _ in leaves(state):
-        if path not in {("window",), ("steps_per_epoch",)}:
+        if path not in {("window",), ("steps_per_epoch",), ("parts",)}:
             assert_refused(pruner, without(state, path), before)
     for wrong in (None, 3, "x", [], {}, list(state.items()), np.zeros(3)):
         assert_refused(pruner, wrong, before)
@@ -164,7 +164,10 @@ def test_a_check_changes_nothing(method):
         ({"masks": 3}, r"the state of a pruner \(its masks\): a mapping is expected, and this is 3"),
         ({"schedule": np.zeros((2, 2), object)}, r"schedule is an array of object and shape \(2, 2\) and must be a"),
         ({"initial_sparsities": np.array([0.1])}, "it holds 1 initial sparsities, and this run has 0"),
-        ({"pruning_steps_done": 4, "parts_done": 1}, "1 parts into a pruning step, .* with 0 pruning steps to do"),
+        (
+            {"pruning_steps_done": 4, "parts_done": 1, "parts": 3},
+            "1 of 3 parts into a pruning step, .* with 0 pruning steps to do",
+        ),
         (
             {"window": {"rows": np.zeros((4, 20), np.float32), "position": 0}},
             "has shape .4, 20., this one holds 3 rows",

@@ -29,6 +29,7 @@ pruning_modifiers:
     end_epoch: 3.0
     update_frequency: 1.0
     num_grads: {0.0: 64, 0.5: 128}
+    global_sparsity: true
 """
 
 
@@ -544,7 +545,7 @@ def test_every_error_of_a_recipe_is_shown(write_recipe: Callable[[str], Path]) -
     assert [line.split(": ")[:2] for line in result.stderr.splitlines()] == [
         ["error", f"{path}:6"],
         ["error", f"{path}:7"],
-        ["error", f"{path}:11"],
+        ["error", f"{path}:12"],
     ]
 
 
@@ -629,8 +630,8 @@ def test_what_loading_a_recipe_logs_is_among_the_warnings_and_what_was_asked_for
 
     result = mfac("check", path, "--skip-unsupported", "--strict")
 
-    assert f"warning: {path}:11: MFACPruningModifier.num_pages: has no effect" in result.stdout
-    assert f"note: {path}:12: QuantizationModifier is not supported and is left out" in result.stdout
+    assert f"warning: {path}:12: MFACPruningModifier.num_pages: has no effect" in result.stdout
+    assert f"note: {path}:13: QuantizationModifier is not supported and is left out" in result.stdout
     assert result.exit_code == 1
     write_recipe(RECIPE + "  - !QuantizationModifier {}\n")
     assert mfac("check", path, "--skip-unsupported", "--strict").exit_code == 0

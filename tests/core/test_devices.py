@@ -88,7 +88,7 @@ def test_every_device_works_in_a_pruning_step_and_only_with_blocks(update):
     gradients = make_gradients(4, 60)
     mfac_core.prune(
         np.arange(1.0, 61.0), gradients, sparsity=0.99, block_size=5, damping=1e-2, update=update,
-        devices=strict_devices(3, backend),
+        num_recomputations=1, devices=strict_devices(3, backend),
     )  # fmt: skip
     blocks = [(device, shape) for device, shape in backend.uploads if len(shape) == 3]
     assert {device for device, _ in blocks} == set(NAMES)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -352,5 +353,10 @@ def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before
 
 def test_windows_between_the_parts_of_a_pruning_step_are_counted():
     settings = MFACSettings(final_sparsity=0.8, end_epoch=0, num_gradients=10, num_recomputations=4)
+    linear = replace(settings, recomputation_spacing="linear")
     schedule = make_pruner(settings, {"a": np.ones(1000)}, steps_per_epoch=8).schedule
-    assert window_bytes(settings, 1000, schedule) == 4 * 10 * (1000 + 800)
+    assert window_bytes(linear, 1000, schedule) == 4 * 10 * (1000 + 800)
+    assert window_bytes(settings, 1000, schedule) == 4 * 10 * (1000 + round(1000 * 0.2**0.25))
+    assert window_bytes(replace(settings, num_recomputations="auto"), 1000, schedule) == 4 * 10 * (
+        1000 + round(1000 * 0.2 ** (1 / 7))
+    )

@@ -5,7 +5,7 @@ import pytest
 from mfac_core.errors import SettingError
 from mfac_core.planning import peak_window
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
-from mfac_core.recipe.linting import Plan, describe, lint, lint_model, notes, overlaps
+from mfac_core.recipe.linting import Plan, describe, lint, lint_model, lint_one_shot, notes
 from mfac_core.schedule import pruning_schedule
 from mfac_core.settings import (
     FROM_PARAM,
@@ -23,7 +23,7 @@ def recipe(*modifiers) -> Recipe:
 
 
 def mfac(**changes: object) -> MFACSettings:
-    return MFACSettings(**{"final_sparsity": 0.8, "start_epoch": 2.0, "end_epoch": 6.0, **changes})
+    return MFACSettings(**{"final_sparsity": 0.8, "start_epoch": 2.0, "end_epoch": 6.0, "scope": "global", **changes})
 
 
 def magnitude(**changes: object) -> MagnitudeSettings:
@@ -222,7 +222,92 @@ class TestDescribe:
         assert [row.sparsity for row in rows] == [None, None, 0.8]
 
 
+class TestLayersInOnePass:
+    WARNING = (
+        "MFACPruningModifier: goes from sparsity 0 to 0.8 in one pass within each layer, which most often is less "
+        "accurate than global magnitude pruning; write global_sparsity: true and num_recomputations: auto (and update: "
+        "joint, damp: auto), or prune in smaller steps"
+    )
+
+    @pytest.mark.parametrize("changes", [{"end_epoch": 2.0}, {"initial_sparsity": 0.8}])
+    def test_a_large_step_within_layers_is_named(self, changes):
+        settings = mfac(scope="layer", num_gradients=1, **changes)
+        assert lint(recipe(settings)) == (self.WARNING,)
+        assert lint_model([settings], [{"a": 10, "b": 10}], 100).warnings == (self.WARNING,)
+        assert lint_one_shot([(settings, settings)], [["a", "b"]]) == (self.WARNING,)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"scope": "global"},
+            {"num_recomputations": 2},
+            {"num_recomputations": "auto"},
+            {"final_sparsity": 0.5},
+            {"mask_type": "1:8"},
+            {"params": ("a",)},
+        ],
+    )
+    def test_others_are_not(self, changes):
+        settings = mfac(**{"scope": "layer", "num_gradients": 1, "end_epoch": 2.0, **changes})
+        assert lint(recipe(settings)) == ()
+        assert lint_one_shot([(settings, settings)], [["a", "b"]]) == ()
+
+    def test_a_single_layer_has_nothing_to_share(self):
+        settings = mfac(scope="layer", num_gradients=1, end_epoch=2.0)
+        assert lint_model([settings], [{"a": 10}], 100).warnings == ()
+        assert lint_one_shot([(settings, settings)], [["a"]]) == ()
+
+    def test_each_final_sparsity_counts(self):
+        settings = mfac(scope="layer", num_gradients=1, end_epoch=2.0, final_sparsity={0.3: ("a", "b"), 0.9: ("re:c",)})
+        assert "from sparsity 0 to 0.9 in one pass" in only(lint(recipe(settings)))
+
+    def test_small_steps_are_a_note(self):
+        settings = mfac(scope="layer", end_epoch=22.0, num_gradients=1, devices=("cpu",))
+        assert lint(recipe(settings)) == ()
+        note = only(notes(recipe(settings)))
+        assert note.startswith(
+            "MFACPruningModifier: gives each layer the same sparsity, and each pruning step one pass"
+        )
+        assert lint_model([settings], [{"a": 10, "b": 10}], 100).notes == (note,)
+        assert lint_model([settings], [{"a": 10}], 100).notes == ()
+
+
+class TestPartsThatShareRows:
+    def test_they_are_named_with_the_steps_between(self):
+        settings = mfac(num_gradients=30, num_recomputations=4)  # 100 steps between two pruning steps
+        warning = only(lint(recipe(settings), 100))
+        assert "the 4 parts of the pruning step at epoch 3 (optimizer step 300) share gradient samples: they are " in (
+            warning
+        )
+        assert "25 optimizer steps apart, and a window has 30 rows" in warning
+        assert lint(recipe(mfac(num_gradients=25, num_recomputations=4)), 100) == ()
+        assert lint(recipe(settings), 100, sampled=True) == ()
+        assert lint(recipe(settings)) == ()
+
+    def test_those_of_the_first_pruning_step_are_all_at_once(self):
+        warning = only(lint(recipe(mfac(num_gradients=2, initial_sparsity=0.5, num_recomputations="auto")), 100))
+        assert "the 3 parts of the pruning step at epoch 2 (optimizer step 200) share gradient samples: they are 0" in (
+            warning
+        )
+
+    def test_a_window_must_be_full_at_the_first_part(self):
+        # 100 steps to epoch 3, of which the last 60 are for the second and third part
+        assert lint(recipe(mfac(num_gradients=30, num_recomputations=3, start_epoch=0.0)), 100) == ()
+        short = lint(recipe(mfac(num_gradients=40, num_recomputations=3, start_epoch=0.0, end_epoch=1.0)), 100)
+        assert any("falls due while its gradient window has 34 of 40 rows" in each for each in short)
+
+
 class TestNotes:
+    def test_parts_are_described(self):
+        cases = {
+            (4, "geometric"): "in 4 parts that shrink what is left by equal factors, each by gradients of its own",
+            (4, "linear"): "in 4 parts that remove as much, each by",
+            ("auto", "geometric"): "in as many parts that none removes more than about a fifth of what is left, each",
+        }
+        for (number, spacing), words in cases.items():
+            settings = mfac(num_recomputations=number, recomputation_spacing=spacing, devices=("cpu",))
+            assert words in only(notes(recipe(settings)))
+
     def test_devices_that_are_decided_later(self):
         assert only(notes(recipe(mfac()))) == (
             "MFACPruningModifier: computes where the model is: on its GPU if CuPy is installed, on the CPU otherwise; "
@@ -327,7 +412,9 @@ class TestModel:
         at_once = magnitude(start_epoch=epoch, end_epoch=epoch)
         for settings in ([magnitude(), at_once], [at_once, magnitude()]):
             assert len(self.plan(*settings, weights=[{"a": 1}] * 2).warnings) == count
-            assert self.plan(*settings, weights=[{"a": 1}] * 2).warnings == overlaps(settings, ["a", "a"])
+            assert self.plan(*settings, weights=[{"a": 1}] * 2).warnings == lint_one_shot(
+                [(each, each) for each in settings], [["a"], ["a"]]
+            )
 
     def test_long_lists_of_shared_parameters_are_cut_short(self):
         many = {f"layer{number}": 1 for number in range(9)}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mfac_core.mask_patterns import mask_patterns
-from mfac_core.masks import least_salient, newly_pruned, out_of_reach, part_of_the_way, sparsity_of_zeros
+from mfac_core.masks import least_salient, newly_pruned, out_of_reach, sparsity_of_zeros
 from tests import reference
 from tests.core.strict_backend import strict_devices
 
@@ -273,20 +273,6 @@ def test_only_zeros_that_fit_the_mask_type_count():
     assert zeros_of({"a": rows}, "global", "block4") == 4 / 15
     assert zeros_of({"a": rows}, "global", "2:4") == 3 / 15
     assert zeros_of({"a": np.array([[0, 0], [1, 0]]), "b": np.zeros((0, 3))}, "layer", "filter") == {"a": 0.5, "b": 0}
-
-
-@given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 9))
-def test_equal_parts_lead_exactly_to_the_wanted_sparsity(reached, wanted, parts):
-    way = [reached]
-    for left in range(parts, 0, -1):
-        way.append(part_of_the_way(way[-1], wanted, left))
-    np.testing.assert_allclose(way, np.linspace(reached, wanted, parts + 1), atol=1e-12)
-    assert way[-1] == wanted
-
-
-def test_parts_per_layer():
-    assert part_of_the_way({"a": 0.0, "b": 0.5}, {"a": 0.5, "b": 0.5}, 2) == {"a": 0.25, "b": 0.5}
-    assert part_of_the_way({"a": 0.0, "b": 0.5}, 0.5, 2) == {"a": 0.25, "b": 0.5}
 
 
 def test_what_keeps_a_sparsity_from_being_reached():

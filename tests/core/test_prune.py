@@ -124,7 +124,7 @@ def test_the_two_scopes_differ():
 
 def test_the_joint_update_has_the_least_predicted_loss_of_the_same_pruned_set():
     weights, gradients = make_weights(), make_gradients(20)
-    options = dict(sparsity=0.5, block_size=30, damping=1e-3)
+    options = dict(sparsity=0.5, block_size=30, damping=1e-3, num_recomputations=1)
     joint = mfac_core.prune(weights, gradients, update="joint", **options)
     independent = mfac_core.prune(weights, gradients, update="independent", **options)
     for name in SHAPES:
@@ -359,6 +359,9 @@ def test_sparsity_outside_its_range_is_refused(sparsity):
         ("num_recomputations", 0),
         ("num_recomputations", 1.5),
         ("num_recomputations", True),
+        ("num_recomputations", "all"),
+        ("recomputation_spacing", "cubic"),
+        ("recomputation_spacing", "linear"),
         ("block_size", 0),
         ("block_size", -4),
         ("damping", 0.0),
@@ -609,3 +612,105 @@ def test_weights_that_are_not_finite_are_refused_without_a_word_on_training():
     with pytest.raises(ValueError, match="weights hold NaN or Inf in second: prune from finite weights") as refusal:
         mfac_core.prune(weights, make_gradients(), sparsity=0.5)
     assert "training" not in str(refusal.value)
+
+
+def rows_at(weights: dict[str, np.ndarray], m: int = 12) -> np.ndarray:
+    """Return gradient samples that depend on where the weights are: those of a sum of cosines."""
+    w = np.concatenate([np.asarray(array, np.float64).ravel() for array in weights.values()])
+    directions = np.random.default_rng(8).standard_normal((m, w.size))
+    return np.sin(directions @ w)[:, None] * directions
+
+
+@pytest.mark.parametrize("update", ["independent", "joint"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(
+    "parts", [{"num_recomputations": 3}, {"num_recomputations": 3, "recomputation_spacing": "linear"}, {}]
+)
+def test_a_function_gives_fresh_rows_for_each_part(parts, scope, update, caplog):
+    options = dict(sparsity=0.8, block_size=20, damping=1e-2, scope=scope, update=update, **parts)
+    result = mfac_core.prune(make_weights(), rows_at, **options)
+    assert_same(result, reference.prune(make_weights(), rows_at, **options), np.float64)
+    stale = mfac_core.prune(make_weights(), rows_at(make_weights()), **options)
+    assert any(np.any(stale.weights[name] != result.weights[name]) for name in SHAPES)
+    (record,) = caplog.records
+    count = parts.get("num_recomputations", 7)
+    assert record.getMessage().startswith(f"the {count} parts of this pruning step share the gradients that are given")
+
+
+def test_the_function_sees_the_weights_of_each_part_and_cannot_change_them():
+    seen = []
+
+    def gradients(weights):
+        seen.append({name: array.copy() for name, array in weights.items()})
+        rows = {name: np.random.default_rng(len(seen)).standard_normal((5, *w.shape)) for name, w in weights.items()}
+        for array in weights.values():
+            array[...] = np.nan
+        return rows
+
+    before = make_weights()
+    result = mfac_core.prune(before, gradients, sparsity=0.75, num_recomputations=2, damping=1e-2)
+    assert [list(each) for each in seen] == [list(SHAPES)] * 2
+    for name, array in make_weights().items():
+        np.testing.assert_array_equal(before[name], array)
+        np.testing.assert_array_equal(seen[0][name], array)
+        assert np.all(result.weights[name][seen[1][name] == 0] == 0)
+    assert sum(np.count_nonzero(array == 0) for array in seen[1].values()) == TOTAL // 2
+    assert all(np.isfinite(array).all() for array in result.weights.values())
+
+
+def test_a_function_of_one_array_gets_one_array():
+    shapes = []
+
+    def gradients(weights):
+        shapes.append((type(weights), weights.shape, weights.dtype))
+        return np.random.default_rng(0).standard_normal((4, *weights.shape)).astype(np.float32)
+
+    weights = np.linspace(1, 2, 12, dtype=np.float32).reshape(3, 4)
+    result = mfac_core.prune(weights, gradients, sparsity=0.5)
+    assert shapes == [(np.ndarray, (3, 4), np.float32)] * 3
+    assert result.weights.shape == (3, 4) and np.count_nonzero(result.weights) == 6
+
+
+def test_a_function_without_arguments_is_called_without():
+    rng = np.random.default_rng(0)
+    calls = []
+    weights = np.linspace(1, 2, 40)
+    mfac_core.prune(weights, lambda: (calls.append(1), rng.standard_normal((4, 40)))[1], sparsity=0.5)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (None, TypeError, "NoneType"),
+        ([[1.0] * 4], TypeError, "list"),
+        (np.ones((3, 5)), ValueError, "one row of 4 numbers per sample"),
+        (np.ones((0, 4)), ValueError, "no sample"),
+        (np.full((2, 4), np.nan), ValueError, "NaN"),
+    ],
+)
+def test_what_a_function_returns_is_checked(returned, error, message):
+    with pytest.raises(error, match=message):
+        mfac_core.prune(np.arange(1.0, 5.0), lambda weights: returned, sparsity=0.5)
+
+
+def test_rows_that_are_shared_are_named_only_where_parts_share_them(caplog):
+    weights, rows = np.linspace(1, 2, 40), np.random.default_rng(0).standard_normal((4, 40))
+    mfac_core.prune(weights, rows, sparsity=0.5, num_recomputations=1)
+    mfac_core.prune(weights, rows, sparsity=0.2)
+    mfac_core.prune(weights, rows, sparsity=0.5, masks=np.arange(40) >= 20)
+    assert not caplog.records
+
+
+def test_geometric_parts_keep_equal_fractions_and_linear_ones_remove_equal_numbers():
+    kept = {"geometric": [], "linear": []}
+    for spacing, counts in kept.items():
+
+        def gradients(weights, counts=counts):
+            counts.append(np.count_nonzero(weights))
+            return np.random.default_rng(0).standard_normal((4, 1000))
+
+        mfac_core.prune(
+            np.linspace(1, 2, 1000), gradients, sparsity=0.9, num_recomputations=3, recomputation_spacing=spacing
+        )
+    assert kept == {"geometric": [1000, 464, 215], "linear": [1000, 700, 400]}

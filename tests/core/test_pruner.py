@@ -102,6 +102,7 @@ def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gr
                 damping=1e-3,
                 scope=scope,
                 update=update,
+                num_recomputations=1,
             )
             result = pruner.prune(weights, step + 1)
             for name in SHAPES:

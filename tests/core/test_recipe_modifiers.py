@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,6 +66,8 @@ class TestMFACPruningModifier:
         (["phased: false"], {}),
         (["score_type: MFAC"], {}),
         (["num_recomputations: 8"], {"num_recomputations": 8}),
+        (["num_recomputations: auto"], {"num_recomputations": "auto"}),
+        (["recomputation_spacing: linear"], {"recomputation_spacing": "linear"}),
         (["use_gradient_buffering: true"], {"gradient_origin": "training"}),
         (["use_gradient_buffering: null"], {}),
         (["grad_sampler_kwargs: {batch_size: 8}"], {"sampler_options": {"batch_size": 8}}),
@@ -209,7 +212,10 @@ class TestMFACPruningModifier:
             ("qqq: 3", "qqq: unknown key; the keys are params, ignore, exclude, init_sparsity, "),
             ("grad_sampler_kwargs: 8", "grad_sampler_kwargs: 8 must be a mapping of arguments"),
             ("grad_sampler_kwargs: {1: 2}", "grad_sampler_kwargs: {1: 2} must be a mapping from argument to value"),
-            ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer"),
+            ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer, or auto"),
+            ("num_recomputations: automatic", "num_recomputations: 'automatic' must be a positive integer, or auto"),
+            ("num_recomputations: true", "num_recomputations: True must be a positive integer, or auto"),
+            ("recomputation_spacing: cubic", "recomputation_spacing: 'cubic' is not one of geometric, linear"),
             ("use_gradient_buffering: 1", "use_gradient_buffering: 1 must be true (always take gradients of training)"),
             ("phased: true", "phased: True is not supported here; alternating phases are what !ACDCPruningModifier is"),
             ("phased: 0", "phased: 0 is not supported here"),
@@ -318,7 +324,13 @@ class TestModifiers:
         "MFACPruningModifier": MFACSettings(final_sparsity=0.8, end_epoch=3.0),
         "MFACGlobalPruningModifier": MFACSettings(final_sparsity=0.8, end_epoch=3.0, scope="global"),
         "OBSPruningModifier": MFACSettings(
-            final_sparsity=0.8, end_epoch=3.0, scope="global", num_gradients=1024, damping=1e-7, block_size=50
+            final_sparsity=0.8,
+            end_epoch=3.0,
+            scope="global",
+            num_gradients=1024,
+            damping=1e-7,
+            block_size=50,
+            recomputation_spacing="linear",
         ),
         "MagnitudePruningModifier": MagnitudeSettings(final_sparsity=0.8, end_epoch=3.0),
         "GMPruningModifier": MagnitudeSettings(final_sparsity=0.8, end_epoch=3.0),
@@ -366,6 +378,7 @@ class TestModifiers:
         ("OBSPruningModifier", "global_sparsity: false", {"scope": "layer"}),
         ("OBSPruningModifier", "mask_type: block4", {"mask_type": "block4"}),
         ("OBSPruningModifier", "num_recomputations: 4", {"num_recomputations": 4}),
+        ("OBSPruningModifier", "recomputation_spacing: geometric", {"recomputation_spacing": "geometric"}),
         ("OBSPruningModifier", "grad_sampler_kwargs: {batch_size: 8}", {"sampler_options": {"batch_size": 8}}),
         ("ConstantPruningModifier", "params: [a, b]", {"params": ("a", "b")}),
         ("ConstantPruningModifier", "start_epoch: 2", {"start_epoch": 2.0}),
@@ -476,6 +489,28 @@ class TestModifiers:
             item(f"lr_class: {lr_class}", f"lr_kwargs: {lr_kwargs}", "init_lr: 0.1", modifier="LearningRateModifier")
         )
         assert loaded == LearningRateSchedule(kind=lr_class, options=options, initial=0.1)
+
+    def test_obs_says_that_its_parts_are_linear(self, caplog):
+        lines = ["final_sparsity: 0.8", "end_epoch: 3", "fisher_block_size: 50"]
+        item_of = partial(item, *lines, modifier="OBSPruningModifier")
+        assert only(item_of("num_recomputations: 4")).recomputation_spacing == "linear"
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "<text>:2: OBSPruningModifier.recomputation_spacing: is absent and therefore linear, as this modifier "
+            "always meant it; geometric, which shrinks what is left by equal factors, is more accurate at high sparsity"
+        )
+        caplog.clear()
+        only(item_of())
+        only(item_of("num_recomputations: 4", "recomputation_spacing: linear"))
+        assert (
+            only(item_of("num_recomputations: auto", "recomputation_spacing: geometric")).num_recomputations == "auto"
+        )
+        assert not caplog.records
+
+    def test_auto_is_geometric(self):
+        assert "linear does not go with num_recomputations auto, which shrinks what is left" in refusal(
+            mfac("num_recomputations: auto", "recomputation_spacing: linear")
+        )
 
     def test_obs_says_that_its_default_is_a_diagonal_fisher(self, caplog):
         text = item("final_sparsity: 0.8", "end_epoch: 3", modifier="OBSPruningModifier")

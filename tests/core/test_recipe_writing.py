@@ -71,7 +71,17 @@ def mfac_settings(draw: st.DrawFn) -> MFACSettings:
         devices=draw(st.sampled_from([("auto",), ("cpu",), ("cuda:0", "cuda:1")])),
         gradients_device=draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
         update=draw(st.sampled_from(["independent", "joint"])),
-        num_recomputations=draw(st.integers(1, 99)),
+        **draw(
+            st.one_of(
+                st.just({"num_recomputations": "auto"}),
+                st.fixed_dictionaries(
+                    {
+                        "num_recomputations": st.integers(1, 99),
+                        "recomputation_spacing": st.sampled_from(["geometric", "linear"]),
+                    }
+                ),
+            )
+        ),
         gradient_origin=draw(st.sampled_from(["auto", "training"])),
         sampler_options=draw(
             st.dictionaries(st.text(max_size=5), st.integers() | st.booleans() | st.none(), max_size=2)

@@ -17,7 +17,8 @@ def current_backend() -> ModuleType:
 
     Returns:
         A module with ``Hooks`` (see :class:`mfac_keras.backends.base.TrainingHooks`), ``to_array(tensor)``,
-        ``to_tensor(array)``, ``loss_gradients(...)`` and ``refuse_unsupported(model)``.
+        ``to_tensor(array)``, ``loss_gradients(...)``, ``loss_function(model, loss_of)``, ``no_gradients()`` and
+        ``refuse_unsupported(model)``.
 
     Raises:
         RuntimeError: If Keras runs on a backend that cannot train or is not supported.

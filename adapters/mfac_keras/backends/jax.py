@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from mfac_core.backends import Array
 from mfac_keras.backends.base import Apply, TrainingHooks
 from mfac_keras.conversion import gpu_array
 
-__all__ = ["Hooks", "loss_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
 
 _STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
@@ -101,6 +102,31 @@ def loss_gradients(
     for batch in batches:
         gradients = gradient([each.value for each in variables], [each.value for each in others], batch)
         yield [to_array(each.astype(jnp.float32) / scale) for each in gradients]
+
+
+def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
+
+    Args:
+        model: The model.
+        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
+
+    Returns:
+        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
+    """
+
+    def loss(values: list[Any], batch: Any) -> Any:
+        state = list(zip(model.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=state, collect_losses=True):
+            return loss_of(*batch)
+
+    compiled = loss if model.run_eagerly else jax.jit(loss)
+    return lambda batch: compiled([each.value for each in model.variables], batch)
+
+
+def no_gradients() -> AbstractContextManager[None]:
+    """Return a context in which nothing is kept for gradients."""
+    return nullcontext()
 
 
 class Hooks(TrainingHooks):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -14,7 +15,7 @@ from mfac_core.backends import Array
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.conversion import gpu_array
 
-__all__ = ["Hooks", "loss_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
 
 _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
 
@@ -96,6 +97,28 @@ def loss_gradients(
     compiled = scaled_gradients if model.run_eagerly else tf.function(scaled_gradients, reduce_retracing=True)
     for batch in batches:
         yield [None if each is None else to_array(each / scale) for each in compiled(batch)]
+
+
+def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
+
+    Args:
+        model: The model.
+        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
+
+    Returns:
+        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
+    """
+
+    def loss(batch: Any) -> Any:
+        return loss_of(*batch)
+
+    return loss if model.run_eagerly else tf.function(loss, reduce_retracing=True)
+
+
+def no_gradients() -> AbstractContextManager[None]:
+    """Return a context in which nothing is kept for gradients."""
+    return nullcontext()
 
 
 class Hooks(TrainingHooks):

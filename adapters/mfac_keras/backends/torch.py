@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import keras
@@ -17,7 +17,7 @@ from mfac_core.backends import Array
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.conversion import gpu_array
 
-__all__ = ["Hooks", "loss_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -92,6 +92,30 @@ def loss_gradients(
                 loss.backward()
             gradients = [each.grad for each in values]
         yield [None if each is None else to_array(each.float() / scale) for each in gradients]
+
+
+def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
+
+    Args:
+        model: The model.
+        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
+
+    Returns:
+        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
+    """
+
+    def loss(batch: Any) -> Any:
+        # gradients are on, because a loss may itself differentiate, by an input for example
+        with _evaluating(model), torch.enable_grad():
+            return loss_of(*batch)
+
+    return loss
+
+
+def no_gradients() -> AbstractContextManager[None]:
+    """Return a context in which nothing is kept for gradients."""
+    return torch.no_grad()
 
 
 def _is_on_default_stream(device: torch.device) -> bool:

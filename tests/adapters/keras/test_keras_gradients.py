@@ -451,3 +451,81 @@ def test_models_and_classes_in_place_of_batches_and_losses_are_refused_by_name()
         GradientSampler(batches, keras.losses.MeanSquaredError)
     with pytest.raises(TypeError, match="the dataset to sample gradients from is a Sequential; pass batches"):
         GradientSampler(keras.Sequential(), "mse")
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_batches_are_drawn_as_for_gradients_and_begun_anew(task):
+    drawn = GradientSampler(batches(task)).batches(7)
+    assert [np.array_equal(drawn[number][0], task.batch(number % 5)[0]) for number in range(7)] == [True] * 7
+    (only,) = GradientSampler(lambda number: [task.batch(number)]).batches(1, {"number": 3})
+    np.testing.assert_array_equal(only[0], task.batch(3)[0])
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_the_loss_of_batches_is_the_mean_in_inference_mode_and_leaves_the_model_as_it_was(task, run_eagerly):
+    regularizer = keras.regularizers.L2(0.3)
+    dense = keras.layers.Dense(8, kernel_regularizer=regularizer)
+    hidden = keras.Sequential([dense, keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
+    model = task.model(hidden=hidden, metrics=["mae"], run_eagerly=run_eagerly)
+    task.fit(model, epochs=1)
+    state = [v.numpy().copy() for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
+    sampler = GradientSampler(batches(task))
+    found = sampler.loss(model, batches(task))
+    after = [v.numpy() for v in (*model.variables, *model.optimizer.variables, *model.metrics_variables)]
+    assert all(np.array_equal(a, b) for a, b in zip(state, after, strict=True))
+
+    def wanted():
+        errors = [np.mean((np.asarray(model.predict(x, verbose=0)) - y) ** 2) for x, y in batches(task)]
+        return np.mean(errors) + 0.3 * np.sum(dense.kernel.numpy() ** 2)
+
+    assert found == pytest.approx(wanted(), rel=1e-5)
+    dense.kernel.assign(dense.kernel * 0.5)  # what is compiled already has the new values too
+    assert sampler.loss(model, batches(task)) == pytest.approx(wanted(), rel=1e-5)
+    model.compile("sgd", "mae")
+    penalty = 0.3 * np.sum(dense.kernel.numpy() ** 2)
+    errors = [np.mean(np.abs(np.asarray(model.predict(x, verbose=0)) - y)) for x, y in batches(task)]
+    assert sampler.loss(model, batches(task)) == pytest.approx(np.mean(errors) + penalty, rel=1e-5)
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize("loss", [None, "mse", keras.losses.MeanSquaredError(), lambda y, p: keras.ops.square(y - p)])
+def test_sample_weights_count_in_the_loss_of_batches(task, loss):
+    model = task.model(hidden=keras.layers.Dense(8))
+    x, y = task.batch(0)
+    weights = np.zeros(len(x), np.float32)
+    weights[0] = len(x)
+    found = GradientSampler([1], loss).loss(model, [(x, y, weights[:, None] if callable(loss) else weights)])
+    assert found == pytest.approx(np.mean((np.asarray(model.predict(x[:1], verbose=0)) - y[:1]) ** 2), rel=1e-5)
+
+
+@pytest.mark.feature("gradients of a sampler")
+def test_losses_that_keep_count_of_themselves_are_as_they_were_after_a_loss(task):
+    inputs = keras.Input([6])
+    model = keras.Model(inputs, [keras.layers.Dense(3, name=name)(inputs) for name in ("one", "other")])
+    model.compile("sgd", ["mse", "mae"])
+    x, y = task.batch(0)
+    model.fit(task.x, [task.y, task.y], verbose=0)
+    before = [v.numpy().copy() for v in model.metrics_variables]
+    assert GradientSampler([(x, [y, y])]).loss(model, [(x, [y, y])] * 2) > 0
+    assert all(np.array_equal(a, v.numpy()) for a, v in zip(before, model.metrics_variables, strict=True))
+
+
+@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_runs_the_model_on_a_batch(task, training):
+    norm = keras.layers.BatchNormalization()
+    model = task.model(hidden=norm)
+    before = norm.moving_mean.numpy().copy()
+    output = GradientSampler(batches(task)).forward(model, task.batch(0), training=training)
+    assert tuple(output.shape) == (task.batch_size, 3)
+    assert np.array_equal(norm.moving_mean.numpy(), before) != training
+
+
+@pytest.mark.once
+@pytest.mark.feature("gradients of a sampler")
+def test_a_loss_of_no_batch_or_no_loss_is_refused_by_name(task):
+    with pytest.raises(ValueError, match="there is no batch to evaluate the loss on"):
+        GradientSampler(batches(task)).loss(task.model(), [])
+    with pytest.raises(ValueError, match="has no loss; compile it, or pass loss="):
+        GradientSampler(batches(task)).loss(keras.Sequential([keras.Input([6]), keras.layers.Dense(3)]), batches(task))

@@ -91,6 +91,9 @@ def test_modify_says_what_each_modifier_matches_and_when_it_prunes(task, caplog)
         "weights are, on a GPU if CuPy is installed)",
         "MagnitudePruningModifier 2: 8 weights in 1 parameters (0.bias); one pruning step at epoch 1 (step 5), "
         "sparsity 0.5",
+        "MFACPruningModifier 1: gives each layer the same sparsity, and each pruning step one pass: the default of old "
+        "recipes, and not the most accurate; write global_sparsity: true and num_recomputations: auto (and update: "
+        "joint, damp: auto)",
     ]
 
 
@@ -114,7 +117,7 @@ def test_each_line_says_what_it_is_about(task, caplog, several):
 def test_modify_does_not_explain_devices_that_the_recipe_names(task, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         attached(task, task.recipe(available_devices="[cpu]"))
-    assert caplog.text.rstrip().endswith("computed on cpu")
+    assert caplog.messages[0].endswith("computed on cpu")
 
 
 def test_each_planned_step_is_there_for_those_who_look_closer(task, caplog):

@@ -285,7 +285,7 @@ def test_recomputations_draw_fresh_samples_for_each_part():
     )
     manager.apply(model, grad_sampler=GradSampler(batches, nn.functional.mse_loss))
     assert int((model[0].weight == 0).sum()) == 12
-    assert drawn == [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+    assert drawn == [0, 0, 0, 4, 4, 4, 7, 7, 7, 10, 10, 10]
 
 
 @pytest.mark.parametrize("resets", [True, False])

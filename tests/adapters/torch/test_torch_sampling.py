@@ -314,3 +314,91 @@ def test_an_error_in_a_loss_is_raised_as_it_is(model, data):
 
     with pytest.raises(TypeError, match="^mine too$"):
         list(GradSampler(data, loss_of_one_row).gradients(model, weights(model), 1))
+
+
+def test_batches_are_drawn_as_for_gradients_and_begun_anew(data):
+    sampler = GradSampler(data, nn.functional.cross_entropy)
+    drawn = sampler.batches(5)
+    assert [any(batch is each for each in data) for batch in drawn] == [True] * 5
+    assert all(one is other for one, other in zip(drawn, [*data, *data[:2]], strict=True))
+    builder = GradSampler(lambda only: [data[only]], nn.functional.cross_entropy)
+    assert builder.batches(1, {"only": 2})[0] is data[2]
+    with pytest.raises(ValueError, match="yields no batch"):
+        GradSampler([], nn.functional.cross_entropy).batches(1)
+
+
+def test_the_loss_of_batches_is_the_mean_in_eval_mode_and_leaves_the_model_as_it_was(model, data):
+    model.train()
+    model[1].eval()
+    model[0].weight.grad = torch.full_like(model[0].weight, 7)
+    flags = [module.training for module in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = GradSampler(data, nn.functional.cross_entropy).loss(model, data)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model[0].weight.grad, torch.full_like(model[0].weight, 7))
+    assert model[3].weight.grad is None
+    model.eval()
+    losses = [nn.functional.cross_entropy(model(inputs), targets).item() for inputs, targets in data]
+    assert found == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_statistics_are_put_back_when_the_loss_of_batches_is_taken_in_training_mode(model, data):
+    model.eval()
+    before = model[1].running_mean.clone()
+    sampler = GradSampler(data, nn.functional.cross_entropy, training=True)
+    in_training = sampler.loss(model, data)
+    assert torch.equal(model[1].running_mean, before)
+    assert not model.training
+    assert in_training != pytest.approx(GradSampler(data, nn.functional.cross_entropy).loss(model, data), rel=1e-3)
+
+
+def test_a_loss_that_differentiates_by_the_input_is_evaluated(data):
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 1)
+
+        def forward(self, inputs, targets):
+            inputs = inputs.requires_grad_()
+            (gradient,) = torch.autograd.grad(self.body(inputs).sum(), inputs, create_graph=True)
+            return gradient.square().sum()
+
+    model = Slope()
+    found = GradSampler(data).loss(model, data)
+    assert found == pytest.approx(6 * float(model.body.weight.detach().square().sum()), rel=1e-5)
+    assert model.body.weight.grad is None
+
+
+def test_a_loss_of_no_batch_or_of_no_scalar_is_refused_by_name(model, data):
+    with pytest.raises(ValueError, match="there is no batch to evaluate the loss on"):
+        GradSampler(data, nn.functional.cross_entropy).loss(model, [])
+    with pytest.raises(ValueError, match="returned a tensor of shape"):
+        GradSampler(data, lambda output, target: output).loss(model, data)
+    with pytest.raises(ValueError, match="yields a Tensor; each batch must be"):
+        GradSampler(data, nn.functional.cross_entropy).loss(model, [data[0][0]])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_runs_the_model_in_the_mode_that_it_is_in_without_gradients(model, data, training):
+    model.train(training)
+    before = model[1].running_mean.clone()
+    output = GradSampler(data, nn.functional.cross_entropy).forward(model, data[0])
+    assert output.shape == (6, 3)
+    assert not output.requires_grad
+    assert model.training == training
+    assert torch.equal(model[1].running_mean, before) != training
+
+
+def test_forward_of_a_model_with_a_loss_of_its_own_gets_all_of_a_batch(data):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+
+        def forward(self, inputs, labels):
+            return nn.functional.cross_entropy(self.body(inputs), labels)
+
+    own = Own()
+    sampler = GradSampler(data)
+    assert sampler.forward(own, data[0]).item() == pytest.approx(sampler.loss(own, data[:1]))
