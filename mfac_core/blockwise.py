@@ -12,13 +12,15 @@ from threading import Lock
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.blocks import BlockGroup, DeviceShare, deal
+from mfac_core.damping import damping_text, dampings, mean_diagonals
 from mfac_core.errors import IllConditionedError
 from mfac_core.gradient_matrix import GradientMatrix
 from mfac_core.inverse_fisher import Factor, Precise, cache_parts, evaluate, factor
-from mfac_core.settings import check_block_size, check_damping
+from mfac_core.settings import Damping, check_block_size, check_damping
 
 __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher"]
 
@@ -56,7 +58,7 @@ def inverse_fisher(
     gradients: Array,
     *,
     block_size: int | None = 2000,
-    damping: float = 1e-5,
+    damping: Damping = 1e-5,
     devices: Sequence[str | Device] | str | Device = ("cpu",),
 ) -> InverseFisher:
     """Return the inverse of the damped, block-diagonal empirical Fisher of some gradient samples.
@@ -65,7 +67,8 @@ def inverse_fisher(
         gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64, NumPy or CuPy. Not modified;
             must stay unchanged while the result is in use.
         block_size: Weights per block; ``None`` means one block of all weights.
-        damping: Added to the diagonal of the empirical Fisher, positive.
+        damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
+            of that diagonal.
         devices: Where the blocks are computed.
 
     Returns:
@@ -73,7 +76,8 @@ def inverse_fisher(
 
     Raises:
         TypeError: If ``gradients`` is not an array.
-        ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range.
+        ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range; with ``auto``, which
+            measures them at once, also if a row of them holds NaN or Inf.
         DeviceError: If a device does not exist.
 
     Example:
@@ -109,7 +113,7 @@ class InverseFisher:
     Args:
         gradients: Shape ``(m, d)``.
         block_size: Weights per block, or ``None``.
-        damping: Added to the diagonal of the empirical Fisher.
+        damping: Added to the diagonal of the empirical Fisher, or ``auto``.
         devices: Where the blocks are computed.
     """
 
@@ -119,7 +123,7 @@ class InverseFisher:
         self,
         gradients: Array,
         block_size: int | None,
-        damping: float,
+        damping: Damping,
         devices: Sequence[str | Device] | str | Device,
     ) -> None:
         self._home = device_of(gradients)
@@ -133,9 +137,16 @@ class InverseFisher:
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a block cannot be inverted accurately.
+            IllConditionedError: If a block cannot be inverted accurately, or the dtype cannot hold the result.
         """
-        return self._fisher.home.move(self._fisher.diagonal(), self._home)
+        fisher = self._fisher
+        diagonal = fisher.diagonal()
+        if fisher.unit != 1:
+            with np.errstate(over="ignore"):  # refused below
+                exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
+                diagonal = fisher.home.asarray(exact, fisher.source.dtype)
+            fisher.refuse_unheld(diagonal)
+        return fisher.home.move(diagonal, self._home)
 
     def apply(self, x: Array) -> Array:
         """Return ``F^-1 x``, also written ``fisher @ x``.
@@ -186,25 +197,31 @@ class BlockwiseFisher:
 
     Args:
         source: The gradient samples.
-        damping: Added to the diagonal of the empirical Fisher, positive.
+        damping: Added to the diagonal of the empirical Fisher, positive; ``auto`` measures the gradients first.
         devices: Where the groups are computed; the first is the home.
         keep: Whether factors are kept for one more use, ``always`` (for repeated products) or ``never``.
+
+    Attributes:
+        unit: Power of two near the dampings that were measured, 1 for a number. In this unit float32 holds the diagonal
+            and what follows from it, whatever the scale of the gradients is.
+        damping_range: The smallest and the largest damping of a block.
 
     Raises:
         DeviceError: If a device does not exist.
         MemoryBudgetError: If one block fits on none of the devices.
+        ValueError: If gradients are measured and a row of them holds NaN or Inf.
+        IllConditionedError: If they are measured and too large for it.
     """
 
     def __init__(
         self,
         source: GradientSource,
         *,
-        damping: float,
+        damping: Damping,
         devices: Sequence[str | Device] | str | Device,
         keep: Literal["once", "always", "never"] = "once",
     ) -> None:
         self.source = source
-        self.damping = float(damping)
         self._devices = {device.name: device for device in resolve_devices(devices)}
         self.home = next(iter(self._devices.values()))
         total = source.num_weights * source.count * source.dtype.itemsize
@@ -231,13 +248,20 @@ class BlockwiseFisher:
         most = float("inf") if keep == "always" else total / 2 / len(shares)
         self._room = {name: int(min(KEPT_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()}
         self._lock = Lock()
+        self._is_measured = damping == "auto"
+        if damping == "auto":
+            self._dampings, self.unit = self._measured()
+        else:
+            self._dampings, self.unit = [np.full(group.count, float(damping)) for group in self.groups], 1.0
+        limits = [float(limit) for of_group in self._dampings for limit in (of_group.min(), of_group.max())]
+        self.damping_range = (min(limits, default=self.unit), max(limits, default=self.unit))
 
     def diagonal(self) -> Array:
-        """Return ``diag(F^-1)`` on the home device, shape ``(d,)``.
+        """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a group cannot be inverted.
+            IllConditionedError: If a group cannot be inverted, or the dtype of the gradients cannot hold the result.
         """
         out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
@@ -265,6 +289,7 @@ class BlockwiseFisher:
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
             made = self.factor(index, device, chunks)
+            damping = self.damping(index, device)[:, None, None]
             for first in range(0, columns.shape[1], at_once):
                 some = slice(first, min(first + at_once, columns.shape[1]))
                 right = self.take(columns[:, some], index, device)
@@ -272,10 +297,37 @@ class BlockwiseFisher:
                     made.part(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
                     for blocks in cache_parts(chunks)
                 ]
-                self.put(results[:, some], index, device, array_namespace(right).concat(parts, axis=0))
+                product = array_namespace(right).concat(parts, axis=0)
+                self.put(results[:, some], index, device, product / xp.asarray(damping, dtype=product.dtype))
 
         self.run(task)
         return out
+
+    def damping(self, index: int, device: Device) -> Array:
+        """Return the damping of each block of a group.
+
+        Args:
+            index: Which group.
+            device: Where it is wanted.
+
+        Returns:
+            Shape ``(n,)``, float64.
+        """
+        if self._is_measured:
+            return device.asarray(self._dampings[index], np.float64)
+        return device.zeros((self.groups[index].count,), np.float64) + float(self._dampings[index][0])
+
+    def scale(self, index: int, device: Device) -> Array:
+        """Return :attr:`unit` over the damping of each block of a group.
+
+        Args:
+            index: Which group.
+            device: Where it is wanted.
+
+        Returns:
+            Shape ``(n,)``, float64.
+        """
+        return self.unit / self.damping(index, device)
 
     def take(self, x: Array, index: int, device: Device) -> Array:
         """Return a group's part of a vector, or of several.
@@ -327,10 +379,27 @@ class BlockwiseFisher:
         precise = self._precise[index]
         if precise is None:
             return self._evaluate(index, device, chunks)[0]
-        made = factor(chunks, self.damping, precise)
+        made = factor(chunks, self.damping(index, device), precise)
         if self._keep_mode == "always":
             self._keep(index, device, made)
         return made
+
+    def refuse_unheld(self, diagonal: Array) -> None:
+        """Refuse an inverse diagonal that its dtype cannot hold.
+
+        Args:
+            diagonal: Part of it, or all.
+
+        Raises:
+            IllConditionedError: If an entry is not positive and finite.
+        """
+        xp = array_namespace(diagonal)
+        if not bool(xp.all(xp.isfinite(diagonal) & (diagonal > 0))):
+            cure = "scale the gradients" if self._is_measured else "choose a damping closer to 1"
+            raise IllConditionedError(
+                f"damping {damping_text(*self.damping_range)} gives an inverse Fisher that {self.source.dtype} cannot "
+                f"hold; {cure}, or float64 gradients"
+            )
 
     def run(self, task: Callable[[int, Device, list[Array]], None], groups: Iterable[int] | None = None) -> None:
         """Run ``task(index, device, chunks)`` for groups, each on the device that it was dealt to.
@@ -378,18 +447,38 @@ class BlockwiseFisher:
                 raise
             device.backend.synchronize(device.name)
 
+    def _measured(self) -> tuple[list[npt.NDArray[np.float64]], float]:
+        """Return the dampings of the blocks of each group, and their unit.
+
+        Raises:
+            ValueError: If a row of the gradients holds NaN or Inf.
+            IllConditionedError: If the gradients are too large to be measured.
+        """
+        means: list[Array] = [None] * len(self.groups)
+
+        def task(index: int, device: Device, chunks: list[Array]) -> None:
+            means[index] = device.to_numpy(mean_diagonals(chunks))
+
+        self.run(task)
+        if not all(np.isfinite(mean).all() for mean in means):
+            self._refuse_bad_rows()
+            raise IllConditionedError(
+                "damping auto cannot be measured: the squares of the gradients are too large for float64; scale the "
+                "gradients down"
+            )
+        return dampings(means, [group.width for group in self.groups])
+
     def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
         try:
-            made, diagonal = evaluate(chunks, self.damping)
+            made, share = evaluate(chunks, self.damping(index, device))
         except IllConditionedError:
             self._refuse_bad_rows()
             raise
-        xp = array_namespace(diagonal)
-        if not bool(xp.all(xp.isfinite(diagonal) & (diagonal > 0))):
-            raise IllConditionedError(
-                f"damping {self.damping:g} gives an inverse Fisher that {self.source.dtype} cannot hold; "
-                "choose a damping closer to 1, or float64 gradients"
-            )
+        xp = array_namespace(share)
+        with np.errstate(over="ignore"):  # refused below
+            scale = xp.asarray(self.scale(index, device), dtype=share.dtype)
+            diagonal = xp.asarray(share * scale[:, None], dtype=chunks[0].dtype)
+        self.refuse_unheld(diagonal)
         self._precise[index] = made.precise
         self._keep(index, device, made)
         return made, diagonal

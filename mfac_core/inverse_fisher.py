@@ -6,6 +6,7 @@ that holds some columns of the blocks, and the chunks of a group together hold a
 .. math:: F = \lambda I + \frac{1}{m} G^T G, \qquad S = m \lambda I + G G^T = L L^T, \qquad W = L^{-1} G.
 
 The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used where it is smaller.
+Results are those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` whatever the scale of the gradients is.
 
 References:
     Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order Information.
@@ -28,6 +29,7 @@ from mfac_core.backends.kernels import (
     split_for_threads,
     spread,
 )
+from mfac_core.damping import damping_text
 from mfac_core.errors import IllConditionedError
 from mfac_core.triangular import cholesky, diagonals
 
@@ -70,7 +72,7 @@ class Factor(Protocol):
         """Memory of the factor in bytes."""
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        """Return ``F^-1 x`` for ``x`` of shape ``(n, B, k)``, in the dtype of ``x``.
+        """Return ``damping F^-1 x`` for ``x`` of shape ``(n, B, k)``, in the dtype of ``x``.
 
         A float64 ``x`` is answered in float64 by a float32 factor too: its solves are refined. That matters where ``x``
         is close to a combination of the gradients, of which ``F^-1`` leaves a small part.
@@ -83,32 +85,34 @@ class Factor(Protocol):
         """Return the factor of some of the blocks."""
 
 
-def evaluate(chunks: Sequence[Array], damping: float) -> tuple[Factor, Array]:
+def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, Array]:
     """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block as precisely as it needs.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
-        damping: Added to the diagonal of the empirical Fisher, positive.
+        damping: Added to the diagonal of the empirical Fisher, positive: that of each block, shape ``(n,)``, float64,
+            or one number for all.
 
     Returns:
-        The factor, and ``diag(F^-1)`` of shape ``(n, B)`` in the dtype of the chunks.
+        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``; in float64 where a block needed it.
 
     Raises:
         IllConditionedError: If a Fisher cannot be inverted even in float64.
     """
     xp = array_namespace(chunks[0])
+    damping = _of_each_block(damping, chunks)
     precise: Precise = True
     # overflow is found by looking at the result, and cured by float64 or refused
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         tried = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
         if tried is not None:
-            precise = ~(tried[2] <= RELATIVE_ERROR)
+            precise = ~((tried[2] <= RELATIVE_ERROR) & (damping >= _least_damping(chunks)))
             if not bool(xp.any(precise)):
                 return tried[:2]
             if bool(xp.all(precise)):
                 precise, tried = True, None
         try:
-            doubtful = chunks if precise is True else _take(chunks, precise)
+            doubtful, damping = (chunks, damping) if precise is True else _take_of_both(chunks, damping, precise)
             exact = _form(chunks)(doubtful, damping, xp.float64)
             refined, error = exact.diagonal(doubtful)
             is_accurate = bool(xp.all(error <= LARGEST_ERROR))
@@ -116,33 +120,34 @@ def evaluate(chunks: Sequence[Array], damping: float) -> tuple[Factor, Array]:
             is_accurate = False
     if not is_accurate:
         raise IllConditionedError(
-            f"the Fisher of a block cannot be inverted with damping {damping:g}: its gradients are too large beside "
+            "the Fisher of a block cannot be inverted with damping "
+            f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large beside "
             "it, or too alike; choose a larger damping"
         )
-    refined = xp.asarray(refined, dtype=chunks[0].dtype)
     if tried is None:
         return exact, refined
-    return _MixedFactor(tried[0], exact, precise), _choose(precise, tried[1], refined)
+    return _MixedFactor(tried[0], exact, precise), _choose(precise, xp.asarray(tried[1], dtype=xp.float64), refined)
 
 
-def factor(chunks: Sequence[Array], damping: float, precise: Precise) -> Factor:
+def factor(chunks: Sequence[Array], damping: Array | float, precise: Precise) -> Factor:
     """Factor the Fisher of one group of blocks again.
 
     Args:
         chunks: The same gradients as in :func:`evaluate`.
-        damping: Added to the diagonal of the empirical Fisher, positive.
+        damping: The same as there.
         precise: Which blocks need float64, as :func:`evaluate` has found.
 
     Returns:
         The factor.
     """
     xp = array_namespace(chunks[0])
+    damping = _of_each_block(damping, chunks)
     form = _form(chunks)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if isinstance(precise, bool):
             return form(chunks, damping, xp.float64 if precise else chunks[0].dtype)
         base = form(chunks, damping, chunks[0].dtype)
-        return _MixedFactor(base, form(_take(chunks, precise), damping, xp.float64), precise)
+        return _MixedFactor(base, form(*_take_of_both(chunks, damping, precise), xp.float64), precise)
 
 
 def cache_parts(chunks: Sequence[Array]) -> list[slice]:
@@ -162,19 +167,20 @@ def cache_parts(chunks: Sequence[Array]) -> list[slice]:
     return [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
-def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: float) -> Array:
+def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: Array | float) -> Array:
     r"""Return :math:`\tfrac12 x^T F x` of each block.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``.
-        x: Shape ``(n, B)``, same device; its dtype is computed in.
-        damping: Added to the diagonal of the empirical Fisher.
+        x: Shape ``(n, B)``, same device; its products with the gradients are computed in its dtype.
+        damping: Added to the diagonal of the empirical Fisher: that of each block, shape ``(n,)``, or one number.
 
     Returns:
-        Shape ``(n,)``.
+        Shape ``(n,)``, float64.
     """
     xp = array_namespace(x)
-    rows = gradients_times(chunks, x)
+    # float32 can hold the products where it cannot hold their squares
+    rows, x = (xp.asarray(each, dtype=xp.float64) for each in (gradients_times(chunks, x), x))
     return 0.5 * (damping * xp.sum(x * x, axis=-1) + xp.sum(rows * rows, axis=-1) / rows.shape[-1])
 
 
@@ -194,14 +200,15 @@ def gradients_times(chunks: Sequence[Array], x: Array) -> Array:
 class _DualFactor:
     """Factors ``S``, of the size of the number of gradients."""
 
-    def __init__(self, chunks: Sequence[Array], damping: float, dtype: Any) -> None:
+    def __init__(self, chunks: Sequence[Array], damping: Array | float, dtype: Any) -> None:
         xp = array_namespace(chunks[0])
         gram = _over_parts(chunks, dtype, _gram)
-        self._norms = diagonals(gram) + chunks[0].shape[-2] * damping
+        self._shift = chunks[0].shape[-2] * _of_each_block(damping, chunks)
+        shift = xp.asarray(self._shift, dtype=dtype)
+        self._norms = diagonals(gram) + shift[:, None]
         _refuse_overflow(self._norms)
-        self._factor = cholesky(gram, chunks[0].shape[-2] * damping)
+        self._factor = cholesky(gram, shift)
         self.precise: Precise = dtype == xp.float64
-        self._damping = damping
         self._dtype = dtype
         # S is rounded relative to the norms of its own rows, so that a few large samples do no harm
         self._amplification = xp.max(self._norms / self._factor.pivots, axis=-1)
@@ -222,7 +229,7 @@ class _DualFactor:
         return not bool(xp.any(error <= RELATIVE_ERROR))
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``diag(F^-1)`` and an estimate of its relative error in each block, not finite if not usable."""
+        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
 
         def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
@@ -242,7 +249,7 @@ class _DualFactor:
         if self.precise and not bool(xp.all(error <= LARGEST_ERROR)):
             # the bound is far too high where samples repeat: look at the solves themselves before refusing
             error = epsilon * self._error_of_solves(chunks, remainder)
-        return remainder / self._damping, error + epsilon * restored
+        return remainder, error + epsilon * restored
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
@@ -252,10 +259,9 @@ class _DualFactor:
         if right.dtype != self._dtype:
             for _ in range(REFINEMENTS):
                 product = _rows_times(chunks, _columns_times(chunks, solved))
-                product += chunks[0].shape[-2] * self._damping * solved
+                product += self._shift[:, None, None] * solved
                 solved = solved + self._solve(rows - product)
-        out = (right - _columns_times(chunks, solved)) / self._damping
-        return xp.asarray(out, dtype=x.dtype)
+        return xp.asarray(right - _columns_times(chunks, solved), dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
@@ -264,7 +270,7 @@ class _DualFactor:
 
     def part(self, blocks: slice) -> _DualFactor:
         part: _DualFactor = object.__new__(_DualFactor)
-        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
+        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks), "_shift": self._shift[blocks]}
         return part
 
     def _solve(self, rows: Array) -> Array:
@@ -296,7 +302,8 @@ class _DualFactor:
             columns = xp.nonzero(cancelled[block, :])[0]
             others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
             gram = lower_gram(others)
-            solved = cholesky(gram, gradients.shape[-2] * self._damping).solve(xp.take(gradients, columns, axis=-1))
+            shift = self._shift[block : block + 1]
+            solved = cholesky(gram, shift).solve(xp.take(gradients, columns, axis=-1))
             inner = matmul(xp.matrix_transpose(solved), solved)
             norms = diagonals(inner) + 1
             values = column_sums_of_squares(cholesky(inner, 1.0).inverse())
@@ -321,16 +328,16 @@ class _DualFactor:
 class _PrimalFactor:
     """Factors ``F`` itself, of the size of a block."""
 
-    def __init__(self, chunks: Sequence[Array], damping: float, dtype: Any) -> None:
+    def __init__(self, chunks: Sequence[Array], damping: Array | float, dtype: Any) -> None:
         xp = array_namespace(chunks[0])
         fisher = _over_parts(chunks, dtype, _primal_product)
-        norms = diagonals(fisher) + damping
+        self._damping = _of_each_block(damping, chunks)
+        norms = diagonals(fisher) + xp.asarray(self._damping, dtype=dtype)[:, None]
         _refuse_overflow(norms)
         # the factor is small where float32 is tried at all, and keeps the digits that the product has
-        self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64), damping)
+        self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64), self._damping)
         self._norms = norms
         self.precise: Precise = dtype == xp.float64
-        self._damping = damping
         self._dtype = dtype
 
     @property
@@ -342,17 +349,17 @@ class _PrimalFactor:
         return False
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``diag(F^-1)`` and an estimate of its relative error in each block, not finite if not usable."""
+        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
         diagonal = column_sums_of_squares(self._factor.inverse())
-        # the exact value is at most 1 / damping; only the last digits of the sum can exceed it
-        ceiling = 1 / self._damping
-        diagonal = xp.where((diagonal > ceiling) & (diagonal < ceiling * (1 + 1e-9)), ceiling, diagonal)
-        usable = xp.all((diagonal > 0) & (diagonal <= ceiling * (1 + 1e-6)), axis=-1)
+        share = diagonal * self._damping[:, None]
+        # the exact value is at most 1; only the last digits of the sum can exceed it
+        share = xp.where((share > 1) & (share < 1 + 1e-9), xp.ones_like(share), share)
+        usable = xp.all((share > 0) & (share <= 1 + 1e-6), axis=-1)
         # F is rounded relative to its own diagonal, so that a few large columns do no harm
         error = float(xp.finfo(self._dtype).eps) * 8 * xp.max(self._norms * diagonal, axis=-1)
         error = xp.where(usable, error, xp.full_like(error, float("inf")))
-        return xp.asarray(diagonal, dtype=self._dtype), error
+        return xp.asarray(share, dtype=self._dtype), error
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
@@ -362,9 +369,9 @@ class _PrimalFactor:
             for _ in range(REFINEMENTS):
                 product = _columns_times(chunks, _rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
-                product += self._damping * out
+                product += self._damping[:, None, None] * out
                 out = out + self._solve(right - product)
-        return xp.asarray(out, dtype=x.dtype)
+        return xp.asarray(self._damping[:, None, None] * out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
@@ -374,7 +381,7 @@ class _PrimalFactor:
 
     def part(self, blocks: slice) -> _PrimalFactor:
         part: _PrimalFactor = object.__new__(_PrimalFactor)
-        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks)}
+        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks), "_damping": self._damping[blocks]}
         return part
 
     def _solve(self, right: Array) -> Array:
@@ -421,7 +428,7 @@ def _form(chunks: Sequence[Array]) -> _Form:
     return _PrimalFactor if _width(chunks) <= chunks[0].shape[-2] else _DualFactor
 
 
-def _try_in_float32(chunks: Sequence[Array], damping: float) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
+def _try_in_float32(chunks: Sequence[Array], damping: Array) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
     """Return factor, diagonal and estimated errors; ``None`` where float64 is needed for sure, or as quick."""
     form, width = _form(chunks), _width(chunks)
     if form is _PrimalFactor and 4 * width > chunks[0].shape[-2]:
@@ -431,6 +438,19 @@ def _try_in_float32(chunks: Sequence[Array], damping: float) -> tuple[_DualFacto
     except np.linalg.LinAlgError:
         return None
     return None if made.is_hopeless(width) else (made, *made.diagonal(chunks))
+
+
+def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
+    """Return the damping of each block, shape ``(n,)``, float64."""
+    xp = array_namespace(chunks[0])
+    first = chunks[0][:, 0, 0]
+    return xp.zeros_like(first, dtype=xp.float64) + damping
+
+
+def _least_damping(chunks: Sequence[Array]) -> float:
+    """Return the damping below which the squares of gradients that suit it may be too small for their dtype."""
+    limits = array_namespace(chunks[0]).finfo(chunks[0].dtype)
+    return float(limits.smallest_normal) / float(limits.eps)
 
 
 def _width(chunks: Sequence[Array]) -> int:
@@ -514,6 +534,11 @@ def _take(chunks: Sequence[Array], mask: Array) -> list[Array]:
     xp = array_namespace(mask)
     indices = xp.nonzero(mask)[0]
     return [xp.take(chunk, indices, axis=0) for chunk in chunks]
+
+
+def _take_of_both(chunks: Sequence[Array], damping: Array, mask: Array) -> tuple[list[Array], Array]:
+    *taken, dampings = _take([*chunks, damping], mask)
+    return taken, dampings
 
 
 def _choose(mask: Array, others: Array, chosen: Array) -> Array:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mfac_core.damping import damping_text
 from mfac_core.pruning_step import PruneResult
+from mfac_core.settings import MFACSettings, PruningSettings
 from mfac_core.weight_names import listed
 
 __all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
@@ -30,6 +32,7 @@ def scope_in_line(modifier: str, names: Iterable[str]) -> str:
 def pruning_step_line(
     result: PruneResult,
     *,
+    settings: PruningSettings,
     modifier: str,
     names: Iterable[str],
     step: int,
@@ -41,6 +44,7 @@ def pruning_step_line(
 
     Args:
         result: What it has left.
+        settings: What its modifier says.
         modifier: Name of its modifier, from :func:`mfac_core.recipe.linting.modifier_names`.
         names: Names of the weights in scope.
         step: Completed training steps.
@@ -53,15 +57,19 @@ def pruning_step_line(
 
     Example:
         >>> import numpy as np
+        >>> from mfac_core.settings import MagnitudeSettings
         >>> result = PruneResult(np.zeros(2), np.zeros(2, bool), 0.5, None)
+        >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=2)
         >>> pruning_step_line(
-        ...     result, modifier="MagnitudePruningModifier 2", names=["fc.weight"], step=15, steps_per_epoch=10,
-        ...     num_rows=0, seconds=0.1,
+        ...     result, settings=settings, modifier="MagnitudePruningModifier 2", names=["fc.weight"], step=15,
+        ...     steps_per_epoch=10, num_rows=0, seconds=0.1,
         ... )
         'pruning step at epoch 1.50 (step 15): sparsity 0.5000, 0.10 s (MagnitudePruningModifier 2: fc.weight)'
     """
     increase = result.predicted_loss_increase
     by_mfac = "" if increase is None else f", {num_rows} gradient rows, predicted loss increase {increase:.3g}"
+    if isinstance(settings, MFACSettings) and settings.damping == "auto" and result.damping is not None:
+        by_mfac += f", damping {damping_text(*result.damping)}"
     return (
         f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step}): sparsity {result.sparsity:.4f}{by_mfac}, "
         f"{seconds:.2f} s ({scope_in_line(modifier, names)})"

@@ -67,7 +67,7 @@ def independent_update(
         fisher: The Fisher over the unpruned weights.
         weights: Unpruned weights, shape ``(d,)``, on the home device of the Fisher. Not modified.
         newly_pruned: Which of them are pruned now, shape ``(d,)``, same device.
-        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, same device.
+        inverse_diagonal: What ``fisher.diagonal()`` returns, shape ``(d,)``, same device.
 
     Returns:
         The change of each weight, shape ``(d,)``, and the predicted loss increase.
@@ -78,6 +78,7 @@ def independent_update(
     def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
         made = fisher.factor(index, device, chunks)
         share = fisher.take(shares, index, device)
+        share = share * xp.asarray(fisher.scale(index, device), dtype=share.dtype)[:, None]
         for blocks in cache_parts(chunks):
             part, factored = [chunk[blocks, :, :] for chunk in chunks], made.part(blocks)
             yield _Update(
@@ -106,10 +107,11 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
     def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
         pruned = fisher.take(pruned_weights, index, device)
         kept = ~fisher.take(newly_pruned, index, device)
+        damping = fisher.damping(index, device)  # that of the whole block: the kept columns are a part of the same F
         for blocks in cache_parts(chunks):
             part = [chunk[blocks, :, :] for chunk in chunks]
             restricted = _zero_columns(part, kept[blocks, :])
-            factored, _ = evaluate(restricted, fisher.damping)
+            factored, _ = evaluate(restricted, damping[blocks])
             precise = factored.precise is not False
             rows = gradients_times(part, _in_precision(pruned[blocks, :], precise))
             yield _Update(blocks, part, factored.apply_to_rows(restricted, rows), precise)
@@ -140,11 +142,12 @@ def _change(
         xp = array_namespace(chunks[0])
         pruned = fisher.take(newly_pruned, index, device)
         negated = -fisher.take(weights, index, device)
+        damping = fisher.damping(index, device)
         changes = []
         for update in updates(index, device, chunks):
             kept_change = xp.asarray(update.change, dtype=negated.dtype)
             change = xp.where(pruned[update.blocks, :], negated[update.blocks, :], kept_change)
-            quadratic = fisher_quadratic(update.chunks, _in_precision(change, update.precise), fisher.damping)
+            quadratic = fisher_quadratic(update.chunks, _in_precision(change, update.precise), damping[update.blocks])
             increases[index] += float(xp.sum(quadratic))
             changes.append(change)
         fisher.put(out, index, device, changes[0] if len(changes) == 1 else xp.concat(changes, axis=0))

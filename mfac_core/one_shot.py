@@ -19,6 +19,7 @@ from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.parts import num_parts, part_of_the_way
 from mfac_core.pruning_step import PruneResult, mfac_step
 from mfac_core.settings import (
+    Damping,
     MaskType,
     Recomputations,
     Scope,
@@ -50,7 +51,7 @@ def prune(
     sparsity: float,
     masks: Array | Mapping[str, Array] | None = None,
     block_size: int | None = 2000,
-    damping: float = 1e-5,
+    damping: Damping = "auto",
     scope: Scope = "global",
     mask_type: MaskType = "unstructured",
     update: Update = "joint",
@@ -75,7 +76,8 @@ def prune(
             all weights according to ``scope``. Where it is reached already, nothing changes.
         masks: Which weights are unpruned so far (True), in the form of ``weights``; ``None`` means all.
         block_size: Weights per Fisher block; ``None`` means one block.
-        damping: Added to the diagonal of the empirical Fisher, positive.
+        damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
+            of that diagonal, measured anew for each Fisher. Then the scale of the gradients does not matter.
         scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights.
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
             a block; for their rules see :func:`mfac_core.masks.newly_pruned`.
@@ -90,8 +92,8 @@ def prune(
         devices: Where the blocks are computed.
 
     Returns:
-        Weights and masks in the form and on the device of ``weights``, the sparsity reached, and the predicted
-        loss increase: the sum over the parts.
+        Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted
+        loss increase: the sum over the parts, and the damping of the last part.
 
     Raises:
         TypeError: If an argument is not an array, or the function returns none.
@@ -136,6 +138,7 @@ def prune(
     reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
     parts = num_parts(reached, sparsity, num_recomputations)
     increase = 0.0
+    used_damping = None
     for parts_left in range(parts, 0, -1):
         source = GradientMatrix(rows_of(vector), kept, block_size=block_size)
         if not source.num_weights:
@@ -143,7 +146,7 @@ def prune(
         if parts_left == parts:
             _say_what_is_wanting(source, 1 if callable(gradients) else parts)
         wanted = part_of_the_way(reached, sparsity, parts_left, recomputation_spacing)
-        updated, chosen, part_increase = mfac_step(
+        updated, chosen, part_increase, used_damping = mfac_step(
             vector[kept],
             source,
             partial(newly_pruned, kept=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
@@ -162,6 +165,7 @@ def prune(
         masks=_like(layout.unflatten(kept), weights, named),
         sparsity=int(np.count_nonzero(~kept)) / layout.num_weights,
         predicted_loss_increase=increase,
+        damping=used_damping,
     )
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, Device, array_namespace
 from mfac_core.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.obs import independent_update, joint_update, saliency
-from mfac_core.settings import Update
+from mfac_core.settings import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "magnitude_step", "mfac_step"]
 
@@ -33,6 +33,8 @@ class PruneResult:
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
             of the loss.
         resets_optimizer: Whether the optimizer is to forget what it remembers of all these weights.
+        damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
+            ``None`` where there was none, as in magnitude pruning.
     """
 
     weights: Array | Mapping[str, Array]
@@ -40,6 +42,7 @@ class PruneResult:
     sparsity: float
     predicted_loss_increase: float | None
     resets_optimizer: bool = False
+    damping: tuple[float, float] | None = None
 
 
 def mfac_step(
@@ -47,22 +50,23 @@ def mfac_step(
     source: GradientSource,
     select: Selection,
     *,
-    damping: float,
+    damping: Damping,
     update: Update,
     devices: Sequence[str | Device] | str | Device,
-) -> tuple[Vector, npt.NDArray[np.bool_], float]:
+) -> tuple[Vector, npt.NDArray[np.bool_], float, tuple[float, float]]:
     """Prune by M-FAC saliency and compensate with the OBS update.
 
     Args:
         weights: Unpruned weights, shape ``(d,)``, in host memory. Not modified.
         source: Gradient samples of these weights.
         select: Chooses the newly pruned from the saliencies.
-        damping: Added to the diagonal of the empirical Fisher.
+        damping: Added to the diagonal of the empirical Fisher, or ``auto``.
         update: ``independent`` or ``joint``.
         devices: Where the blocks are computed.
 
     Returns:
-        The updated weights, which of them are newly pruned, and the predicted loss increase.
+        The updated weights, which of them are newly pruned, the predicted loss increase, and the smallest and the
+        largest damping of a block.
     """
     fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
     with fisher.home.backend.on(fisher.home.name):
@@ -70,7 +74,7 @@ def mfac_step(
         # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
         scale = _power_of_two(working)
         working = working / scale
-        inverse_diagonal = fisher.diagonal()
+        inverse_diagonal = fisher.diagonal()  # in a unit of the Fisher, which does not change the order of saliencies
         chosen = select(saliency(working, inverse_diagonal))
         if update == "joint":
             change, increase = joint_update(fisher, working, chosen)
@@ -79,7 +83,7 @@ def mfac_step(
         pruned = fisher.home.to_numpy(chosen)
         updated = (weights + fisher.home.to_numpy(change * scale)).astype(weights.dtype, copy=False)
     updated[pruned] = 0
-    return updated, pruned, increase * scale * scale
+    return updated, pruned, increase * scale * scale, fisher.damping_range
 
 
 def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:

@@ -16,6 +16,7 @@ __all__ = [
     "FROM_PARAM",
     "ACDCSettings",
     "ConstantSettings",
+    "Damping",
     "GradientOrigin",
     "GradualSettings",
     "Interpolation",
@@ -42,6 +43,9 @@ Scope = Literal["layer", "global"]
 Update = Literal["independent", "joint"]
 Spacing = Literal["geometric", "linear"]
 Recomputations = int | Literal["auto"]
+Damping = float | Literal["auto"]
+"""A number, or ``auto``: 0.1 times the mean diagonal of the empirical Fisher of each block."""
+
 GradientOrigin = Literal["auto", "training"]
 MaskType = str | tuple[int, int]
 """``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` such as ``2:4``, or the shape of a block."""
@@ -199,7 +203,8 @@ class MFACSettings(GradualSettings):
         num_gradients: Rows of the gradient window: an integer, or a mapping from sparsity to rows that
             holds from that sparsity on; a mapping must have the key 0.
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
-        damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``.
+        damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``; or ``auto``, for each block 0.1 times
+            the mean diagonal of its empirical Fisher, measured anew for each Fisher.
         devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``; ``("auto",)`` is where
             the weights are.
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
@@ -216,7 +221,7 @@ class MFACSettings(GradualSettings):
 
     num_gradients: int | Mapping[float, int] = field(default=64)
     block_size: int | None = 2000
-    damping: float = 1e-5
+    damping: Damping = 1e-5
     devices: tuple[str, ...] = ("auto",)
     gradients_device: str = "auto"
     update: Update = "independent"
@@ -315,15 +320,16 @@ def check_block_size(block_size: object) -> None:
 
 
 def check_damping(damping: object) -> None:
-    """Refuse a damping that is not a positive number.
+    """Refuse a damping that is neither a positive number nor ``auto``.
 
     Args:
         damping: The value to check.
 
     Raises:
-        SettingError: If it is not.
+        SettingError: If it is neither.
     """
-    check_number("damping", damping, "damping > 0", lambda x: x > 0)
+    if not (isinstance(damping, str) and damping == "auto"):
+        check_number("damping", damping, 'damping > 0, or "auto"', lambda x: x > 0)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

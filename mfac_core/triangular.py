@@ -136,12 +136,12 @@ class TriangularFactor:
         return out
 
 
-def cholesky(matrices: Array, shift: float) -> TriangularFactor:
+def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
     """Factor ``matrices + shift * I``.
 
     Args:
         matrices: Symmetric, shape ``(n, k, k)``, float32 or float64; only the lower triangle is read. Overwritten.
-        shift: Added to the diagonal.
+        shift: Added to the diagonal: one number for all matrices, or that of each, shape ``(n,)``, in their dtype.
 
     Returns:
         The lower-triangular factors.
@@ -156,6 +156,7 @@ def cholesky(matrices: Array, shift: float) -> TriangularFactor:
     """
     xp = array_namespace(matrices)
     size = matrices.shape[-1]
+    shift = shift if isinstance(shift, float | int) else shift[:, None, None]
     small = small_factors(matrices)
     left, inverses, pivots = [], [], []
     for start in range(0, size, PANEL):
@@ -189,7 +190,7 @@ def diagonals(matrices: Array) -> Array:
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
 
 
-def _inverse_factor(matrices: Array, shift: float, small: SmallFactors) -> tuple[Array, Array]:
+def _inverse_factor(matrices: Array, shift: Array | float, small: SmallFactors) -> tuple[Array, Array]:
     """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``, by halves."""
     xp = array_namespace(matrices)
     size = matrices.shape[-1]

@@ -35,17 +35,32 @@ def block_slices(size: int, block_size: int | None) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
-def dense_fisher(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
+def damping_of_weights(gradients: ArrayLike, damping: float | str, block_size: int | None = None) -> Vector:
+    """The damping in the block of each weight: a number, or for ``auto`` 0.1 of the mean diagonal of G^T G / m, (d,).
+
+    That mean counts as 1e-12 of the one over all blocks at least; where there is no gradient at all, damping is 1.
+    """
+    g = np.asarray(gradients, dtype=np.float64)
+    if damping != "auto":
+        return np.full(g.shape[1], float(damping))
+    least = 1e-12 * np.mean(g**2)
+    values = np.empty(g.shape[1])
+    for block in block_slices(g.shape[1], block_size):
+        values[block] = 0.1 * max(np.trace(g[:, block].T @ g[:, block] / len(g)) / len(values[block]), least) or 1.0
+    return values
+
+
+def dense_fisher(gradients: ArrayLike, damping: float | str, block_size: int | None = None) -> Matrix:
     """Damped empirical Fisher ``damping * I + G^T G / m`` with everything outside the diagonal blocks zero, (d, d)."""
     g = np.asarray(gradients, dtype=np.float64)
     rows, size = g.shape
     fisher = np.zeros((size, size))
     for block in block_slices(size, block_size):
         fisher[block, block] = g[:, block].T @ g[:, block] / rows
-    return fisher + damping * np.eye(size)
+    return fisher + np.diag(damping_of_weights(g, damping, block_size))
 
 
-def dense_inverse(gradients: ArrayLike, damping: float, block_size: int | None = None) -> Matrix:
+def dense_inverse(gradients: ArrayLike, damping: float | str, block_size: int | None = None) -> Matrix:
     """Inverse of :func:`dense_fisher` by LAPACK, block by block, (d, d)."""
     fisher = dense_fisher(gradients, damping, block_size)
     inverse = np.zeros_like(fisher)
@@ -215,7 +230,7 @@ def prune(
     sparsity: float | Mapping[str, float],
     masks: Mapping[str, ArrayLike] | None = None,
     block_size: int | None = 2000,
-    damping: float = 1e-5,
+    damping: float | str = "auto",
     scope: str = "global",
     update: str = "joint",
     mask_type: str | tuple[int, int] = "unstructured",
@@ -232,7 +247,7 @@ def prune(
         sparsity: Pruned fraction to reach, within each layer or over all (``scope``); or one per layer.
         masks: Name to mask, True keeps; None keeps all.
         block_size: Unpruned weights per block; None for one block.
-        damping: Lambda.
+        damping: Lambda, or ``auto``, measured anew for each Fisher.
         scope: ``layer`` or ``global``.
         update: ``independent`` or ``joint``.
         mask_type: Pattern of the zeros.

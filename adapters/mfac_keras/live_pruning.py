@@ -294,6 +294,7 @@ class LivePruning:
     def _report(self, planned: PlannedStep | None, step: int, rows: int, result: PruneResult, seconds: float) -> None:
         line = pruning_step_line(
             result,
+            settings=self._pruner.settings,
             modifier=self._name,
             names=self.variables,
             step=step,

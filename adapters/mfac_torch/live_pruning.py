@@ -393,6 +393,7 @@ class LivePruning:
     def _report(self, step: int, rows: int, result: PruneResult, seconds: float) -> None:
         line = pruning_step_line(
             result,
+            settings=self._pruner.settings,
             modifier=self.name,
             names=self.parameters,
             step=step,

@@ -263,7 +263,7 @@ def matmul(a: Array, b: Array) -> Array:
     return product
 
 
-def inverse_factor(matrices: Array, shift: float) -> tuple[Array, Array]:
+def inverse_factor(matrices: Array, shift: Array | float) -> tuple[Array, Array]:
     """Return inverse Cholesky factors of a batch of small matrices, ``L^-1`` of ``matrices + shift * I = L L^T``.
 
     Where a matrix is not positive definite or not finite, the results are NaN from the first row that shows it to the
@@ -272,7 +272,7 @@ def inverse_factor(matrices: Array, shift: float) -> tuple[Array, Array]:
     Args:
         matrices: Symmetric, shape ``(n, k, k)`` with ``k`` up to :data:`LARGEST_FACTOR`, float32 or float64, with any
             strides; only the lower triangle is read. Not modified.
-        shift: Added to the diagonal.
+        shift: Added to the diagonal: one number for all matrices, or an array of ``n``, that of each.
 
     Returns:
         ``L^-1``, C-contiguous, shape ``(n, k, k)``, and the diagonal of ``L``, shape ``(n, k)``; same dtype and device.
@@ -289,8 +289,10 @@ def inverse_factor(matrices: Array, shift: float) -> tuple[Array, Array]:
         if inverses.size:
             blocks = -(-count // _WARPS)
             strides = (stride // matrices.itemsize for stride in matrices.strides)
+            shifts = cupy.broadcast_to(cupy.asarray(shift, matrices.dtype).reshape(-1), (count,))
+            shifts = cupy.ascontiguousarray(shifts)
             kernel = _inverse_factor({"f": "float", "d": "double"}[matrices.dtype.char])
-            arguments = (matrices, inverses, diagonals, float(shift), count, np.int32(size), *strides)
+            arguments = (matrices, inverses, diagonals, shifts, count, np.int32(size), *strides)
             kernel((blocks,), (LARGEST_FACTOR, _WARPS), arguments)
     return inverses, diagonals
 
@@ -350,7 +352,7 @@ extern "C" __global__ void column_sums_of_squares(
 _INVERSE_FACTOR = r"""
 extern "C" __global__ void inverse_factor(
     const REAL* __restrict__ matrices, REAL* __restrict__ inverses, REAL* __restrict__ diagonals,
-    double shift, long long count, int size,
+    const REAL* __restrict__ shifts, long long count, int size,
     long long matrix_stride, long long row_stride, long long column_stride)
 {
     // the odd width keeps the rows of one column in different banks; it leaves room for two triangles, too:
@@ -366,7 +368,7 @@ extern "C" __global__ void inverse_factor(
     for (int row = 0; row < size; ++row) {
         if (lane <= row) {
             const REAL value = top[row * row_stride + lane * column_stride];
-            tile[row][lane] = lane == row ? value + static_cast<REAL>(shift) : value;
+            tile[row][lane] = lane == row ? value + shifts[matrix] : value;
         }
     }
     __syncwarp();

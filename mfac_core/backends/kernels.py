@@ -70,8 +70,14 @@ def spread(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[
     threads = min(_threads.get(), len(pieces))
     if threads < 2:
         return [function(piece) for piece in pieces]
+    handling = np.geterr()  # what the caller says of overflow holds in its threads too
+
+    def handled(piece: Array) -> Array:
+        with np.errstate(**handling):
+            return function(piece)
+
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, pieces))
+        return list(pool.map(handled, pieces))
 
 
 def split_for_threads(x: Array) -> list[Array]:
@@ -198,9 +204,10 @@ class SmallFactors(Protocol):
 
     largest: int
 
-    def __call__(self, matrices: Array, shift: float) -> tuple[Array, Array]:
+    def __call__(self, matrices: Array, shift: Array | float) -> tuple[Array, Array]:
         """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``; shapes ``(n, k, k)`` and ``(n, k)``.
 
+        ``shift`` is one number, or in the dtype of the matrices that of each, shape ``(n, 1, 1)``.
         A matrix that is not positive definite raises ``numpy.linalg.LinAlgError`` or gives NaN.
         """
 
@@ -226,7 +233,7 @@ class _CupyFactors:
     def __init__(self) -> None:
         self.largest: int = _of_cupy().LARGEST_FACTOR
 
-    def __call__(self, matrices: Array, shift: float) -> tuple[Array, Array]:
+    def __call__(self, matrices: Array, shift: Array | float) -> tuple[Array, Array]:
         inverse, diagonal = _of_cupy().inverse_factor(matrices, shift)
         return inverse, diagonal
 
@@ -242,7 +249,7 @@ class _BorderedFactors:
         self.largest = min(LARGEST_FACTOR, like.shape[-1])
         self._bordered = {self.largest: _bordered(like, self.largest)}
 
-    def __call__(self, matrices: Array, shift: float) -> tuple[Array, Array]:
+    def __call__(self, matrices: Array, shift: Array | float) -> tuple[Array, Array]:
         xp = array_namespace(matrices)
         size = matrices.shape[-1]
         if size not in self._bordered:

@@ -46,16 +46,23 @@ class Outcome:
         kept: Which of them are unpruned now, shape ``(n,)``.
         predicted_loss_increase: As in ``PruneResult``.
         resets_optimizer: As in ``PruneResult``.
+        damping: As in ``PruneResult``.
     """
 
     weights: Vector
     kept: Mask
     predicted_loss_increase: float | None = None
     resets_optimizer: bool = False
+    damping: tuple[float, float] | None = None
 
     @classmethod
     def of_unpruned(
-        cls, kept: Mask, weights: Vector, newly_pruned: Mask, predicted_loss_increase: float | None = None
+        cls,
+        kept: Mask,
+        weights: Vector,
+        newly_pruned: Mask,
+        predicted_loss_increase: float | None = None,
+        damping: tuple[float, float] | None = None,
     ) -> Outcome:
         """Return the outcome of a pruning step that looked at the unpruned weights alone.
 
@@ -64,6 +71,7 @@ class Outcome:
             weights: The updated unpruned weights, newly pruned ones exactly 0, shape ``(d,)``.
             newly_pruned: Which of them are pruned now, shape ``(d,)``.
             predicted_loss_increase: As in ``PruneResult``.
+            damping: As in ``PruneResult``.
 
         Returns:
             The outcome over all weights.
@@ -72,7 +80,7 @@ class Outcome:
         kept_now[kept] = ~newly_pruned
         weights_now = np.zeros(kept.shape, weights.dtype)
         weights_now[kept] = weights
-        return cls(weights_now, kept_now, predicted_loss_increase)
+        return cls(weights_now, kept_now, predicted_loss_increase, damping=damping)
 
 
 @dataclass(frozen=True)
@@ -304,6 +312,7 @@ class Pruner(ABC):
             sparsity=_sparsity_of(outcome.kept),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
+            damping=outcome.damping,
         )
         if self._kept is not before:
             raise RuntimeError(

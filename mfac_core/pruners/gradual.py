@@ -19,7 +19,10 @@ from mfac_core.schedule import PlannedStep, pruning_schedule, sparsity_at
 from mfac_core.settings import FROM_PARAM, GradualSettings
 from mfac_core.state_checks import check_keys, checked_array, refuse
 
-__all__ = ["GradualPruner", "MagnitudePruner"]
+__all__ = ["GradualPruner", "MagnitudePruner", "PrunedUnpruned"]
+
+PrunedUnpruned = tuple[Vector, Mask, float | None, tuple[float, float] | None]
+"""What a pruning step makes of the unpruned weights: the arguments of :meth:`Outcome.of_unpruned` but the first."""
 
 _logger = logging.getLogger("mfac_core")
 
@@ -95,8 +98,7 @@ class GradualPruner(Pruner):
                 saliencies, self._kept, sparsity, self.layout.segments, self.settings.scope, self._patterns
             )
 
-        updated, chosen, increase = self._prune_unpruned(weights[self._kept], select, index)
-        return Outcome.of_unpruned(self._kept, updated, chosen, increase)
+        return Outcome.of_unpruned(self._kept, *self._prune_unpruned(weights[self._kept], select, index))
 
     def _sparsity_wanted(self, index: int) -> Sparsity:
         """Return the sparsity that is to be reached now: that of the pruning step."""
@@ -107,8 +109,8 @@ class GradualPruner(Pruner):
         return is_reached(zeros, self._sparsity_at(index), self.layout.segments, self.settings.scope, self._patterns)
 
     @abstractmethod
-    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
-        """Return the updated unpruned weights, which are newly pruned, and the predicted loss increase."""
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> PrunedUnpruned:
+        """Return the updated unpruned weights, which are newly pruned, the predicted loss increase, and the damping."""
 
     def _sparsity_at(self, index: int) -> Sparsity:
         """Return the sparsity once the pruning step with this index is done."""
@@ -162,8 +164,8 @@ class MagnitudePruner(GradualPruner):
         [0.0, -4.0, 3.0, 0.0]
     """
 
-    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
-        return *magnitude_step(weights, select), None
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> PrunedUnpruned:
+        return *magnitude_step(weights, select), None, None
 
 
 def _values(sparsity: Sparsity) -> list[float]:

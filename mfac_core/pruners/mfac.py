@@ -17,7 +17,7 @@ from mfac_core.gradient_window import GradientWindow
 from mfac_core.parts import Sparsity, num_parts, part_of_the_way, part_step
 from mfac_core.planning import check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.base import Mask, Progress, Vector
-from mfac_core.pruners.gradual import GradualPruner
+from mfac_core.pruners.gradual import GradualPruner, PrunedUnpruned
 from mfac_core.pruning_step import Selection, magnitude_step, mfac_step
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
@@ -350,12 +350,12 @@ class MFACPruner(GradualPruner):
         is_next = latest + 1 == self._done == self._progress.next_pruning < len(self.schedule)
         return self._done if is_next and step >= self._next_part_step else latest
 
-    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> tuple[Vector, Mask, float | None]:
+    def _prune_unpruned(self, weights: Vector, select: Selection, index: int) -> PrunedUnpruned:
         self._store_arriving()
         zeros = ~self._kept
         zeros[self._kept] = weights == 0
         if self._is_reached(zeros, index):  # none go but those, and nothing has to make up for them
-            return *magnitude_step(weights, select), 0.0
+            return *magnitude_step(weights, select), 0.0, None
         if self._window is None or not self._window.count:
             if self.refused_rows:
                 raise ValueError(

@@ -86,6 +86,15 @@ def _number(value: object) -> object:
         raise ValueError("is too large a number") from None
 
 
+def _damping(value: object) -> object:
+    if value == "auto":
+        return value
+    hint = nearest(value.lower(), ["auto"]) if isinstance(value, str) else ""
+    if hint:
+        raise ValueError(f"is neither a number nor auto{hint}")
+    return _number(value)
+
+
 def _start_epoch(value: object) -> object:
     number = _number(value)
     return 0.0 if number == -1 else number
@@ -266,7 +275,7 @@ GRADUAL_KEYS: Mapping[str, Key] = {
 MFAC_OPTIONS: Mapping[str, Key] = {
     "num_grads": Key("num_gradients"),
     "fisher_block_size": Key("block_size", _block_size),
-    "damp": Key("damping", _number),
+    "damp": Key("damping", _damping),
     "available_gpus": Key("devices", _devices, None),
     "grads_device": Key("gradients_device", write=_write_device),
     "num_pages": Key(None, note=_pages_note),

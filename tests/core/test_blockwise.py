@@ -12,6 +12,7 @@ import pytest
 import mfac_core
 import mfac_core.blockwise as blockwise
 from mfac_core.backends import Device
+from mfac_core.backends.kernels import spare_threads, spread
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.gradient_matrix import GradientMatrix
@@ -62,17 +63,17 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
     host = np.asarray if device is None else device.to_numpy
     assert host(made.precise).tolist() == [False, True, False, False, False, True]
     exact = reference.exact_inverse(rows, DAMPING, width)
-    np.testing.assert_allclose(host(diagonal).reshape(-1), np.diag(exact), rtol=1e-4)
+    np.testing.assert_allclose(host(diagonal).reshape(-1) / DAMPING, np.diag(exact), rtol=1e-4)
     x = np.random.default_rng(1).standard_normal((BLOCKS, width)).astype(np.float32)
     given = x if device is None else device.asarray(x)
     wanted = exact @ x.reshape(-1)
     for again in (made, inverse_fisher.factor(chunks, DAMPING, made.precise)):
-        found = host(again.apply(chunks, given[..., None])).reshape(-1)
+        found = host(again.apply(chunks, given[..., None])).reshape(-1) / DAMPING
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
             found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[..., 0]
             within = wanted.reshape(BLOCKS, width)[part]
-            np.testing.assert_allclose(found, within, rtol=0, atol=1e-4 * np.abs(within).max())
+            np.testing.assert_allclose(found / DAMPING, within, rtol=0, atol=1e-4 * np.abs(within).max())
 
 
 def test_rows_are_applied_to_in_the_precision_of_each_block():
@@ -286,6 +287,11 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
     spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
     assert len(threads) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
+
+
+def test_what_is_said_of_overflow_holds_in_spread_work_too():
+    with spare_threads(2), np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        spread(lambda x: x * x, [np.array([1e300])] * 2)
 
 
 @pytest.mark.parametrize("damping", [1e-300, 1e-45, 1e300])

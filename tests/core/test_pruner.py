@@ -78,9 +78,10 @@ def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("update", ["independent", "joint"])
+@pytest.mark.parametrize("damping", [1e-3, "auto"])
 @pytest.mark.parametrize("num_gradients", [{0.0: 4, 0.5: 6}, {0.0: 6, 0.5: 3}, 11, 25])
-def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gradients, update, scope):
-    settings = replace(SETTINGS, num_gradients=num_gradients, update=update, scope=scope)
+def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gradients, damping, update, scope):
+    settings = replace(SETTINGS, num_gradients=num_gradients, damping=damping, update=update, scope=scope)
     pruner = make_mfac(settings)
     weights, rows, sparsities = make_weights(), [], []
     for step in range(LAST_STEP):
@@ -99,12 +100,15 @@ def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gr
                 sparsity=planned.sparsity,
                 masks=masks,
                 block_size=20,
-                damping=1e-3,
+                damping=damping,
                 scope=scope,
                 update=update,
                 num_recomputations=1,
             )
+            kept = np.concatenate([masks[name].ravel() for name in SHAPES])
+            dampings = reference.damping_of_weights(recent[:, kept], damping, 20)
             result = pruner.prune(weights, step + 1)
+            assert result.damping == pytest.approx((dampings.min(), dampings.max()))
             for name in SHAPES:
                 np.testing.assert_array_equal(result.masks[name], expected.masks[name])
                 np.testing.assert_allclose(result.weights[name], expected.weights[name], rtol=0, atol=1e-4)
@@ -232,6 +236,7 @@ def test_masks_handed_out_are_copies():
         {"block_size": 19},
         {"block_size": None},
         {"damping": 2e-3},
+        {"damping": "auto"},
         {"update": "joint"},
         {"scope": "global"},
         {"final_sparsity": 0.7},

@@ -67,7 +67,7 @@ def mfac_settings(draw: st.DrawFn) -> MFACSettings:
         **draw(gradual()),
         num_gradients={0.0: draw(st.integers(1, 5000)), **draw(thresholds)},
         block_size=draw(st.none() | st.integers(1, 10**6)),
-        damping=draw(st.floats(1e-300, 1e3)),
+        damping=draw(st.just("auto") | st.floats(1e-300, 1e3)),
         devices=draw(st.sampled_from([("auto",), ("cpu",), ("cuda:0", "cuda:1")])),
         gradients_device=draw(st.sampled_from(["auto", "cpu", "cuda:1"])),
         update=draw(st.sampled_from(["independent", "joint"])),

@@ -71,15 +71,18 @@ def test_a_gradual_run_with_the_window_on_either_side(gradients_device):
     ("m", "d", "block_size"), [(300, 4000, 1000), (520, 1500, 700), (70, 4096, 64), (1024, 500, 50)]
 )
 @pytest.mark.parametrize("update", ["independent", "joint"])
-def test_a_pruning_step_on_cuda_equals_one_on_the_cpu(m, d, block_size, update):
+@pytest.mark.parametrize("damping", [1e-3, "auto"])
+def test_a_pruning_step_on_cuda_equals_one_on_the_cpu(m, d, block_size, damping, update):
     gradients, weights = problem(m, d)
-    options = dict(sparsity=0.6, block_size=block_size, damping=1e-3, update=update, num_recomputations=1)
+    gradients = gradients * np.logspace(-1, 1, d, dtype=np.float32) if damping == "auto" else gradients
+    options = dict(sparsity=0.6, block_size=block_size, damping=damping, update=update, num_recomputations=1)
     host = mfac_core.prune(weights, gradients, **options)
     device = mfac_core.prune(weights, gradients, **options, devices=("cuda:0",))
     assert np.mean(device.masks == host.masks) > 0.999
     same = device.masks & host.masks
     np.testing.assert_allclose(device.weights[same], host.weights[same], rtol=0.02, atol=2e-3)
     assert device.predicted_loss_increase == pytest.approx(host.predicted_loss_increase, rel=0.02)
+    assert device.damping == pytest.approx(host.damping, rel=1e-5)
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda:0"])

@@ -512,6 +512,17 @@ def test_inverse_factor(size, dtype, tolerance):
         np.testing.assert_array_equal(cupy.asnumpy(x), before)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 1, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_inverse_factor_with_a_shift_for_each_matrix(shape, dtype, tolerance):
+    matrices, shifts = positive_definite(6, 20).astype(dtype), np.linspace(0.25, 3, 6).astype(dtype)
+    inverse, diagonal = cupy_backend.inverse_factor(lower_triangles(matrices), cupy.asarray(shifts).reshape(shape))
+    for i in range(6):
+        alone, pivots = cupy_backend.inverse_factor(lower_triangles(matrices[i : i + 1]), float(shifts[i]))
+        np.testing.assert_allclose(cupy.asnumpy(inverse[i]), cupy.asnumpy(alone[0]), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(cupy.asnumpy(diagonal[i]), cupy.asnumpy(pivots[0]), rtol=tolerance)
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 32])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("fault", [-1.0, 0.0, np.nan, np.inf, -np.inf])

@@ -1,4 +1,5 @@
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -245,6 +246,15 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     assert printed[0].startswith("pruning step at epoch 1.00 (step 5): sparsity 0.2083, 3 gradient rows, predicted")
     task.fit(task.model(), MFACPruningCallback(task.recipe(), verbose=0))
     assert not capsys.readouterr().out
+
+
+@pytest.mark.feature("logs, progress lines, TensorBoard")
+def test_damping_auto_is_measured_at_each_pruning_step_and_named_in_its_line(task, capsys):
+    task.fit(task.model(), MFACPruningCallback(task.recipe(damp="auto")))
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    named = [re.search(r"predicted loss increase \S+, damping (\S+ to \S+), \d", line) for line in printed]
+    assert all(named)
+    assert len({found[1] for found in named}) == 3
 
 
 class Seen(keras.callbacks.Callback):

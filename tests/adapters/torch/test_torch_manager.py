@@ -696,6 +696,16 @@ def test_each_pruning_step_is_logged(task, caplog):
     assert board.scalars[-1] == ("ParamPruning/2.weight", 0.75, 20)
 
 
+def test_damping_auto_is_measured_at_each_pruning_step_and_named_in_its_line(task, caplog):
+    with caplog.at_level(logging.INFO, logger="mfac_torch"):
+        final_weights(task, task.recipe(damp="auto"))
+        final_weights(task, task.recipe())
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pruning step")]
+    named = [re.search(r"predicted loss increase \S+, damping (\S+ to \S+), \d", line) for line in lines]
+    assert all(named[:4]) and not any(named[4:])
+    assert len({found[1] for found in named[:4]}) == 4
+
+
 def test_a_run_that_ends_before_its_last_pruning_step_says_so(task, caplog):
     _, manager = final_weights(task, task.recipe(), stop=12)
     with caplog.at_level(logging.WARNING, logger="mfac_torch"):
