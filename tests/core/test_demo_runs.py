@@ -23,6 +23,7 @@ from mfac_core import (
 )
 from mfac_core.demo_runs import Demo, Pruned
 from mfac_core.files import write_file
+from mfac_core.one_shot_settings import differs_line
 from mfac_core.recipe import Recipe
 from mfac_core.report import RunRecord, read_json
 from mfac_core.training_settings import LearningRateFunction
@@ -180,6 +181,12 @@ def test_the_comparison_prunes_and_trains_the_same_way_by_both_methods_for_each_
     ):
         assert said in printed
     assert (tmp_path / "network.bin").read_text() == "trained pruned dense network"
+
+
+def test_the_recipe_in_one_shot_has_the_recommended_settings() -> None:
+    (settings,) = load_recipe(demo_runs.recipe_path(demo_runs.ONE_SHOT)).pruning
+
+    assert differs_line(settings) == ""
 
 
 def test_training_after_pruning_moves_the_learning_rate_alike_for_any_number_of_epochs() -> None:
