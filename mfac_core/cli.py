@@ -97,7 +97,7 @@ def demo(
     ] = 0,
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of seeds; a recipe runs with one.", show_default="5"),
+        typer.Option(min=1, help="Number of seeds; a recipe runs with one.", show_default="5; in Keras 3"),
     ] = None,
 ) -> None:
     """Prune a small network by M-FAC and by magnitude, and compare."""
