@@ -88,18 +88,26 @@ def _frameworks() -> list[str]:
 def demo(
     framework: Annotated[str, typer.Option(help="The framework to train with.", autocompletion=_frameworks)] = "torch",
     recipe: Annotated[
-        Path | None, typer.Option(help="Recipe of the gradual run; without it, the demo's own.", show_default=False)
+        Path | None,
+        typer.Option(help="A recipe of gradual pruning to run instead, with one seed.", show_default=False),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("mfac-demo"),
     seed: Annotated[
-        int, typer.Option(min=0, max=_LARGEST_SEED, help="Seed of data order, weights and gradient samples.")
+        int, typer.Option(min=0, max=_LARGEST_SEED, help="First seed of data order, weights and gradient samples.")
     ] = 0,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of seeds; a recipe runs with one.", show_default="5; in Keras 3"),
+    ] = None,
 ) -> None:
     """Prune a small network by M-FAC and by magnitude, and compare."""
     from mfac_core import DeviceError, MemoryBudgetError, RecipeError, SettingError
 
+    if recipe is not None and seeds is not None:
+        _fail("give either --recipe or --seeds: a recipe of your own runs with one seed, which --seed names")
+    asked = {} if seeds is None else {"seeds": seeds}
     try:
-        _demo_runner(framework)(recipe=recipe, output=output, seed=seed)
+        _demo_runner(framework)(recipe=recipe, output=output, seed=seed, **asked)
     except RecipeError as error:
         _fail(*error.messages)
     except (SettingError, DeviceError, MemoryBudgetError) as error:
@@ -229,6 +237,7 @@ def report(
     """Show the table of a finished run."""
     from dataclasses import asdict
 
+    from mfac_core import comparison
     from mfac_core.report import RUN_FILE, read_json, table
 
     path = run / RUN_FILE if run.is_dir() else run
@@ -244,7 +253,11 @@ def report(
     if as_json:
         _print_json(found | {"facts": facts, "records": [asdict(record) for record in records]})
         return
-    console().print(table(records))
+    if comparison.is_over_seeds(records):
+        console().print(comparison.table(records))
+        say(comparison.caption(records))
+    else:
+        console().print(table(records))
     for name, value in facts.items():
         say(f"  {name.replace('_', ' ')}: {value}")
 

@@ -1,4 +1,4 @@
-"""What the demos of all frameworks share: the data, the methods to compare, and the run from recipe to report."""
+"""What the demos of all frameworks share: the data, the methods to compare, and the runs from recipe to report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core import report, terminal
+from mfac_core import comparison, report, terminal
 from mfac_core.backends import resolve_devices
 from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import Recipe, Settings, load_recipe
@@ -29,25 +29,32 @@ __all__ = [
     "BATCH_SIZE",
     "DENSE_EPOCHS",
     "DENSE_LEARNING_RATE",
-    "GRADUAL",
+    "EPOCHS_AFTER",
+    "FINE_TUNING",
     "METHODS",
     "MOMENTUM",
     "ONE_SHOT",
     "PRUNING_LEARNING_RATE",
     "SAMPLE_BATCH_SIZE",
+    "SEEDS",
+    "SPARSITIES",
     "Demo",
     "DigitImages",
     "Pruned",
     "by_method",
-    "compare",
+    "compare_gradual",
+    "compare_over_seeds",
     "pruned",
     "recipe_path",
     "run",
 ]
 
 METHODS = ("M-FAC", "magnitude")
-GRADUAL = "digits_gradual.yaml"
 ONE_SHOT = "digits_one_shot.yaml"
+FINE_TUNING = "digits_fine_tuning.yaml"
+SEEDS = 5
+SPARSITIES = (0.95, 0.97)
+EPOCHS_AFTER = (2, 20)
 BATCH_SIZE = 32
 SAMPLE_BATCH_SIZE = 8
 DENSE_EPOCHS = 12
@@ -55,8 +62,14 @@ DENSE_LEARNING_RATE = 0.05
 PRUNING_LEARNING_RATE = 0.02
 MOMENTUM = 0.9
 
-_COLUMNS_OF_A_TASK = 42
+_COLUMNS_OF_A_TASK = 34
 _PICTURE = "report.png"
+_WHY_MORE_EPOCHS = (
+    f"The rows with {EPOCHS_AFTER[-1]} epochs belong to it: training repairs what pruning breaks, so that magnitude "
+    f"pruning with {EPOCHS_AFTER[-1]} epochs can be as good as M-FAC with {EPOCHS_AFTER[0]}. What M-FAC saves is that "
+    "training. Its own price, the gradient samples, is in its time."
+)
+_OTHER_DIGITS = "Another processor gives other digits; the means should come back, within their intervals."
 
 
 class DigitImages(NamedTuple):
@@ -117,13 +130,14 @@ class Demo:
         framework: Name of the framework.
         versions: Name and version of what the network runs on.
         check_params: Refuses ``params`` and ``exclude`` of a recipe that match nothing in the network.
-        train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called with
-            the number of completed epochs.
-        prune_gradually: Prunes a copy of the dense network while it is trained further, for as many epochs as the
-            recipe has. Takes the recipe, the name of the method, the dense network, and what is called with the number
-            of completed epochs.
+        train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called after
+            each epoch, with the number of completed ones.
+        train_by_recipe: Trains a copy of a network further, for as many epochs as the recipe has, while the recipe
+            prunes it or holds its zeros. Takes the recipe, the name of the method, the network, and what is called
+            after each epoch.
         prune_in_one_shot: Prunes a copy of the dense network in one step, without training. Takes the recipe, the name
             of the method, and the dense network.
+        num_test_images: How many images the test accuracy is measured on.
         files: Names of the files for a pruned network and for its masks.
         save: Writes a pruned network and its masks to two files, given with their folder.
     """
@@ -132,20 +146,23 @@ class Demo:
     versions: Mapping[str, str]
     check_params: Callable[[Sequence[str], Sequence[str]], object]
     train_dense: Callable[[Callable[[int], None]], Any]
-    prune_gradually: Callable[[Recipe, str, Any, Callable[[int], None]], Pruned]
+    train_by_recipe: Callable[[Recipe, str, Any, Callable[[int], None]], Pruned]
     prune_in_one_shot: Callable[[Recipe, str, Any], Pruned]
+    num_test_images: int
     files: tuple[str, str]
     save: Callable[[Pruned, Path, Path], None]
 
 
-def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
+def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed: int, seeds: int = SEEDS) -> None:
     """Run the comparison, print its table, and write network, masks, numbers and picture.
 
     Args:
-        demo: What the framework adds, for this seed.
-        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        demo: Returns what the framework adds, for a seed.
+        recipe: A recipe of gradual pruning to run beside magnitude with the same schedule; ``None`` compares one-shot
+            pruning over several seeds.
         output: Folder for the results; made if missing.
-        seed: Seed of the split, the weights, and the order of the batches.
+        seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
+        seeds: Number of seeds of the one-shot comparison; a recipe runs with one.
 
     Raises:
         RecipeError: If the recipe is wrong, or prunes nothing.
@@ -153,58 +170,77 @@ def run(demo: Demo, *, recipe: Path | None, output: Path, seed: int) -> None:
         DeviceError: If a listed device does not exist.
         ModuleNotFoundError: If a package for the pictures is missing.
     """
-    console = terminal.console()
-    path = recipe or recipe_path(GRADUAL)
-    gradual = load_recipe(path)
-    if not any(isinstance(settings, GradualSettings) for settings in gradual.pruning):
-        raise RecipeError(f"{path}: this recipe prunes nothing gradually; add an item such as `- !MFACPruningModifier`")
-    for settings in gradual.pruning:  # refuse what cannot work before any training
-        for part in settings.by_final_sparsity():
-            demo.check_params(part.params, part.exclude)
-        if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
-            resolve_devices(settings.devices)
+    first = demo(seed)
+    gradual = None if recipe is None else _checked(recipe, first)  # refuse what cannot work before any training
     import_module("matplotlib")  # draws at the end, and may be missing
-    _check_output(output, (*demo.files, report.RUN_FILE, _PICTURE))
-    terminal.say(f"Pruning a network for handwritten digits by {path}, beside magnitude pruning.")
+    _check_output(output, (*first.files, report.RUN_FILE, _PICTURE))
     started = time.perf_counter()
-    results = compare(demo, gradual, load_recipe(recipe_path(ONE_SHOT)), console=console)
-    records = [result.record for result in results]
-    console.print(report.table(records))
-    terminal.say(f"This is one seed ({seed}), an example: another seed or another processor gives other digits.")
-    facts = {"framework": demo.framework, "seed": seed, "recipe": str(path), **demo.versions}
-    network, masks = demo.files
-    demo.save(results[0], output / network, output / masks)
-    report.write_json(records, output / report.RUN_FILE, **facts)
-    report.picture(records, output / _PICTURE)
+    if gradual is None:
+        what = _run_over_seeds(demo, range(seed, seed + seeds), output)
+    else:
+        what = _run_recipe(first, gradual, seed, output)
+    network, masks = first.files
     terminal.say(
-        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned gradually by "
-        f"M-FAC), {masks}, {report.RUN_FILE}, {_PICTURE}."
+        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned by {what}), "
+        f"{masks}, {report.RUN_FILE}, {_PICTURE}."
     )
 
 
-def compare(demo: Demo, gradual: Recipe, one_shot: Recipe, *, console: Console | None = None) -> list[Pruned]:
-    """Train a network once, then prune copies of it: gradually and in one shot, by M-FAC and by magnitude.
+def compare_over_seeds(
+    demo: Callable[[int], Demo], seeds: Sequence[int], *, console: Console | None = None
+) -> list[Pruned]:
+    """Prune in one shot by M-FAC and by magnitude, then train what is left with its zeros held, for each seed.
 
     Args:
-        demo: What the framework adds.
-        gradual: Recipe of the gradual runs.
-        one_shot: Recipe of the one-shot runs; its schedule is not used.
+        demo: Returns what the framework adds, for a seed.
+        seeds: The seeds.
         console: Where progress bars are shown; ``None`` shows none.
 
     Returns:
-        M-FAC gradual, magnitude gradual, M-FAC one-shot, magnitude one-shot.
+        For each seed, sparsity and method: the network without training, and after each number of epochs.
     """
-    epochs = round(gradual.max_epochs)
+    one_shot = load_recipe(recipe_path(ONE_SHOT))
+    training = {epochs: load_recipe(recipe_path(FINE_TUNING), {"epochs": epochs}) for epochs in EPOCHS_AFTER}
+    runs = [(sparsity, method) for sparsity in SPARSITIES for method in METHODS]
+    results = []
+    with _progress(console) as progress:
+        of_dense = _bar(progress, "training the dense networks", len(seeds) * DENSE_EPOCHS)
+        of_pruning = _bar(progress, "pruning in one shot", len(seeds) * len(runs))
+        of_training = _bar(progress, "training after pruning", len(seeds) * len(runs) * sum(EPOCHS_AFTER))
+        for seed in seeds:
+            of_seed = demo(seed)
+            dense = of_seed.train_dense(of_dense)
+            for sparsity, method in runs:
+                recipe = _recipe_by(method, _at_sparsity(sparsity, one_shot))
+                one = _with(of_seed.prune_in_one_shot(recipe, method, dense), method=method, seed=seed)
+                of_pruning(1)
+                results.append(one)
+                for epochs, recipe in training.items():
+                    further = of_seed.train_by_recipe(recipe, method, one.model, of_training)
+                    seconds = one.record.seconds + further.record.seconds
+                    before = one.record.accuracy_before
+                    changes = {"epochs_after": epochs, "seconds": seconds, "accuracy_before": before}
+                    results.append(_with(further, method=method, seed=seed, **changes))
+    return results
+
+
+def compare_gradual(demo: Demo, recipe: Recipe, *, console: Console | None = None) -> list[Pruned]:
+    """Train a network once, then prune copies of it while they are trained further, by M-FAC and by magnitude.
+
+    Args:
+        demo: What the framework adds.
+        recipe: What prunes.
+        console: Where progress bars are shown; ``None`` shows none.
+
+    Returns:
+        M-FAC, magnitude.
+    """
     results = []
     with _progress(console) as progress:
         dense = demo.train_dense(_bar(progress, "training the dense network", DENSE_EPOCHS))
         for method in METHODS:
-            advance = _bar(progress, f"{method} gradual: pruning while training", epochs)
-            results.append(demo.prune_gradually(_recipe_by(method, gradual), method, dense, advance))
-        for method in METHODS:
-            advance = _bar(progress, f"{method} one-shot: pruning without training", 1)
-            results.append(demo.prune_in_one_shot(_recipe_by(method, one_shot), method, dense))
-            advance(1)
+            advance = _bar(progress, f"{method}: pruning while training", round(recipe.max_epochs))
+            results.append(demo.train_by_recipe(_recipe_by(method, recipe), method, dense, advance))
     return results
 
 
@@ -259,6 +295,7 @@ def pruned(
         seconds=time.perf_counter() - started,
         history=history,
         layer_sparsity={name: 1.0 - float(np.asarray(mask).mean()) for name, mask in masks.items()},
+        layer_sizes={name: np.asarray(mask).size for name, mask in masks.items()},
     )
     return Pruned(record, model, masks)
 
@@ -293,6 +330,71 @@ def _check_output(output: Path, names: Sequence[str]) -> None:
             raise SettingError("output", f"{output / name} is a folder, where a file is to be written; {cure}")
 
 
+def _checked(recipe: Path, demo: Demo) -> Recipe:
+    gradual = load_recipe(recipe)
+    if not any(isinstance(settings, GradualSettings) for settings in gradual.pruning):
+        raise RecipeError(
+            f"{recipe}: this recipe prunes nothing gradually; add an item such as `- !MFACPruningModifier`"
+        )
+    for settings in gradual.pruning:
+        for part in settings.by_final_sparsity():
+            demo.check_params(part.params, part.exclude)
+        if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
+            resolve_devices(settings.devices)
+    return gradual
+
+
+def _run_recipe(demo: Demo, recipe: Recipe, seed: int, output: Path) -> str:
+    console = terminal.console()
+    terminal.say(f"Pruning a network for handwritten digits by {recipe.source}, beside magnitude pruning.")
+    results = compare_gradual(demo, recipe, console=console)
+    records = [result.record for result in results]
+    console.print(report.table(records))
+    terminal.say(f"This is one seed ({seed}), an example: another seed or another processor gives other digits.")
+    facts = {"framework": demo.framework, "seed": seed, "recipe": recipe.source, **demo.versions}
+    _write(demo, results[0], records, output, facts)
+    report.picture(records, output / _PICTURE)
+    return results[0].record.method
+
+
+def _run_over_seeds(demo: Callable[[int], Demo], seeds: range, output: Path) -> str:
+    console = terminal.console()
+    first, recipe = demo(seeds[0]), recipe_path(ONE_SHOT)
+    terminal.say(f"Pruning networks for handwritten digits in one shot by {recipe}, beside magnitude pruning.")
+    results = compare_over_seeds(demo, seeds, console=console)
+    records = [result.record for result in results]
+    console.print(comparison.table(records))
+    for line in (comparison.caption(records), _WHY_MORE_EPOCHS, _OTHER_DIGITS):
+        terminal.say(line)
+    data = f"scikit-learn's handwritten digits, {first.num_test_images} test images"
+    facts = {"framework": first.framework, "data": data, "seeds": list(seeds), "recipe": str(recipe), **first.versions}
+    by_mfac = [each for each in results if each.record.method == METHODS[0]]
+    saved = next(each for each in by_mfac if each.record.epochs_after == EPOCHS_AFTER[0])
+    _write(first, saved, records, output, facts)
+    comparison.picture(records, output / _PICTURE, data=f"Test accuracy on {data}")
+    return f"M-FAC to {saved.record.sparsity:.0%}, with {EPOCHS_AFTER[0]} epochs of training after, seed {seeds[0]}"
+
+
+def _write(demo: Demo, saved: Pruned, records: Sequence[report.RunRecord], output: Path, facts: dict[str, Any]) -> None:
+    network, masks = demo.files
+    demo.save(saved, output / network, output / masks)
+    report.write_json(records, output / report.RUN_FILE, **facts)
+
+
+def _with(result: Pruned, **changes: Any) -> Pruned:
+    return dataclasses.replace(result, record=dataclasses.replace(result.record, **changes))
+
+
+def _at_sparsity(sparsity: float, recipe: Recipe) -> Recipe:
+    return dataclasses.replace(
+        recipe,
+        modifiers=tuple(
+            dataclasses.replace(each, final_sparsity=sparsity) if isinstance(each, GradualSettings) else each
+            for each in recipe.modifiers
+        ),
+    )
+
+
 def _recipe_by(method: str, recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, modifiers=by_method(recipe.modifiers, method))
 
@@ -313,4 +415,4 @@ def _progress(console: Console | None) -> Iterator[Progress]:
 
 def _bar(progress: Progress, description: str, total: int) -> Callable[[int], None]:
     task = progress.add_task(description, total=total)
-    return lambda completed: progress.update(task, completed=completed)
+    return lambda epoch: progress.advance(task)

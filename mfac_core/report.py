@@ -22,19 +22,25 @@ __all__ = ["RUN_FILE", "RunRecord", "picture", "read_json", "table", "write_json
 RUN_FILE = "run.json"
 """Name of the JSON file in the folder of a run."""
 
+_VERSION = 2
+"""Of the JSON file. Version 1 had no key ``version``, and its records had one seed for all."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
     """What one method did to one network.
 
     Args:
-        method: Name of the method, such as ``"M-FAC gradual"`` or ``"magnitude one-shot"``.
+        method: Name of the method, such as ``"M-FAC"`` or ``"magnitude gradual"``.
         sparsity: Pruned fraction of the weights in scope that was reached, in ``[0, 1]``.
         accuracy_before: Test accuracy of the dense network, in ``[0, 1]``.
         accuracy_after: Test accuracy of the pruned network, in ``[0, 1]``.
-        seconds: Wall-clock time of the run.
-        history: ``(epoch, accuracy, sparsity)`` after each epoch of a gradual run; empty for one-shot.
+        seconds: Wall-clock time of pruning, and of the training that is part of the run.
+        history: ``(epoch, accuracy, sparsity)`` after each epoch of training; empty where there was none.
         layer_sparsity: Pruned fraction of each layer, by name.
+        layer_sizes: Number of weights of each layer, by name.
+        seed: Seed of this run, where the same is done over several seeds.
+        epochs_after: Epochs of training after one-shot pruning, with the zeros held.
     """
 
     method: str
@@ -44,22 +50,25 @@ class RunRecord:
     seconds: float
     history: Sequence[tuple[float, float, float]] = ()
     layer_sparsity: Mapping[str, float] = field(default_factory=dict)
+    layer_sizes: Mapping[str, int] = field(default_factory=dict)
+    seed: int | None = None
+    epochs_after: int = 0
 
 
 def write_json(records: Sequence[RunRecord], path: str | Path, **facts: Any) -> None:
     """Write a run to a JSON file that :func:`read_json` and ``mfac report`` read.
 
     Args:
-        records: One record per method, in the order to show them.
+        records: One record per method, and per seed where there are several, in the order to show them.
         path: The file to write; its folder is made if missing.
         **facts: What holds for the whole run, such as ``seed=0``: anything that JSON can hold.
     """
-    run = {"facts": facts, "records": [dataclasses.asdict(record) for record in records]}
+    run = {"version": _VERSION, "facts": facts, "records": [dataclasses.asdict(record) for record in records]}
     write_file(path, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
-    """Read a run that :func:`write_json` wrote.
+    """Read a run that :func:`write_json` wrote, also that of an earlier version.
 
     Args:
         path: The file to read.
@@ -75,6 +84,9 @@ def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
         run = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deeply
         raise ValueError(f"{path} is not JSON ({error}); {cure}") from error
+    version = run.get("version") if isinstance(run, dict) else None
+    if isinstance(version, int) and version > _VERSION:
+        raise ValueError(f"{path} has version {version}, and this mfac-core reads up to {_VERSION}; update mfac-core")
     try:
         return [_record(entry) for entry in run["records"]], dict(run["facts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
@@ -143,7 +155,12 @@ def _record(entry: Mapping[str, Any]) -> RunRecord:
     numbers = {name: float(entry[name]) for name in ("sparsity", "accuracy_before", "accuracy_after", "seconds")}
     history = tuple((float(epoch), float(accuracy), float(sparsity)) for epoch, accuracy, sparsity in entry["history"])
     layer_sparsity = {str(name): float(sparsity) for name, sparsity in entry["layer_sparsity"].items()}
-    return RunRecord(**{**entry, **numbers, "history": history, "layer_sparsity": layer_sparsity})
+    added = {
+        "layer_sizes": {str(name): int(size) for name, size in entry.get("layer_sizes", {}).items()},
+        "seed": None if entry.get("seed") is None else int(entry["seed"]),
+        "epochs_after": int(entry.get("epochs_after", 0)),
+    }
+    return RunRecord(**{**entry, **numbers, "history": history, "layer_sparsity": layer_sparsity, **added})
 
 
 def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, str]) -> None:
@@ -151,14 +168,11 @@ def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str,
 
     axes.set_title("Gradual pruning")
     axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (solid; dotted: dense)")
+    axes.set_ylabel("test accuracy (dotted: dense)")
     axes.grid(alpha=0.3)
     if not records:
         _say(axes, "no gradual run")
         return
-    sparsity_axes = axes.twinx()
-    sparsity_axes.set_ylabel("sparsity (dashed)")
-    sparsity_axes.set_ylim(0, 1.02)
     curves: dict[tuple[tuple[float, ...], ...], str] = {}
     for record in records:
         epochs, accuracies, sparsities = zip(*record.history, strict=True)
@@ -167,10 +181,10 @@ def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str,
         # Methods on one schedule share one curve, which then belongs to none of them.
         curves[epochs, sparsities] = "gray" if (epochs, sparsities) in curves else colors[record.method]
     for (epochs, sparsities), color in curves.items():
-        sparsity_axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
+        axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for either in (axes, sparsity_axes):
-        either.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter("{x:.0%}")
 
 
 def _draw_layers(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, str]) -> None:

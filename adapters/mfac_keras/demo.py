@@ -25,6 +25,7 @@ from mfac_core.demo_runs import (
 )
 from mfac_core.files import write_file
 from mfac_core.recipe import Recipe
+from mfac_core.zero_count import count_zeros
 from mfac_keras.callback import MFACPruningCallback
 from mfac_keras.digits import accuracy, batches, copy_of, load_digits, make_network, train
 from mfac_keras.one_shot import prune_one_shot
@@ -32,16 +33,19 @@ from mfac_keras.selection import select_variables
 
 __all__ = ["demo", "prune_gradually", "prune_in_one_shot", "run", "train_dense"]
 
+_SEEDS = 3  # one takes longer than in PyTorch
 
-def run(*, recipe: Path | None, output: Path, seed: int) -> None:
+
+def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = _SEEDS) -> None:
     """Run the comparison on the backend that Keras runs on, as :func:`mfac_core.demo_runs.run` says.
 
     Args:
-        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.
         output: Folder for the results; made if missing.
-        seed: Seed of the split, the weights, and the order of the batches.
+        seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
+        seeds: Number of seeds of the one-shot comparison.
     """
-    demo_runs.run(demo(seed), recipe=recipe, output=output, seed=seed)
+    demo_runs.run(demo, recipe=recipe, output=output, seed=seed, seeds=seeds)
 
 
 def demo(seed: int) -> Demo:
@@ -59,8 +63,9 @@ def demo(seed: int) -> Demo:
         versions={"keras": keras.__version__, "backend": keras.backend.backend()},
         check_params=partial(select_variables, make_network(seed)),
         train_dense=partial(train_dense, digits, seed),
-        prune_gradually=partial(prune_gradually, digits, seed),
+        train_by_recipe=partial(prune_gradually, digits, seed),
         prune_in_one_shot=partial(prune_in_one_shot, digits, seed),
+        num_test_images=len(digits.test_labels),
         files=("pruned.keras", "masks.npz"),
         save=_save,
     )
@@ -91,12 +96,12 @@ def prune_gradually(
     dense: Any,
     advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
-    """Prune a copy of the dense network while it is trained further, for as many epochs as the recipe has.
+    """Train a copy of a network further, for as many epochs as the recipe has, while it is pruned or its zeros held.
 
     Args:
         digits: The data.
         seed: Seed of the order of the batches.
-        recipe: What prunes.
+        recipe: What prunes, or holds the zeros.
         method: Name of the method, for the record.
         dense: The trained network; stays as it is.
         advance: Called with the number of completed epochs.
@@ -145,12 +150,12 @@ def prune_in_one_shot(digits: DigitImages, seed: int, recipe: Recipe, method: st
     model = copy_of(dense)
     random = np.random.default_rng(seed)
     masks = prune_one_shot(model, lambda: batches(digits, random, SAMPLE_BATCH_SIZE), dense.loss, recipe=recipe)
-    weights = sum(mask.size for mask in masks.values())
+    weights = {each.path: keras.ops.convert_to_numpy(each) for each in model.trainable_variables if each.path in masks}
     return pruned(
         f"{method} one-shot",
         model,
         masks,
-        sparsity=sum(int((~mask).sum()) for mask in masks.values()) / weights,
+        sparsity=count_zeros(weights, masks).sparsity,
         accuracies=(accuracy(dense, digits), accuracy(model, digits)),
         started=started,
     )

@@ -19,6 +19,7 @@ from mfac_core.demo_runs import (
     MOMENTUM,
     PRUNING_LEARNING_RATE,
     SAMPLE_BATCH_SIZE,
+    SEEDS,
     Demo,
     Pruned,
     by_method,
@@ -36,16 +37,17 @@ from mfac_torch.selection import select_parameters
 __all__ = ["demo", "manager_for", "prune_gradually", "prune_in_one_shot", "recipe_path", "run", "train_dense"]
 
 
-def run(*, recipe: Path | None, output: Path, seed: int) -> None:
+def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = SEEDS) -> None:
     """Run the comparison, as :func:`mfac_core.demo_runs.run` says.
 
     Args:
-        recipe: Recipe of the gradual runs; ``None`` takes ``recipes/digits_gradual.yaml``.
+        recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.
         output: Folder for the results; made if missing.
-        seed: Seed of the split, the weights, and the order of the batches.
+        seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
+        seeds: Number of seeds of the one-shot comparison.
     """
     torch.set_num_threads(1)  # fastest for so small a network, and the same numbers on any number of cores
-    demo_runs.run(demo(seed), recipe=recipe, output=output, seed=seed)
+    demo_runs.run(demo, recipe=recipe, output=output, seed=seed, seeds=seeds)
 
 
 def demo(seed: int) -> Demo:
@@ -71,8 +73,9 @@ def demo(seed: int) -> Demo:
         versions={"torch": torch.__version__},
         check_params=partial(select_parameters, make_network(seed)),
         train_dense=partial(train_dense, digits, seed),
-        prune_gradually=gradually,
+        train_by_recipe=gradually,
         prune_in_one_shot=in_one_shot,
+        num_test_images=len(digits.test_labels),
         files=("pruned.safetensors", "masks.safetensors"),
         save=_save,
     )
@@ -118,10 +121,10 @@ def prune_gradually(
     seed: int,
     advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
-    """Prune a copy of the dense network while it is trained further.
+    """Train a copy of a network further while it is pruned, or its zeros held.
 
     Args:
-        manager: What prunes.
+        manager: What prunes, or holds the zeros.
         method: Name of the method, for the record.
         dense: The trained network; stays as it is.
         digits: The data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -73,16 +74,18 @@ def make_network(seed: int) -> nn.Sequential:
     """
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(128, 32),
-        nn.ReLU(),
-        nn.Linear(32, 10),
+        OrderedDict(
+            conv_1=nn.Conv2d(1, 16, 3, padding=1),
+            relu_1=nn.ReLU(),
+            pool_1=nn.MaxPool2d(2),
+            conv_2=nn.Conv2d(16, 32, 3, padding=1),
+            relu_2=nn.ReLU(),
+            pool_2=nn.MaxPool2d(2),
+            flatten=nn.Flatten(),
+            linear_1=nn.Linear(128, 32),
+            relu_3=nn.ReLU(),
+            linear_2=nn.Linear(32, 10),
+        )
     )
 
 

@@ -327,6 +327,18 @@ def test_report_shows_the_records_and_facts_of_a_run(tmp_path: Path, given: str)
     assert "random seed: 7" in result.stdout
 
 
+def test_report_shows_means_and_intervals_of_a_run_over_seeds(tmp_path: Path) -> None:
+    records = [RunRecord("M-FAC", 0.5, 0.9, after, 2.0, seed=seed) for seed, after in ((0, 0.86), (1, 0.88))]
+    write_json(records, tmp_path / "run.json", framework="none")
+
+    result = mfac("report", tmp_path)
+
+    assert result.exit_code == 0
+    assert ["50%", "M-FAC", "none", "87.0", "±", "12.7", "2.0", "s"] in table_rows(result.stdout)
+    assert "Means over 2 seeds (0 to 1) and 95 % confidence intervals of the mean" in result.stdout
+    assert "framework: none" in result.stdout
+
+
 def test_report_of_a_folder_without_a_run_names_the_file_it_looked_for(tmp_path: Path) -> None:
     result = mfac("report", tmp_path)
 
@@ -351,12 +363,22 @@ def test_demo_passes_its_options_to_the_runner_of_the_framework(
 
     first = mfac("demo")
     second = mfac("demo", "--recipe", tmp_path / "r.yaml", "--output", tmp_path / "out", "--seed", "5")
+    third = mfac("demo", "--seeds", "3")
 
-    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert (first.exit_code, second.exit_code, third.exit_code) == (0, 0, 0)
     assert calls == [
         {"recipe": None, "output": Path("mfac-demo"), "seed": 0},
         {"recipe": tmp_path / "r.yaml", "output": tmp_path / "out", "seed": 5},
+        {"recipe": None, "output": Path("mfac-demo"), "seed": 0, "seeds": 3},
     ]
+
+
+def test_demo_refuses_several_seeds_for_a_recipe_and_none_at_all(tmp_path: Path) -> None:
+    both = mfac("demo", "--recipe", tmp_path / "r.yaml", "--seeds", "3")
+
+    assert both.exit_code == 2
+    assert "give either --recipe or --seeds" in both.stderr
+    assert mfac("demo", "--seeds", "0").exit_code == 2
 
 
 def test_demo_without_a_runner_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -568,6 +590,7 @@ def test_report_as_json(tmp_path: Path) -> None:
     assert list(found) == ["version", "run", "facts", "records", "errors"]
     assert found["facts"] == {"seed": 7}
     assert found["records"][0]["accuracy_after"] == 0.875
+    assert (found["records"][0]["seed"], found["records"][0]["epochs_after"]) == (None, 0)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ GRADUAL = RunRecord(
     seconds=31.25,
     history=((1.0, 0.9, 0.5), (2.0, 0.96, 0.95)),
     layer_sparsity={"conv.weight": 0.75, "fc.weight": 0.96},
+    layer_sizes={"conv.weight": 8, "fc.weight": 100},
+    seed=3,
+    epochs_after=2,
 )
 ONE_SHOT = RunRecord("magnitude [one-shot]", 0.5, 0.98, 0.985, 0.5)
 
@@ -36,6 +39,26 @@ def test_a_written_run_reads_back_equal(tmp_path: Path) -> None:
     records, facts = read_json(path)
     assert records == [GRADUAL, ONE_SHOT]
     assert facts == {"seed": 3, "model": "convnet"}
+
+
+def test_a_file_of_the_version_before_is_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_json([ONE_SHOT], path, seed=3)
+    run = json.loads(path.read_text())
+    assert run.pop("version") == 2
+    for name in ("layer_sizes", "seed", "epochs_after"):
+        del run["records"][0][name]
+    path.write_text(json.dumps(run))
+
+    assert read_json(path) == ([ONE_SHOT], {"seed": 3})
+
+
+def test_a_file_of_a_later_version_says_that_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text('{"version": 3, "facts": {}, "records": []}')
+
+    with pytest.raises(ValueError, match="has version 3, and this mfac-core reads up to 2; update mfac-core"):
+        read_json(path)
 
 
 def test_a_number_that_json_cannot_hold_is_refused_rather_than_written(tmp_path: Path) -> None:
@@ -63,7 +86,16 @@ def test_a_file_that_is_no_run_is_refused_by_name(tmp_path: Path, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("color", "red"), ("sparsity", "high"), ("history", [[1.0, 2.0]]), ("layer_sparsity", [0.5])]
+    ("key", "value"),
+    [
+        ("color", "red"),
+        ("sparsity", "high"),
+        ("history", [[1.0, 2.0]]),
+        ("layer_sparsity", [0.5]),
+        ("layer_sizes", [3]),
+        ("seed", "first"),
+        ("epochs_after", None),
+    ],
 )
 def test_a_record_with_an_unknown_key_or_a_wrong_value_is_refused(tmp_path: Path, key: str, value: object) -> None:
     path = tmp_path / "run.json"
@@ -105,7 +137,7 @@ def test_the_picture_shows_methods_layers_and_axes(tmp_path: Path) -> None:
     for word in ("M-FAC gradual", "conv.weight", "fc.weight", "epoch", "test accuracy", "Sparsity per layer"):
         assert word in words
     assert "no gradual run" not in words
-    assert words.count(">sparsity<") == 2  # of the axis on the right, and of the dashed curves in the legend
+    assert words.count(">sparsity<") == 2  # of the axis of the layers, and of the dashed curves in the legend
 
 
 def test_the_picture_leaves_no_state_in_pyplot(tmp_path: Path) -> None:
