@@ -54,7 +54,8 @@ def recommended_keys(keys: Mapping[str, object], sparsity: object = None) -> dic
         sparsity: The sparsity to reach, unless ``keys`` have it as ``final_sparsity``.
 
     Returns:
-        The keys, those that are given first.
+        The keys, those that are given first. Where the sparsity is a mapping to names of weights, each of them gets
+        its own: ``global_sparsity`` is false.
 
     Raises:
         TypeError: If the sparsity is missing or given twice.
@@ -167,7 +168,9 @@ def one_shot_in_order(
 def _recommended_beside(given: Mapping[str, object]) -> dict[str, object]:
     nested = given.get(_NESTED)
     known = {*given, *(nested if isinstance(nested, Mapping) else ())}
-    return {key: value for key, value in RECOMMENDED.items() if key not in known}
+    # sparsities with names of weights are those of each of them
+    of_each = {"global_sparsity": False} if isinstance(given.get("final_sparsity"), Mapping) else {}
+    return {key: value for key, value in {**RECOMMENDED, **of_each}.items() if key not in known}
 
 
 def _sparsity_at(settings: PruningSettings, epoch: float) -> float:

@@ -118,7 +118,8 @@ def prune_one_shot(
             prunings.append(pruning)
     for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
-    for line in (recommended_line(recipe_keys) if recipe is None else "", *map(differs_line, modifiers)):
+    given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
+    for line in (recommended_line(given) if recipe is None else "", *map(differs_line, modifiers)):
         if line:
             _logger.info("%s", line)
     statistics = MovingStatistics(model)

@@ -42,7 +42,8 @@ def prune_one_shot(
             batches than in training tell more about the curvature.
         loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
             or that of the :class:`GradSampler`.
-        sparsity: Pruned fraction to reach, or a mapping from fractions to the names of parameters that reach them.
+        sparsity: Pruned fraction to reach over all weights, or a mapping from fractions to the names of parameters,
+            each of which reaches it.
         recalibrate_batchnorm: Whether the running statistics of batch normalization are estimated anew afterwards, with
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
@@ -71,7 +72,7 @@ def prune_one_shot(
     keys = recommended_keys(recipe_keys, sparsity)
     manager = ScheduledModifierManager([MFACPruningModifier(**keys)])
     sampler = _sampler(loader, loss_fn)
-    line = recommended_line(recipe_keys)
+    line = recommended_line({**recipe_keys, "final_sparsity": keys["final_sparsity"]})
     if line:
         _logger.info("%s", line)
     manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)

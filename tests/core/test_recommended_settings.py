@@ -53,6 +53,13 @@ def test_the_sparsity_has_two_names_of_which_one_is_given():
         recommended_keys({"final_sparsity": 0.8}, 0.9)
 
 
+def test_each_of_the_weights_that_a_sparsity_names_gets_it():
+    keys = recommended_keys({}, {0.8: ["a", "b"]})
+    assert keys["global_sparsity"] is False
+    assert "global_sparsity False" in recommended_line({"final_sparsity": {0.8: ["a", "b"]}})
+    assert recommended_keys({"global_sparsity": True}, {0.8: ["a", "b"]})["global_sparsity"] is True
+
+
 def test_epochs_of_a_gradual_run_are_taken_as_they_are():
     keys = recommended_keys({"start_epoch": 2.0, "end_epoch": 5.0, "init_sparsity": 0.1}, 0.9)
     assert settings_from_keys("MFACPruningModifier", keys).end_epoch == 5.0
