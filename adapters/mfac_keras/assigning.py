@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["assigned"]
+__all__ = ["assign_all", "assigned"]
 
 
 @contextmanager
@@ -40,6 +40,16 @@ def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
             if _copied(variable).tobytes() != before.tobytes():
                 variable.assign(before)
         raise
+
+
+def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
+    """Assign values to variables, to all of them or to none.
+
+    Args:
+        values: As in :func:`assigned`.
+    """
+    with assigned(values):
+        pass
 
 
 def _copied(variable: Any) -> npt.NDArray[Any]:
