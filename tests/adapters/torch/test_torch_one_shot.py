@@ -223,4 +223,4 @@ def test_batches_to_recalibrate_with_get_the_options_of_the_recipe(task):
     ScheduledModifierManager([modifier]).apply(
         normalized(), grad_sampler=GradSampler(batches, LOSS), recalibrate_batchnorm=True
     )
-    assert asked == [16, 16]
+    assert asked == [16, 16, 16]  # for the samples, anew for what the loss is measured on, and to recalibrate
