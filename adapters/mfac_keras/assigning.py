@@ -43,7 +43,7 @@ def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
-    """Assign values to variables; when one cannot be assigned, all have again those before.
+    """Assign values to variables, to all of them or to none.
 
     Args:
         values: As in :func:`assigned`.

@@ -6,7 +6,7 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_keras import MFACPruningCallback, live_pruning  # noqa: E402
-from mfac_keras.assigning import assigned  # noqa: E402
+from mfac_keras.assigning import assign_all, assigned  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
 from mfac_keras.live_pruning import LivePruning  # noqa: E402
 
@@ -164,19 +164,15 @@ def test_values_are_assigned_to_all_variables_or_to_none(dtype):
         yield variables[0], new
         raise MemoryError
 
-    def assign(values):
-        with assigned(values):
-            pass
-
     with pytest.raises(MemoryError):
-        assign(failing())
+        assign_all(failing())
     with pytest.raises(ValueError, match="shape"):
-        assign([(variables[0], new), (variables[1], new), (variables[2], keras.ops.cast([1], dtype))])
+        assign_all([(variables[0], new), (variables[1], new), (variables[2], keras.ops.cast([1], dtype))])
     with pytest.raises(ZeroDivisionError), assigned((variable, new) for variable in variables):
         raise ZeroDivisionError
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [1, 2, 3]
-    assign((variable, new) for variable in variables)
+    assign_all((variable, new) for variable in variables)
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [4, 5, 6]
 
