@@ -148,7 +148,10 @@ def _one_shot(results: Results) -> Lines:
         f"{TASKS[task].title}, {results.fact(task, 'test'):,} {TASKS[task].unit}, {results.seeds(task)} seeds"
         for task in _pictured(results)
     )
-    yield f"Tested on: {'; '.join(tested)}. Error bars: one standard deviation over seeds. Dotted: the dense network."
+    yield (
+        f"Tested on: {'; '.join(tested)}. Error bars: one standard deviation over seeds; points of one sparsity stand "
+        "side by side. Dotted: the dense network. Of a loss, less is better."
+    )
     yield ""
     for task in results.tasks:
         yield f"### {TASKS[task].title}"

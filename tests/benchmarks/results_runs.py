@@ -150,7 +150,7 @@ def runs_of(task: str, scale: Scale) -> dict[str, list[Run]]:
         Run("one-shot", method, sparsity, settings) for sparsity in sparsities for method, settings in _METHODS.items()
     ]
     if task == "transformer-long":
-        return {"one-shot": [run for run in one_shot if run.sparsity in {0.7, 0.8}]}
+        return {"one-shot": [run for run in one_shot if run.sparsity == 0.7]}
     groups = {"one-shot": one_shot}
     if not TASKS[task].is_table:
         one_shot += [
