@@ -6,6 +6,7 @@ The packages ``mfac_torch`` and ``mfac_keras`` connect this core to their framew
 
 from mfac_core.blockwise import inverse_fisher
 from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
+from mfac_core.layer_sensitivity import Sensitivity, sensitivity
 from mfac_core.obs import saliency
 from mfac_core.one_shot import prune
 from mfac_core.pruner import ACDCPruner, ConstantPruner, MagnitudePruner, MFACPruner, make_pruner
@@ -21,6 +22,8 @@ __all__ = [
     "PruneResult",
     "inverse_fisher",
     "saliency",
+    "sensitivity",
+    "Sensitivity",
     # Gradual, inside a training loop
     "make_pruner",
     "MFACPruner",

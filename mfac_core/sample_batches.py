@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any
 
+from mfac_core.errors import SettingError
+from mfac_core.settings import is_integer
 from mfac_core.weight_names import listed
 
-__all__ = ["BatchSource", "batches_to_sample", "zero_in_all_samples"]
+__all__ = ["BatchSource", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]
 
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
+
+_MOST_WITHOUT_LENGTH = 1000
+"""Batches of one pass over data that may have no end."""
 
 _logger = logging.getLogger("mfac_core")
 
@@ -44,27 +50,56 @@ def batches_to_sample(source: BatchSource, count: int, options: Mapping[str, obj
     drawn = 0
     while drawn < count:
         before = drawn
-        opened = _opened(source, options or {})
-        if not isinstance(opened, Iterable):
-            raise TypeError(
-                f"the function that makes the batches to sample gradients from returned a {type(opened).__name__}; it "
-                "must return an iterable of batches, such as a data loader"
-            )
-        for batch in opened:
+        for batch in _opened(source, options or {}):
             yield batch
             drawn += 1
             if drawn == count:
                 return
         if drawn == before:
             if drawn == 0:
-                raise ValueError(
-                    f"what to sample gradients from (a {type(source).__name__}) yields no batch; a used-up generator "
-                    "must be passed as a callable that makes a new one"
-                )
+                raise ValueError(_no_batch(source))
             _logger.warning("the data ended after %d of %d gradient samples and cannot be started again", drawn, count)
             return
         if before == 0:
             _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
+
+
+def batches_of_one_pass(
+    source: BatchSource, at_most: int | None = None, options: Mapping[str, object] | None = None
+) -> Iterator[Any]:
+    """Yield the batches of one pass over the data.
+
+    Args:
+        source: The batches, or a function that makes them.
+        at_most: How many to yield at most; ``None`` for all, of data without a length the first 1,000.
+        options: As in :func:`batches_to_sample`.
+
+    Yields:
+        The batches.
+
+    Raises:
+        SettingError: If ``at_most`` is not a positive integer.
+        TypeError: As in :func:`batches_to_sample`.
+        ValueError: If the source yields no batch at all.
+
+    Example:
+        >>> list(batches_of_one_pass(["first", "second"])), list(batches_of_one_pass(["first", "second"], 1))
+        (['first', 'second'], ['first'])
+    """
+    if at_most is not None and (not is_integer(at_most) or at_most < 1):
+        raise SettingError(
+            "num_batches", f"{at_most!r} must be a positive integer, or None for all batches of one pass over the data"
+        )
+    opened = _opened(source, options or {})
+    most = _MOST_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
+    drawn = 0
+    for batch in islice(opened, most):
+        yield batch
+        drawn += 1
+    if not drawn:
+        raise ValueError(_no_batch(source))
+    if at_most is None and drawn == most:
+        _logger.info("the data have no length: one pass over them is taken to end after %d batches", drawn)
 
 
 def zero_in_all_samples(names: Collection[str]) -> list[str]:
@@ -86,6 +121,30 @@ def zero_in_all_samples(names: Collection[str]) -> list[str]:
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:
+    opened = _called(source, options)
+    if not isinstance(opened, Iterable):
+        raise TypeError(
+            f"the function that makes the batches returned a {type(opened).__name__}; it must return an iterable of "
+            "batches, such as a data loader"
+        )
+    return opened
+
+
+def _no_batch(source: BatchSource) -> str:
+    return (
+        f"the source of batches (a {type(source).__name__}) yields no batch; a used-up generator must be passed as a "
+        "callable that makes a new one"
+    )
+
+
+def _has_length(batches: Iterable[Any]) -> bool:
+    try:
+        return isinstance(batches, Sized) and len(batches) >= 0
+    except TypeError:  # of a loader over data that have none
+        return False
+
+
+def _called(source: BatchSource, options: Mapping[str, object]) -> Any:
     if not isinstance(source, Iterable):
         signature = inspect.signature(source)
         if _takes(signature, **options):

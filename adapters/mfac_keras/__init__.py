@@ -12,6 +12,8 @@ Read in this order:
 * ``optimizers``: what an optimizer is made of
 * ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
 * ``sampling``: gradient samples outside the training loop
+* ``batchnorm``: :func:`recalibrate_batchnorm`, moving statistics for the weights that there are now
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable bears
 * ``assigning``: values into variables, into all of them or into none
 * ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
 * ``end_of_fit``: the moment when all callbacks are done
@@ -19,8 +21,17 @@ Read in this order:
 * ``digits``, ``demo``: what ``mfac demo --framework keras`` runs
 """
 
+from mfac_keras.batchnorm import recalibrate_batchnorm
 from mfac_keras.callback import MFACPruningCallback
+from mfac_keras.layer_sensitivity import sensitivity
 from mfac_keras.one_shot import prune_one_shot
 from mfac_keras.selection import prunable_variables, select_variables
 
-__all__ = ["MFACPruningCallback", "prunable_variables", "prune_one_shot", "select_variables"]
+__all__ = [
+    "MFACPruningCallback",
+    "prunable_variables",
+    "prune_one_shot",
+    "recalibrate_batchnorm",
+    "select_variables",
+    "sensitivity",
+]

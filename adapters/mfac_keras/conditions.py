@@ -9,7 +9,7 @@ import keras
 
 from mfac_keras.optimizers import innermost, trained_by
 
-__all__ = ["check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
+__all__ = ["check_built", "check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
 
 _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
 
@@ -31,6 +31,19 @@ def check_model(model: Any) -> None:
     if isinstance(model, keras.layers.Layer):  # on torch a torch module too
         cure = "put the layer into a model, such as keras.Sequential([layer])"
     raise TypeError(f"the model is a {_class_of(model)}, and pruning needs a keras.Model of Keras 3; {cure}")
+
+
+def check_built(model: Any) -> None:
+    """Check that a model is built.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not model.built:
+        raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
 
 
 def check_optimizer(optimizer: Any) -> None:

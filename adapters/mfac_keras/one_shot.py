@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.errors import RecipeError
-from mfac_core.one_shot_settings import one_shot_in_order
+from mfac_core.one_shot_settings import differs_line, one_shot_in_order, recommended_keys, recommended_line
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_one_shot, modifier_names
 from mfac_core.settings import MFACSettings, PruningSettings
-from mfac_keras.conditions import check_model, refuse_keras_2
-from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due
+from mfac_keras.assigning import assign_all
+from mfac_keras.batchnorm import MovingStatistics
+from mfac_keras.conditions import check_built, check_model, refuse_keras_2
+from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
 
@@ -31,12 +34,17 @@ def prune_one_shot(
     loss: Any = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     *,
+    sparsity: float | Mapping[float, Sequence[str]] | None = None,
+    recalibrate_batchnorm: bool = False,
     verbose: int = 0,
     recipe_variables: Mapping[str, object] | None = None,
     unsupported: Literal["error", "skip"] = "error",
     **recipe_keys: Any,
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Prune a model to the final sparsity in a single pruning step; its weights are changed in place.
+    """Prune a trained model in a single pruning step; its weights are changed in place.
+
+    Without a recipe it is pruned by M-FAC, and where no key says otherwise, the recommended settings are taken, which
+    the log names: :data:`mfac_core.one_shot_settings.RECOMMENDED`.
 
     Args:
         model: A built Keras model.
@@ -45,38 +53,47 @@ def prune_one_shot(
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with.
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
+        sparsity: Without a recipe, the pruned fraction to reach, or a mapping from fractions to the names of variables
+            that reach them; ``final_sparsity`` is the same.
+        recalibrate_batchnorm: Whether the moving statistics of batch normalization are estimated anew afterwards, as by
+            :func:`mfac_keras.recalibrate_batchnorm`, over at most 256 batches of ``dataset``. Otherwise a warning says
+            that they are those of before.
         verbose: 1 prints a line for each modifier, 0 does not.
         recipe_variables: Values to use instead of those of the recipe's variables.
         unsupported: What to do with a modifier of the recipe that is out of scope, such as one that quantizes:
             ``error``, or ``skip`` it with a warning.
-        **recipe_keys: In place of a recipe, the keys of an ``MFACPruningModifier``; ``end_epoch`` may be left out.
+        **recipe_keys: In place of a recipe, further keys of an ``MFACPruningModifier``, such as ``params``,
+            ``mask_type="2:4"`` or ``num_grads=512``.
 
     Returns:
         The masks by variable path, True keeps.
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
-        TypeError: If there is neither a recipe nor keys, the recipe stands in the place of the loss, M-FAC has no
-            dataset, or the model or the loss is none of Keras 3.
+        TypeError: If there is neither a recipe nor a sparsity, or both, the recipe stands in the place of the loss,
+            M-FAC or the recalibration has no dataset, or the model or the loss is none of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has another form.
+
+    Whatever is raised, the model is as before.
 
     Example:
         >>> import keras
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4)])
         >>> data = np.ones([64, 8], "float32"), np.ones([64, 4], "float32")
-        >>> masks = prune_one_shot(model, data, "mse", final_sparsity=0.5, num_grads=4)
+        >>> masks = prune_one_shot(model, data, "mse", sparsity=0.5, num_grads=4)
         >>> int((model.layers[0].kernel.numpy() == 0).sum())
         16
     """
     check_model(model)
     refuse_keras_2("the loss", loss)
-    if not model.built:
-        raise ValueError(f"{model.name} is not built, so it has no weights; call it on a batch first")
+    check_built(model)
     if isinstance(loss, os.PathLike | Recipe) or (
         isinstance(loss, str) and ("\n" in loss or loss.endswith((".yaml", ".yml", ".md")))
     ):
         raise TypeError("loss, the third argument, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
-    keys = {"end_epoch": 0.0, **recipe_keys} if recipe_keys else {}
+    keys = recipe_keys if sparsity is None else {"sparsity": sparsity, **recipe_keys}
+    if recipe is None and keys:
+        keys = recommended_keys(recipe_keys, sparsity)
     modifiers = modifiers_of(recipe, keys, recipe_variables, unsupported)
     parts = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
     if not parts:
@@ -85,6 +102,10 @@ def prune_one_shot(
     if dataset is None and any(isinstance(each, MFACSettings) for each in settings):
         raise TypeError(
             "M-FAC in one shot needs gradients; pass batches (x, y) as dataset: prune_one_shot(model, dataset, ...)"
+        )
+    if dataset is None and recalibrate_batchnorm:
+        raise TypeError(
+            "recalibrate_batchnorm needs batches; pass them as dataset: prune_one_shot(model, dataset, ...)"
         )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     prunings = []
@@ -97,5 +118,22 @@ def prune_one_shot(
             prunings.append(pruning)
     for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):
         _logger.warning("%s", warning)
-    prune_if_due(prunings, 0)
+    for line in (recommended_line(recipe_keys) if recipe is None else "", *map(differs_line, modifiers)):
+        if line:
+            _logger.info("%s", line)
+    statistics = MovingStatistics(model)
+    before = [(each, np.array(each.numpy(), copy=True)) for each in variables_in_scope(prunings).values()]
+    try:
+        prune_if_due(prunings, 0)
+        if sampler is not None and recalibrate_batchnorm:
+            options = next((each.sampler_options for each in settings if isinstance(each, MFACSettings)), {})
+            statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
+    except BaseException:
+        assign_all(before)
+        raise
+    is_changed = not all(np.array_equal(each.numpy(), values) for each, values in before)
+    if statistics.layers and is_changed and not recalibrate_batchnorm:
+        _logger.warning(
+            "%s", stale_statistics_line(statistics.layers, "mfac_keras.recalibrate_batchnorm(model, dataset)")
+        )
     return combined_masks(prunings)

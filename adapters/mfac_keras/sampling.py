@@ -13,7 +13,7 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import batches_of_one_pass, batches_to_sample, zero_in_all_samples
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
@@ -126,6 +126,18 @@ class GradientSampler:
         """
         return list(batches_to_sample(self._source, count, options))
 
+    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
+        """Return the batches of one pass over the data.
+
+        Args:
+            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches one by one, as the dataset gives them; errors are raised as by :meth:`batches`.
+        """
+        return batches_of_one_pass(self._source, at_most, options)
+
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches in inference mode; metrics are as before afterwards.
 
@@ -222,6 +234,9 @@ class _Cut:
 
     def __iter__(self) -> Iterator[Any]:
         return map(self._batch_at, self._places())
+
+    def __len__(self) -> int:
+        return len(self._places())
 
 
 def _batch(batch: Any) -> tuple[Any, Any, Any]:

@@ -3,6 +3,7 @@
 Read in this order:
 
 * ``manager``: :class:`ScheduledModifierManager`, the entry point: gradual and one-shot pruning, resume
+* ``one_shot``: :func:`prune_one_shot`, without training, in one call
 * ``modifier``, ``modifier_list``: the modifiers of a recipe as Python objects
 * ``conditions``, ``plan``: what is checked, and what is said, before anything is changed
 * ``session``: what happens around each optimizer step
@@ -11,6 +12,8 @@ Read in this order:
 * ``wrappers``: the model inside what holds it
 * ``selection``: which parameters ``params`` means
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
+* ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the weights that there are now
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter bears
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
 * ``outside_changes``: what others do to these weights between two steps
@@ -24,6 +27,8 @@ Read in this order:
 * ``export``, ``lightning``, ``transformers``: imported only when asked for
 """
 
+from mfac_torch.batchnorm import recalibrate_batchnorm
+from mfac_torch.layer_sensitivity import sensitivity
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import (
     ACDCPruningModifier,
@@ -41,6 +46,7 @@ from mfac_torch.modifier import (
     SetWeightDecayModifier,
     TrainableParamsModifier,
 )
+from mfac_torch.one_shot import prune_one_shot
 from mfac_torch.optimizer_state import declare_elementwise_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scheduled_optimizer import ScheduledOptimizer
@@ -68,5 +74,8 @@ __all__ = [
     "apply_masks",
     "declare_elementwise_state",
     "prunable_parameters",
+    "prune_one_shot",
+    "recalibrate_batchnorm",
     "select_parameters",
+    "sensitivity",
 ]

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfac_core.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.log_lines import unfinished_line
-from mfac_core.one_shot_settings import one_shot_in_order
+from mfac_core.one_shot_settings import differs_line, one_shot_in_order
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import lint_one_shot, modifier_names
 from mfac_core.settings import MFACSettings, PruningSettings, check_number
 from mfac_core.zero_count import ZeroCount
+from mfac_torch.batchnorm import RunningStatistics
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped_optimizers
 from mfac_torch.live_pruning import LivePruning, masks_together
@@ -214,6 +216,7 @@ class ScheduledModifierManager(ModifierList):
         finalize: bool = True,
         *,
         grad_sampler: Sampler | None = None,
+        recalibrate_batchnorm: bool = False,
         **unsupported: object,
     ) -> None:
         """Prune in one shot, without training: as far as the recipe is at an epoch.
@@ -225,13 +228,17 @@ class ScheduledModifierManager(ModifierList):
             finalize: Whether the manager is done afterwards; otherwise :meth:`finalize` sets pruned weights to zero
                 once more, after a fine-tuning of your own.
             grad_sampler: Draws the gradient samples; needed by M-FAC.
+            recalibrate_batchnorm: Whether the running statistics of batch normalization are estimated anew afterwards,
+                as by :func:`mfac_torch.recalibrate_batchnorm`, over at most 256 batches of the sampler. Otherwise a
+                warning says that they are those of before.
             **unsupported: Refused by name.
 
         Raises:
             RuntimeError: If the manager is attached already.
             NotImplementedError: If training is distributed over several processes.
             SettingError: If a modifier does not fit the model.
-            TypeError: If M-FAC has no sampler, or an argument is of the wrong kind or not supported.
+            TypeError: If M-FAC or the recalibration has no sampler, or an argument is of the wrong kind or not
+                supported.
 
         Whatever is raised, manager and model are as before.
         """
@@ -244,7 +251,12 @@ class ScheduledModifierManager(ModifierList):
             raise TypeError(
                 "M-FAC in one shot needs gradients; pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()"
             )
+        if sampler is None and recalibrate_batchnorm:
+            raise TypeError(
+                "recalibrate_batchnorm needs batches; pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()"
+            )
         model = unwrapped(module)
+        sampler = None if sampler is None else GradSampler.of(sampler)
         prunings = _live_prunings(
             settings,
             model,
@@ -253,15 +265,26 @@ class ScheduledModifierManager(ModifierList):
             grad_sampler=sampler,
             loggers=self._loggers if loggers is None else loggers,
         )
+        for line in filter(None, map(differs_line, settings)):
+            _logger.info("%s", line)
+        statistics = RunningStatistics(model)
+        parameters = {id(each): each.detach() for pruning in prunings for each in pruning.parameters.values()}
+        before = [(values, values.clone()) for values in parameters.values()]
         with ExitStack() as undo:
-            for parameter in {id(each): each for pruning in prunings for each in pruning.parameters.values()}.values():
-                values = parameter.detach()
-                undo.callback(values.copy_, values.clone())
+            for values, copied in before:
+                undo.callback(values.copy_, copied)
             for pruning in prunings:
                 pruning.prune_if_due(0)
             for pruning in prunings:  # an update may have moved what another modifier has pruned
                 pruning.hold_masks()
+            if sampler is not None and recalibrate_batchnorm:
+                options = next((each.sampler_options for each in settings if isinstance(each, MFACSettings)), {})
+                statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
             undo.pop_all()
+        if statistics.layers and not (recalibrate_batchnorm or all(torch.equal(*each) for each in before)):
+            _logger.warning(
+                "%s", stale_statistics_line(statistics.layers, "mfac_torch.recalibrate_batchnorm(model, loader)")
+            )
         self._model, self._prunings = model, prunings
         if finalize:
             self.finalize(module)

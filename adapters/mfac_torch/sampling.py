@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import BatchSource, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import BatchSource, batches_of_one_pass, batches_to_sample, zero_in_all_samples
 
 __all__ = ["GradSampler"]
 
@@ -179,6 +179,18 @@ class GradSampler:
             TypeError: If the batches do not come from a callable that takes the options.
         """
         return list(batches_to_sample(self._source, count, options))
+
+    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
+        """Return the batches of one pass over the data.
+
+        Args:
+            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches one by one, as the data loader gives them; errors are raised as by :meth:`batches`.
+        """
+        return batches_of_one_pass(self._source, at_most, options)
 
     def loss(self, model: nn.Module, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches, in the mode of the gradient samples; no gradients arrive in the model.

@@ -2,7 +2,9 @@ import itertools
 
 import pytest
 
-from mfac_core.sample_batches import batches_to_sample, zero_in_all_samples
+from mfac_core import sample_batches
+from mfac_core.errors import SettingError
+from mfac_core.sample_batches import batches_of_one_pass, batches_to_sample, zero_in_all_samples
 
 
 def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
@@ -62,3 +64,50 @@ def test_options_that_the_source_does_not_take_are_refused(source):
 def test_a_function_that_needs_arguments_is_refused():
     with pytest.raises(TypeError, match="cannot be called without arguments"):
         list(batches_to_sample(lambda output, target: [output], 1))
+
+
+def test_one_pass_ends_with_the_data_or_before():
+    assert list(batches_of_one_pass("abc")) == list("abc")
+    assert list(batches_of_one_pass("abc", 5)) == list("abc")
+    assert list(batches_of_one_pass("abc", 2)) == list("ab")
+    assert list(batches_of_one_pass(lambda size: "x" * size, options={"size": 3})) == list("xxx")
+
+
+class OfUnknownLength:
+    """As a data loader over data without a length."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __iter__(self):
+        return iter(range(self.number))
+
+    def __len__(self):
+        raise TypeError("no length")
+
+
+@pytest.mark.parametrize("source", [itertools.count, lambda: OfUnknownLength(10)])
+def test_one_pass_over_data_that_may_have_no_end_ends_somewhere(source, monkeypatch, caplog):
+    monkeypatch.setattr(sample_batches, "_MOST_WITHOUT_LENGTH", 4)
+    with caplog.at_level("INFO", logger="mfac_core"):
+        assert list(batches_of_one_pass(source)) == [0, 1, 2, 3]
+    assert "no length: one pass over them is taken to end after 4 batches" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO", logger="mfac_core"):
+        assert list(batches_of_one_pass(source, 6)) == [0, 1, 2, 3, 4, 5]  # who names a number gets it
+        assert list(batches_of_one_pass(range(6))) == [0, 1, 2, 3, 4, 5]
+        assert list(batches_of_one_pass(lambda: iter(range(3)))) == [0, 1, 2]
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("at_most", [0, -1, 2.5, True, "2"])
+def test_a_number_of_batches_that_is_none_is_refused(at_most):
+    with pytest.raises(SettingError, match="num_batches: .* must be a positive integer, or None for all batches"):
+        list(batches_of_one_pass("abc", at_most))
+
+
+def test_one_pass_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match="yields no batch; a used-up generator must be passed as a callable"):
+        list(batches_of_one_pass(iter([])))
+    with pytest.raises(TypeError, match="returned a NoneType; it must return an iterable of batches"):
+        list(batches_of_one_pass(lambda: None))

@@ -7,6 +7,7 @@ import mfac_core
 from mfac_core.backends import resolve_device
 from mfac_core.blockwise import BlockwiseFisher
 from mfac_core.gradient_window import GradientWindow
+from mfac_core.layer_sensitivity import stacked_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -40,6 +41,22 @@ def test_prune_takes_and_gives_cupy_arrays(update):
     assert np.mean(cupy.asnumpy(device.masks) == host.masks) > 0.999
     same = cupy.asnumpy(device.masks) & host.masks
     np.testing.assert_allclose(cupy.asnumpy(device.weights)[same], host.weights[same], rtol=0.02, atol=1e-3)
+
+
+def test_sensitivity_takes_cupy_arrays_and_stacks_rows_on_the_gpu():
+    gradients, weights = problem(32, 600, np.float64)
+    rows = stacked_rows(({"w": cupy.asarray(row)} for row in gradients), 40)
+    options = {"sparsities": (0.3, 0.6, 0.9), "block_size": 200, "damping": 1e-2, "progress": False}
+
+    def loss(layers):
+        return float(abs(layers["w"]).sum())
+
+    host = mfac_core.sensitivity({"w": weights}, loss, {"w": gradients}, **options)
+    device = mfac_core.sensitivity({"w": cupy.asarray(weights)}, loss, rows, devices=("cuda:0",), **options)
+
+    assert isinstance(rows["w"], cupy.ndarray)
+    np.testing.assert_allclose(device.measured["w"], host.measured["w"], rtol=1e-6)
+    np.testing.assert_allclose(device.predicted["w"], host.predicted["w"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("gradients_device", ["cpu", "cuda:0", "auto"])

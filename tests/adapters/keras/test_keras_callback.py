@@ -127,7 +127,7 @@ def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
 @pytest.mark.once
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
-    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     task.fit(task.model(), pruning)
     task.fit(task.model(), pruning)
     assert not caplog.text
@@ -239,7 +239,8 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_keras"):
         task.fit(task.model(), MFACPruningCallback(task.recipe()))
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    plan, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    plan, advice, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
+    assert "in one pass within each layer" in advice
     assert plan.endswith("3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75")
     assert printed == logged
     assert len(printed) == 3
@@ -311,7 +312,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):
     stopping = keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True, start_from_epoch=3)
-    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     model = task.model()
     task.fit(model, *([stopping, pruning] if first else [pruning, stopping]), epochs=6)
     assert_pruned(task, model)

@@ -185,7 +185,7 @@ def test_an_epoch_that_was_interrupted_begins_anew_without_a_warning(task, caplo
             if self.steps == 7:
                 raise KeyboardInterrupt
 
-    model, pruning = task.model(), MFACPruningCallback(task.recipe(), verbose=0)
+    model, pruning = task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     with pytest.raises(KeyboardInterrupt):
         task.fit(model, pruning, Interrupts())
     task.fit(model, pruning, initial_epoch=1)

@@ -121,15 +121,17 @@ def test_a_state_of_another_recipe_is_refused(task, tmp_path):
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_a_fit_that_begins_anew_over_a_state_says_so_and_what_is_no_state_is_not_touched(task, tmp_path, caplog):
     path = tmp_path / "state"
-    task.fit(task.model(), MFACPruningCallback(task.recipe(), state_path=path, verbose=0), epochs=4)
+    task.fit(task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), state_path=path, verbose=0), epochs=4)
     assert not caplog.text
-    task.fit(task.model(), MFACPruningCallback(task.recipe(), state_path=path, verbose=0), epochs=4)
+    task.fit(task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), state_path=path, verbose=0), epochs=4)
     assert f"{path} holds the state of a run at step 20, and will be replaced, because this fit begins" in caplog.text
     path.write_bytes(b"my thesis")
     with pytest.raises(
         ValueError, match=r"is not the state of a pruning run, or is damaged; remove it or name another$"
     ):
-        task.fit(task.model(), MFACPruningCallback(task.recipe(), state_path=path, verbose=0), epochs=4)
+        task.fit(
+            task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), state_path=path, verbose=0), epochs=4
+        )
     assert path.read_bytes() == b"my thesis"
 
 

@@ -108,7 +108,7 @@ def test_weights_written_between_two_epochs_are_warned_of_before_they_are_zeroed
 
 
 def test_a_run_in_which_nobody_meddles_warns_of_nothing(task, caplog):
-    pruning = MFACPruningCallback(task.recipe(), verbose=0)
+    pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     task.fit(task.model(), pruning, keras.callbacks.EarlyStopping("loss", patience=9), epochs=5)
     assert not caplog.text
     assert pruning.sparsity == 0.75
@@ -195,7 +195,7 @@ def net(task, get_optimizer, **compile_options):
 
 MODIFIERS = {
     "magnitude": lambda task: task.recipe("MagnitudePruningModifier"),
-    "M-FAC": lambda task: task.recipe(),
+    "M-FAC": lambda task: task.recipe(init_sparsity=0.5),
     "constant": lambda task: "modifiers:\n- !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n",
     "AC/DC": lambda task: (
         "modifiers:\n- !ACDCPruningModifier {compression_sparsity: 0.5, start_epoch: 0.0, end_epoch: 4.0, params: "

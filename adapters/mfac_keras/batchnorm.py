@@ -1,0 +1,168 @@
+"""Moving statistics of batch normalization, estimated anew for the weights that a model has now."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_keras.assigning import assign_all
+from mfac_keras.conditions import check_built, check_model
+from mfac_keras.sampling import GradientSampler
+
+__all__ = ["MovingStatistics", "recalibrate_batchnorm"]
+
+_logger = logging.getLogger("mfac_keras")
+
+Vector = npt.NDArray[np.float64]
+
+
+def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None = None) -> int:
+    """Estimate the moving statistics of batch normalization anew, as the average over batches.
+
+    Pruning in one shot changes what comes into these layers, and their statistics remain those of before. While they
+    are estimated, these layers alone run as in training: dropout is not active. Momenta are as before afterwards.
+
+    Left as they are: layers that no batch comes through, and frozen ones (``trainable=False``), which Keras runs in
+    inference mode in training too.
+
+    Args:
+        model: A built Keras model; layers of models within it are found too.
+        dataset: Batches ``(x, y)`` or ``(x, y, sample_weight)``, as :func:`mfac_keras.prune_one_shot` takes them.
+            Batches as large as in training are best.
+        num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
+            data without a length.
+
+    Returns:
+        The number of layers whose statistics were estimated anew.
+
+    Raises:
+        TypeError: If the model is none of Keras 3, or the dataset no source of batches.
+        ValueError: If the model is not built, there is no batch, one has another form, or an input of these layers is
+            not finite.
+
+    Whatever is raised, here or by the model, the statistics are as before.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.BatchNormalization()])
+        >>> recalibrate_batchnorm(model, [(np.ones([8, 4]), np.ones([8, 3]))])
+        1
+    """
+    check_model(model)
+    check_built(model)
+    sampler = dataset if isinstance(dataset, GradientSampler) else GradientSampler(dataset)
+    return MovingStatistics(model).estimate_anew(sampler, num_batches)
+
+
+class MovingStatistics:
+    """What the batch normalization layers of a model keep of their inputs.
+
+    Args:
+        model: The model, built.
+
+    Attributes:
+        layers: The layers whose statistics may be estimated anew, by path.
+        frozen: The paths of those that are frozen.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        every: dict[str, Any] = {}
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.built:
+                every[layer.path if layer.path not in every else f"{layer.path} ({len(every) + 1})"] = layer
+        self.frozen = [name for name, layer in every.items() if not layer.trainable]
+        self.layers = {name: layer for name, layer in every.items() if layer.trainable}
+
+    def estimate_anew(
+        self, sampler: GradientSampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
+    ) -> int:
+        """Estimate the statistics as the average over batches; an exception leaves them as they were.
+
+        Args:
+            sampler: Where the batches come from.
+            num_batches: As in :func:`recalibrate_batchnorm`.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The number of layers whose statistics were estimated anew.
+        """
+        if not self.layers:
+            _logger.info("%s", no_statistics_line(self.frozen))
+            return 0
+        statistics = BatchStatistics(self.layers)
+        before = self.copied()
+        try:
+            assign_all((variable, np.zeros(value.shape)) for variable, value in before)  # NaN would stay NaN
+            with self._measuring(statistics):
+                for batch in sampler.one_pass(num_batches, options):
+                    sampler.forward(self._model, batch)
+                    statistics.num_batches += 1
+        finally:
+            assign_all(before)
+        assign_all(
+            (variable, value)
+            for name, mean, variance in statistics.averages()
+            for variable, value in _statistics_of(self.layers[name], mean, variance)
+        )
+        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
+        return len(statistics.averages())
+
+    def copied(self) -> list[tuple[Any, Any]]:
+        """Return the variables that hold the statistics, with copies of their values."""
+        return [
+            (variable, np.array(variable.numpy(), copy=True))
+            for layer in self.layers.values()
+            for variable, _ in _statistics_of(layer, np.zeros(1), np.zeros(1))
+        ]
+
+    @contextmanager
+    def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
+        """Let the layers run as in training, each call by itself, and the rest of the model not."""
+        momenta = [(layer, layer.momentum, getattr(layer, "renorm", None)) for layer in self.layers.values()]
+        try:
+            for name, layer in self.layers.items():
+                layer.call = _measured(layer.call, name, layer, statistics)
+                layer.momentum = 0.0
+                layer.renorm = False
+            yield
+        finally:
+            for layer, momentum, renorm in momenta:
+                layer.__dict__.pop("call", None)
+                layer.momentum = momentum
+                if renorm is None:
+                    layer.__dict__.pop("renorm", None)
+                else:
+                    layer.renorm = renorm
+
+
+def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: BatchStatistics) -> Callable[..., Any]:
+    """Return the call of a layer as in training, after which its statistics are added to those of other batches."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.arguments["training"] = True
+        output = call(*arguments.args, **arguments.kwargs)
+        statistics.add(name, layer.moving_mean.numpy(), layer.moving_variance.numpy())
+        return output
+
+    return measured
+
+
+def _statistics_of(layer: Any, mean: Vector, variance: Vector) -> list[tuple[Any, Vector]]:
+    """Return the variables of a layer that hold statistics, with their values for a mean and a variance."""
+    values = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
+    if getattr(layer, "moving_stddev", None) is not None:  # of batch renormalization
+        deviation = np.sqrt(variance + layer.epsilon)
+        values += [(layer.moving_stddev, deviation), (layer.renorm_mean, mean), (layer.renorm_stddev, deviation)]
+    return values

@@ -1,0 +1,99 @@
+"""Prune a trained model in one shot, in one call."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfac_core.one_shot_settings import recommended_keys, recommended_line
+from mfac_core.recipe import Recipe
+from mfac_torch.manager import ScheduledModifierManager
+from mfac_torch.modifier import MFACPruningModifier
+from mfac_torch.modifier_list import ModifierList
+from mfac_torch.sampling import GradSampler
+
+__all__ = ["prune_one_shot"]
+
+_logger = logging.getLogger("mfac_torch")
+
+
+def prune_one_shot(
+    model: nn.Module,
+    loader: Any,
+    loss_fn: Any = None,
+    *,
+    sparsity: float | Mapping[float, Sequence[str]] | None = None,
+    recalibrate_batchnorm: bool = False,
+    **recipe_keys: Any,
+) -> dict[str, torch.Tensor]:
+    """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
+
+    Where no key says otherwise, the recommended settings are taken, which the log names:
+    :data:`mfac_core.one_shot_settings.RECOMMENDED`.
+
+    Args:
+        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+        loader: Batches to sample gradients from, as :class:`GradSampler` takes them, or a :class:`GradSampler`. Smaller
+            batches than in training tell more about the curvature.
+        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
+            or that of the :class:`GradSampler`.
+        sparsity: Pruned fraction to reach, or a mapping from fractions to the names of parameters that reach them.
+        recalibrate_batchnorm: Whether the running statistics of batch normalization are estimated anew afterwards, with
+            batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
+        **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
+            ``num_grads=512``.
+
+    Returns:
+        The masks by parameter name: boolean, True keeps.
+
+    Raises:
+        RecipeError: If a key is unknown or its value out of range.
+        SettingError: If a key does not fit the model.
+        TypeError: If there is no sparsity, or an argument is of the wrong kind, such as a recipe.
+        ValueError: If a batch has another form.
+        NotImplementedError: If training is distributed over several processes.
+
+    Whatever is raised, the model is as before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> batches = [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(16)]
+        >>> masks = prune_one_shot(model, batches, nn.functional.mse_loss, sparsity=0.5, num_grads=16)
+        >>> sum(int((parameter == 0).sum()) for parameter in (model[0].weight, model[2].weight))
+        80
+    """
+    _refuse_recipe(loader, loss_fn, sparsity, recipe_keys)
+    keys = recommended_keys(recipe_keys, sparsity)
+    manager = ScheduledModifierManager([MFACPruningModifier(**keys)])
+    sampler = _sampler(loader, loss_fn)
+    line = recommended_line(recipe_keys)
+    if line:
+        _logger.info("%s", line)
+    manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)
+    return manager.masks
+
+
+def _sampler(loader: Any, loss_fn: Any) -> GradSampler:
+    if not isinstance(loader, GradSampler):
+        return GradSampler(loader, loss_fn)
+    if loss_fn is not None:
+        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
+    return loader
+
+
+def _refuse_recipe(loader: Any, loss_fn: Any, sparsity: Any, keys: Mapping[str, Any]) -> None:
+    given = {"loader": loader, "loss_fn": loss_fn, "sparsity": sparsity, "recipe": keys.get("recipe")}
+    for name, value in given.items():
+        if name == "recipe" and value is None:
+            continue
+        if name == "recipe" or isinstance(value, str | os.PathLike | Recipe | ModifierList):
+            raise TypeError(
+                f"{name} is a {type(value).__name__}, and prune_one_shot takes no recipe: it takes batches, a loss and "
+                "keys such as sparsity=0.9. ScheduledModifierManager.from_yaml(recipe).apply(model, "
+                "grad_sampler=GradSampler(loader, loss_fn)) prunes in one shot as a recipe says"
+            )

@@ -1,0 +1,476 @@
+"""How much sparsity each layer bears: the loss measured with one layer pruned at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.errors import SettingError
+from mfac_core.mask_patterns import mask_patterns
+from mfac_core.one_shot import prune
+from mfac_core.planning import check_memory
+from mfac_core.schedule import PlannedStep
+from mfac_core.sensitivity_report import draw_increases, increases_table, printed
+from mfac_core.settings import (
+    Damping,
+    MaskType,
+    MFACSettings,
+    Recomputations,
+    Update,
+    check_block_size,
+    check_choice,
+    check_damping,
+    check_number,
+    check_recomputations,
+    checked_mask_type,
+    is_integer,
+)
+from mfac_core.terminal import console, plain_text
+from mfac_core.weight_layout import WeightLayout
+from mfac_core.weight_names import listed
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["SPARSITIES", "Sensitivity", "check_num_batches", "check_rows_fit", "sensitivity", "stacked_rows"]
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+"""The sparsities at which each layer is measured where no others are given."""
+
+Gradients = Array | Mapping[str, Array]
+"""Gradient samples, one per row."""
+
+_logger = logging.getLogger("mfac_core")
+
+_ARRAY = "weights"  # the name of a single array, as in prune
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the loss grows when one layer alone is pruned and the others stay dense.
+
+    All fields are plain values: ``json.dumps(dataclasses.asdict(result))`` keeps them.
+
+    Args:
+        dense_loss: The loss before anything is pruned.
+        sparsities: The sparsities, rising.
+        measured: Name of each layer and, at each sparsity, the loss minus :attr:`dense_loss`; infinite from the
+            sparsity on at which the loss was NaN or infinite, and negative where pruning made it smaller.
+        predicted: The same as M-FAC predicts it, ``1/2 dw^T F dw`` summed over the steps; infinite where a layer was
+            not pruned any further. This is in-sample: it is taken on the gradient samples that chose the update, and
+            most often far too small.
+        num_weights: Name of each layer and its number of weights.
+    """
+
+    dense_loss: float
+    sparsities: tuple[float, ...]
+    measured: Mapping[str, tuple[float, ...]]
+    predicted: Mapping[str, tuple[float, ...]]
+    num_weights: Mapping[str, int]
+
+    def highest(self, max_increase: float) -> dict[str, float]:
+        """Return how far each layer can be pruned within a budget.
+
+        Args:
+            max_increase: The largest increase of the loss to accept for a layer, such as ``0.05 * dense_loss``.
+
+        Returns:
+            Name of each layer and the highest of the sparsities up to which every measured increase is at most the
+            budget; 0.0 where the lowest one is too much.
+
+        Raises:
+            SettingError: If the budget is not a finite number.
+
+        Example:
+            >>> increases = {"a": (0.01, 0.03, 0.9), "b": (0.2, 0.5, 2.0)}
+            >>> result = Sensitivity(1.0, (0.5, 0.9, 0.99), increases, increases, {"a": 100, "b": 20})
+            >>> result.highest(0.05)
+            {'a': 0.9, 'b': 0.0}
+        """
+        check_number("max_increase", max_increase, "the increase of the loss to accept", lambda _: True)
+        found = {}
+        for name, increases in self.measured.items():
+            too_much = (place for place, increase in enumerate(increases) if not increase <= max_increase)
+            borne = next(too_much, len(increases))
+            found[name] = self.sparsities[borne - 1] if borne else 0.0
+        return found
+
+    def final_sparsity(self, max_increase: float) -> dict[float, list[str]]:
+        """Return what :meth:`highest` finds in the form in which a recipe gives layers sparsities of their own.
+
+        Args:
+            max_increase: As in :meth:`highest`.
+
+        Returns:
+            Sparsity and the names of the layers that get it, the lowest sparsity first: a value for ``final_sparsity``.
+            Layers for which the lowest sparsity is too much are left out, so that they stay dense.
+
+        Raises:
+            SettingError: If the budget is not a finite number.
+
+        Example:
+            >>> increases = {"a": (0.01, 0.9), "b": (0.02, 0.03), "c": (0.04, 2.0), "d": (0.2, 0.7)}
+            >>> result = Sensitivity(1.0, (0.5, 0.9), increases, increases, dict.fromkeys("abcd", 10))
+            >>> result.final_sparsity(0.05)
+            {0.5: ['a', 'c'], 0.9: ['b']}
+        """
+        highest = self.highest(max_increase)
+        names = {sparsity: [name for name, own in highest.items() if own == sparsity] for sparsity in self.sparsities}
+        return {sparsity: named for sparsity, named in names.items() if named}
+
+    def table(self) -> Table:
+        """Set the increases out as a table, one row per layer, the predicted ones below the measured ones.
+
+        Returns:
+            A table for :meth:`rich.console.Console.print`; ``str()`` of the result is the same as plain text.
+        """
+        return increases_table(self.dense_loss, self.sparsities, self.measured, self.predicted, self.num_weights)
+
+    def picture(self, path: str | Path) -> None:
+        """Draw the increases: one row per layer, one column per sparsity, measured on the left, predicted on the right.
+
+        Args:
+            path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``. Its folder is made if
+                missing.
+        """
+        draw_increases(path, self.dense_loss, self.sparsities, self.measured, self.predicted, self.num_weights)
+
+    def __str__(self) -> str:
+        return printed(self.table())
+
+
+def sensitivity(
+    weights: Array | Mapping[str, Array],
+    loss: Callable[[Any], float],
+    gradients: Gradients | Callable[[Any], Gradients],
+    *,
+    sparsities: Sequence[float] = SPARSITIES,
+    block_size: int | None = 2000,
+    damping: Damping = "auto",
+    update: Update = "joint",
+    num_recomputations: Recomputations = 1,
+    mask_type: MaskType = "unstructured",
+    axes: Sequence[int] | Mapping[str, Sequence[int]] | None = None,
+    devices: Sequence[str | Device] | str | Device = ("cpu",),
+    progress: bool = True,
+) -> Sensitivity:
+    """Measure how much the loss grows when one layer alone is pruned, to a number of rising sparsities.
+
+    Each layer is pruned by M-FAC as :func:`mfac_core.prune` does it, each time from what the sparsity before has left:
+    that loses less than to start from the dense weights each time. Where the gradient samples are the same throughout,
+    they fit less and less what is left, and high sparsities look worse than they are for pruning with fresh ones: pass
+    a function for fresh samples at each sparsity.
+
+    What several layers lose together is most often more than the sum of what each loses alone, and training makes up
+    for much of it: the numbers rank layers, and do not foresee the loss of a pruned model.
+
+    Args:
+        weights: A mapping from the name of each layer to its array, or one array; float32 or float64, NumPy or CuPy.
+            Not modified.
+        loss: Returns the loss of weights, which it gets in the form of ``weights``: all of them, one layer pruned. It
+            is called once for the dense weights and at most once for each layer and sparsity.
+        gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns them fresh
+            at each sparsity. It gets the one layer that is pruned, as it is at that moment, in the form of
+            ``weights``, and returns rows for that layer; the other layers are dense meanwhile.
+        sparsities: The sparsities, rising, above 0 and below 1.
+        block_size: As in :func:`mfac_core.prune`.
+        damping: As in :func:`mfac_core.prune`.
+        update: As in :func:`mfac_core.prune`.
+        num_recomputations: In how many parts each of the sparsities is reached from the one before, as in
+            :func:`mfac_core.prune`: ``auto`` where they lie far apart.
+        mask_type: As in :func:`mfac_core.prune`; ``N:M`` leaves no sparsity above ``1 - N/M``.
+        axes: As in :func:`mfac_core.prune`.
+        devices: As in :func:`mfac_core.prune`.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+
+    Returns:
+        The loss and its increases, measured and predicted.
+
+    Raises:
+        TypeError: If an argument is not an array, or ``loss`` is not callable or returns no number.
+        ValueError: If shapes or names do not fit, a setting is out of range, weights or gradients hold NaN or Inf, or
+            the loss of the dense weights is not finite.
+        SettingError: If the sparsities do not rise between 0 and 1, or the mask type does not fit them or the shape of
+            an array.
+        DeviceError: If a device does not exist.
+        IllConditionedError: If a block cannot be inverted accurately.
+
+    Example:
+        The loss of a linear model, whose gradient samples are those of its targets:
+
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).standard_normal((64, 8))
+        >>> weights = {"first": np.arange(1.0, 5.0), "second": np.arange(5.0, 9.0)}
+        >>> y = x @ np.concatenate(list(weights.values()))
+        >>> def loss(w):
+        ...     return float(np.mean((x @ np.concatenate([w["first"], w["second"]]) - y) ** 2) / 2)
+        >>> result = sensitivity(weights, loss, {"first": x[:, :4], "second": x[:, 4:]}, sparsities=(0.5, 0.75))
+        >>> print(result)
+        Increase of the loss when one layer alone is pruned; dense: 0
+        <BLANKLINE>
+         Layer        Weights  50%  75%
+        ───────────────────────────────
+         first              4  1.9  5.9
+           predicted           2.1  6.6
+         second             4   32   69
+           predicted            35   77
+        <BLANKLINE>
+        Predicted is in-sample: by the gradient samples that chose the update.
+        >>> result.final_sparsity(3.0)
+        {0.5: ['first']}
+    """
+    named = weights if isinstance(weights, Mapping) else {_ARRAY: weights}
+    named_axes = axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
+    if not callable(loss):
+        raise TypeError(f"loss is a {type(loss).__name__}; pass a function that returns the loss of weights")
+    levels = _checked_sparsities(sparsities)
+    check_choice("update", update, get_args(Update))
+    check_block_size(block_size)
+    check_damping(damping)
+    check_recomputations(num_recomputations, "geometric")
+    mask_type = checked_mask_type(mask_type, levels)
+    resolve_devices(devices)
+    layout = _checked_layout(named)
+    mask_patterns(mask_type, layout.shapes, named_axes)
+    rows_of = _rows_of(gradients, weights, layout)
+
+    def loss_of(pruned: Mapping[str, Array]) -> float:
+        return _checked_loss(loss({**named, **pruned} if isinstance(weights, Mapping) else {**named, **pruned}[_ARRAY]))
+
+    with _each_message_once(), _bar(1 + len(named) * len(levels), shown=progress) as advance:
+        dense_loss = loss_of({})
+        if not math.isfinite(dense_loss):
+            raise ValueError(f"the loss of the dense weights is {dense_loss}, so that no increase can be measured")
+        advance("")
+        measured: dict[str, tuple[float, ...]] = {}
+        predicted: dict[str, tuple[float, ...]] = {}
+        for name, array in named.items():
+            now, masks = {name: array}, {name: device_of(array).asarray(np.ones(tuple(array.shape), bool))}
+            losses, increases = [dense_loss], [0.0]
+            for level in levels:
+                result = prune(
+                    now,
+                    rows_of(name),
+                    sparsity=level,
+                    masks=masks,
+                    block_size=block_size,
+                    damping=damping,
+                    scope="layer",
+                    mask_type=mask_type,
+                    update=update,
+                    num_recomputations=num_recomputations,
+                    axes=None if named_axes is None or name not in named_axes else {name: named_axes[name]},
+                    devices=devices,
+                )
+                has_changed = bool((result.masks[name] != masks[name]).any())
+                now, masks = dict(result.weights), dict(result.masks)
+                losses.append(loss_of(now) if has_changed else losses[-1])
+                increases.append(increases[-1] + (result.predicted_loss_increase or 0.0))
+                advance(name)
+                if not math.isfinite(losses[-1]):  # neither are its gradients, most likely
+                    _logger.warning(
+                        "the loss is %s with %s pruned to %g: its increase counts as infinite from there on",
+                        losses[-1],
+                        name,
+                        level,
+                    )
+                    losses[-1] = math.inf
+                    break
+            measured[name] = _filled((loss - dense_loss for loss in losses[1:]), len(levels))
+            predicted[name] = _filled(increases[1:], len(levels))
+    sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
+    return Sensitivity(dense_loss, levels, measured, predicted, sizes)
+
+
+def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, Array]:
+    """Return gradient samples that come one by one as arrays with a row for each.
+
+    Args:
+        rows: Name and gradient of each layer, for each sample; they may be written over when the next is asked for.
+            Samples with NaN or Inf are left out, with a warning.
+        count: How many there are at most.
+
+    Returns:
+        Name and array of each layer, of shape ``(m, *shape)``, where the gradients are.
+
+    Raises:
+        ValueError: If there is no sample of finite numbers.
+
+    Example:
+        >>> stacked_rows(({"a": np.full(2, value)} for value in (1.0, 2.0)), 3)
+        {'a': array([[1., 1.],
+               [2., 2.]])}
+    """
+    stacked: dict[str, Array] = {}
+    taken = refused = 0
+    for row in rows:
+        for name, gradient in row.items():
+            if name not in stacked:
+                stacked[name] = device_of(gradient).zeros((count, *gradient.shape), gradient.dtype)
+            stacked[name][taken] = gradient
+        if all(bool(array_namespace(gradient).all(abs(gradient) < math.inf)) for gradient in row.values()):
+            taken += 1
+        else:
+            refused += 1
+    if not taken:
+        raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
+    if refused:
+        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", listed(stacked))
+    return {name: array[:taken] for name, array in stacked.items()}
+
+
+def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size: int | None, *, together: bool) -> None:
+    """Refuse gradient samples that would not fit into memory, before they are drawn.
+
+    Args:
+        weights: Name and array of each layer.
+        num_gradients: How many gradient samples are held at once.
+        block_size: Weights per Fisher block.
+        together: Whether those of all layers are held at once; otherwise those of one layer.
+
+    Raises:
+        SettingError: If ``num_gradients`` is not a positive integer.
+        MemoryBudgetError: If they would not fit; the message names how many would.
+    """
+    if not is_integer(num_gradients):
+        raise SettingError("num_gradients", f"{num_gradients!r} must be a positive integer, the same for all layers")
+    sizes = [math.prod(array.shape) for array in weights.values()]
+    settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
+    device = device_of(next(iter(weights.values())))
+    step = PlannedStep(step=0, epoch=0.0, sparsity=0.5)
+    check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
+
+
+def check_num_batches(num_batches: int) -> None:
+    """Refuse a number of batches that is none.
+
+    Args:
+        num_batches: How many batches the loss is measured on.
+
+    Raises:
+        SettingError: If it is not a positive integer.
+    """
+    if not is_integer(num_batches) or num_batches < 1:
+        raise SettingError("num_batches", f"{num_batches!r} must be a positive integer")
+
+
+def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
+    if isinstance(sparsities, str | Mapping) or not isinstance(sparsities, Iterable):
+        raise SettingError("sparsities", f"{sparsities!r} must be a list of numbers, such as [0.5, 0.9]")
+    levels = list(sparsities)
+    for level in levels:
+        check_number("sparsities", level, "0 < sparsity < 1; 0.9 prunes nine weights of ten", lambda x: 0 < x < 1)
+    if not levels or any(level >= following for level, following in pairwise(levels)):
+        raise SettingError("sparsities", f"{levels} must hold at least one number, each above the one before")
+    return tuple(map(float, levels))
+
+
+def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
+    for name, array in named.items():
+        device_of(array)  # refuses what is not an array
+        check_float(f"weights[{name!r}]", array)
+    empty = [name for name, array in named.items() if not math.prod(array.shape)]
+    if empty:
+        raise ValueError(f"weights[{empty[0]!r}] has no elements; leave it out")
+    layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
+    vector = layout.flatten(named)
+    layout.check_finite(vector, np.ones(len(vector), bool), "measure finite weights")
+    return layout
+
+
+def _rows_of(
+    gradients: Gradients | Callable[[Any], Gradients], weights: Array | Mapping[str, Array], layout: WeightLayout
+) -> Callable[[str], Gradients | Callable[[Mapping[str, Array]], Gradients]]:
+    # from the name of a layer to its rows, or to what gives them, in a form that prune takes for a mapping
+    if callable(gradients):
+        draw = gradients
+
+        def fresh(layer: Mapping[str, Array]) -> Gradients:
+            return _in_rows(draw(dict(layer) if isinstance(weights, Mapping) else layer[_ARRAY]))
+
+        return lambda name: fresh
+    if isinstance(gradients, Mapping):
+        if not isinstance(weights, Mapping):
+            raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
+        layout.check(gradients, "gradients", leading=next((tuple(rows.shape)[:1] for rows in gradients.values()), ()))
+        parts = {name: _in_rows(rows) for name, rows in gradients.items()}
+    else:
+        device_of(gradients)
+        rows = gradients if isinstance(weights, Mapping) else _in_rows(gradients)
+        if tuple(rows.shape[1:]) != (layout.num_weights,):
+            raise ValueError(
+                f"gradients must have one row of {layout.num_weights} numbers per sample, "
+                f"got shape {tuple(gradients.shape)}"
+            )
+        parts = {name: rows[:, start:stop] for name, (start, stop) in layout.segments.items()}
+    for name, part in parts.items():
+        xp = array_namespace(part)
+        if not bool(xp.all(xp.isfinite(part))):
+            raise ValueError(f"the gradients of {name} hold NaN or Inf; leave these samples out")
+    return parts.__getitem__
+
+
+def _in_rows(gradients: Gradients) -> Any:
+    if isinstance(gradients, Mapping):
+        return gradients
+    device_of(gradients)
+    return gradients.reshape(gradients.shape[0], -1) if gradients.shape and gradients.shape[0] else gradients
+
+
+def _checked_loss(value: Any) -> float:
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error
+
+
+def _filled(increases: Iterable[float], length: int) -> tuple[float, ...]:
+    return tuple(islice(chain(increases, repeat(math.inf)), length))
+
+
+@contextmanager
+def _each_message_once() -> Iterator[None]:
+    """Log each message once: what holds for the gradient samples would be said at every sparsity of every layer."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_known = message in said
+        said.add(message)
+        return not is_known
+
+    _logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        _logger.removeFilter(is_new)
+
+
+@contextmanager
+def _bar(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    terminal = console(stderr=True)
+    columns = (
+        TextColumn("sensitivity"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )
+    with Progress(
+        *columns, console=terminal, disable=not (shown and (terminal.is_terminal or terminal.is_jupyter))
+    ) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda name: progress.update(task, advance=1, description=plain_text(name))

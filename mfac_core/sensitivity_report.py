@@ -1,0 +1,188 @@
+"""Table and picture of the loss increases of layers over sparsities."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.files import write_file
+from mfac_core.terminal import plain_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
+    from rich.table import Table
+
+__all__ = ["draw_increases", "increases_table", "printed"]
+
+Increases = Mapping[str, Sequence[float]]
+"""Name of each layer and the increase of the loss at each sparsity."""
+
+_TITLE = "Increase of the loss when one layer alone is pruned; dense: {dense_loss:.4g}"
+_IN_SAMPLE = "Predicted is in-sample: by the gradient samples that chose the update."
+
+_COLORS = "cividis"
+"""Also for eyes that confuse red and green."""
+
+_DECADES = 4
+"""What is smaller than the largest increase by more powers of ten has the lowest color."""
+
+_CELL = (0.62, 0.3)
+"""Width and height of a number in the picture, in inches."""
+
+_MOST_PIXELS = 60_000
+"""Height of a picture at most, in pixels: Matplotlib draws up to 65,535."""
+
+_LONGEST_NAME = 48
+"""Characters of a layer's name in the picture."""
+
+
+def increases_table(
+    dense_loss: float,
+    sparsities: Sequence[float],
+    measured: Increases,
+    predicted: Increases,
+    num_weights: Mapping[str, int],
+) -> Table:
+    """Set increases out as a table, one row per layer, the predicted ones below the measured ones.
+
+    Args:
+        dense_loss: The loss before pruning.
+        sparsities: The sparsities, rising.
+        measured: The measured increases.
+        predicted: The predicted increases.
+        num_weights: Name of each layer and its number of weights.
+
+    Returns:
+        A table for :meth:`rich.console.Console.print`.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        show_edge=False,
+        title=_TITLE.format(dense_loss=dense_loss),
+        title_justify="left",
+        title_style="",
+        caption=_IN_SAMPLE,
+        caption_justify="left",
+        caption_style="dim",
+    )
+    table.add_column("Layer", overflow="fold")
+    for heading in ("Weights", *(f"{sparsity:.4g}%" for sparsity in np.multiply(sparsities, 100))):
+        table.add_column(heading, justify="right", overflow="fold")  # nothing is cut off in a narrow terminal
+    for name, increases in measured.items():
+        table.add_row(Text(plain_text(name)), _size(num_weights[name]), *map(_short, increases))
+        table.add_row("  predicted", "", *map(_short, predicted[name]), style="dim")
+    return table
+
+
+def printed(table: Table) -> str:
+    """Return a table as plain text.
+
+    Args:
+        table: The table.
+
+    Returns:
+        Its lines, as wide as they need to be, without spaces at their ends.
+    """
+    from rich.console import Console
+
+    title, caption = table.title, table.caption
+    table.title = table.caption = None  # which would be broken into lines of the width of the table
+    file = io.StringIO()
+    Console(file=file, width=1_000_000, color_system=None, force_terminal=False, force_jupyter=False).print(table)
+    lines = (line.rstrip() for line in file.getvalue().splitlines())
+    return "\n".join([str(title), "", *lines, "", str(caption)])
+
+
+def draw_increases(
+    path: str | Path,
+    dense_loss: float,
+    sparsities: Sequence[float],
+    measured: Increases,
+    predicted: Increases,
+    num_weights: Mapping[str, int],
+) -> None:
+    """Draw increases as numbers on colors: one row per layer, one column per sparsity, measured beside predicted.
+
+    Args:
+        path: The file to write; its ending picks the format. Its folder is made if missing.
+        dense_loss: The loss before pruning.
+        sparsities: The sparsities, rising.
+        measured: The measured increases.
+        predicted: The predicted increases.
+        num_weights: Name of each layer and its number of weights.
+    """
+    # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    rows, columns = len(measured), len(sparsities)
+    size = (2 * _CELL[0] * columns + 5.0, max(_CELL[1] * rows + 2.0, 3.3))
+    figure = Figure(figsize=size, layout="constrained", dpi=min(150, _MOST_PIXELS / size[1]))
+    left, right = figure.subplots(1, 2, sharey=True)
+    values = [_matrix(increases) for increases in (measured, predicted)]
+    norm = _norm(np.concatenate(values))
+    _draw(left, values[0], sparsities, norm, "measured")
+    _draw(right, values[1], sparsities, norm, "predicted (in-sample)")
+    left.set_yticks(range(rows), [f"{_shortened(name)}  ({num_weights[name]:,})" for name in measured])
+    left.set_ylabel("layer (number of weights)")
+    figure.suptitle(_TITLE.format(dense_loss=dense_loss))
+    scale = figure.colorbar(
+        ScalarMappable(norm, _COLORS), ax=[left, right], extend="both", aspect=max(8, rows), fraction=0.05, pad=0.02
+    )
+    scale.set_label("increase of the loss (log scale)")
+    write_file(path, lambda file: figure.savefig(file, format=Path(path).suffix.removeprefix(".") or "png"))
+
+
+def _matrix(increases: Increases) -> npt.NDArray[np.float64]:
+    return np.array([list(row) for row in increases.values()], dtype=np.float64)
+
+
+def _norm(values: npt.NDArray[np.float64]) -> LogNorm:
+    from matplotlib.colors import LogNorm
+
+    seen = values[np.isfinite(values) & (values > 0)]
+    highest = float(seen.max()) if seen.size else 1.0
+    lowest = max(float(seen.min()) if seen.size else 0.0, highest * 10.0**-_DECADES)
+    return LogNorm(min(lowest, highest / 10), highest)
+
+
+def _draw(axes: Axes, values: npt.NDArray[np.float64], sparsities: Sequence[float], norm: LogNorm, title: str) -> None:
+    lowest, highest = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
+    shown = np.clip(values, lowest, highest)  # what is no increase has no logarithm
+    axes.imshow(shown, cmap=_COLORS, norm=norm, aspect="auto")
+    axes.set_title(title)
+    axes.set_xlabel("sparsity of the layer")
+    axes.set_xticks(range(len(sparsities)), [f"{sparsity:.4g}%" for sparsity in np.multiply(sparsities, 100)])
+    axes.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if norm(shown[row, column]) < 0.5 else "black"  # noqa: PLR2004
+        axes.text(column, row, _short(value), ha="center", va="center", fontsize=8, color=color)
+
+
+def _short(increase: float) -> str:
+    """Return a number in as little room as two digits allow, so that many stand side by side."""
+    if abs(increase) >= 0.001 or not increase:  # noqa: PLR2004
+        return f"{increase:.2g}"
+    digits, exponent = f"{increase:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def _size(number: int) -> str:
+    power = max(0, (len(str(number)) - 1) // 3)
+    return f"{number / 1000**power:.3g}{('', 'k', 'M', 'G', 'T')[power]}"
+
+
+def _shortened(name: str) -> str:
+    text = plain_text(name).replace("$", r"\$")
+    return text if len(text) <= _LONGEST_NAME else f"…{text[1 - _LONGEST_NAME :]}"
