@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from results_runs import ABLATION_SPARSITY, GRADUAL_LIVE, MAGNITUDE, OURS, PAPER
 from results_tasks import TASKS
 
 from mfac_core.files import write_file
+from mfac_core.one_shot_settings import RECOMMENDED
 
 __all__ = ["text", "write"]
 
@@ -300,10 +302,8 @@ def _starting_points(results: Results) -> Lines:
     yield ""
     samples = results.of(_CNN, "epochs_of_samples", part="one-shot", method=OURS, sparsity=ABLATION_SPARSITY)
     rows_that_do = say.enough_rows(results)
-    recommended = (
-        "one-shot with `global_sparsity: true`, `update: joint`, `num_recomputations: auto`, `damp: auto`, "
-        "`num_grads: 256`"
-    )
+    keys = ", ".join(f"`{key}: {json.dumps(value).strip(chr(34))}`" for key, value in RECOMMENDED.items())
+    recommended = f"one-shot with {keys}"
     yield from _table(
         ["model", "budget", "start with", "because"],
         [

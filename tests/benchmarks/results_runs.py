@@ -15,7 +15,8 @@ from torch import nn
 
 import mfac_core
 from mfac_core.demo_runs import recipe_path
-from mfac_core.recipe import load_recipe
+from mfac_core.one_shot_settings import RECOMMENDED
+from mfac_core.recipe import load_recipe, settings_from_keys
 from mfac_core.settings import ConstantSettings, GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import modifier_for
@@ -44,16 +45,10 @@ GRADUAL_LIVE = "M-FAC, gradients of training"
 
 ABLATION_SPARSITY = 0.95
 DEFAULTS_SCOPE = "scope, one pass with the modifier's defaults"
-_ROWS = 256
-_RECOMMENDED: dict[str, Any] = {
-    "scope": "global",
-    "update": "joint",
-    "num_recomputations": "auto",
-    "recomputation_spacing": "geometric",
-    "damping": "auto",
-    "block_size": 2000,
-    "num_gradients": _ROWS,
-}
+_NAMES = ("scope", "update", "num_recomputations", "recomputation_spacing", "damping", "block_size")
+_WRITTEN = settings_from_keys("MFACPruningModifier", {**RECOMMENDED, "final_sparsity": 0.5, "end_epoch": 0.0})
+_RECOMMENDED: dict[str, Any] = {name: getattr(_WRITTEN, name) for name in _NAMES}
+_RECOMMENDED["num_gradients"] = RECOMMENDED["num_grads"]
 _AS_IN_THE_PAPER: dict[str, Any] = {
     "scope": "global",
     "update": "independent",
@@ -61,7 +56,7 @@ _AS_IN_THE_PAPER: dict[str, Any] = {
     "recomputation_spacing": "geometric",
     "damping": 1e-5,
     "block_size": 2000,
-    "num_gradients": _ROWS,
+    "num_gradients": _RECOMMENDED["num_gradients"],
 }
 _METHODS: dict[str, dict[str, Any] | None] = {
     MAGNITUDE: None,
