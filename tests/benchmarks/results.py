@@ -1,0 +1,203 @@
+"""Measure accuracy over several seeds, magnitude beside M-FAC, and write ``docs/results.md`` with its pictures.
+
+Run it from the root of the project: ``make results``. Two processes on two cores take about 25 minutes. What has been
+measured is kept in ``mfac-results/``, in a folder for each state of the code: an interrupted run goes on where it was,
+and a run that is complete only writes the page anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sklearn
+import threadpoolctl
+import torch
+from machine import commit, processor
+from results_document import write
+from results_runs import Scale, do, runs_of
+from results_tasks import TASKS, Bench
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import mfac_core
+from mfac_core.files import write_file
+
+__all__ = ["QUICK", "main", "measured"]
+
+ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "mfac-results"
+QUICK = Scale(
+    sparsities=(0.5, 0.7, 0.9, 0.95, 0.97),
+    gradual=(0.96,),
+    fine_tuned=(0.95, 0.97),
+    share_of_rows=1 / 16,
+    longest_training=2,
+    dense_epochs=1,
+)
+"""Everything once, in so little that the numbers say nothing."""
+
+_SOURCES = ("mfac_core", "adapters/mfac_torch", "recipes")
+_OWN = ("results_runs.py", "results_tasks.py")
+_COST = ("transformer", "transformer-long", "digits-cnn", "digits-mlp")  # the longest first
+
+
+class Unit(NamedTuple):
+    """What one process does in one go: a group of the runs of one task with one seed."""
+
+    task: str
+    group: str
+    seed: int
+    scale: Scale
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.task}.{self.group}.{self.seed}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what has not been measured yet, and write the page.
+
+    Args:
+        arguments: Those of the command line; ``None`` takes them from there.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, help="how many seeds, from 0 on (5, or 2 with --quick)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many at once, each on one core")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these tasks")
+    parser.add_argument(
+        "--quick", action="store_true", help="everything once, in so little that the numbers mean nothing"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the page (docs; with --quick that of what is kept)")
+    parser.add_argument("--kept", type=Path, help="folder of what is kept (one in mfac-results/ for the code as it is)")
+    parser.add_argument("--write", action="store_true", help="measure nothing: write the page from what is kept")
+    options = parser.parse_args(arguments)
+    folder = options.kept or KEPT / ("quick" if options.quick else "full") / _state_of_the_code()
+    seeds = range(options.seeds or (2 if options.quick else 5))
+    if not options.write:
+        scale = QUICK if options.quick else Scale()
+        try:
+            failed = measured(options.tasks, seeds, scale, folder, processes=options.processes)
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted; the same command goes on with what {folder} holds")
+        if failed:
+            sys.exit("\n".join([*failed, f"all other runs are kept in {folder}; the same command tries these again"]))
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    if not kept:
+        sys.exit(f"{folder} holds no results; measure some first: leave out --write")
+    output = options.output or (folder if options.quick else ROOT / "docs")
+    for path in write(kept, output):
+        print(f"written: {path}")
+
+
+def measured(tasks: Sequence[str], seeds: Sequence[int], scale: Scale, folder: Path, *, processes: int) -> list[str]:
+    """Do all runs that the folder does not hold yet.
+
+    Args:
+        tasks: Names of tasks.
+        seeds: The seeds.
+        scale: How much is measured.
+        folder: Where the results are kept, a file for each task, group of runs and seed.
+        processes: How many processes work at once; with one it is this one.
+
+    Returns:
+        What went wrong, for each run that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    in_order = sorted(tasks, key=lambda task: _COST.index(task) if task in _COST else len(_COST))
+    units = [
+        Unit(task, group, seed, scale, folder) for seed in seeds for task in in_order for group in runs_of(task, scale)
+    ]
+    columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    failed: list[str] = []
+    with Progress(*columns) as progress:
+        bar = progress.add_task(f"measuring, {processes} at once", total=len(units))
+        for done, failures in _all(units, processes):
+            failed += failures
+            progress.update(bar, advance=1, description=f"done: {done.task}, {done.group}, seed {done.seed}")
+    return failed
+
+
+def _all(units: Sequence[Unit], processes: int) -> Iterator[tuple[Unit, list[str]]]:
+    if processes == 1:
+        with threadpoolctl.threadpool_limits(1):
+            yield from map(_measure, units)
+        return
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    with multiprocessing.get_context("spawn").Pool(processes, _one_thread) as pool:
+        yield from pool.imap_unordered(_measure, units)
+
+
+def _one_thread() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one says it
+    torch.set_num_threads(1)
+    threadpoolctl.threadpool_limits(1)
+
+
+def _measure(unit: Unit) -> tuple[Unit, list[str]]:
+    """Do what is missing of a unit, and keep it after each run; return which runs failed, and why."""
+    torch.set_num_threads(1)
+    logging.getLogger("mfac_core").setLevel(logging.ERROR)  # what the tables say anyway: repeated rows, a layer scope
+    logging.getLogger("mfac_torch").setLevel(logging.ERROR)
+    kept = json.loads(unit.file.read_text(encoding="utf-8")) if unit.file.exists() else {"runs": {}}
+    runs = runs_of(unit.task, unit.scale)[unit.group]
+    missing = [run for run in runs if run.key not in kept["runs"]]
+    if not missing:
+        return unit, []
+    bench = Bench(TASKS[unit.task], unit.seed, unit.scale.dense_epochs)
+    kept |= {"task": unit.task, "seed": unit.seed, "facts": _facts(bench)}
+    done = {run.work: kept["runs"][run.key] for run in runs if run.key in kept["runs"]}
+    failed = []
+    for run in missing:
+        try:
+            if run.work not in done:
+                done[run.work] = do(run, bench, unit.scale)
+        except Exception as error:  # one run must not cost the others
+            failed.append(f"{unit.task}, seed {unit.seed}, {run.key}: {type(error).__name__}: {error}")
+            continue
+        kept["runs"][run.key] = done[run.work] | run.names
+        write_file(unit.file, json.dumps(kept, indent=1).encode())
+    return unit, failed
+
+
+def _facts(bench: Bench) -> dict[str, Any]:
+    return {
+        "dense": bench.dense_value,
+        "seconds_per_epoch": bench.seconds_per_epoch,
+        "weights": bench.weights,
+        "train": len(bench.data.train_inputs),
+        "test": len(bench.data.test_inputs),
+        "commit": commit(),
+        "machine": f"{platform.system()} {platform.machine()}, one thread of {processor()}",
+        "versions": {
+            "mfac-core": mfac_core.__version__,
+            "torch": torch.__version__.partition("+")[0],
+            "NumPy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+            "Python": platform.python_version(),
+        },
+    }
+
+
+def _state_of_the_code() -> str:
+    """What tells the code that makes the numbers from any other."""
+    files = [path for name in _SOURCES for path in (ROOT / name).rglob("*") if path.suffix in {".py", ".yaml"}]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *(Path(__file__).parent / name for name in _OWN)]):
+        digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()
