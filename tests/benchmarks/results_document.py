@@ -117,8 +117,8 @@ def _head(results: Results) -> Lines:
         f"**{PAPER_ONE_PASS}**: the same with one Fisher for all."
     )
     yield (
-        f"* **{OURS}**: global scope, joint update, `num_recomputations: auto`, `damp: auto`. All three draw 256 "
-        "gradient samples for a pass."
+        f"* **{OURS}**: global scope, joint update, `num_recomputations: auto`, `damp: auto`. All three draw "
+        f"{RECOMMENDED['num_grads']} gradient samples for a pass."
     )
     yield ""
     yield (
@@ -200,6 +200,11 @@ def _fine_tuning(results: Results) -> Lines:
     yield f"![Accuracy over the epochs of fine-tuning, and over the kept weights of gradual runs]({_TRAINING})"
     yield ""
     yield _caption(results)
+    yield ""
+    yield (
+        "The training is `recipes/digits_fine_tuning.yaml`, alike for all methods: a learning rate that falls to zero "
+        "over these epochs, from what is best for magnitude."
+    )
     yield ""
     rows = []
     sparsities = results.choices(_CNN, "sparsity", part="fine-tuning")

@@ -14,10 +14,10 @@ from results_tasks import TASKS, Batches, Bench
 from torch import nn
 
 import mfac_core
-from mfac_core.demo_runs import recipe_path
+from mfac_core.demo_runs import FINE_TUNING, recipe_path
 from mfac_core.one_shot_settings import RECOMMENDED
 from mfac_core.recipe import load_recipe, settings_from_keys
-from mfac_core.settings import ConstantSettings, GradualSettings, MagnitudeSettings, MFACSettings
+from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import modifier_for
 from mfac_torch.selection import select_parameters
@@ -175,8 +175,9 @@ def do(run: Run, bench: Bench, scale: Scale) -> dict[str, Any]:
         sparsity = manager.sparsity
     seconds = time.process_time() - started
     if run.epochs and run.part != "gradual":
-        holding = _manager(ConstantSettings(leave_enabled=True))
         epochs = min(run.epochs, scale.longest_training)
+        recipe = load_recipe(recipe_path(FINE_TUNING), {"epochs": epochs})
+        holding = ScheduledModifierManager([modifier_for(each) for each in recipe.modifiers])
         bench.train(model, epochs, lambda model, optimizer: holding.modify(model, optimizer, bench.steps_per_epoch))
         holding.finalize(model)
         sparsity = holding.sparsity
