@@ -32,7 +32,10 @@ def test_the_block_on_plain_arrays_runs_in_any_folder_and_shows_something(tmp_pa
         [sys.executable, "-c", block], cwd=tmp_path, env=installed, capture_output=True, text=True, check=True
     )
 
-    assert "80% of the weights are pruned" in done.stdout
+    errors = {line.partition(":")[0]: float(line.rpartition(" ")[2]) for line in done.stdout.splitlines()}
+    assert errors["dense"] < errors["M-FAC"] < errors["magnitude"]
+    assert "M-FAC: 20 weights" in done.stdout
+    assert done.stderr == ""
 
 
 def test_no_block_needs_a_file(tmp_path: Path) -> None:
