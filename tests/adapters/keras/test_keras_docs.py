@@ -17,7 +17,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_keras.__path__)]
 
 
-def test_every_block_of_python_runs_as_it_stands():
+def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page may write files
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
     assert len(blocks) >= 6
