@@ -113,8 +113,8 @@ def _head(results: Results) -> Lines:
     yield f"* **{MAGNITUDE}**: the smallest weights of all layers go."
     yield (
         f"* **{PAPER}**: as its authors ran it, with global scope, the independent update, damping 1e-5 and blocks of "
-        "2000; the kept fraction shrinks by equal factors in 16 passes (`num_recomputations: 16`), each with fresh gradients. "
-        f"**{PAPER_ONE_PASS}**: the same with one Fisher for all."
+        "2000; the kept fraction shrinks by equal factors in 16 passes (`num_recomputations: 16`), each with "
+        f"fresh gradients. **{PAPER_ONE_PASS}**: the same with one Fisher for all."
     )
     yield (
         f"* **{OURS}**: global scope, joint update, `num_recomputations: auto`, `damp: auto`. All three draw "
