@@ -82,6 +82,15 @@ def test_a_recipe_in_the_place_of_the_loss_is_refused_by_name(task, tmp_path):
 
 
 @pytest.mark.once
+def test_a_recipe_in_another_place_is_refused_by_name(task, tmp_path):
+    for recipe in (task.recipe(), "recipe.yaml", tmp_path / "recipe.yaml"):
+        with pytest.raises(TypeError, match=r"the second argument, is a recipe; pass it by name: .*recipe="):
+            prune_one_shot(task.model(), recipe)
+        with pytest.raises(TypeError, match=r"sparsity is a \w+; pass a number, such as 0.9, or a recipe by name: "):
+            prune_one_shot(task.model(), batches(task), sparsity=recipe)
+
+
+@pytest.mark.once
 def test_samples_that_all_hold_nan_are_refused_with_the_likely_cause(task):
     task.x[:] = np.nan
     with pytest.raises(ValueError, match=r"all 3 held NaN or Inf and were refused; look for NaN in the data"):
