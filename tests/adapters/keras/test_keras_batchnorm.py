@@ -74,7 +74,7 @@ def test_statistics_are_the_average_over_batches():
     [
         lambda inputs: inputs,
         lambda inputs: [(x,) for x in inputs],
-        lambda inputs: np.concatenate(inputs),
+        np.concatenate,
         lambda inputs: keras.ops.convert_to_tensor(np.concatenate(inputs)),
         lambda inputs: (np.concatenate(inputs),),
     ],
