@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,6 +13,8 @@ from mfac_core.pruning_step import PruneResult
 from mfac_core.sample_batches import HeldOut
 
 __all__ = ["LossMeasurement"]
+
+_logger = logging.getLogger("mfac_core")
 
 NUM_HELD_OUT = 16
 """Batches that the loss is measured on, and no more than there are gradient samples."""
@@ -72,11 +76,21 @@ class LossMeasurement:
             result: What the part at hand leaves; its weights are in the model.
 
         Returns:
-            The result, with the change of the loss where it was measured.
+            The result, with the change of the loss where it was measured; a loss that is no finite number is a warning.
         """
         if self._before is None or not self._loss or not self._held_out or not result.completes_step:
             return result
-        return replace(result, measured_loss_change=self._loss(self._held_out.batches) - self._before)
+        after = self._loss(self._held_out.batches)
+        if not math.isfinite(self._before) or not math.isfinite(after):
+            _logger.warning(
+                "the loss was %.3g before the pruning step and is %.3g after it, on %s, so that its change is not "
+                "measured; look for NaN and for batches without examples in the data, and for NaN in the weights",
+                self._before,
+                after,
+                self.where,
+            )
+            return result
+        return replace(result, measured_loss_change=after - self._before)
 
     @property
     def where(self) -> str:

@@ -119,9 +119,11 @@ def prune(
     sparsity = meant_sparsity(mask_type, float(sparsity)) if sparsity else 0.0
 
     named = _named(weights)
-    given = {} if callable(gradients) else _named(gradients)
-    for array in (*named.values(), *given.values(), *(() if masks is None else _named(masks).values())):
-        device_of(array)  # refuses what is not an array
+    _check_arrays("weights", weights)
+    if not callable(gradients):
+        _check_arrays("gradients", gradients)
+    if masks is not None:
+        _check_arrays("masks", masks)
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
@@ -199,25 +201,42 @@ def _rows_for_parts(
         given = _gradient_parts(gradients, weights, layout)
         return lambda vector: given
     draw = gradients
-    takes_weights = _takes_an_argument(draw)
+    takes_weights = _takes_weights(draw)
 
     def drawn(vector: npt.NDArray[Any]) -> list[Array]:
         rows = draw(in_form(vector.copy())) if takes_weights else draw()
-        for array in _named(rows).values():
-            device_of(array)  # refuses what is not an array
+        _check_arrays("what the function gradients returned", rows)
         return _gradient_parts(rows, weights, layout)
 
     return drawn
 
 
-def _takes_an_argument(function: Callable[..., Any]) -> bool:
+def _takes_weights(function: Callable[..., Any]) -> bool:
+    if isinstance(function, type):
+        raise TypeError(f"gradients is the class {function.__name__}; pass a function gradients(weights), or an object")
     try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
+        signature = inspect.signature(function)
     except ValueError:  # one of a compiled module may not tell its arguments
         return True
-    return True
+    for arguments in ([None], []):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return bool(arguments)
+    raise TypeError(
+        f"gradients takes the arguments {signature}, and it is called with the weights alone; pass a function "
+        "gradients(weights), such as a functools.partial that gives the others, or a method of an object"
+    )
+
+
+def _check_arrays(what: str, arrays: object) -> None:
+    named = arrays.items() if isinstance(arrays, Mapping) else [(None, arrays)]
+    for name, array in named:
+        try:
+            device_of(array)
+        except TypeError as error:
+            raise TypeError(f"{what if name is None else f'{what}[{name!r}]'}: {error}") from None
 
 
 def _say_what_is_wanting(source: GradientMatrix, damping: Damping, parts_that_share: int) -> None:

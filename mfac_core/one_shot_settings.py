@@ -116,7 +116,10 @@ def differs_line(settings: PruningSettings) -> str:
         meaning = {"global_sparsity": SCOPE, **MFAC_KEYS}[key]
         says = getattr(settings, str(meaning.field))
         if says != getattr(recommended, str(meaning.field)) and meaning.write is not None:
-            differs.append(f"{key} {meaning.write(says)} ({'' if differs else 'recommended: '}{value})")
+            written = meaning.write(says)
+            if isinstance(written, Mapping) and list(written) == [0.0]:  # num_grads, as it is most often given
+                written = written[0.0]
+            differs.append(f"{key} {written} ({'' if differs else 'recommended: '}{value})")
     return f"one-shot by other settings than recommended: {', '.join(differs)}" if differs else ""
 
 

@@ -64,6 +64,8 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
             seen.add(piece, begins_block=begins_block)
         if not (seen.is_small or seen.is_lost_under(damping) or seen.is_alike or seen.distinct < source.count):
             return []
+    if not math.isfinite(seen.squares):  # NaN and Inf, which pruning refuses by their rows
+        return []
     count = source.count
     if seen.squares == 0:
         return [f"all {count} gradient samples are zero: the M-FAC run equals magnitude pruning. {_NO_GRADIENT}"]

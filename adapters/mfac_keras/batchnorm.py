@@ -36,8 +36,8 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
 
     Args:
         model: A built Keras model; layers of models within it are found too.
-        dataset: Batches ``(x, y)`` or ``(x, y, sample_weight)``, as :func:`mfac_keras.prune_one_shot` takes them.
-            Batches as large as in training are best.
+        dataset: Batches, as :func:`mfac_keras.prune_one_shot` takes them, or of inputs alone: ``x``, an array or a
+            structure of arrays, or ``(x,)``. Batches as large as in training are best.
         num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
             data without a length.
 

@@ -70,7 +70,7 @@ def prune_one_shot(
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
-        TypeError: If there is neither a recipe nor a sparsity, or both, the recipe stands in the place of the loss,
+        TypeError: If there is neither a recipe nor a sparsity, or both, the recipe stands in another place,
             M-FAC or the recalibration has no dataset, or the model or the loss is none of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has another form.
 
@@ -87,10 +87,14 @@ def prune_one_shot(
     check_model(model)
     refuse_keras_2("the loss", loss)
     check_built(model)
-    if isinstance(loss, os.PathLike | Recipe) or (
-        isinstance(loss, str) and ("\n" in loss or loss.endswith((".yaml", ".yml", ".md")))
-    ):
-        raise TypeError("loss, the third argument, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
+    for name, value in {"dataset, the second argument": dataset, "loss, the third argument": loss}.items():
+        if _is_recipe(value):
+            raise TypeError(f"{name}, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
+    if isinstance(sparsity, str | os.PathLike | Recipe):
+        raise TypeError(
+            f"sparsity is a {type(sparsity).__name__}; pass a number, such as 0.9, or a recipe by name: "
+            "prune_one_shot(..., recipe=...)"
+        )
     keys = recipe_keys if sparsity is None else {"sparsity": sparsity, **recipe_keys}
     if recipe is None and keys:
         keys = recommended_keys(recipe_keys, sparsity)
@@ -138,3 +142,8 @@ def prune_one_shot(
             "%s", stale_statistics_line(statistics.layers, "mfac_keras.recalibrate_batchnorm(model, dataset)")
         )
     return combined_masks(prunings)
+
+
+def _is_recipe(value: Any) -> bool:
+    is_text = isinstance(value, str) and ("\n" in value or value.endswith((".yaml", ".yml", ".md")))
+    return is_text or isinstance(value, os.PathLike | Recipe)

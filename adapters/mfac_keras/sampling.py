@@ -177,7 +177,7 @@ class GradientSampler:
 
         Args:
             model: The model to run.
-            batch: A batch in a form that the dataset may give.
+            batch: A batch in a form that the dataset may give, or inputs alone.
             training: Whether it runs as in training, in which normalization statistics are updated.
 
         Returns:
@@ -186,7 +186,7 @@ class GradientSampler:
         Raises:
             ValueError: If the batch has another form.
         """
-        x, _, _ = _batch(batch)
+        x = _inputs(batch)
         with current_backend().no_gradients():
             return _called(model, x, training=training)
 
@@ -224,7 +224,7 @@ def _batches_of(dataset: Any) -> Any:
     """Return the dataset as something that yields its batches once in each iteration, or the callable that it is."""
     if isinstance(dataset, keras.utils.PyDataset):
         return _Cut(dataset.__getitem__, lambda: range(dataset.num_batches))
-    if isinstance(dataset, tuple):
+    if isinstance(dataset, tuple | np.ndarray) or keras.ops.is_tensor(dataset):
         return _Cut(
             lambda start: keras.tree.map_structure(lambda array: array[start : start + _BATCH_SIZE], dataset),
             lambda: range(0, len(keras.tree.flatten(dataset)[0]), _BATCH_SIZE),
@@ -258,6 +258,13 @@ def _batch(batch: Any) -> tuple[Any, Any, Any]:
         None if each is None else keras.tree.map_structure(_tensor, each) for each in (x, y, sample_weight)
     )
     return x, y, sample_weight
+
+
+def _inputs(batch: Any) -> Any:
+    """Return the inputs of a batch, which needs no targets; what is no tuple or list is inputs, as in Keras."""
+    if isinstance(batch, tuple | list):
+        return _batch(batch if len(batch) != 1 else (batch[0], None))[0]
+    return keras.tree.map_structure(_tensor, batch)
 
 
 def _tensor(value: Any) -> Any:

@@ -95,6 +95,13 @@ def _damping(value: object) -> object:
     return _number(value)
 
 
+def _recomputations(value: object) -> object:
+    if not isinstance(value, str) or value == "auto":
+        return value
+    hint = nearest(value.lower(), ["auto"]) or "; a number stands without quotes"
+    raise ValueError(f"must be a positive integer, or auto{hint}")
+
+
 def _start_epoch(value: object) -> object:
     number = _number(value)
     return 0.0 if number == -1 else number
@@ -284,7 +291,7 @@ MFAC_KEYS: Mapping[str, Key] = {
     **MFAC_OPTIONS,
     "available_devices": Key("devices", _devices, _write_devices),
     "update": Key("update"),
-    "num_recomputations": Key("num_recomputations"),
+    "num_recomputations": Key("num_recomputations", _recomputations),
     "recomputation_spacing": Key("recomputation_spacing"),
     "use_gradient_buffering": Key("gradient_origin", _gradient_origin, _write_gradient_origin, _sampler_note),
     "grad_sampler_kwargs": Key("sampler_options", _sampler_options, _write_sampler_options),

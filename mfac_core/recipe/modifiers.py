@@ -96,7 +96,7 @@ class Absent(NamedTuple):
     Attributes:
         key: The key.
         note: What its absence means.
-        beside: Another key, if the absence matters only where that one is given.
+        beside: Another key, if the absence matters only where that one is given as a number.
     """
 
     key: str
@@ -416,7 +416,8 @@ def _settings(modifier: ModifierFormat, all_written: list[_Written], place: Plac
     with wrong.gathered(place.line):
         _require(modifier, written, misspelled, place)
     for absent, note, beside in modifier.absent:
-        if modifier.keys[absent].field not in written and (not beside or modifier.keys[beside].field in written):
+        is_by_number = fields.get(str(modifier.keys[beside].field), "auto") != "auto" if beside else True
+        if modifier.keys[absent].field not in written and is_by_number:
             _logger.warning(place._replace(name=f"{place.name}.{absent}").message(note))
     with wrong.gathered(written["params"].place.line if "params" in written else None):
         _settle_params(fields, written)
@@ -428,8 +429,12 @@ def _meaning(written: _Written, modifier: ModifierFormat, misspelled: set[str]) 
     if written.key in allowed:
         return modifier.keys[written.key]
     known = [key for key in (*modifier.keys, *modifier.nested) if not written.nested_in or key in allowed]
+    keys = f"the keys are {', '.join(known)}"
+    if written.key in modifier.keys:
+        beside = f"write {written.key} beside {written.nested_in}, not in it"
+        raise written.place.error(f"unknown key; {keys}; {beside}")
     misspelled.update(nearest_names(written.key, known))
-    raise written.place.error(f"unknown key{nearest(written.key, known)}; the keys are {', '.join(known)}")
+    raise written.place.error(f"unknown key{nearest(written.key, known)}; {keys}")
 
 
 def _converted(written: _Written, meaning: Key) -> object:
@@ -471,6 +476,8 @@ def _make(
     defaults: dict[str, Any] = dict(modifier.defaults)
     if issubclass(modifier.settings, PruningSettings):
         defaults["written_as"] = place.name
+    if fields.get("num_recomputations") == "auto":  # later than the modifiers that are linear, and never so
+        defaults.pop("recomputation_spacing", None)
     for name in {modifier.keys[key].field for key in modifier.required} - fields.keys():
         _put_aside(str(name), fields)
     refused: set[str] = set()

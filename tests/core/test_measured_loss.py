@@ -53,6 +53,23 @@ def test_the_loss_is_measured_on_the_same_batches_before_the_first_part_and_afte
 
 
 @pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.5, float("nan")], "was 0.5 before the pruning step and is nan after it, on 4 held-out batches"),
+        ([float("inf"), 0.5], "was inf before the pruning step and is 0.5 after it, on 4 held-out batches"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_a_warning_and_no_measurement(
+    losses: list[float], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = iter(losses)
+    (result,) = prune(pruner_for(), LossMeasurement(lambda batches: next(values)), {"w": np.ones(8)}, range(100))
+    assert result.completes_step and result.measured_loss_change is None
+    (record,) = caplog.records
+    assert said in record.getMessage() and record.levelname == "WARNING"
+
+
+@pytest.mark.parametrize(
     ("source", "rows", "where"),
     [
         (range(100), 64, f"{NUM_HELD_OUT} held-out batches"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -492,10 +493,53 @@ def test_saliency_refuses_weights_that_are_not_finite():
 
 
 def test_what_is_not_an_array_is_refused_by_type():
-    with pytest.raises(TypeError, match=r"list is not a NumPy or CuPy array; convert it first"):
+    with pytest.raises(TypeError, match=r"weights: .*list is not a NumPy or CuPy array; convert it first"):
         mfac_core.prune([1.0, 2.0], np.ones((1, 2)), sparsity=0.5)
-    with pytest.raises(TypeError, match=r"list is not a NumPy or CuPy array"):
+    with pytest.raises(TypeError, match=r"gradients: .*list is not a NumPy or CuPy array"):
         mfac_core.prune(np.ones(2), [[1.0, 2.0]], sparsity=0.5)
+    with pytest.raises(TypeError, match=r"masks\['a'\]: .*list is not a NumPy or CuPy array"):
+        mfac_core.prune({"a": np.ones(2)}, np.ones((1, 2)), sparsity=0.5, masks={"a": [True, True]})
+    with pytest.raises(TypeError, match=r"what the function gradients returned\['a'\]: .*NoneType is not"):
+        mfac_core.prune({"a": np.ones(2)}, lambda weights: {"a": None}, sparsity=0.5)
+
+
+class Samples:
+    def __call__(self, weights):
+        return np.ones((2, weights.size)) + np.eye(2, weights.size)
+
+    def of(self, weights):
+        return self(weights)
+
+
+@pytest.mark.parametrize(
+    "gradients",
+    [Samples(), Samples().of, partial(Samples.of, Samples()), lambda *both: Samples()(both[0])],
+    ids=["object", "method", "partial", "any number"],
+)
+def test_whatever_can_be_called_with_the_weights_gives_gradients(gradients):
+    assert mfac_core.prune(np.array([1.0, 2.0, 3.0, 4.0]), gradients, sparsity=0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    ("gradients", "message"),
+    [
+        (lambda weights, count: None, r"gradients takes the arguments \(weights, count\), and it is called with the"),
+        (Samples.of, r"gradients takes the arguments \(self, weights\)"),
+        (lambda *, count: None, r"gradients takes the arguments \(\*, count\)"),
+        (Samples, r"gradients is the class Samples; pass a function gradients\(weights\)"),
+    ],
+    ids=["two", "unbound method", "by name", "class"],
+)
+def test_a_function_that_the_weights_do_not_fit_is_refused_by_its_arguments(gradients, message):
+    with pytest.raises(TypeError, match=message):
+        mfac_core.prune(np.ones(4), gradients, sparsity=0.5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_gradients_without_finite_numbers_are_an_error_and_no_warning(caplog, value):
+    with pytest.raises(ValueError, match="NaN or Inf in 5 of their rows"):
+        mfac_core.prune(np.ones(4), lambda weights: np.full((5, 4), value), sparsity=0.5)
+    assert not caplog.records
 
 
 def test_a_long_list_of_bad_rows_is_cut_short():

@@ -219,7 +219,17 @@ class TestMFACPruningModifier:
             ("grad_sampler_kwargs: 8", "grad_sampler_kwargs: 8 must be a mapping of arguments"),
             ("grad_sampler_kwargs: {1: 2}", "grad_sampler_kwargs: {1: 2} must be a mapping from argument to value"),
             ("num_recomputations: 0", "num_recomputations: 0 must be a positive integer, or auto"),
-            ("num_recomputations: automatic", "num_recomputations: 'automatic' must be a positive integer, or auto"),
+            (
+                "num_recomputations: automatic",
+                "num_recomputations: 'automatic' must be a positive integer, or auto (did you mean auto?)",
+            ),
+            ("num_recomputations: AUTO", "'AUTO' must be a positive integer, or auto (did you mean auto?)"),
+            ("num_recomputations: '4'", "'4' must be a positive integer, or auto; a number stands without quotes"),
+            (
+                "mfac_options: {num_recomputations: 4}",
+                "mfac_options.num_recomputations: unknown key; the keys are num_grads, fisher_block_size, damp, "
+                "available_gpus, grads_device, num_pages; write num_recomputations beside mfac_options, not in it",
+            ),
             ("num_recomputations: true", "num_recomputations: True must be a positive integer, or auto"),
             ("recomputation_spacing: cubic", "recomputation_spacing: 'cubic' is not one of geometric, linear"),
             ("use_gradient_buffering: 1", "use_gradient_buffering: 1 must be true (always take gradients of training)"),
@@ -513,6 +523,14 @@ class TestModifiers:
             only(item_of("num_recomputations: auto", "recomputation_spacing: geometric")).num_recomputations == "auto"
         )
         assert not caplog.records
+
+    def test_obs_with_auto_parts_is_geometric(self, caplog):
+        lines = ["final_sparsity: 0.8", "end_epoch: 3", "fisher_block_size: 50", "num_recomputations: auto"]
+        assert only(item(*lines, modifier="OBSPruningModifier")).recomputation_spacing == "geometric"
+        assert not caplog.records
+        assert "linear does not go with num_recomputations auto" in refusal(
+            item(*lines, "recomputation_spacing: linear", modifier="OBSPruningModifier")
+        )
 
     def test_auto_is_geometric(self):
         assert "linear does not go with num_recomputations auto, which shrinks what is left" in refusal(

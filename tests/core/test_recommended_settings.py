@@ -72,4 +72,5 @@ def test_a_line_says_where_settings_differ_from_those_recommended():
     line = differs_line(own)
     assert line.startswith("one-shot by other settings than recommended: global_sparsity False (recommended: True), ")
     assert all(f"{key} " in line for key in RECOMMENDED)
+    assert line.endswith("num_grads 7 (256)")  # a number, as it was given
     assert recommended_line(OTHERS) == ""

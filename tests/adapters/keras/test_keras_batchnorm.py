@@ -69,6 +69,27 @@ def test_statistics_are_the_average_over_batches():
     assert np.abs(after[0] - before[0]).max() < 1
 
 
+@pytest.mark.parametrize(
+    "dataset_of",
+    [
+        lambda inputs: inputs,
+        lambda inputs: [(x,) for x in inputs],
+        np.concatenate,
+        lambda inputs: keras.ops.convert_to_tensor(np.concatenate(inputs)),
+        lambda inputs: (np.concatenate(inputs),),
+    ],
+    ids=["batches", "tuples", "array", "tensor", "tuple of one array"],
+)
+def test_inputs_without_targets_will_do(dataset_of):
+    model, twin = network(), network()
+    inputs = [x for x, _ in batches(number=4, size=32)]  # arrays are cut into batches of 32
+    assert recalibrate_batchnorm(model, dataset_of(inputs)) == 1
+    recalibrate_batchnorm(twin, [(x, None) for x in inputs])
+    assert_statistics(model.get_layer("norm"), *statistics(twin.get_layer("norm")))
+    kernel, bias = (each.astype("float64") for each in model.get_layer("body").get_weights())
+    assert_statistics(model.get_layer("norm"), *average(x @ kernel + bias for x in inputs))
+
+
 def test_dropout_is_not_active_meanwhile():
     last = BatchNormalization(name="last")
     model = network(keras.layers.Dropout(0.5), last)

@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 MODULES = [name for _, name, _ in pkgutil.iter_modules(mfac_keras.__path__)]
 
 
-def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch):
+def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)  # the page may write files
     text = PAGE.read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(text))
@@ -26,6 +26,7 @@ def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch):
     for block in blocks:
         above = text[: block.start(1)].count("\n")
         exec(compile("\n" * above + block[1], PAGE, "exec"), namespace)
+    assert "in one pass within each layer" not in caplog.text  # the page does what it is read for: to begin well
 
 
 def test_the_block_of_the_front_page_runs_by_itself_in_any_folder(tmp_path, monkeypatch, capsys):
