@@ -173,8 +173,10 @@ class MFACPruner(GradualPruner):
         index = self._latest(step)
         if index < self._progress.next_pruning:
             return False
-        # the zeros that were measured are there until the first optimizer step
-        return step > 0 or index > 0 or self._measured is None
+        if step > 0 or index > 0 or self._measured is None:
+            return True
+        # the zeros that were measured are there until the first optimizer step; a single pruning step is the last, too
+        return len(self.schedule) == 1 and self._sparsity_at(index) != self._measured
 
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Store one gradient sample in the window.
@@ -240,7 +242,8 @@ class MFACPruner(GradualPruner):
         if not self.num_rows:
             return False
         full = self._window is not None and self._window.is_full
-        return full or not self._progress.waits or self.schedule[self._latest(step)].step == step
+        latest = self._latest(step)
+        return full or not self._progress.waits or latest > self._done or self.schedule[latest].step == step
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only.
@@ -438,8 +441,10 @@ class MFACPruner(GradualPruner):
 
     def _note_waiting(self, step: int) -> None:
         if not self._progress.waits and self.uses_gradients(step) and not self.num_rows:
-            self._progress = replace(self._progress, waits=True)
-            planned = self.schedule[self._progress.next_pruning]
+            latest = self._latest(step)  # those before it are passed over: when one after it falls due can be told then
+            progress = self._progress if latest == self._done else self._progress_at(self._kept, latest)
+            self._progress = replace(progress, waits=True)
+            planned = self.schedule[latest]
             self._tell_once(
                 "waits",
                 f"the pruning step at step {planned.step} falls due before there is any gradient "
