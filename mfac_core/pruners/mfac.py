@@ -36,6 +36,7 @@ class MFACProgress(Progress):
         parts_done: Parts of the next pruning step that are done.
         parts: In how many parts the pruning step with the index ``next_pruning`` is done.
         waits: Whether a pruning step fell due before there was any row: it waits until the first window is full.
+        waiting: Index of the pruning step that waits; in a resumed run ``None`` until it is asked for what is due.
         window: The gradient samples of the unpruned weights; ``None`` before there is any.
         next_pruning: Index of the next pruning step that asks for more zeros than there are masked; the number of all
             where none does. Those before it draw on no gradients.
@@ -44,6 +45,7 @@ class MFACProgress(Progress):
     parts_done: int = 0
     parts: int = 1
     waits: bool = False
+    waiting: int | None = None
     window: GradientWindow | None = None
     next_pruning: int = 0
 
@@ -241,9 +243,13 @@ class MFACPruner(GradualPruner):
         self._note_waiting(step)
         if not self.num_rows:
             return False
-        full = self._window is not None and self._window.is_full
-        latest = self._latest(step)
-        return full or not self._progress.waits or latest > self._done or self.schedule[latest].step == step
+        if not self._progress.waits or (self._window is not None and self._window.is_full):
+            return True
+        latest, waiting = self._latest(step), self._progress.waiting
+        if waiting is None:
+            waiting = latest
+            self._progress = replace(self._progress, waiting=latest)
+        return latest > waiting or self.schedule[latest].step == step
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only.
@@ -441,9 +447,8 @@ class MFACPruner(GradualPruner):
 
     def _note_waiting(self, step: int) -> None:
         if not self._progress.waits and self.uses_gradients(step) and not self.num_rows:
-            latest = self._latest(step)  # those before it are passed over: when one after it falls due can be told then
-            progress = self._progress if latest == self._done else self._progress_at(self._kept, latest)
-            self._progress = replace(progress, waits=True)
+            latest = self._latest(step)
+            self._progress = replace(self._progress, waits=True, waiting=latest)
             planned = self.schedule[latest]
             self._tell_once(
                 "waits",

@@ -434,6 +434,7 @@ def test_a_waiting_pruning_step_gives_way_to_the_next_where_steps_come_several_a
         assert not pruner.is_due(first + 1)
     restored = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
     restored.load_state_dict(pruner.state_dict())
+    assert not restored.is_due(first + 1)
     for each in (pruner, restored):
         assert each.is_due(pruner.schedule[upcoming].step + 1)
         each.prune(make_weights(), pruner.schedule[upcoming].step + 1)
