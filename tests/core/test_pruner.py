@@ -441,6 +441,19 @@ def test_a_waiting_pruning_step_gives_way_to_the_next_where_steps_come_several_a
         assert each.next_step == each.schedule[upcoming + 1]
 
 
+def test_as_long_as_there_is_no_row_the_latest_pruning_step_waits(caplog):
+    """It does not begin with a single row because an earlier one has waited, in a resumed run neither."""
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    for step in range(12):
+        assert not pruner.is_due(step)
+    restored = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    restored.load_state_dict(pruner.state_dict())
+    for each in (pruner, restored):
+        each.observe(gradient_at(12))
+        assert not each.is_due(13) and each.is_due(16)
+    assert len([record for record in caplog.records if "waits" in record.message]) == 1
+
+
 def test_a_waiting_pruning_step_still_waits_after_a_restart():
     pruner = make_mfac(replace(SETTINGS, start_epoch=0.0))
     pruner.is_due(0)
