@@ -223,3 +223,13 @@ def test_a_single_pruning_step_at_step_0_that_is_reached_waits_for_nothing():
     pruner = make("mfac", weights, start_epoch=0.0, end_epoch=0.0)
     assert pruner.is_due(0) and not pruner.uses_gradients(0)
     assert pruner.prune(weights, 0).sparsity == 1
+
+
+@pytest.mark.parametrize("parts", [3, "auto"])
+def test_a_layer_of_zeros_is_no_matter_to_the_parts_of_the_others(parts):
+    weights = {**make_weights(), "b": np.zeros(SHAPES["b"], np.float32)}
+    pruner = make("mfac", weights, num_recomputations=parts, final_sparsity=0.8)
+    for step in range(8, 33):
+        while pruner.is_due(step) or (step == 8 and not pruner.sparsity):
+            weights = prune(pruner, weights, step).weights
+    assert {name: int(np.sum(~mask)) for name, mask in pruner.masks.items()} == {"a": 80, "b": 40, "c": 48}

@@ -60,8 +60,8 @@ def runs(draw: Any) -> tuple[MFACSettings, dict[str, np.ndarray], int, bool]:
     )
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-    for name in SHAPES:
-        weights[name][rng.random(SHAPES[name]) < draw(st.sampled_from([0.0, 0.2, 0.9]))] = 0
+    for name, shape in SHAPES.items():
+        weights[name][rng.random(shape) < draw(st.sampled_from([0.0, 0.2, 0.9]))] = 0
     return made, weights, draw(st.sampled_from([1, 2, 5, 12])), draw(st.booleans())
 
 
@@ -135,8 +135,7 @@ def test_a_run_that_is_resumed_after_any_step_ends_the_same(run, stopped, refuse
         if step == stop:
             resumed.load_state_dict(copy.deepcopy(pruner.state_dict()))
             saved = now
-    for _, found in trained(resumed, saved, live, steps[stop + 1 :], refused):
-        pass
+    found = [saved, *(now for _, now in trained(resumed, saved, live, steps[stop + 1 :], refused))][-1]
     np.testing.assert_equal(resumed.masks, pruner.masks)
     for name in SHAPES:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-6)
