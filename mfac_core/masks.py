@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ __all__ = [
     "least_salient",
     "newly_pruned",
     "out_of_reach",
+    "reaches",
     "sparsity_of_zeros",
 ]
 
@@ -175,6 +176,53 @@ def is_reached(
     # the number of whole groups that comes closest depends on which of them is next
     of_groups = any(pattern.kept_of_each is None for pattern in (patterns or {}).values())
     return bool(count >= (wanted if of_groups else round(wanted)))
+
+
+def reaches(
+    segments: Mapping[str, tuple[int, int]], scope: Scope, patterns: Mapping[str, MaskPattern] | None = None
+) -> Callable[[Sparsity], tuple[Sparsity, int]]:
+    """Return what tells beforehand what :func:`newly_pruned` makes of a sparsity, which prunes whole weights or groups.
+
+    Args:
+        segments: As in :func:`newly_pruned`.
+        scope: As in :func:`newly_pruned`.
+        patterns: As in :func:`newly_pruned`.
+
+    Returns:
+        A function of a sparsity: what is reached, as by :func:`sparsity_of_zeros`, and how many weights are kept. Where
+        that depends on which groups go, over layers, the most that may be kept.
+
+    Example:
+        >>> reaches({"a": (0, 3), "b": (3, 4)}, "layer")(0.4)
+        ({'a': 0.3333333333333333, 'b': 0.0}, 3)
+    """
+    sizes = {name: stop - start for name, (start, stop) in segments.items()}
+    of_groups = {
+        name: np.bincount(pattern.groups())
+        for name, pattern in (patterns or {}).items()
+        if pattern.kept_of_each is None and sizes[name]
+    }
+    most = {name: pattern.most_pruned for name, pattern in (patterns or {}).items()}
+
+    def within_layers(sparsity: Sparsity) -> tuple[Sparsity, int]:
+        reached, kept = {}, 0
+        for name, size in sizes.items():
+            total = len(of_groups[name]) if name in of_groups else size
+            pruned = min(round(total * of_layer(sparsity, name)), most.get(name, size))
+            reached[name] = pruned / total if total else 0.0
+            kept += size - (int(np.sort(of_groups[name])[:pruned].sum()) if name in of_groups else pruned)
+        return reached, kept
+
+    def over_all(sparsity: Sparsity) -> tuple[Sparsity, int]:
+        total = sum(sizes.values())
+        wanted = total * of_layer(sparsity, "all")
+        if of_groups:  # at most half a group from it
+            pruned = max(0, math.ceil(wanted - max(counts.max() for counts in of_groups.values()) / 2))
+        else:
+            pruned = min(round(wanted), sum(most.values()) if most else total)
+        return pruned / max(total, 1), total - pruned
+
+    return within_layers if scope == "layer" else over_all
 
 
 def out_of_reach(sparsity: float, scope: Scope, patterns: Mapping[str, MaskPattern] | None) -> dict[str, float]:

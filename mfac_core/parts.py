@@ -30,7 +30,7 @@ def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputa
 
     Args:
         reached: Sparsity now, as :func:`mfac_core.masks.sparsity_of_zeros` gives it.
-        wanted: Sparsity of the pruning step, below 1.
+        wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
             :data:`MOST_REMOVED` of what is left, in no layer.
 
@@ -42,7 +42,8 @@ def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputa
         [1, 1, 10, 13, 16]
     """
     ways = [(now, of_layer(wanted, name)) for name, now in _by_name(reached).items()]
-    left = [(1 - final) / (1 - now) for now, final in ways if now < final]
+    # a layer that keeps nothing has been all zeros from the beginning: these go in any number of parts
+    left = [(1 - final) / (1 - now) for now, final in ways if now < final < 1]
     if not left:
         return 1
     if num_recomputations != "auto":

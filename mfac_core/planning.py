@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
 from mfac_core.blocks import cut, working_bytes
 from mfac_core.errors import MemoryBudgetError
-from mfac_core.parts import num_parts, part_of_the_way
+from mfac_core.parts import Sparsity, num_parts, of_layer, part_of_the_way
 from mfac_core.schedule import PlannedStep, num_gradients_at
 from mfac_core.settings import MFACSettings
 
-__all__ = ["WINDOW_ITEMSIZE", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
+__all__ = ["WINDOW_ITEMSIZE", "MasksToCome", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
 
 WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
@@ -23,16 +23,22 @@ WINDOW_ITEMSIZE = 4
 WORKING_GROUPS = 6
 """Groups of blocks that a GPU needs room for beside the window: the group, what is made of it, kept factors."""
 
+MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
+"""The sparsity of each pruning step, and what becomes of one, as :func:`mfac_core.masks.reaches` tells it."""
+
 _logger = logging.getLogger("mfac_core")
 
 
-def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> tuple[int, int]:
+def peak_window(
+    settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep], masks: MasksToCome | None = None
+) -> tuple[int, int]:
     """Return rows and columns of the largest gradient window of a run.
 
     Args:
         settings: What is pruned and how.
         num_weights: Number of weights in scope ``n``.
         schedule: The planned pruning steps.
+        masks: What they will make of the masks; ``None`` where there are none yet: then sparsities are those planned.
 
     Returns:
         Rows ``m`` and columns ``d`` of the window with the most numbers.
@@ -42,11 +48,17 @@ def peak_window(settings: MFACSettings, num_weights: int, schedule: Sequence[Pla
         >>> peak_window(settings, 1000, [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)])
         (512, 500)
     """
-    return max(_windows(settings, num_weights, schedule), key=_size)
+    chains = _chains(settings, num_weights, schedule, masks, skips=False)
+    return max((window for chain in chains for window in chain), key=_size)
 
 
 def window_bytes(
-    settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep], *, live_gradients: bool = True
+    settings: MFACSettings,
+    num_weights: int,
+    schedule: Sequence[PlannedStep],
+    masks: MasksToCome | None = None,
+    *,
+    live_gradients: bool = True,
 ) -> int:
     """Return the bytes that gradient windows of a run take at most.
 
@@ -54,6 +66,7 @@ def window_bytes(
         settings: What is pruned and how.
         num_weights: Number of weights in scope.
         schedule: The planned pruning steps.
+        masks: As in :func:`peak_window`.
         live_gradients: Whether rows outlive a pruning step: then the next window is made beside the one before.
 
     Returns:
@@ -65,9 +78,12 @@ def window_bytes(
         >>> window_bytes(settings, 1000, schedule, live_gradients=False), window_bytes(settings, 1000, schedule)
         (256000, 384000)
     """
-    windows = [_size(window) for window in _windows(settings, num_weights, schedule)]
-    together = [before + after for before, after in pairwise(windows) if before != after and live_gradients]
-    return max(windows + together) * WINDOW_ITEMSIZE
+    largest = 0
+    for chain in _chains(settings, num_weights, schedule, masks, skips=live_gradients):
+        windows = [_size(window) for window in chain]
+        together = [_size(one) + _size(other) for one, other in pairwise(chain) if one != other and live_gradients]
+        largest = max(largest, *windows, *together)
+    return largest * WINDOW_ITEMSIZE
 
 
 def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
@@ -107,6 +123,7 @@ def check_memory(
     device: Device,
     num_weights: int,
     schedule: Sequence[PlannedStep],
+    masks: MasksToCome | None = None,
     *,
     live_gradients: bool = True,
 ) -> int:
@@ -120,6 +137,7 @@ def check_memory(
         device: Where the gradient window is kept.
         num_weights: Number of weights in scope.
         schedule: The planned pruning steps.
+        masks: As in :func:`peak_window`.
         live_gradients: As in :func:`window_bytes`.
 
     Returns:
@@ -130,17 +148,17 @@ def check_memory(
     """
 
     def bytes_for(settings: MFACSettings) -> int:
-        rows, columns = peak_window(settings, num_weights, schedule)
+        rows, columns = peak_window(settings, num_weights, schedule, masks)
         blocks = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
         working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
-        windows = window_bytes(settings, num_weights, schedule, live_gradients=live_gradients)
+        windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
         return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
 
     needed = bytes_for(settings)
     free = device.backend.free_bytes(device.name)
     if free is None or needed <= free:
         return needed
-    rows, columns = peak_window(settings, num_weights, schedule)
+    rows, columns = peak_window(settings, num_weights, schedule, masks)
     fitting = (
         bisect_right(range(rows), free, key=lambda rows: bytes_for(replace(settings, num_gradients=rows or 1))) - 1
     )
@@ -155,16 +173,39 @@ def check_memory(
     )
 
 
-def _windows(settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep]) -> Iterator[tuple[int, int]]:
-    """Yield rows and columns of the window before each pruning step, and before each of its parts."""
-    reached = 0.0  # the window is as large as the sparsity reached by the pruning step before demands
-    for planned in schedule:
-        rows = num_gradients_at(settings.num_gradients, reached)
-        sparsity = reached
-        for parts_left in range(num_parts(reached, planned.sparsity, settings.num_recomputations), 0, -1):
-            yield rows, num_weights - round(num_weights * sparsity)
-            sparsity = part_of_the_way(sparsity, planned.sparsity, parts_left, settings.recomputation_spacing)
-        reached = planned.sparsity
+def _chains(
+    settings: MFACSettings,
+    num_weights: int,
+    schedule: Sequence[PlannedStep],
+    masks: MasksToCome | None,
+    *,
+    skips: bool,
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield rows and columns of windows that follow each other: from each pruning step on to the window after it.
+
+    Where a pruning step may have to wait for rows, the next one may pass it over: these windows are yielded, too.
+    """
+    sparsities, reaches = masks or (
+        [planned.sparsity for planned in schedule],
+        lambda sparsity: (sparsity, num_weights - round(num_weights * of_layer(sparsity, ""))),
+    )
+    # a window is as large as the sparsity reached by the pruning step before demands
+    before = [0.0, *(planned.sparsity for planned in schedule)]
+    rows = [num_gradients_at(settings.num_gradients, sparsity) for sparsity in before]
+    reached, columns = reaches(0.0)
+    for index in range(len(schedule)):
+        for to in range(index, min(index + 1 + skips, len(schedule))):
+            now, left = reached, columns
+            chain = [(rows[index], left)]
+            for parts_left in range(num_parts(now, sparsities[to], settings.num_recomputations), 0, -1):
+                wanted = part_of_the_way(now, sparsities[to], parts_left, settings.recomputation_spacing)
+                now, kept = reaches(wanted)
+                left = min(left, kept)
+                chain.append((rows[to] if parts_left > 1 else rows[to + 1], left))
+            if to == index:
+                after = now, left
+            yield chain[:-1] if to == len(schedule) - 1 else chain  # no window follows the last pruning step
+        reached, columns = after
 
 
 def _size(window: tuple[int, int]) -> int:

@@ -127,6 +127,8 @@ class TrainingSession:
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            # at the end of its first round the next step, which tells so, is still to come
+            "last_optimizer": self._stepped if self._last is None and self._stepped != self._first else self._last,
             "changes_done": self._changes.state_dict(),
             "prunings": [pruning.state_dict(gradient_window=gradient_window) for pruning in self._prunings],
             "random": random_state(),
@@ -150,6 +152,10 @@ class TrainingSession:
         saved_at = checked_integer("step", state["step"], at_most=sys.maxsize)
         saved_with = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
         check_random_state(state["random"])
+        # not in states of older releases; known again after a round
+        last = state.get("last_optimizer")
+        if last is not None:
+            last = checked_integer("last_optimizer", last, at_most=sys.maxsize)
         taken = self._resumed_prunings(state["prunings"], saved_with, strict=strict)
         try:
             self._changes.check_state(state["changes_done"])
@@ -169,6 +175,8 @@ class TrainingSession:
             self.step = step
             self._counts = False
             self._observed_at = [-1] * len(self.optimizers)
+            if last is not None and last < len(self.optimizers) and self._last is None:
+                self._last = last
             self._changes.load_state_dict(changes_done, step)
             restore_random_state(state["random"])
             if saved_with != self.steps_per_epoch:

@@ -13,8 +13,9 @@ import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.gradient_window import GradientWindow
+from mfac_core.masks import reaches
 from mfac_core.parts import Sparsity, num_parts, part_of_the_way, part_step
-from mfac_core.planning import check_memory, choose_window_device, window_bytes
+from mfac_core.planning import MasksToCome, check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner, PrunedUnpruned
 from mfac_core.pruning_step import Selection, magnitude_step, mfac_step
@@ -36,6 +37,7 @@ class MFACProgress(Progress):
         parts_done: Parts of the next pruning step that are done.
         parts: In how many parts the pruning step with the index ``next_pruning`` is done.
         waits: Whether a pruning step fell due before there was any row: it waits until the first window is full.
+        waiting: Index of the pruning step that waits; in a resumed run ``None`` until it is asked for what is due.
         window: The gradient samples of the unpruned weights; ``None`` before there is any.
         next_pruning: Index of the next pruning step that asks for more zeros than there are masked; the number of all
             where none does. Those before it draw on no gradients.
@@ -44,6 +46,7 @@ class MFACProgress(Progress):
     parts_done: int = 0
     parts: int = 1
     waits: bool = False
+    waiting: int | None = None
     window: GradientWindow | None = None
     next_pruning: int = 0
 
@@ -108,10 +111,9 @@ class MFACPruner(GradualPruner):
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
         where_weights_are = device_of(weights[self.layout.names[0]])
         self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
+        run = (self.layout.num_weights, self.schedule, self.masks_to_come())
         self._window_device = choose_window_device(
-            settings.gradients_device,
-            self._devices,
-            window_bytes(settings, self.layout.num_weights, self.schedule, live_gradients=live_gradients),
+            settings.gradients_device, self._devices, window_bytes(settings, *run, live_gradients=live_gradients)
         )
         self._live = live_gradients
         # gives the sample that was observed last, once its copy has arrived
@@ -121,9 +123,7 @@ class MFACPruner(GradualPruner):
         self._progress = self._progress_at(self._kept, 0)
         self._told: set[str] = set()
         self._refused_rows = 0
-        check_memory(
-            settings, self._window_device, self.layout.num_weights, self.schedule, live_gradients=live_gradients
-        )
+        check_memory(settings, self._window_device, *run, live_gradients=live_gradients)
 
     @property
     def num_gradients(self) -> int:
@@ -145,6 +145,15 @@ class MFACPruner(GradualPruner):
     def refused_rows(self) -> int:
         """Gradient samples that were left out because they held NaN or Inf."""
         return self._refused_rows
+
+    def masks_to_come(self) -> MasksToCome:
+        """Return what the schedule makes of the masks, as :mod:`mfac_core.planning` counts bytes by it.
+
+        Returns:
+            The sparsity of each pruning step, and what becomes of one.
+        """
+        sparsities = [self._sparsity_at(index) for index in range(len(self.schedule))]
+        return sparsities, reaches(self.layout.segments, self.settings.scope, self._patterns)
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted.
@@ -173,8 +182,10 @@ class MFACPruner(GradualPruner):
         index = self._latest(step)
         if index < self._progress.next_pruning:
             return False
-        # the zeros that were measured are there until the first optimizer step
-        return step > 0 or index > 0 or self._measured is None
+        if step > 0 or index > 0 or self._measured is None:
+            return True
+        # the zeros that were measured are there until the first optimizer step; a single pruning step is the last, too
+        return len(self.schedule) == 1 and self._sparsity_at(index) != self._measured
 
     def observe(self, gradients: Mapping[str, Array]) -> bool:
         """Store one gradient sample in the window.
@@ -239,8 +250,13 @@ class MFACPruner(GradualPruner):
         self._note_waiting(step)
         if not self.num_rows:
             return False
-        full = self._window is not None and self._window.is_full
-        return full or not self._progress.waits or self.schedule[self._latest(step)].step == step
+        if not self._progress.waits or (self._window is not None and self._window.is_full):
+            return True
+        latest, waiting = self._latest(step), self._progress.waiting
+        if waiting is None:
+            waiting = latest
+            self._progress = replace(self._progress, waiting=latest)
+        return latest > waiting or self.schedule[latest].step == step
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only.
@@ -437,12 +453,12 @@ class MFACPruner(GradualPruner):
         )
 
     def _note_waiting(self, step: int) -> None:
-        if not self._progress.waits and self.uses_gradients(step) and not self.num_rows:
-            self._progress = replace(self._progress, waits=True)
-            planned = self.schedule[self._progress.next_pruning]
+        if self.uses_gradients(step) and not self.num_rows:
+            latest = self._latest(step)
+            self._progress = replace(self._progress, waits=True, waiting=latest)
             self._tell_once(
                 "waits",
-                f"the pruning step at step {planned.step} falls due before there is any gradient "
+                f"the pruning step at step {self.schedule[latest].step} falls due before there is any gradient "
                 "sample: it waits until the window is full or the next pruning step falls due",
             )
 

@@ -200,3 +200,36 @@ def test_weights_that_are_all_zero_stay_so():
     for scope in ("layer", "global"):
         pruner = make(weights=weights, scope=scope)
         assert prune(pruner, weights, 8).sparsity == 1
+
+
+@pytest.mark.parametrize("parts", [1, 3, "auto"])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_single_pruning_step_at_step_0_draws_on_gradients(scope, parts):
+    """It is the first, which prunes the zeros that are there, and the last, which prunes more."""
+    changes = dict(scope=scope, start_epoch=0.0, end_epoch=0.0, num_recomputations=parts)
+    pruner, weights = make("mfac", **changes), make_weights()
+    assert pruner.uses_gradients(0) and not pruner.is_due(0)
+    for step in range(6):
+        assert pruner.needs_gradients(step)
+        rng = np.random.default_rng(step)
+        pruner.observe({name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()})
+    while pruner.is_due(6):
+        weights = pruner.prune(weights, 6).weights
+    assert pruner.sparsity == 0.9
+
+
+def test_a_single_pruning_step_at_step_0_that_is_reached_waits_for_nothing():
+    weights = {name: np.zeros(shape, np.float32) for name, shape in SHAPES.items()}
+    pruner = make("mfac", weights, start_epoch=0.0, end_epoch=0.0)
+    assert pruner.is_due(0) and not pruner.uses_gradients(0)
+    assert pruner.prune(weights, 0).sparsity == 1
+
+
+@pytest.mark.parametrize("parts", [3, "auto"])
+def test_a_layer_of_zeros_is_no_matter_to_the_parts_of_the_others(parts):
+    weights = {**make_weights(), "b": np.zeros(SHAPES["b"], np.float32)}
+    pruner = make("mfac", weights, num_recomputations=parts, final_sparsity=0.8)
+    for step in range(8, 33):
+        while pruner.is_due(step) or (step == 8 and not pruner.sparsity):
+            weights = prune(pruner, weights, step).weights
+    assert {name: int(np.sum(~mask)) for name, mask in pruner.masks.items()} == {"a": 80, "b": 40, "c": 48}

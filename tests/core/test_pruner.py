@@ -423,6 +423,37 @@ def test_a_waiting_pruning_step_gives_way_to_the_next(caplog):
     assert pruner.next_step == pruner.schedule[2]
 
 
+@pytest.mark.parametrize("first", [0, 9])
+def test_a_waiting_pruning_step_gives_way_to_the_next_where_steps_come_several_at_once(first, caplog):
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    upcoming = 1 if first == 0 else 2  # the one that waits is that of step 0, or of step 8
+    assert not pruner.is_due(first)
+    assert f"the pruning step at step {pruner.schedule[upcoming - 1].step} falls due" in caplog.text
+    for step in range(first, pruner.schedule[upcoming].step + 1):
+        pruner.observe(gradient_at(step))
+        assert not pruner.is_due(first + 1)
+    restored = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    restored.load_state_dict(pruner.state_dict())
+    assert not restored.is_due(first + 1)
+    for each in (pruner, restored):
+        assert each.is_due(pruner.schedule[upcoming].step + 1)
+        each.prune(make_weights(), pruner.schedule[upcoming].step + 1)
+        assert each.next_step == each.schedule[upcoming + 1]
+
+
+def test_as_long_as_there_is_no_row_the_latest_pruning_step_waits(caplog):
+    """It does not begin with a single row because an earlier one has waited, in a resumed run neither."""
+    pruner = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    for step in range(12):
+        assert not pruner.is_due(step)
+    restored = make_mfac(replace(SETTINGS, start_epoch=0.0, num_gradients=30))
+    restored.load_state_dict(pruner.state_dict())
+    for each in (pruner, restored):
+        each.observe(gradient_at(12))
+        assert not each.is_due(13) and each.is_due(16)
+    assert len([record for record in caplog.records if "waits" in record.message]) == 1
+
+
 def test_a_waiting_pruning_step_still_waits_after_a_restart():
     pruner = make_mfac(replace(SETTINGS, start_epoch=0.0))
     pruner.is_due(0)

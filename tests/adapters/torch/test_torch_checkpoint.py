@@ -345,6 +345,8 @@ def harmless(path, name, changed):
         return True  # a state of an older release
     if path[-1] == "steps_per_epoch" and path[0] == "prunings":
         return name == "removed"  # a state of an older release
+    if path[-1] == "last_optimizer":
+        return name in {"removed", "None"}  # known after a round
     return path == ("random", "cuda") and value == []
 
 

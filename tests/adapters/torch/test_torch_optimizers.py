@@ -1,5 +1,6 @@
 """Every way in which a training loop may step its optimizers."""
 
+import copy
 import logging
 import math
 
@@ -132,6 +133,27 @@ def test_a_pruning_step_waits_for_the_last_part_of_its_last_sample(task, order, 
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         train_with(task, model, [optimizers[number] for number in order])
     assert caplog.text.count("5 gradient rows") == 4
+
+
+@pytest.mark.parametrize("stopped_at", [1, 4, 9, 12])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_resumed_run_of_several_optimizers_prunes_after_its_first_round_too(task, order, stopped_at):
+    def run():
+        model = task.model()
+        optimizers = halves(task, model)
+        manager = ScheduledModifierManager.from_yaml(task.recipe(num_grads=5, update_frequency=0.2, start_epoch=0.4))
+        manager.modify(model, optimizers, task.steps_per_epoch)
+        return model, optimizers, manager
+
+    whole, resumed = run(), run()
+    train_with(task, whole[0], [whole[1][number] for number in order], stop=stopped_at)
+    state = copy.deepcopy([part.state_dict() for part in (whole[0], *whole[1], whole[2])])
+    train_with(task, whole[0], [whole[1][number] for number in order], start=stopped_at)
+    for part, saved in zip((resumed[0], *resumed[1], resumed[2]), state, strict=True):
+        part.load_state_dict(saved)
+    train_with(task, resumed[0], [resumed[1][number] for number in order], start=stopped_at)
+    for one, other in zip(whole[0].parameters(), resumed[0].parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_last_round_without_its_last_optimizer_is_pruned_when_training_is_over(task):
