@@ -381,7 +381,7 @@ TASKS: dict[str, Task] = {
             title="Digits, convolutional network",
             layers="two convolutions, two linear layers",
             network=make_network,
-            narrow=("0.weight",),
+            narrow=("conv_1.weight",),
             **_DIGITS,
         ),
         Task(

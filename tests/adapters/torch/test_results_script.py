@@ -191,3 +191,12 @@ def test_a_page_of_some_tasks_and_one_seed_can_be_written() -> None:
 
     assert "### Wine" in text
     assert "## Gradual" not in text
+
+
+@pytest.mark.parametrize("task", ["digits-cnn", "digits-mlp"])
+def test_what_a_task_leaves_out_of_patterns_is_in_its_network(task):
+    task = TASKS[task]
+    every = dict(task.network(0).named_parameters())
+    assert set(task.narrow) <= set(every)
+    narrow = {name for name, weight in every.items() if weight.ndim > 1 and weight.shape[1] % 4}
+    assert set(task.narrow) == narrow
