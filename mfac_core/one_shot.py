@@ -137,7 +137,8 @@ def prune(
         return _like(layout.unflatten_like(values, named), weights, named)
 
     rows_of = _rows_for_parts(gradients, weights, layout, in_form)
-    reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
+    # zeros go first, whether a mask has pruned them or not
+    reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
     parts = num_parts(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
@@ -161,7 +162,7 @@ def prune(
         increase += part_increase
         if is_reached(~kept, sparsity, layout.segments, scope, patterns):
             break
-        reached = sparsity_of_zeros(~kept, layout.segments, scope, patterns)
+        reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
     return PruneResult(
         weights=in_form(vector),
         masks=_like(layout.unflatten(kept), weights, named),

@@ -68,8 +68,8 @@ def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacin
         spacing: ``geometric`` or ``linear``.
 
     Returns:
-        A sparsity for :func:`mfac_core.masks.newly_pruned`; with one part left exactly ``wanted``, and what is reached
-        already where that is more.
+        A sparsity for :func:`mfac_core.masks.newly_pruned`; exactly ``wanted`` with one part left, and where it is
+        reached already.
 
     Example:
         >>> part_of_the_way({"a": 0.0, "b": 0.5}, 0.75, 3, "linear")
@@ -82,7 +82,7 @@ def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacin
 
     def nextof_layer(now: float, final: float) -> float:
         if now >= final:
-            return now
+            return final
         if spacing == "linear":
             return now + (final - now) / parts_left
         return 1 - (1 - now) * math.pow((1 - final) / (1 - now), 1 / parts_left)

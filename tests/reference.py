@@ -276,7 +276,7 @@ def prune(
     def ways():
         for name, field in fields.items():
             wanted = sparsity[name] if isinstance(sparsity, Mapping) else sparsity
-            now = _reached(kept[field], mask_type, groups[name], by_groups=scope == "layer")
+            now = _reached((w != 0)[field], mask_type, groups[name], by_groups=scope == "layer")
             yield name, field, now, max(wanted, now)
 
     parts = num_recomputations

@@ -91,7 +91,8 @@ class GradualPruner(Pruner):
         super()._take(state)
 
     def _prune(self, weights: Vector, index: int) -> Outcome:
-        sparsity = self._sparsity_wanted(index)
+        zeros = ~self._kept | (weights == 0)
+        sparsity = self._sparsity_wanted(index, zeros)
 
         def select(saliencies: Array) -> Array:
             return newly_pruned(
@@ -100,8 +101,13 @@ class GradualPruner(Pruner):
 
         return Outcome.of_unpruned(self._kept, *self._prune_unpruned(weights[self._kept], select, index))
 
-    def _sparsity_wanted(self, index: int) -> Sparsity:
-        """Return the sparsity that is to be reached now: that of the pruning step."""
+    def _sparsity_wanted(self, index: int, zeros: Mask) -> Sparsity:
+        """Return the sparsity that is to be reached now: that of the pruning step.
+
+        Args:
+            index: Which pruning step.
+            zeros: Which of all weights are zero, shape ``(n,)``: they go first, pruned before or not.
+        """
         return self._sparsity_at(index)
 
     def _is_reached(self, zeros: Mask, index: int) -> bool:

@@ -304,9 +304,9 @@ class MFACPruner(GradualPruner):
                 window = window.rebuilt(np.ones(num_weights, bool), self.num_gradients)
             self._progress = replace(self._progress, window=window)
 
-    def _sparsity_wanted(self, index: int) -> Sparsity:
+    def _sparsity_wanted(self, index: int, zeros: Mask) -> Sparsity:
         return part_of_the_way(
-            self._sparsity_of(~self._kept),
+            self._sparsity_of(zeros),
             self._sparsity_at(index),
             self._parts_of(index) - self._parts_done_of(index),
             self.settings.recomputation_spacing,

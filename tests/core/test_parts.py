@@ -55,7 +55,7 @@ def test_the_layer_with_the_longest_way_decides():
 def test_parts_per_layer():
     assert part_of_the_way({"a": 0.0, "b": 0.5}, {"a": 0.5, "b": 0.5}, 2, "linear") == {"a": 0.25, "b": 0.5}
     assert part_of_the_way({"a": 0.0, "b": 0.5}, 0.5, 2, "linear") == {"a": 0.25, "b": 0.5}
-    assert part_of_the_way({"a": 0.0, "b": 0.9}, 0.75, 2, "geometric") == {"a": 0.5, "b": 0.9}
+    assert part_of_the_way({"a": 0.0, "b": 0.9}, 0.75, 2, "geometric") == {"a": 0.5, "b": 0.75}
 
 
 @given(st.integers(0, 200), st.integers(1, 500), st.integers(1, 30), st.integers(1, 100))

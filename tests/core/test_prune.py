@@ -758,3 +758,19 @@ def test_geometric_parts_keep_equal_fractions_and_linear_ones_remove_equal_numbe
             np.linspace(1, 2, 1000), gradients, sparsity=0.9, num_recomputations=3, recomputation_spacing=spacing
         )
     assert kept == {"geometric": [1000, 464, 215], "linear": [1000, 700, 400]}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_parts_begin_at_the_zeros_that_are_there(scope):
+    weights = {name: np.where(np.arange(w.size).reshape(w.shape) % 2, w, 0.0) for name, w in make_weights().items()}
+    calls = []
+
+    def gradients(now):
+        calls.append(sum(np.count_nonzero(array) for array in now.values()))
+        return rows_at(now)
+
+    options = dict(sparsity=0.8, block_size=20, damping=1e-2, scope=scope)
+    result = mfac_core.prune(weights, gradients, **options)
+    assert_same(result, reference.prune(weights, rows_at, **options), np.float64)
+    assert len(calls) == 4  # from half to four fifths, and not from none
+    assert calls == sorted(set(calls), reverse=True)

@@ -388,3 +388,18 @@ def test_a_state_of_an_older_release_has_the_parts_of_the_recipe():
     resumed = make()
     resumed.load_state_dict(state)
     np.testing.assert_equal(resumed.state_dict(), pruner.state_dict())
+
+
+@pytest.mark.parametrize("number", [3, "auto"])
+def test_parts_begin_at_the_zeros_that_are_there(number):
+    weights = {"w": np.where(np.arange(1000) % 2, np.linspace(1, 2, 1000), 0.0)}
+    settings = MFACSettings(final_sparsity=0.9, end_epoch=0, num_gradients=4, num_recomputations=number, damping=1e-2)
+    pruner, kept = make_pruner(settings, weights, steps_per_epoch=1, live_gradients=False), [500]
+    while pruner.is_due(0):
+        pruner.forget_gradients()
+        for k in range(4):
+            pruner.observe({"w": np.random.default_rng(k).standard_normal(1000)})
+        weights = pruner.prune(weights, 0).weights
+        kept.append(np.count_nonzero(weights["w"]))
+    assert len(kept) == (4 if number == 3 else 11) and kept[-1] == 100
+    np.testing.assert_allclose(np.divide(kept[1:], kept[:-1]), 0.2 ** (1 / (len(kept) - 1)), atol=0.02)
