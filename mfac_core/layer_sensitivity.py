@@ -462,6 +462,9 @@ def _bar(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     terminal = console(stderr=True)
+    if not shown or not (terminal.is_terminal or terminal.is_jupyter):
+        yield lambda name: None
+        return
     columns = (
         TextColumn("sensitivity"),
         BarColumn(),
@@ -469,8 +472,6 @@ def _bar(total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(
-        *columns, console=terminal, disable=not (shown and (terminal.is_terminal or terminal.is_jupyter))
-    ) as progress:
+    with Progress(*columns, console=terminal) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, advance=1, description=plain_text(name))
