@@ -30,7 +30,7 @@ help:
 	@echo "make lint        rules, format, imports and types, without the tests"
 	@echo "make format      put the code into its standard form"
 	@echo "make bench       measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
-	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 25 minutes on two cores)"
+	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 35 minutes on two cores)"
 	@echo "make clean       remove .venv, caches and builds"
 	@echo "One part of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."
 	@echo "Another Python: make PYTHON=python3.12 test"

@@ -1,6 +1,6 @@
 """Measure accuracy over several seeds, magnitude beside M-FAC, and write ``docs/results.md`` with its pictures.
 
-Run it from the root of the project: ``make results``. Two processes on two cores take about 25 minutes. What has been
+Run it from the root of the project: ``make results``. Two processes on two cores take about 35 minutes. What has been
 measured is kept in ``mfac-results/``, in a folder for each state of the code: an interrupted run goes on where it was,
 and a run that is complete only writes the page anew.
 """
