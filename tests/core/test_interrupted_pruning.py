@@ -28,6 +28,7 @@ from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.gradient_window import GradientWindow
 from mfac_core.planning import window_bytes
 from mfac_core.pruner import Pruner
+from mfac_core.schedule import PlannedStep
 from mfac_core.weight_layout import WeightLayout
 
 SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 4, 3)}
@@ -360,3 +361,10 @@ def test_windows_between_the_parts_of_a_pruning_step_are_counted():
     assert window_bytes(replace(settings, num_recomputations="auto"), 1000, schedule) == 4 * 10 * (
         1000 + round(1000 * 0.2 ** (1 / 7))
     )
+
+
+def test_the_window_after_a_pruning_step_that_passes_a_waiting_one_over_is_counted():
+    settings = MFACSettings(final_sparsity=0.9, end_epoch=2, num_gradients={0.0: 10, 0.5: 80})
+    schedule = [PlannedStep(0, 0.0, 0.2), PlannedStep(8, 1.0, 0.8), PlannedStep(16, 2.0, 0.9)]
+    assert window_bytes(settings, 1000, schedule) == 4 * (10 * 1000 + 80 * 200)
+    assert window_bytes(settings, 1000, schedule, live_gradients=False) == 4 * 80 * 200
