@@ -4,15 +4,15 @@ Start with :func:`prune` for one-shot pruning, and with :class:`MFACPruner` insi
 The packages ``mfac_torch`` and ``mfac_keras`` connect this core to their frameworks.
 """
 
-from mfac_core.blockwise import inverse_fisher
 from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
+from mfac_core.fisher.blockwise import inverse_fisher
+from mfac_core.fisher.obs import saliency
 from mfac_core.layer_sensitivity import Sensitivity, sensitivity
-from mfac_core.obs import saliency
 from mfac_core.one_shot import prune
-from mfac_core.pruner import ACDCPruner, ConstantPruner, MagnitudePruner, MFACPruner, make_pruner
-from mfac_core.pruning_step import PruneResult
+from mfac_core.pruners import ACDCPruner, ConstantPruner, MagnitudePruner, MFACPruner, make_pruner
+from mfac_core.pruners.step import PruneResult
 from mfac_core.recipe import Recipe, load_recipe
-from mfac_core.settings import FROM_PARAM, ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
+from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
 
 __version__ = "0.1.0"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from mfac_core.recipe import Recipe
     from mfac_core.recipe.linting import ModifierPlan, Plan, ScheduleRow
-    from mfac_core.settings import PruningSettings
+    from mfac_core.settings.pruning import PruningSettings
 
 __all__ = ["app", "main"]
 
@@ -237,8 +237,8 @@ def report(
     """Show the table of a finished run."""
     from dataclasses import asdict
 
-    from mfac_core import comparison
-    from mfac_core.report import RUN_FILE, read_json, table
+    from mfac_core.report import comparison
+    from mfac_core.report.run import RUN_FILE, read_json, table
 
     path = run / RUN_FILE if run.is_dir() else run
     found: dict[str, Any] = {"run": str(path), "facts": {}, "records": []}
@@ -338,7 +338,7 @@ def _matched(
 def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     from mfac_core.backends import resolve_device
     from mfac_core.errors import DeviceError
-    from mfac_core.settings import MFACSettings
+    from mfac_core.settings.pruning import MFACSettings
 
     by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
     listed = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]

@@ -15,12 +15,13 @@ import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.errors import SettingError
-from mfac_core.mask_patterns import mask_patterns
+from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.patterns import mask_patterns
 from mfac_core.one_shot import prune
-from mfac_core.planning import check_memory
-from mfac_core.schedule import PlannedStep
-from mfac_core.sensitivity_report import draw_increases, increases_table, printed
-from mfac_core.settings import (
+from mfac_core.pruners.memory import check_memory
+from mfac_core.report.sensitivity import draw_increases, increases_table, printed
+from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.settings.pruning import (
     Damping,
     MaskType,
     MFACSettings,
@@ -35,7 +36,6 @@ from mfac_core.settings import (
     is_integer,
 )
 from mfac_core.terminal import console, plain_text
-from mfac_core.weight_layout import WeightLayout
 from mfac_core.weight_names import listed
 
 if TYPE_CHECKING:

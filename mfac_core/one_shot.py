@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
-from mfac_core.parts import num_parts, part_of_the_way
-from mfac_core.pruning_step import PruneResult, mfac_step
-from mfac_core.settings import (
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.window_checks import window_warnings
+from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.pruners.step import PruneResult, mfac_step
+from mfac_core.schedules.parts import num_parts, part_of_the_way
+from mfac_core.settings.pruning import (
     Damping,
     MaskType,
     Recomputations,
@@ -31,8 +33,6 @@ from mfac_core.settings import (
     check_recomputations,
     checked_mask_type,
 )
-from mfac_core.weight_layout import WeightLayout
-from mfac_core.window_checks import window_warnings
 
 __all__ = ["Gradients", "prune"]
 
@@ -80,7 +80,7 @@ def prune(
             of that diagonal, measured anew for each Fisher. Then the scale of the gradients does not matter.
         scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights.
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
-            a block; for their rules see :func:`mfac_core.masks.newly_pruned`.
+            a block; for their rules see :func:`mfac_core.masks.selection.newly_pruned`.
         update: ``independent`` (the paper's) or ``joint`` (exact OBS for the pruned set).
         num_recomputations: In how many parts the sparsity is reached; ``auto`` takes as many that none removes more
             than about a fifth of what is left. With rows that are given once, all parts share them, with a warning.

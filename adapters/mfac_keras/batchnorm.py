@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
 from mfac_keras.assigning import assign_all
 from mfac_keras.conditions import check_built, check_model
 from mfac_keras.sampling import GradientSampler

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_model, modifier_names
-from mfac_core.schedule import checked_steps_per_epoch
-from mfac_core.settings import PruningSettings
+from mfac_core.schedules.pruning import checked_steps_per_epoch
+from mfac_core.settings.pruning import PruningSettings
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, check_optimizer, check_trained, refuse_keras_2
 from mfac_keras.end_of_fit import call_at_end_of_fit

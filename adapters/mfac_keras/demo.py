@@ -12,8 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from mfac_core import demo_runs
-from mfac_core.demo_runs import (
+from mfac_core.demo import runs as demo_runs
+from mfac_core.demo.runs import (
     DENSE_EPOCHS,
     DENSE_LEARNING_RATE,
     PRUNING_LEARNING_RATE,
@@ -24,8 +24,8 @@ from mfac_core.demo_runs import (
     pruned,
 )
 from mfac_core.files import write_file
+from mfac_core.masks.zero_count import count_zeros
 from mfac_core.recipe import Recipe
-from mfac_core.zero_count import count_zeros
 from mfac_keras.callback import MFACPruningCallback
 from mfac_keras.digits import accuracy, batches, copy_of, load_digits, make_network, train
 from mfac_keras.one_shot import prune_one_shot
@@ -37,7 +37,7 @@ _SEEDS = 3  # one takes longer than in PyTorch
 
 
 def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = _SEEDS) -> None:
-    """Run the comparison on the backend that Keras runs on, as :func:`mfac_core.demo_runs.run` says.
+    """Run the comparison on the backend that Keras runs on, as :func:`mfac_core.demo.runs.run` says.
 
     Args:
         recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.demo_runs import BATCH_SIZE, MOMENTUM, DigitImages
+from mfac_core.demo.runs import BATCH_SIZE, MOMENTUM, DigitImages
 
 __all__ = ["accuracy", "batches", "copy_of", "load_digits", "make_network", "train"]
 

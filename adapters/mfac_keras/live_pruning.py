@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.adoption import Adoption, adopt
 from mfac_core.backends import Array, device_of
-from mfac_core.log_lines import pruning_step_line, scope_in_line, unfinished_line
-from mfac_core.measured_loss import LossMeasurement
-from mfac_core.pruner import MFACPruner, make_pruner
-from mfac_core.pruning_step import PruneResult
-from mfac_core.schedule import PlannedStep
-from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
-from mfac_core.zero_count import count_zeros
+from mfac_core.masks.zero_count import count_zeros
+from mfac_core.pruners import MFACPruner, make_pruner
+from mfac_core.pruners.adoption import Adoption, adopt
+from mfac_core.pruners.step import PruneResult
+from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.session.log_lines import pruning_step_line, scope_in_line, unfinished_line
+from mfac_core.session.measured_loss import LossMeasurement
+from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
 from mfac_keras.assigning import assigned
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms

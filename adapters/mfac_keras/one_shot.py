@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.errors import RecipeError
-from mfac_core.one_shot_settings import differs_line, one_shot_in_order, recommended_keys, recommended_line
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_one_shot, modifier_names
-from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.schedules.one_shot import differs_line, one_shot_in_order, recommended_keys, recommended_line
+from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
+from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_keras.assigning import assign_all
 from mfac_keras.batchnorm import MovingStatistics
 from mfac_keras.conditions import check_built, check_model, refuse_keras_2
@@ -44,7 +44,7 @@ def prune_one_shot(
     """Prune a trained model in a single pruning step; its weights are changed in place.
 
     Without a recipe it is pruned by M-FAC, and where no key says otherwise, the recommended settings are taken, which
-    the log names: :data:`mfac_core.one_shot_settings.RECOMMENDED`.
+    the log names: :data:`mfac_core.schedules.one_shot.RECOMMENDED`.
 
     Args:
         model: A built Keras model.

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
-from mfac_core.settings import PruningSettings
-from mfac_core.training_settings import EpochRange
+from mfac_core.settings.pruning import PruningSettings
+from mfac_core.settings.training import EpochRange
 
 __all__ = ["modifiers_of"]
 

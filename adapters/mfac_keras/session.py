@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.fingerprint import fingerprint
+from mfac_core.masks.zero_count import ZeroCount, count_zeros
+from mfac_core.pruners.fingerprint import fingerprint
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 from mfac_core.weight_names import listed
-from mfac_core.zero_count import ZeroCount, count_zeros
 from mfac_keras.backends import current_backend
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope

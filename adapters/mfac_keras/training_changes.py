@@ -11,9 +11,9 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import named_in_errors
+from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, check_param_groups
+from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_core.state_checks import check_keys, refuse
-from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
-from mfac_core.training_settings import TrainableParams, TrainingSettings
 from mfac_core.weight_names import listed
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mfac_core.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
 from mfac_torch.sampling import GradSampler
 from mfac_torch.wrappers import unwrapped
 

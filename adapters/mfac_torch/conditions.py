@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from mfac_core.settings import ConstantSettings
+from mfac_core.settings.pruning import ConstantSettings
 from mfac_torch.live_pruning import LivePruning
 from mfac_torch.session import is_followed
 

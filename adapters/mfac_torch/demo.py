@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mfac_core import demo_runs
-from mfac_core.demo_runs import (
+from mfac_core.demo import runs as demo_runs
+from mfac_core.demo.runs import (
     DENSE_EPOCHS,
     DENSE_LEARNING_RATE,
     MOMENTUM,
@@ -38,7 +38,7 @@ __all__ = ["demo", "manager_for", "prune_gradually", "prune_in_one_shot", "recip
 
 
 def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = SEEDS) -> None:
-    """Run the comparison, as :func:`mfac_core.demo_runs.run` says.
+    """Run the comparison, as :func:`mfac_core.demo.runs.run` says.
 
     Args:
         recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mfac_core.demo_runs import BATCH_SIZE, DigitImages
+from mfac_core.demo.runs import BATCH_SIZE, DigitImages
 
 __all__ = ["Digits", "accuracy", "make_network", "train"]
 

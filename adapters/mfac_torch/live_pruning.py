@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from mfac_core.backends import Array, device_of
-from mfac_core.log_lines import pruning_step_line
-from mfac_core.measured_loss import LossMeasurement
-from mfac_core.pruner import MFACPruner, Pruner, make_pruner
-from mfac_core.pruning_step import PruneResult
-from mfac_core.schedule import PlannedStep
-from mfac_core.settings import ConstantSettings, MFACSettings, PruningSettings
-from mfac_core.zero_count import count_zeros
+from mfac_core.masks.zero_count import count_zeros
+from mfac_core.pruners import MFACPruner, Pruner, make_pruner
+from mfac_core.pruners.step import PruneResult
+from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.session.log_lines import pruning_step_line
+from mfac_core.session.measured_loss import LossMeasurement
+from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
 from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all

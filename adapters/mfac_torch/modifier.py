@@ -8,8 +8,8 @@ from typing import Any, Self
 from torch import nn
 
 from mfac_core.recipe import name_in_messages, settings_from_keys
-from mfac_core.settings import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
-from mfac_core.training_settings import (
+from mfac_core.settings.pruning import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,

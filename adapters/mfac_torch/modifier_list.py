@@ -14,7 +14,7 @@ import yaml
 from mfac_core.files import write_file
 from mfac_core.recipe import load_recipe, recipe_text
 from mfac_core.recipe.linting import lint
-from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
+from mfac_core.settings.training import LearningRateFunction, LearningRateSchedule, SetLearningRate
 from mfac_torch.modifier import EpochRangeModifier, Modifier, PruningModifier, Settings, modifier_for
 
 __all__ = ["ModifierList"]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfac_core.one_shot_settings import recommended_keys, recommended_line
 from mfac_core.recipe import Recipe
+from mfac_core.schedules.one_shot import recommended_keys, recommended_line
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import MFACPruningModifier
 from mfac_torch.modifier_list import ModifierList
@@ -34,7 +34,7 @@ def prune_one_shot(
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
 
     Where no key says otherwise, the recommended settings are taken, which the log names:
-    :data:`mfac_core.one_shot_settings.RECOMMENDED`.
+    :data:`mfac_core.schedules.one_shot.RECOMMENDED`.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection, Container, Sequence
 
 from mfac_core.recipe.linting import lint_model
-from mfac_core.settings import MFACSettings
-from mfac_core.training_settings import TrainableParams, TrainingSettings
+from mfac_core.settings.pruning import MFACSettings
+from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_torch.live_pruning import LivePruning
 
 __all__ = ["log_plan"]

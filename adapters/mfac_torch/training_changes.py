@@ -11,8 +11,8 @@ from torch import nn
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import named_in_errors
-from mfac_core.training_schedule import OptionChange, OptionsSchedule, TrainableSchedule, check_param_groups
-from mfac_core.training_settings import TrainableParams, TrainingSettings
+from mfac_core.schedules.training import OptionChange, OptionsSchedule, TrainableSchedule, check_param_groups
+from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_torch.selection import matching_parameters
 
 __all__ = ["TrainingChanges"]

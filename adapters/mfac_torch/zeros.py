@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.weight_names import listed
-from mfac_core.zero_count import ZeroCount, count_zeros
 from mfac_torch.conversion import check_plain, to_array
 from mfac_torch.wrappers import unwrapped
 

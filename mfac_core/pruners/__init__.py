@@ -1,1 +1,67 @@
-"""The state machines behind :func:`mfac_core.pruner.make_pruner`: one file for each kind of pruning."""
+"""Gradual pruning as a state machine: observe gradients, ask whether a pruning step is due, prune."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mfac_core.backends import Array
+from mfac_core.pruners.acdc import ACDCPruner
+from mfac_core.pruners.base import Pruner
+from mfac_core.pruners.constant import ConstantPruner
+from mfac_core.pruners.gradual import MagnitudePruner
+from mfac_core.pruners.mfac import MFACPruner
+from mfac_core.settings.pruning import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
+
+__all__ = ["ACDCPruner", "ConstantPruner", "MFACPruner", "MagnitudePruner", "Pruner", "make_pruner"]
+
+
+def make_pruner(
+    settings: PruningSettings,
+    weights: Mapping[str, Array],
+    *,
+    steps_per_epoch: int,
+    masks: Mapping[str, Array] | None = None,
+    live_gradients: bool = True,
+    axes: Mapping[str, Sequence[int]] | None = None,
+) -> Pruner:
+    """Return the pruner for these settings.
+
+    Args:
+        settings: ``MFACSettings``, ``MagnitudeSettings``, ``ConstantSettings`` or ``ACDCSettings``.
+        weights: Name and array of each weight, in order; not kept. Those that ``params`` of the settings names are in
+            scope; ``__ALL__`` and ``__ALL_PRUNABLE__`` mean all of them.
+        steps_per_epoch: Optimizer steps per epoch.
+        masks: Which weights are unpruned at the start (True); ``None`` means all.
+        live_gradients: Whether gradients arrive while training; False when they are sampled at each pruning step.
+        axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays that have another
+            than PyTorch's (output, input, kernel...).
+
+    Returns:
+        The pruner.
+
+    Raises:
+        TypeError: If the settings are of none of these kinds, or ``weights`` is no mapping.
+        ValueError: If there are no weights, or masks or axes do not fit them.
+        SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit a shape, or
+            ``final_sparsity`` is a mapping: make a pruner of each of ``settings.by_final_sparsity()``.
+    """
+    match settings:
+        case MFACSettings():
+            return MFACPruner(
+                settings,
+                weights,
+                steps_per_epoch=steps_per_epoch,
+                masks=masks,
+                live_gradients=live_gradients,
+                axes=axes,
+            )
+        case MagnitudeSettings():
+            return MagnitudePruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+        case ConstantSettings():
+            return ConstantPruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
+        case ACDCSettings():
+            return ACDCPruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+    raise TypeError(
+        "settings must be MFACSettings, MagnitudeSettings, ConstantSettings or ACDCSettings, "
+        f"got {type(settings).__name__}"
+    )

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import newly_pruned
+from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.selection import newly_pruned
 from mfac_core.pruners.base import Outcome, Pruner, Vector
-from mfac_core.pruning_step import magnitude_step
-from mfac_core.settings import ACDCSettings
+from mfac_core.pruners.step import magnitude_step
+from mfac_core.settings.pruning import ACDCSettings
 
 __all__ = ["ACDCPruner"]
 
@@ -19,7 +19,7 @@ __all__ = ["ACDCPruner"]
 class ACDCPruner(Pruner):
     """Compressed phases hold the masks of the largest weights; in decompressed phases all weights train, from zero on.
 
-    For the phases see :func:`mfac_core.schedule.pruning_schedule`; for the arguments :class:`GradualPruner`.
+    For the phases see :func:`mfac_core.schedules.pruning.pruning_schedule`; for the arguments :class:`GradualPruner`.
     A decompressed phase that follows a compressed one asks for the optimizer to be reset, where the settings do: what
     it remembers of the weights that come back is stale.
 

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, check_float, device_of
-from mfac_core.mask_patterns import MaskPattern
-from mfac_core.masks import out_of_reach
-from mfac_core.pruning_step import PruneResult
-from mfac_core.schedule import PlannedStep, pruning_schedule
-from mfac_core.settings import MaskType, PruningSettings, Scope
+from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.patterns import MaskPattern
+from mfac_core.masks.selection import out_of_reach
+from mfac_core.pruners.step import PruneResult
+from mfac_core.schedules.pruning import PlannedStep, pruning_schedule
+from mfac_core.settings.pruning import MaskType, PruningSettings, Scope
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
-from mfac_core.weight_layout import WeightLayout
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, layers_of_names, listed, selected_names
 
 __all__ = ["Outcome", "Progress", "Pruner"]

@@ -10,8 +10,8 @@ import numpy as np
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
-from mfac_core.schedule import PlannedStep, pruning_schedule
-from mfac_core.settings import ConstantSettings
+from mfac_core.schedules.pruning import PlannedStep, pruning_schedule
+from mfac_core.settings.pruning import ConstantSettings
 from mfac_core.weight_names import listed
 
 __all__ = ["ConstantPruner"]

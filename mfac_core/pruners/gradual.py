@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.mask_patterns import mask_patterns, meant_sparsity
-from mfac_core.masks import is_reached, newly_pruned, sparsity_of_zeros
-from mfac_core.parts import Sparsity
+from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
-from mfac_core.pruning_step import Selection, magnitude_step
-from mfac_core.schedule import PlannedStep, pruning_schedule, sparsity_at
-from mfac_core.settings import FROM_PARAM, GradualSettings
+from mfac_core.pruners.step import Selection, magnitude_step
+from mfac_core.schedules.parts import Sparsity
+from mfac_core.schedules.pruning import PlannedStep, pruning_schedule, sparsity_at
+from mfac_core.settings.pruning import FROM_PARAM, GradualSettings
 from mfac_core.state_checks import check_keys, checked_array, refuse
 
 __all__ = ["GradualPruner", "MagnitudePruner", "PrunedUnpruned"]
@@ -41,7 +41,7 @@ class GradualPruner(Pruner):
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
         axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays that have another
-            than PyTorch's (output, input, kernel...); see :mod:`mfac_core.mask_patterns`.
+            than PyTorch's (output, input, kernel...); see :mod:`mfac_core.masks.patterns`.
 
     Raises:
         SettingError: If the mask type does not fit the shape of an array, or ``final_sparsity`` is a mapping.
@@ -162,7 +162,7 @@ class MagnitudePruner(GradualPruner):
     """Gradual pruning by magnitude; for its arguments see :class:`GradualPruner`.
 
     Example:
-        >>> from mfac_core.settings import MagnitudeSettings
+        >>> from mfac_core.settings.pruning import MagnitudeSettings
         >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
         >>> pruner = MagnitudePruner(settings, {"w": np.zeros(4)}, steps_per_epoch=10)
         >>> result = pruner.prune({"w": np.array([1.0, -4.0, 3.0, 2.0])}, step=10)

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.masks import reaches
-from mfac_core.parts import Sparsity, num_parts, part_of_the_way, part_step
-from mfac_core.planning import MasksToCome, check_memory, choose_window_device, window_bytes
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.fisher.window_checks import window_warnings
+from mfac_core.masks.selection import reaches
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner, PrunedUnpruned
-from mfac_core.pruning_step import Selection, magnitude_step, mfac_step
-from mfac_core.schedule import PlannedStep, num_gradients_at
-from mfac_core.settings import MFACSettings
+from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
+from mfac_core.pruners.step import Selection, magnitude_step, mfac_step
+from mfac_core.schedules.parts import Sparsity, num_parts, part_of_the_way, part_step
+from mfac_core.schedules.pruning import PlannedStep, num_gradients_at
+from mfac_core.settings.pruning import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
-from mfac_core.window_checks import window_warnings
 
 __all__ = ["MFACPruner"]
 
@@ -57,8 +57,9 @@ class MFACPruner(GradualPruner):
     With ``num_recomputations`` a pruning step is done in as many parts, one by each call of :meth:`prune`, each by a
     Fisher of its own over what remains, and by gradients of its own. Sampled ones are forgotten with each part and to
     be drawn anew: :meth:`is_due` stays True until the last part is done. With live gradients the parts come one window
-    of rows after the other, so that the last is due at the step of the schedule, see :func:`mfac_core.parts.part_step`;
-    where there are too few steps for that, they share rows, which is said once.
+    of rows after the other, so that the last is due at the step of the schedule, see
+    :func:`mfac_core.schedules.parts.part_step`; where there are too few steps for that, they share rows, which is said
+    once.
 
     A pruning step that asks for no more zeros than there are, such as the first at sparsity 0, neither waits for
     gradients nor moves weights.
@@ -147,7 +148,7 @@ class MFACPruner(GradualPruner):
         return self._refused_rows
 
     def masks_to_come(self) -> MasksToCome:
-        """Return what the schedule makes of the masks, as :mod:`mfac_core.planning` counts bytes by it.
+        """Return what the schedule makes of the masks, as :mod:`mfac_core.pruners.memory` counts bytes by it.
 
         Returns:
             The sparsity of each pruning step, and what becomes of one.

@@ -8,7 +8,7 @@ from mfac_core.recipe.loading import Recipe, load_recipe
 from mfac_core.recipe.modifiers import Settings, settings_from_keys
 from mfac_core.recipe.overrides import recipe_with_variables
 from mfac_core.recipe.writing import modifier_name, name_in_messages, named_in_errors, recipe_text
-from mfac_core.training_settings import EpochRange, SetLearningRate
+from mfac_core.settings.training import EpochRange, SetLearningRate
 
 __all__ = [
     "EpochRange",

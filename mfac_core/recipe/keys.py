@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from mfac_core.recipe.places import nearest
-from mfac_core.settings import FROM_PARAM
+from mfac_core.settings.pruning import FROM_PARAM
 
 __all__ = [
     "ACDC_KEYS",

@@ -8,12 +8,12 @@ from dataclasses import replace
 from itertools import combinations
 from typing import NamedTuple
 
-from mfac_core.parts import num_parts, part_step
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.writing import name_in_messages
-from mfac_core.schedule import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import (
+from mfac_core.schedules.parts import num_parts, part_step
+from mfac_core.schedules.pruning import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,
@@ -21,7 +21,7 @@ from mfac_core.settings import (
     MFACSettings,
     PruningSettings,
 )
-from mfac_core.training_settings import (
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,
@@ -231,7 +231,7 @@ def lint_one_shot(
     Args:
         parts: For each, the settings of the gradual run, which say whether two of them prune at the same time or the
             one after the other; and those of the single step, from
-            :func:`mfac_core.one_shot_settings.one_shot_in_order`.
+            :func:`mfac_core.schedules.one_shot.one_shot_in_order`.
         weights: Names of the parameters that each of them prunes.
 
     Returns:

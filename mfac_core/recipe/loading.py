@@ -15,7 +15,7 @@ from mfac_core.recipe.documents import METADATA, TEXT, Document, Entry, data, en
 from mfac_core.recipe.modifiers import Settings, is_out_of_scope, name_of, read_modifier
 from mfac_core.recipe.places import Place, Wrong
 from mfac_core.recipe.variables import Variables, VariableValues, read_variables
-from mfac_core.settings import PruningSettings
+from mfac_core.settings.pruning import PruningSettings
 
 __all__ = ["Recipe", "load_recipe"]
 

@@ -35,15 +35,15 @@ from mfac_core.recipe.keys import (
 from mfac_core.recipe.places import Place, Wrong, nearest, nearest_names
 from mfac_core.recipe.values import plain
 from mfac_core.recipe.variables import Variables
-from mfac_core.schedule import planned_epochs
-from mfac_core.settings import (
+from mfac_core.schedules.pruning import planned_epochs
+from mfac_core.settings.pruning import (
     ACDCSettings,
     ConstantSettings,
     MagnitudeSettings,
     MFACSettings,
     PruningSettings,
 )
-from mfac_core.training_settings import (
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,

@@ -9,7 +9,7 @@ from mfac_core.errors import SettingError
 from mfac_core.recipe.keys import OMIT
 from mfac_core.recipe.modifiers import MODIFIERS, Settings
 from mfac_core.recipe.values import flow_text
-from mfac_core.settings import MagnitudeSettings
+from mfac_core.settings.pruning import MagnitudeSettings
 
 __all__ = ["modifier_name", "name_in_messages", "named_in_errors", "recipe_text"]
 

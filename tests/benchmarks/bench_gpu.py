@@ -35,14 +35,14 @@ from machine import YOURS_WILL_DIFFER, commit
 import mfac_core
 from mfac_core.backends import Array, resolve_device
 from mfac_core.backends.kernels import matmul
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.inverse_fisher import evaluate, fisher_quadratic
-from mfac_core.masks import least_salient
-from mfac_core.obs import saliency
-from mfac_core.planning import WORKING_GROUPS
-from mfac_core.pruning_step import mfac_step
-from mfac_core.triangular import cholesky
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.factors import evaluate, fisher_quadratic
+from mfac_core.fisher.obs import saliency
+from mfac_core.fisher.triangular import cholesky
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.masks.selection import least_salient
+from mfac_core.pruners.memory import WORKING_GROUPS
+from mfac_core.pruners.step import mfac_step
 
 SHAPES = ([25_500_000, 85_000_000], [1024, 256, 64], 2000)  # d (ResNet-50, the encoder of BERT-base), m, B
 TINY_SHAPES = ([20_050], [64, 16], 100)  # on the CPU

@@ -116,7 +116,7 @@ def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
     Returns:
         The measurements by name.
     """
-    from mfac_core import blockwise
+    from mfac_core.fisher import blockwise
 
     blockwise.KEPT_FRACTION = 0.0
     window, weights = _problem(m, width, d)
@@ -128,7 +128,7 @@ def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
 
 
 def _problem(m: int, width: int | None, d: int):
-    from mfac_core.gradient_window import GradientWindow
+    from mfac_core.fisher.window import GradientWindow
 
     rng = np.random.default_rng(0)
     window = GradientWindow(d, m, block_size=width)
@@ -138,8 +138,8 @@ def _problem(m: int, width: int | None, d: int):
 
 
 def _step(window, weights) -> None:
-    from mfac_core.masks import least_salient
-    from mfac_core.pruning_step import mfac_step
+    from mfac_core.masks.selection import least_salient
+    from mfac_core.pruners.step import mfac_step
 
     def select(saliencies):
         return least_salient(saliencies, round(len(weights) * SPARSITY))
@@ -149,9 +149,9 @@ def _step(window, weights) -> None:
 
 def _parts(window, weights) -> dict[str, float]:
     """Return the seconds of each part of a step, by name."""
-    from mfac_core.blockwise import BlockwiseFisher
-    from mfac_core.masks import least_salient
-    from mfac_core.obs import independent_update, saliency
+    from mfac_core.fisher.blockwise import BlockwiseFisher
+    from mfac_core.fisher.obs import independent_update, saliency
+    from mfac_core.masks.selection import least_salient
 
     seconds = {}
 
@@ -172,7 +172,7 @@ def _parts(window, weights) -> dict[str, float]:
 
 def _some_blocks(window) -> np.ndarray:
     """Return up to 32 of the first blocks of a window, shape ``(n, m, B)``."""
-    from mfac_core.blocks import BlockGroup
+    from mfac_core.fisher.partition import BlockGroup
 
     slab = window.slabs[0]
     chunks = window.chunks(BlockGroup(slab.start, min(slab.count, 32), slab.chunk_widths))

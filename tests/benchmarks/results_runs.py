@@ -14,10 +14,10 @@ from results_tasks import TASKS, Batches, Bench
 from torch import nn
 
 import mfac_core
-from mfac_core.demo_runs import FINE_TUNING, recipe_path
-from mfac_core.one_shot_settings import RECOMMENDED
+from mfac_core.demo.runs import FINE_TUNING, recipe_path
 from mfac_core.recipe import load_recipe, settings_from_keys
-from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
+from mfac_core.schedules.one_shot import RECOMMENDED
+from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import modifier_for
 from mfac_torch.selection import select_parameters

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mfac_core.demo_runs import DENSE_EPOCHS, DENSE_LEARNING_RATE, MOMENTUM, PRUNING_LEARNING_RATE
+from mfac_core.demo.runs import DENSE_EPOCHS, DENSE_LEARNING_RATE, MOMENTUM, PRUNING_LEARNING_RATE
 from mfac_torch.digits import Digits, make_network
 from mfac_torch.sampling import GradSampler
 from mfac_torch.selection import select_parameters

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfac_core.pruner import ACDCPruner, ConstantPruner, make_pruner
-from mfac_core.settings import ACDCSettings, ConstantSettings
+from mfac_core.pruners import ACDCPruner, ConstantPruner, make_pruner
+from mfac_core.settings.pruning import ACDCSettings, ConstantSettings
 from tests import reference
 
 SHAPES = {"a": (4, 6), "b": (2, 8), "c": (6, 2, 3)}

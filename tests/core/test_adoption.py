@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mfac_core import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, make_pruner
-from mfac_core.adoption import adopt
-from mfac_core.pruner import Pruner
-from mfac_core.settings import PruningSettings
+from mfac_core.pruners import Pruner
+from mfac_core.pruners.adoption import adopt
+from mfac_core.settings.pruning import PruningSettings
 
 
 def weights(*names: str) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.batch_statistics import (
+from mfac_core.session.batch_statistics import (
     BatchStatistics,
     estimated_anew_line,
     no_statistics_line,

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.blocks import BlockGroup, DeviceShare, cut, deal, working_bytes
 from mfac_core.errors import MemoryBudgetError
+from mfac_core.fisher.partition import BlockGroup, DeviceShare, cut, deal, working_bytes
 
 SIZES = st.integers(0, 1200)
 BLOCK_SIZES = st.one_of(st.none(), st.integers(1, 1500))

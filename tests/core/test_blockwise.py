@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 
 import numpy as np
 import pytest
 
 import mfac_core
-import mfac_core.blockwise as blockwise
 from mfac_core.backends import Device
 from mfac_core.backends.kernels import spare_threads, spread
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.pruning_step import mfac_step
+from mfac_core.fisher import blockwise, factors
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.pruners.step import mfac_step
 from tests import reference
 from tests.core.strict_backend import NAMES, StrictBackend, strict_devices
-
-inverse_fisher = sys.modules["mfac_core.inverse_fisher"]
 
 M, B, BLOCKS, DAMPING = 12, 30, 6, 1e-4
 
@@ -59,7 +56,7 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
     chunks = chunks_of(rows, width)
     if device is not None:
         chunks = [device.asarray(chunk) for chunk in chunks]
-    made, diagonal = inverse_fisher.evaluate(chunks, DAMPING)
+    made, diagonal = factors.evaluate(chunks, DAMPING)
     host = np.asarray if device is None else device.to_numpy
     assert host(made.precise).tolist() == [False, True, False, False, False, True]
     exact = reference.exact_inverse(rows, DAMPING, width)
@@ -67,7 +64,7 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
     x = np.random.default_rng(1).standard_normal((BLOCKS, width)).astype(np.float32)
     given = x if device is None else device.asarray(x)
     wanted = exact @ x.reshape(-1)
-    for again in (made, inverse_fisher.factor(chunks, DAMPING, made.precise)):
+    for again in (made, factors.factor(chunks, DAMPING, made.precise)):
         found = host(again.apply(chunks, given[..., None])).reshape(-1) / DAMPING
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
@@ -78,7 +75,7 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
 
 def test_rows_are_applied_to_in_the_precision_of_each_block():
     rows = gradients_of_both_kinds()
-    made, _ = inverse_fisher.evaluate(chunks_of(rows), DAMPING)
+    made, _ = factors.evaluate(chunks_of(rows), DAMPING)
     coefficients = np.random.default_rng(1).standard_normal((BLOCKS, M)).astype(np.float32)
     found = made.apply_to_rows(chunks_of(rows), coefficients)
     for block in range(BLOCKS):
@@ -90,18 +87,18 @@ def test_rows_are_applied_to_in_the_precision_of_each_block():
 
 def test_a_hopeless_try_in_float32_ends_before_its_solve(monkeypatch):
     solved = []
-    original = inverse_fisher._DualFactor.diagonal
+    original = factors._DualFactor.diagonal
 
     def counting(self, chunks):
         solved.append(self.precise)
         return original(self, chunks)
 
-    monkeypatch.setattr(inverse_fisher._DualFactor, "diagonal", counting)
+    monkeypatch.setattr(factors._DualFactor, "diagonal", counting)
     rows = np.random.default_rng(0).standard_normal((M, B)).astype(np.float32)
-    inverse_fisher.evaluate([rows[None]], DAMPING)
+    factors.evaluate([rows[None]], DAMPING)
     alike = [(rows[:1] + 1e-3 * rows)[None]]
-    inverse_fisher._DualFactor(alike, 1e-5, np.float32)  # can be factored in float32
-    inverse_fisher.evaluate(alike, 1e-5)
+    factors._DualFactor(alike, 1e-5, np.float32)  # can be factored in float32
+    factors.evaluate(alike, 1e-5)
     assert solved == [False, True]
 
 
@@ -128,7 +125,7 @@ def steps_with(backend, monkeypatch, rows, width, update="independent"):
 def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypatch):
     rows = gradients_of_both_kinds(M, 2 * B)
     kept, once = steps_with(RoomyBackend(), monkeypatch, rows, 2 * B)
-    working = mfac_core.blocks.working_bytes(mfac_core.blocks.BlockGroup(0, 1, (2 * B,)), M, 4)
+    working = mfac_core.fisher.partition.working_bytes(mfac_core.fisher.partition.BlockGroup(0, 1, (2 * B,)), M, 4)
     for backend in (RoomyBackend(None), RoomyBackend(BLOCKS * working)):
         monkeypatch.setattr(blockwise, "KEPT_FRACTION", 1e-6)
         again, twice = steps_with(backend, monkeypatch, rows, 2 * B)
@@ -271,9 +268,9 @@ def test_blocks_are_enough_for_all_cores(monkeypatch):
 @pytest.mark.parametrize("m, width", [(12, 7000), (300, 4000)])
 def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch):
     monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 3)
-    monkeypatch.setattr(inverse_fisher, "CACHE_BYTES", 100_000)
+    monkeypatch.setattr(factors, "CACHE_BYTES", 100_000)
     threads = set()
-    original = inverse_fisher.lower_gram
+    original = factors.lower_gram
 
     def counting(x):
         threads.add(threading.get_ident())
@@ -283,7 +280,7 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
     barrier = threading.Barrier(3)
     rows = np.random.default_rng(0).standard_normal((m, width)).astype(np.float32)
     alone = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=None, damping=1e-2).diagonal()
-    monkeypatch.setattr(inverse_fisher, "lower_gram", counting)
+    monkeypatch.setattr(factors, "lower_gram", counting)
     spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
     assert len(threads) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-4)
@@ -320,9 +317,9 @@ def test_repeated_products_with_narrow_blocks_factor_once(monkeypatch):
 
 
 def test_the_error_of_solves_is_that_of_each_block_also_where_the_cache_holds_one(monkeypatch):
-    monkeypatch.setattr(inverse_fisher, "CACHE_BYTES", 1)
+    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
     chunks = [chunk.astype(np.float64) for chunk in chunks_of(gradients_of_both_kinds())]
-    made = inverse_fisher._DualFactor(chunks, DAMPING, np.float64)
+    made = factors._DualFactor(chunks, DAMPING, np.float64)
     shifted = chunks[0] @ chunks[0].transpose(0, 2, 1) + M * DAMPING * np.eye(M)
     norms = np.einsum("nii->ni", shifted)[:, :, None]
     wanted = (4 * norms * np.linalg.solve(shifted, chunks[0]) ** 2).sum(axis=1) + 8

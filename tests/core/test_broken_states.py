@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mfac_core import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACPruner, MFACSettings, make_pruner
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.pruner import Pruner
-from mfac_core.training_schedule import OptionsSchedule
-from mfac_core.training_settings import SetLearningRate, SetWeightDecay
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.pruners import Pruner
+from mfac_core.schedules.training import OptionsSchedule
+from mfac_core.settings.training import SetLearningRate, SetWeightDecay
 
 SHAPES = {"a": (3, 4), "b": (7,), "one": ()}
 GRADUAL = dict(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 import mfac_core
 from mfac_core.backends import selection
 from mfac_core.cli import app
-from mfac_core.report import RunRecord, write_json
+from mfac_core.report.run import RunRecord, write_json
 
 RECIPE = """
 pruning_modifiers:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mfac_core.comparison import caption, is_over_seeds, picture, table
-from mfac_core.report import RunRecord
+from mfac_core.report.comparison import caption, is_over_seeds, picture, table
+from mfac_core.report.run import RunRecord
 
 SIZES = {"conv.weight": 40, "fc.weight": 160}
 

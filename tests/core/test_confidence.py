@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from mfac_core.confidence import mean_and_half_width
+from mfac_core.report.confidence import mean_and_half_width
 
 
 @pytest.mark.parametrize("number", [*range(2, 13), 30, 31, 200])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,14 +14,15 @@ import mfac_core
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.blocks import cut
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.damping import dampings, mean_diagonals
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.inverse_fisher import _least_damping
-from mfac_core.log_lines import pruning_step_line
-from mfac_core.pruning_step import mfac_step
+from mfac_core.fisher import factors
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.damping import dampings, mean_diagonals
+from mfac_core.fisher.factors import _least_damping
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.partition import cut
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.pruners.step import mfac_step
+from mfac_core.session.log_lines import pruning_step_line
 from tests import reference
 from tests.core.strict_backend import StrictBackend, strict_devices
 
@@ -128,7 +128,7 @@ def test_a_pruning_step_matches_the_dense_oracle(shape, devices, update, dtype):
 @UPDATES
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_that_stay_in_the_cache_keep_their_own_damping(shape, update, dtype, monkeypatch):
-    monkeypatch.setattr(sys.modules["mfac_core.inverse_fisher"], "CACHE_BYTES", 1)
+    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
     m, d, block_size = SHAPES[shape]
     weights, gradients = numbered_weights(d, dtype), uneven_gradients(m, d, dtype)
     options = dict(sparsity=0.6, block_size=block_size, damping="auto", update=update)

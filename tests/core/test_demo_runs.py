@@ -18,15 +18,15 @@ from mfac_core import (
     MFACSettings,
     RecipeError,
     SettingError,
-    demo_runs,
     load_recipe,
 )
-from mfac_core.demo_runs import Demo, Pruned
+from mfac_core.demo import runs as demo_runs
+from mfac_core.demo.runs import Demo, Pruned
 from mfac_core.files import write_file
-from mfac_core.one_shot_settings import differs_line
 from mfac_core.recipe import Recipe
-from mfac_core.report import RunRecord, read_json
-from mfac_core.training_settings import LearningRateFunction
+from mfac_core.report.run import RunRecord, read_json
+from mfac_core.schedules.one_shot import differs_line
+from mfac_core.settings.training import LearningRateFunction
 
 
 def record(method: str, before: float, after: float, seconds: float) -> RunRecord:

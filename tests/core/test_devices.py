@@ -10,9 +10,9 @@ import pytest
 import mfac_core
 from mfac_core.backends import Backend, Device, base, numpy_backend, resolve_devices
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.obs import independent_update, joint_update
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.obs import independent_update, joint_update
+from mfac_core.fisher.window import GradientWindow
 from tests import reference
 from tests.core.strict_backend import NAMES, StrictBackend, strict_devices
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mfac_core.fingerprint import fingerprint
+from mfac_core.pruners.fingerprint import fingerprint
 
 
 def test_equal_bits_have_equal_fingerprints_however_they_lie_in_memory() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfac_core.pruner import make_pruner
-from mfac_core.schedule import sparsity_at
-from mfac_core.settings import FROM_PARAM, MagnitudeSettings, MFACSettings
+from mfac_core.pruners import make_pruner
+from mfac_core.schedules.pruning import sparsity_at
+from mfac_core.settings.pruning import FROM_PARAM, MagnitudeSettings, MFACSettings
 
 SHAPES = {"a": (10, 10), "b": (8, 5), "c": (60,)}
 ZEROS = {"a": 30, "b": 20, "c": 0}

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.blocks import BlockGroup, cut
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.gradient_window import GradientWindow
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.partition import BlockGroup, cut
+from mfac_core.fisher.window import GradientWindow
 from tests.core.strict_backend import strict_devices
 
 WIDTHS = st.integers(1, 30)
@@ -26,8 +26,8 @@ few = settings(max_examples=60, deadline=None)
 def cutting(request, monkeypatch):
     """Run each test also with slabs of few blocks and blocks of several chunks, which otherwise take megabytes."""
     if request.param == "cut to pieces":
-        monkeypatch.setattr("mfac_core.gradient_window.cut", _cut_to_pieces)
-        monkeypatch.setattr("mfac_core.gradient_matrix.cut", _cut_to_pieces)
+        monkeypatch.setattr("mfac_core.fisher.window.cut", _cut_to_pieces)
+        monkeypatch.setattr("mfac_core.fisher.matrix.cut", _cut_to_pieces)
 
 
 def _cut_to_pieces(num_weights, block_size, *, num_gradients, itemsize, slab_bytes) -> tuple[BlockGroup, ...]:

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.planning import window_bytes
-from mfac_core.pruner import MFACPruner, make_pruner
-from mfac_core.settings import FROM_PARAM, MFACSettings
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.pruners import MFACPruner, make_pruner
+from mfac_core.pruners.memory import window_bytes
+from mfac_core.settings.pruning import FROM_PARAM, MFACSettings
 
 SHAPES = {"a": (6, 8), "b": (2, 4), "c": (4, 4)}
 

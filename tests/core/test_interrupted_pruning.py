@@ -25,11 +25,11 @@ from mfac_core import (
     make_pruner,
 )
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.planning import window_bytes
-from mfac_core.pruner import Pruner
-from mfac_core.schedule import PlannedStep
-from mfac_core.weight_layout import WeightLayout
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.masks.layout import WeightLayout
+from mfac_core.pruners import Pruner
+from mfac_core.pruners.memory import window_bytes
+from mfac_core.schedules.pruning import PlannedStep
 
 SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 4, 3)}
 TOTAL = 65
@@ -158,7 +158,7 @@ def test_an_interruption_at_any_line_of_a_pruning_step_changes_nothing(method, c
 FAILING = [("mfac_core.pruners.base.PruneResult",)]
 FAILING += [(WeightLayout, name) for name in ("flatten", "unflatten", "unflatten_like")]
 FAILING_MFAC = [(GradientWindow, "rebuilt")]
-FAILING_MFAC += [(f"mfac_core.{name}",) for name in ("gradient_window._take_columns", "pruners.mfac.mfac_step")]
+FAILING_MFAC += [(f"mfac_core.{name}",) for name in ("fisher.window._take_columns", "pruners.mfac.mfac_step")]
 
 
 @every_exception
@@ -268,9 +268,9 @@ def test_an_interrupted_row_takes_no_part_in_a_pruning_step(rows_before, monkeyp
         pruner.observe(gradient_at(number))
     for number in range(1, rows_before):
         clean.observe(gradient_at(number))
-    write = mfac_core.gradient_window._write_blocks
+    write = mfac_core.fisher.window._write_blocks
     with monkeypatch.context() as patch:
-        patch.setattr("mfac_core.gradient_window._write_blocks", raises(KeyboardInterrupt, 3, write))
+        patch.setattr("mfac_core.fisher.window._write_blocks", raises(KeyboardInterrupt, 3, write))
         with pytest.raises(KeyboardInterrupt):
             pruner.observe(gradient_at(50))
     assert pruner.num_rows == clean.num_rows
@@ -323,7 +323,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     before = copy.deepcopy(pruner.state_dict())
     zeros = NumpyBackend.zeros
     with monkeypatch.context() as patch:  # the first chunk of the new window is made, and the second is not
-        patch.setattr("mfac_core.gradient_window.cut", cut_into_blocks)
+        patch.setattr("mfac_core.fisher.window.cut", cut_into_blocks)
         patch.setattr(NumpyBackend, "zeros", raises(MemoryError, 4, zeros))
         with pytest.raises(MemoryError):
             pruner.prune(weights)
@@ -332,7 +332,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
 
 
 def cut_into_blocks(num_weights: int, block_size: int | None, **options: Any) -> Any:
-    return mfac_core.blocks.cut(num_weights, block_size, **{**options, "slab_bytes": 1})
+    return mfac_core.fisher.partition.cut(num_weights, block_size, **{**options, "slab_bytes": 1})
 
 
 def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before(monkeypatch):

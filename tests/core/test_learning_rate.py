@@ -5,8 +5,8 @@ import math
 import pytest
 
 from mfac_core.errors import SettingError
-from mfac_core.learning_rate import learning_rate_at
-from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
+from mfac_core.schedules.learning_rate import learning_rate_at
+from mfac_core.settings.training import LearningRateFunction, LearningRateSchedule, SetLearningRate
 
 
 def function(kind: str, **changes: object) -> LearningRateFunction:

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from mfac_core.errors import SettingError
-from mfac_core.planning import peak_window
+from mfac_core.pruners.memory import peak_window
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
 from mfac_core.recipe.linting import Plan, describe, lint, lint_model, lint_one_shot, notes
-from mfac_core.schedule import pruning_schedule
-from mfac_core.settings import (
+from mfac_core.schedules.pruning import pruning_schedule
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,
@@ -15,7 +15,7 @@ from mfac_core.settings import (
     MFACSettings,
     PruningSettings,
 )
-from mfac_core.training_settings import LearningRateFunction, SetWeightDecay, TrainableParams
+from mfac_core.settings.training import LearningRateFunction, SetWeightDecay, TrainableParams
 
 
 def recipe(*modifiers) -> Recipe:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
-from mfac_core.mask_patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.patterns import mask_patterns, meant_sparsity
 from tests import reference
 
 

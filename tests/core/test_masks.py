@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mfac_core.mask_patterns import mask_patterns
-from mfac_core.masks import least_salient, newly_pruned, out_of_reach, sparsity_of_zeros
+from mfac_core.masks.patterns import mask_patterns
+from mfac_core.masks.selection import least_salient, newly_pruned, out_of_reach, sparsity_of_zeros
 from tests import reference
 from tests.core.strict_backend import strict_devices
 
@@ -242,7 +242,7 @@ def test_a_saliency_of_a_group_that_is_nan_is_refused():
 
 def test_groups_of_saliencies_on_another_device(monkeypatch):
     device, other = strict_devices(2)
-    monkeypatch.setattr("mfac_core.masks.device_of", lambda x: other)
+    monkeypatch.setattr("mfac_core.masks.selection.device_of", lambda x: other)
     patterns = mask_patterns("filter", {"a": (2, 2)})
     values = np.array([0.0, 9.0, 3.0, 3.0])
     chosen = newly_pruned(other.asarray(values), np.ones(4, bool), 0.5, {"a": (0, 4)}, "layer", patterns)

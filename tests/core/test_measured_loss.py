@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mfac_core import MFACPruner, MFACSettings
-from mfac_core.log_lines import pruning_step_line
-from mfac_core.measured_loss import NUM_HELD_OUT, LossMeasurement
 from mfac_core.sample_batches import batches_to_sample
+from mfac_core.session.log_lines import pruning_step_line
+from mfac_core.session.measured_loss import NUM_HELD_OUT, LossMeasurement
 
 
 def pruner_for(**settings: Any) -> MFACPruner:

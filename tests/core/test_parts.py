@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.parts import MOST_REMOVED, num_parts, part_of_the_way, part_step
+from mfac_core.schedules.parts import MOST_REMOVED, num_parts, part_of_the_way, part_step
 
 BELOW_1 = st.one_of(st.sampled_from([0.0, 0.5, 0.25, 0.98]), st.floats(0, 0.999))
 

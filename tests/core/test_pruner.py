@@ -21,10 +21,10 @@ from mfac_core import (
 )
 from mfac_core.backends import resolve_device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.planning import peak_window
-from mfac_core.pruner import ACDCPruner, ConstantPruner
-from mfac_core.schedule import num_gradients_at
-from mfac_core.settings import ACDCSettings, ConstantSettings
+from mfac_core.pruners import ACDCPruner, ConstantPruner
+from mfac_core.pruners.memory import peak_window
+from mfac_core.schedules.pruning import num_gradients_at
+from mfac_core.settings.pruning import ACDCSettings, ConstantSettings
 from tests import reference
 from tests.core.strict_backend import strict_devices
 

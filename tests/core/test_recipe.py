@@ -10,7 +10,7 @@ from mfac_core.errors import RecipeError
 from mfac_core.recipe import EpochRange, Recipe, load_recipe
 from mfac_core.recipe.indentation import restore_indentation
 from mfac_core.recipe.modifiers import MODIFIERS
-from mfac_core.settings import MFACSettings
+from mfac_core.settings.pruning import MFACSettings
 from tests.core.recipe_lines import mfac, only, refusal
 
 ROOT = Path(__file__).parents[2]

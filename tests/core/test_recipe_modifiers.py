@@ -13,14 +13,14 @@ import pytest
 from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import load_recipe, settings_from_keys
 from mfac_core.recipe.modifiers import MODIFIERS
-from mfac_core.settings import (
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,
     MagnitudeSettings,
     MFACSettings,
 )
-from mfac_core.training_settings import (
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,

@@ -11,7 +11,7 @@ from mfac_core.errors import RecipeError
 from mfac_core.recipe import load_recipe, recipe_with_variables
 from mfac_core.recipe.expressions import ExpressionError, evaluate
 from mfac_core.recipe.variables import read_variables
-from mfac_core.training_settings import EpochRange, SetLearningRate
+from mfac_core.settings.training import EpochRange, SetLearningRate
 from tests.core.recipe_lines import item, mfac, only, refusal
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import load_recipe, modifier_name, name_in_messages, recipe_text, settings_from_keys
-from mfac_core.settings import (
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,
@@ -17,7 +17,7 @@ from mfac_core.settings import (
     MagnitudeSettings,
     MFACSettings,
 )
-from mfac_core.training_settings import (
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,

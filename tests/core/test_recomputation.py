@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mfac_core.pruner import MFACPruner, make_pruner
-from mfac_core.settings import MFACSettings
+from mfac_core.pruners import MFACPruner, make_pruner
+from mfac_core.settings.pruning import MFACSettings
 from tests import reference
 
 SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 4, 3)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mfac_core.report import RunRecord, picture, read_json, table, write_json
+from mfac_core.report.run import RunRecord, picture, read_json, table, write_json
 
 GRADUAL = RunRecord(
     method="M-FAC gradual",

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
-from mfac_core.schedule import interpolate, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
-from mfac_core.settings import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
+from mfac_core.schedules.pruning import interpolate, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
 KINDS = ("linear", "cubic", "inverse_cubic")
 

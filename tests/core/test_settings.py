@@ -8,10 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mfac_core import training_settings
 from mfac_core.errors import SettingError
 from mfac_core.recipe import keys
-from mfac_core.settings import (
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,
@@ -20,8 +19,9 @@ from mfac_core.settings import (
     MFACSettings,
     checked_mask_type,
 )
-from mfac_core.spellings import RECIPE_SPELLINGS
-from mfac_core.training_settings import EpochRange, SetWeightDecay, TrainableParams
+from mfac_core.settings.pruning import training as training_settings
+from mfac_core.settings.spellings import RECIPE_SPELLINGS
+from mfac_core.settings.training import EpochRange, SetWeightDecay, TrainableParams
 
 
 def gradual(**changes: object) -> GradualSettings:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mfac_core import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
-from mfac_core.pruner import make_pruner
-from mfac_core.settings import PruningSettings
+from mfac_core.pruners import make_pruner
+from mfac_core.settings.pruning import PruningSettings
 
 SETTINGS: dict[str, PruningSettings] = {
     "M-FAC": MFACSettings(

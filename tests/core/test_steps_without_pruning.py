@@ -13,10 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings, make_pruner
-from mfac_core.mask_patterns import mask_patterns
-from mfac_core.masks import is_reached, newly_pruned
-from mfac_core.settings import FROM_PARAM
-from mfac_core.weight_layout import WeightLayout
+from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.patterns import mask_patterns
+from mfac_core.masks.selection import is_reached, newly_pruned
+from mfac_core.settings.pruning import FROM_PARAM
 from tests import reference
 
 SHAPES = {"a": (5, 6), "b": (2, 5)}

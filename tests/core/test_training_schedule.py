@@ -1,8 +1,8 @@
 import pytest
 
 from mfac_core.errors import SettingError
-from mfac_core.training_schedule import OptionsSchedule, TrainableSchedule, check_param_groups
-from mfac_core.training_settings import (
+from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, check_param_groups
+from mfac_core.settings.training import (
     EpochRange,
     LearningRateFunction,
     LearningRateSchedule,

@@ -11,7 +11,7 @@ from mfac_core.backends.kernels import (
     matmul,
     small_factors,
 )
-from mfac_core.triangular import PANEL, TriangularFactor, cholesky, diagonals
+from mfac_core.fisher.triangular import PANEL, TriangularFactor, cholesky, diagonals
 from tests.core.strict_backend import strict_devices
 
 TOLERANCE = {np.float32: 2e-4, np.float64: 1e-11}

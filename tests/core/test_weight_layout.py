@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.backends import resolve_device
-from mfac_core.weight_layout import WeightLayout
+from mfac_core.masks.layout import WeightLayout
 from tests.core.strict_backend import strict_devices
 
 NAMES = st.text("abc.", min_size=1, max_size=4)

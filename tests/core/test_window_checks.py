@@ -10,12 +10,13 @@ from array_api_strict import asarray as strict_array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core import MFACPruner, MFACSettings, prune, window_checks
+from mfac_core import MFACPruner, MFACSettings, prune
 from mfac_core.backends import Device
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.gradient_window import GradientWindow
-from mfac_core.settings import Damping
-from mfac_core.window_checks import window_warnings
+from mfac_core.fisher import window_checks
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.fisher.window_checks import window_warnings
+from mfac_core.settings.pruning import Damping
 from tests.core.strict_backend import StrictBackend
 
 DAMPING = 1e-5

@@ -8,9 +8,9 @@ import pytest
 from mfac_core import DeviceError, MemoryBudgetError, MFACPruner, MFACSettings
 from mfac_core.backends import Device, device_of, resolve_device, selection
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.blocks import BlockGroup, working_bytes
-from mfac_core.planning import check_memory, choose_window_device, peak_window
-from mfac_core.schedule import pruning_schedule
+from mfac_core.fisher.partition import BlockGroup, working_bytes
+from mfac_core.pruners.memory import check_memory, choose_window_device, peak_window
+from mfac_core.schedules.pruning import pruning_schedule
 from tests.core.strict_backend import StrictBackend, strict_devices
 
 SETTINGS = MFACSettings(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core import MFACPruner, MFACSettings
-from mfac_core.blocks import BlockGroup
-from mfac_core.gradient_window import GradientWindow
+from mfac_core.fisher.partition import BlockGroup
+from mfac_core.fisher.window import GradientWindow
 from tests.core.strict_backend import StrictBackend, strict_devices
 
 SHAPES = {"a": (3, 4), "b": (5,)}

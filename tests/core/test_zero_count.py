@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.zero_count import count_zeros
+from mfac_core.masks.zero_count import count_zeros
 
 
 @given(seed=st.integers(0, 2**32 - 1), density=st.floats(0.0, 1.0))

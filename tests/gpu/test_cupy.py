@@ -5,8 +5,8 @@ import pytest
 
 import mfac_core
 from mfac_core.backends import resolve_device
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.gradient_window import GradientWindow
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.window import GradientWindow
 from mfac_core.layer_sensitivity import stacked_rows
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_core import load_recipe  # noqa: E402
-from mfac_core.pruner import make_pruner  # noqa: E402
+from mfac_core.pruners import make_pruner  # noqa: E402
 from mfac_keras.live_pruning import LivePruning  # noqa: E402
 
 ROWS = 6

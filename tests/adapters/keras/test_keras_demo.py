@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mfac_core import SettingError, demo_runs, load_recipe
-from mfac_core.report import read_json
+from mfac_core import SettingError, load_recipe
+from mfac_core.demo import runs as demo_runs
+from mfac_core.report.run import read_json
 
 keras = pytest.importorskip("keras")
 pytest.importorskip("matplotlib")

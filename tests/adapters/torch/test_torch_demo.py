@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from mfac_core import demo_runs, load_recipe
-from mfac_core.report import read_json
+from mfac_core import load_recipe
+from mfac_core.demo import runs as demo_runs
+from mfac_core.report.run import read_json
 from mfac_torch import demo
 from mfac_torch.digits import Digits, accuracy, make_network
 

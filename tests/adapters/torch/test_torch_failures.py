@@ -10,7 +10,7 @@ from torch import nn
 
 import mfac_core.pruners.base
 from mfac_core.errors import SettingError
-from mfac_core.gradient_window import GradientWindow
+from mfac_core.fisher.window import GradientWindow
 from mfac_torch import (
     ACDCPruningModifier,
     GradSampler,

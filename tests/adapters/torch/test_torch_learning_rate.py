@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from mfac_core.learning_rate import learning_rate_at
-from mfac_core.training_settings import LearningRateSchedule
+from mfac_core.schedules.learning_rate import learning_rate_at
+from mfac_core.settings.training import LearningRateSchedule
 
 
 def stepped_once_per_epoch(kind: str, options: dict[str, object], *, initial: float, epochs: int) -> list[float]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from mfac_core.errors import DeviceError, RecipeError, SettingError
 from mfac_core.one_shot import prune
-from mfac_core.pruner import make_pruner
+from mfac_core.pruners import make_pruner
 from mfac_core.recipe import load_recipe
 from mfac_torch import (
     EpochRangeModifier,

@@ -7,8 +7,8 @@ import pytest
 
 import mfac_torch
 from mfac_core.errors import RecipeError
-from mfac_core.one_shot_settings import one_shot
 from mfac_core.recipe import load_recipe
+from mfac_core.schedules.one_shot import one_shot
 from mfac_torch import (
     ACDCPruningModifier,
     ConstantPruningModifier,

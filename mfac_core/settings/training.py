@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mfac_core.errors import SettingError
-from mfac_core.settings import check_choice, check_number, checked_params, is_integer
-from mfac_core.spellings import NamesItsFields
+from mfac_core.settings.pruning import check_choice, check_number, checked_params, is_integer
+from mfac_core.settings.spellings import NamesItsFields
 
 __all__ = [
     "EpochRange",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mfac_core.damping import damping_text
-from mfac_core.pruning_step import PruneResult
-from mfac_core.settings import MFACSettings, PruningSettings
+from mfac_core.fisher.damping import damping_text
+from mfac_core.pruners.step import PruneResult
+from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_core.weight_names import listed
 
 __all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
@@ -59,7 +59,7 @@ def pruning_step_line(
 
     Example:
         >>> import numpy as np
-        >>> from mfac_core.settings import MagnitudeSettings
+        >>> from mfac_core.settings.pruning import MagnitudeSettings
         >>> result = PruneResult(np.zeros(2), np.zeros(2, bool), 0.5, None)
         >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=2)
         >>> pruning_step_line(

@@ -9,11 +9,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
-from mfac_core.blocks import cut, working_bytes
 from mfac_core.errors import MemoryBudgetError
-from mfac_core.parts import Sparsity, num_parts, of_layer, part_of_the_way
-from mfac_core.schedule import PlannedStep, num_gradients_at
-from mfac_core.settings import MFACSettings
+from mfac_core.fisher.partition import cut, working_bytes
+from mfac_core.schedules.parts import Sparsity, num_parts, of_layer, part_of_the_way
+from mfac_core.schedules.pruning import PlannedStep, num_gradients_at
+from mfac_core.settings.pruning import MFACSettings
 
 __all__ = ["WINDOW_ITEMSIZE", "MasksToCome", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
 
@@ -24,7 +24,7 @@ WORKING_GROUPS = 6
 """Groups of blocks that a GPU needs room for beside the window: the group, what is made of it, kept factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
-"""The sparsity of each pruning step, and what becomes of one, as :func:`mfac_core.masks.reaches` tells it."""
+"""The sparsity of each pruning step, and what becomes of one, as :func:`mfac_core.masks.selection.reaches` tells it."""
 
 _logger = logging.getLogger("mfac_core")
 

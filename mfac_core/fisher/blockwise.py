@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
-from mfac_core.blocks import BlockGroup, DeviceShare, deal
-from mfac_core.damping import damping_text, dampings, mean_diagonals
 from mfac_core.errors import IllConditionedError
-from mfac_core.gradient_matrix import GradientMatrix
-from mfac_core.inverse_fisher import Factor, Precise, cache_parts, evaluate, factor
-from mfac_core.settings import Damping, check_block_size, check_damping
+from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
+from mfac_core.fisher.factors import Factor, Precise, cache_parts, evaluate, factor
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.partition import BlockGroup, DeviceShare, deal
+from mfac_core.settings.pruning import Damping, check_block_size, check_damping
 
 __all__ = ["BlockwiseFisher", "GradientSource", "InverseFisher", "inverse_fisher"]
 

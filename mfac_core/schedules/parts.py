@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import overload
 
-from mfac_core.settings import Recomputations, Spacing
+from mfac_core.settings.pruning import Recomputations, Spacing
 
 __all__ = ["MOST_REMOVED", "Sparsity", "num_parts", "of_layer", "part_of_the_way", "part_step"]
 
@@ -29,7 +29,7 @@ def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputa
     """Return in how many parts a pruning step is done.
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
         wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
             :data:`MOST_REMOVED` of what is left, in no layer.
@@ -62,14 +62,14 @@ def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacin
     (geometric), or by ``(a - b) / k`` less in each (linear).
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
         wanted: Sparsity of the pruning step, below 1.
         parts_left: Parts to go, the next one included.
         spacing: ``geometric`` or ``linear``.
 
     Returns:
-        A sparsity for :func:`mfac_core.masks.newly_pruned`; exactly ``wanted`` with one part left, and where it is
-        reached already.
+        A sparsity for :func:`mfac_core.masks.selection.newly_pruned`; exactly ``wanted`` with one part left, and where
+        it is reached already.
 
     Example:
         >>> part_of_the_way({"a": 0.0, "b": 0.5}, 0.75, 3, "linear")

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core import comparison, report, terminal
+from mfac_core import terminal
 from mfac_core.backends import resolve_devices
 from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import Recipe, Settings, load_recipe
-from mfac_core.settings import GradualSettings, MagnitudeSettings, MFACSettings
+from mfac_core.report import comparison
+from mfac_core.report import run as report
+from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, MFACSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -309,8 +311,8 @@ def recipe_path(name: str) -> Path:
     Returns:
         Its path in the installed package, or in the source tree.
     """
-    installed = Path(__file__).parent / "demo_recipes" / name
-    return installed if installed.exists() else Path(__file__).parents[1] / "recipes" / name
+    installed = Path(__file__).parents[1] / "demo_recipes" / name
+    return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
 
 
 def _check_output(output: Path, names: Sequence[str]) -> None:

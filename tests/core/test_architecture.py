@@ -15,40 +15,32 @@ def modules(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.py")} - {"__init__.py"}
 
 
-def map_of_the_house() -> str:
+def map_of_modules() -> set[str]:
+    """Return the path of each module that the design document lists: folders are nested by indentation."""
     design = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    section = design[design.index("## 2. The house") : design.index("Imports run one way")]
-    return "\n".join(line for line in section.splitlines() if line.startswith("    "))
+    section = design[design.index("## 2. Architecture") : design.index("Imports run one way")]
+    folders: dict[int, str] = {}
+    found: list[str] = []
+    for line in section.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if indent < 4:
+            continue
+        names = re.split(r"\s{2,}", line.strip())[0].split(", ")
+        above = {depth: name for depth, name in folders.items() if depth < indent}
+        if names[0].endswith("/"):
+            folders = {**above, indent: names[0]}
+        else:
+            found += ["".join([*above.values(), name]) for name in names]
+    assert len(set(found)) == len(found)
+    return set(found)
 
 
-def core_lines() -> list[str]:
-    lines = map_of_the_house().splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("    mfac_core/"))
-    end = next(number for number, line in enumerate(lines) if line.startswith("    adapters/"))
-    return lines[start + 1 : end]
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_the_design_lists_the_modules_that_exist_and_no_others(package: Path) -> None:
+    prefix = f"{package.relative_to(ROOT).as_posix()}/"
+    exist = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
 
-
-def core_modules_on_the_map() -> set[str]:
-    heads = [re.split(r"\s{2,}", line.strip())[0] for line in core_lines()]
-    return {name for head in heads for name in head.split(", ") if name.endswith(".py")}
-
-
-def test_the_map_in_the_design_lists_the_modules_of_the_core_and_no_others() -> None:
-    assert core_modules_on_the_map() == modules(ROOT / "mfac_core")
-
-
-def test_the_map_in_the_design_lists_the_backends() -> None:
-    line = next(line for line in core_lines() if line.strip().startswith("backends/"))
-
-    assert set(re.findall(r"\w+\.py", line)) <= modules(ROOT / "mfac_core" / "backends")
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
-def test_the_map_in_the_design_lists_the_modules_of_an_adapter_and_no_others(adapter: Path) -> None:
-    line = next(line for line in map_of_the_house().splitlines() if line.strip().startswith(f"{adapter.name}/"))
-    names = line.split("/", 1)[1].partition(";")[0].strip().split(", ")
-
-    assert {f"{name}.py" for name in names} == modules(adapter)
+    assert {path for path in map_of_modules() if path.startswith(prefix)} == exist
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
@@ -60,7 +52,7 @@ def test_an_adapter_says_which_modules_it_has(adapter: Path) -> None:
     assert names - {"backends.py"} == modules(adapter)
 
 
-def test_the_shelf_of_adapters_is_no_package() -> None:
+def test_the_folder_of_adapters_is_no_package() -> None:
     assert not (ROOT / "adapters" / "__init__.py").exists()
 
 
@@ -70,7 +62,7 @@ def test_each_package_is_marked_as_typed(package: Path) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
-def test_no_module_is_a_drawer_for_everything(package: Path) -> None:
+def test_no_module_is_named_after_nothing_in_particular(package: Path) -> None:
     drawers = re.compile(r"_?(utils?|helpers?|misc|common)(\.py)?$")
 
     assert [str(path) for path in package.rglob("*") if drawers.fullmatch(path.name)] == []
@@ -79,7 +71,7 @@ def test_no_module_is_a_drawer_for_everything(package: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md", ".ci/run"]
 )
-def test_the_house_has_its_papers(name: str) -> None:
+def test_the_project_has_its_documents(name: str) -> None:
     assert (ROOT / name).is_file()
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace, device_of
-from mfac_core.blockwise import GradientSource
-from mfac_core.settings import Damping
+from mfac_core.fisher.blockwise import GradientSource
+from mfac_core.settings.pruning import Damping
 
 __all__ = ["window_warnings"]
 
@@ -51,7 +51,7 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         Sentences; none where all is well.
 
     Example:
-        >>> from mfac_core.gradient_matrix import GradientMatrix
+        >>> from mfac_core.fisher.matrix import GradientMatrix
         >>> rows = GradientMatrix([np.array([[1.0, 2.0], [1.0, 3.0], [1.0, 2.0]])], block_size=1)
         >>> window_warnings(rows, damping=1e-5)[0].partition(",")[0]
         'of 3 gradient samples only 2 are distinct'

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, check_float, device_of
-from mfac_core.blocks import BlockGroup, cut
+from mfac_core.fisher.partition import BlockGroup, cut
 
 __all__ = ["GradientMatrix"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mfac_core.confidence import mean_and_half_width
 from mfac_core.files import write_file
-from mfac_core.report import RunRecord
+from mfac_core.report.confidence import mean_and_half_width
+from mfac_core.report.run import RunRecord
 from mfac_core.terminal import plain_text
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from mfac_core.errors import SettingError
-from mfac_core.learning_rate import learning_rate_at
-from mfac_core.state_checks import checked_flag, refuse
-from mfac_core.training_settings import (
+from mfac_core.schedules.learning_rate import learning_rate_at
+from mfac_core.settings.training import (
     LearningRateFunction,
     LearningRateSchedule,
     SetLearningRate,
@@ -17,6 +16,7 @@ from mfac_core.training_settings import (
     TrainableParams,
     TrainingSettings,
 )
+from mfac_core.state_checks import checked_flag, refuse
 
 __all__ = ["OptionChange", "OptionSettings", "OptionsSchedule", "TrainableSchedule", "check_param_groups"]
 

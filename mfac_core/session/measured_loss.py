@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from mfac_core.pruners.mfac import MFACPruner
-from mfac_core.pruning_step import PruneResult
+from mfac_core.pruners.step import PruneResult
 from mfac_core.sample_batches import HeldOut
 
 __all__ = ["LossMeasurement"]

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
 
-from mfac_core.training_settings import LearningRateFunction, LearningRateSchedule, SetLearningRate
+from mfac_core.settings.training import LearningRateFunction, LearningRateSchedule, SetLearningRate
 
 __all__ = ["learning_rate_at"]
 

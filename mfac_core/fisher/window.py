@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
-from mfac_core.blocks import BlockGroup, cut
+from mfac_core.fisher.partition import BlockGroup, cut
 from mfac_core.state_checks import check_keys, checked_array, checked_integer
 
 __all__ = ["GradientWindow"]

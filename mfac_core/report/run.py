@@ -79,7 +79,7 @@ def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
     Raises:
         ValueError: If the file does not hold a run; the message names the file and what is wrong with it.
     """
-    cure = "give the JSON file that `mfac demo` or mfac_core.report.write_json wrote"
+    cure = "give the JSON file that `mfac demo` or mfac_core.report.run.write_json wrote"
     try:
         run = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested too deeply

@@ -29,9 +29,9 @@ from mfac_core.backends.kernels import (
     split_for_threads,
     spread,
 )
-from mfac_core.damping import damping_text
 from mfac_core.errors import IllConditionedError
-from mfac_core.triangular import cholesky, diagonals
+from mfac_core.fisher.damping import damping_text
+from mfac_core.fisher.triangular import cholesky, diagonals
 
 __all__ = ["Factor", "Precise", "cache_parts", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 

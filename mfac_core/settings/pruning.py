@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Self, TypeGuard, get_args
 
 from mfac_core.errors import SettingError
-from mfac_core.spellings import NamesItsFields
+from mfac_core.settings.spellings import NamesItsFields
 
 __all__ = [
     "FROM_PARAM",

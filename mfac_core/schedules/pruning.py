@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mfac_core.errors import SettingError
-from mfac_core.settings import (
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,

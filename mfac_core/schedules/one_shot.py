@@ -10,8 +10,8 @@ from typing import Any
 from mfac_core.errors import SettingError
 from mfac_core.recipe import settings_from_keys
 from mfac_core.recipe.keys import MFAC_KEYS, SCOPE
-from mfac_core.schedule import pruning_schedule
-from mfac_core.settings import (
+from mfac_core.schedules.pruning import pruning_schedule
+from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
     ConstantSettings,

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
-from mfac_core.mask_patterns import MaskPattern
-from mfac_core.parts import Sparsity, of_layer
-from mfac_core.settings import Scope
+from mfac_core.masks.patterns import MaskPattern
+from mfac_core.schedules.parts import Sparsity, of_layer
+from mfac_core.settings.pruning import Scope
 
 __all__ = [
     "is_reached",

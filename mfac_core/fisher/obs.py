@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, kernels
-from mfac_core.blockwise import BlockwiseFisher
-from mfac_core.inverse_fisher import cache_parts, evaluate, fisher_quadratic, gradients_times
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.factors import cache_parts, evaluate, fisher_quadratic, gradients_times
 
 __all__ = ["independent_update", "joint_update", "saliency"]
 

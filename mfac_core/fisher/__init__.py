@@ -1,0 +1,1 @@
+"""The blockwise inverse of the empirical Fisher: blocks, gradient window, factors, saliencies and updates."""

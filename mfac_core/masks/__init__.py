@@ -1,0 +1,1 @@
+"""Which weights are pruned: names and offsets, patterns, and the choice of the next ones."""
