@@ -5,7 +5,7 @@ The packages ``mfac_torch`` and ``mfac_keras`` connect this core to their framew
 """
 
 from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
-from mfac_core.fisher.blockwise import inverse_fisher
+from mfac_core.fisher.inverse import inverse_fisher
 from mfac_core.fisher.obs import saliency
 from mfac_core.layer_sensitivity import Sensitivity, sensitivity
 from mfac_core.one_shot import prune

@@ -21,10 +21,9 @@ from mfac_core.one_shot import prune
 from mfac_core.pruners.memory import check_memory
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
 from mfac_core.schedules.pruning import PlannedStep
-from mfac_core.settings.pruning import (
+from mfac_core.settings.checks import (
     Damping,
     MaskType,
-    MFACSettings,
     Recomputations,
     Update,
     check_block_size,
@@ -35,6 +34,7 @@ from mfac_core.settings.pruning import (
     checked_mask_type,
     is_integer,
 )
+from mfac_core.settings.pruning import MFACSettings
 from mfac_core.terminal import console, plain_text
 from mfac_core.weight_names import listed
 

@@ -19,7 +19,7 @@ from mfac_core.masks.patterns import mask_patterns, meant_sparsity
 from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.parts import num_parts, part_of_the_way
-from mfac_core.settings.pruning import (
+from mfac_core.settings.checks import (
     Damping,
     MaskType,
     Recomputations,

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from mfac_core.errors import SettingError
-from mfac_core.settings.pruning import is_integer
+from mfac_core.settings.checks import is_integer
 from mfac_core.weight_names import listed
 
 __all__ = ["BatchSource", "HeldOut", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]

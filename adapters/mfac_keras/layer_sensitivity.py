@@ -12,7 +12,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings.pruning import Damping, MaskType, Recomputations
+from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.layout import PyTorchForm, pytorch_forms

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_one_shot, modifier_names
-from mfac_core.schedules.one_shot import differs_line, one_shot_in_order, recommended_keys, recommended_line
+from mfac_core.recipe.recommended import differs_line, recommended_keys, recommended_line
+from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_keras.assigning import assign_all
@@ -44,7 +45,7 @@ def prune_one_shot(
     """Prune a trained model in a single pruning step; its weights are changed in place.
 
     Without a recipe it is pruned by M-FAC, and where no key says otherwise, the recommended settings are taken, which
-    the log names: :data:`mfac_core.schedules.one_shot.RECOMMENDED`.
+    the log names: :data:`mfac_core.recipe.recommended.RECOMMENDED`.
 
     Args:
         model: A built Keras model.

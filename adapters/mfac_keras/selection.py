@@ -11,7 +11,7 @@ import keras
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import selection_warnings, warn_once
-from mfac_core.settings.pruning import checked_params
+from mfac_core.settings.checks import checked_params
 from mfac_core.weight_names import ModelNames, layers_of_names, listed, matching_names, selected_names
 from mfac_keras.conditions import check_model
 

@@ -13,7 +13,7 @@ import mfac_core
 from mfac_core import Sensitivity
 from mfac_core.backends import Array, device_of
 from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
-from mfac_core.settings.pruning import Damping, MaskType, Recomputations
+from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
 from mfac_torch.conversion import check_plain, to_array, wait_until_read, write_back
 from mfac_torch.sampling import GradSampler

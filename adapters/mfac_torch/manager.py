@@ -15,10 +15,12 @@ from torch import nn
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import lint_one_shot, modifier_names
-from mfac_core.schedules.one_shot import differs_line, one_shot_in_order
+from mfac_core.recipe.recommended import differs_line
+from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
 from mfac_core.session.log_lines import unfinished_line
-from mfac_core.settings.pruning import MFACSettings, PruningSettings, check_number
+from mfac_core.settings.checks import check_number
+from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_torch.batchnorm import RunningStatistics
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped_optimizers

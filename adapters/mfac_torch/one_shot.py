@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mfac_core.recipe import Recipe
-from mfac_core.schedules.one_shot import recommended_keys, recommended_line
+from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import MFACPruningModifier
 from mfac_torch.modifier_list import ModifierList
@@ -34,7 +34,7 @@ def prune_one_shot(
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
 
     Where no key says otherwise, the recommended settings are taken, which the log names:
-    :data:`mfac_core.schedules.one_shot.RECOMMENDED`.
+    :data:`mfac_core.recipe.recommended.RECOMMENDED`.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.

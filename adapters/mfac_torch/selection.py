@@ -17,7 +17,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import is_adapter, selection_warnings, warn_once
-from mfac_core.settings.pruning import checked_params
+from mfac_core.settings.checks import checked_params
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
     Computed,

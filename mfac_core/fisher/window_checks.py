@@ -10,7 +10,7 @@ import numpy as np
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.fisher.blockwise import GradientSource
-from mfac_core.settings.pruning import Damping
+from mfac_core.settings.checks import Damping
 
 __all__ = ["window_warnings"]
 

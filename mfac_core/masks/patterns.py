@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.errors import SettingError
-from mfac_core.settings.pruning import MaskType, checked_mask_type
+from mfac_core.settings.checks import MaskType, checked_mask_type
 from mfac_core.weight_names import listed
 
 __all__ = ["MaskPattern", "mask_patterns", "meant_sparsity"]
@@ -127,7 +127,7 @@ def mask_patterns(
       short counts the inputs it lacks as pruned.
 
     Args:
-        mask_type: The mask type, see :data:`mfac_core.settings.pruning.MaskType`.
+        mask_type: The mask type, see :data:`mfac_core.settings.checks.MaskType`.
         shapes: Name and shape of each array.
         axes: Name and permutation of axes into the order (output, kernel..., input); or the two axes (output, input),
             where the others number separate matrices; or nothing, where the layout is not known. Names may be absent.

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.schedules.parts import Sparsity, of_layer
-from mfac_core.settings.pruning import Scope
+from mfac_core.settings.checks import Scope
 
 __all__ = [
     "is_reached",

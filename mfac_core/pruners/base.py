@@ -22,7 +22,8 @@ from mfac_core.masks.patterns import MaskPattern
 from mfac_core.masks.selection import out_of_reach
 from mfac_core.pruners.step import PruneResult
 from mfac_core.schedules.pruning import PlannedStep, pruning_schedule
-from mfac_core.settings.pruning import MaskType, PruningSettings, Scope
+from mfac_core.settings.checks import MaskType, Scope
+from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, layers_of_names, listed, selected_names
 

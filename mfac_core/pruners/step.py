@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, Device, array_namespace
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import independent_update, joint_update, saliency
-from mfac_core.settings.pruning import Damping, Update
+from mfac_core.settings.checks import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "magnitude_step", "mfac_step"]
 

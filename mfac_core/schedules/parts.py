@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import overload
 
-from mfac_core.settings.pruning import Recomputations, Spacing
+from mfac_core.settings.checks import Recomputations, Spacing
 
 __all__ = ["MOST_REMOVED", "Sparsity", "num_parts", "of_layer", "part_of_the_way", "part_step"]
 

@@ -11,14 +11,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mfac_core.errors import SettingError
-from mfac_core.settings.pruning import (
-    FROM_PARAM,
-    ACDCSettings,
-    ConstantSettings,
-    GradualSettings,
-    Interpolation,
-    PruningSettings,
-)
+from mfac_core.settings.checks import Interpolation
+from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
 __all__ = ["PlannedStep", "interpolate", "num_gradients_at", "planned_epochs", "pruning_schedule", "sparsity_at"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from mfac_core.errors import SettingError
-from mfac_core.settings.pruning import check_choice, check_number, checked_params, is_integer
+from mfac_core.settings.checks import check_choice, check_number, checked_params, is_integer
 from mfac_core.settings.spellings import NamesItsFields
 
 __all__ = [

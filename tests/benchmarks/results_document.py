@@ -14,7 +14,7 @@ from results_runs import ABLATION_SPARSITY, GRADUAL_LIVE, MAGNITUDE, OURS, PAPER
 from results_tasks import TASKS
 
 from mfac_core.files import write_file
-from mfac_core.schedules.one_shot import RECOMMENDED
+from mfac_core.recipe.recommended import RECOMMENDED
 
 __all__ = ["text", "write"]
 

@@ -16,7 +16,7 @@ from torch import nn
 import mfac_core
 from mfac_core.demo.runs import FINE_TUNING, recipe_path
 from mfac_core.recipe import load_recipe, settings_from_keys
-from mfac_core.schedules.one_shot import RECOMMENDED
+from mfac_core.recipe.recommended import RECOMMENDED
 from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, MFACSettings
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import modifier_for

@@ -24,8 +24,8 @@ from mfac_core.demo import runs as demo_runs
 from mfac_core.demo.runs import Demo, Pruned
 from mfac_core.files import write_file
 from mfac_core.recipe import Recipe
+from mfac_core.recipe.recommended import differs_line
 from mfac_core.report.run import RunRecord, read_json
-from mfac_core.schedules.one_shot import differs_line
 from mfac_core.settings.training import LearningRateFunction
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from mfac_core import prune
 from mfac_core.recipe import settings_from_keys
-from mfac_core.schedules.one_shot import RECOMMENDED, differs_line, recommended_keys, recommended_line
+from mfac_core.recipe.recommended import RECOMMENDED, differs_line, recommended_keys, recommended_line
 from mfac_core.settings.pruning import MagnitudeSettings
 
 OTHERS = {"global_sparsity": False, "update": "independent", "num_recomputations": 3, "damp": 0.5, "num_grads": 7}

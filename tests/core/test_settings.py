@@ -10,6 +10,7 @@ import pytest
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import keys
+from mfac_core.settings.checks import checked_mask_type
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -17,7 +18,6 @@ from mfac_core.settings.pruning import (
     GradualSettings,
     MagnitudeSettings,
     MFACSettings,
-    checked_mask_type,
 )
 from mfac_core.settings.pruning import training as training_settings
 from mfac_core.settings.spellings import RECIPE_SPELLINGS

@@ -16,7 +16,7 @@ from mfac_core.fisher import window_checks
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.settings.pruning import Damping
+from mfac_core.settings.checks import Damping
 from tests.core.strict_backend import StrictBackend
 
 DAMPING = 1e-5

@@ -6,7 +6,7 @@ import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
-from mfac_core.schedules.one_shot import RECOMMENDED  # noqa: E402
+from mfac_core.recipe.recommended import RECOMMENDED  # noqa: E402
 from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
 
 pytestmark = pytest.mark.feature("one-shot pruning")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mfac_core import RecipeError, SettingError, load_recipe
-from mfac_core.schedules.one_shot import RECOMMENDED
+from mfac_core.recipe.recommended import RECOMMENDED
 from mfac_torch import (
     GradSampler,
     MFACPruningModifier,

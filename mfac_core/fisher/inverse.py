@@ -1,0 +1,157 @@
+"""The inverse Fisher of plain arrays: its diagonal, and its products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mfac_core.backends import Array, Device, array_namespace, check_float, device_of
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.settings.checks import Damping, check_block_size, check_damping
+
+__all__ = ["InverseFisher", "inverse_fisher"]
+
+
+def inverse_fisher(
+    gradients: Array,
+    *,
+    block_size: int | None = 2000,
+    damping: Damping = 1e-5,
+    devices: Sequence[str | Device] | str | Device = ("cpu",),
+) -> InverseFisher:
+    """Return the inverse of the damped, block-diagonal empirical Fisher of some gradient samples.
+
+    Args:
+        gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64, NumPy or CuPy. Not modified;
+            must stay unchanged while the result is in use.
+        block_size: Weights per block; ``None`` means one block of all weights.
+        damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
+            of that diagonal.
+        devices: Where the blocks are computed.
+
+    Returns:
+        An object with ``diagonal()`` and ``apply(x)``, for which ``@`` stands too.
+
+    Raises:
+        TypeError: If ``gradients`` is not an array.
+        ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range; with ``auto``, which
+            measures them at once, also if a row of them holds NaN or Inf.
+        DeviceError: If a device does not exist.
+
+    Example:
+        >>> import numpy as np
+        >>> gradients = np.array([[1.0, 0.0], [0.0, 1.0]])
+        >>> inverse_fisher(gradients, damping=0.5).diagonal()
+        array([1., 1.])
+
+        The influence of three training samples on the loss of two test samples, from the gradients of each:
+
+        >>> training, test = np.eye(3), np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
+        >>> fisher = inverse_fisher(training, damping=0.5)
+        >>> (-test @ (fisher @ training.T)).round(2).tolist()
+        [[-1.2, 0.0, 0.0], [0.0, -1.2, -1.2]]
+
+    References:
+        Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order Information.
+        Koh and Liang (2017), Understanding Black-box Predictions via Influence Functions.
+    """
+    _check_array("gradients", gradients, "an array of shape (m, d), one gradient sample per row")
+    if gradients.ndim != 2:
+        raise ValueError(f"gradients must be a matrix with one sample per row, got shape {tuple(gradients.shape)}")
+    if 0 in gradients.shape:
+        raise ValueError(f"gradients must have at least one row and one column, got shape {tuple(gradients.shape)}")
+    check_block_size(block_size)
+    check_damping(damping)
+    return InverseFisher(gradients, block_size, damping, devices)
+
+
+class InverseFisher:
+    """The inverse Fisher of :func:`inverse_fisher`; each factor is made once, and kept where memory allows.
+
+    Args:
+        gradients: Shape ``(m, d)``.
+        block_size: Weights per block, or ``None``.
+        damping: Added to the diagonal of the empirical Fisher, or ``auto``.
+        devices: Where the blocks are computed.
+    """
+
+    __array_ufunc__ = None  # NumPy leaves ``x @ fisher`` to this class
+
+    def __init__(
+        self,
+        gradients: Array,
+        block_size: int | None,
+        damping: Damping,
+        devices: Sequence[str | Device] | str | Device,
+    ) -> None:
+        self._home = device_of(gradients)
+        self._fisher = BlockwiseFisher(
+            GradientMatrix([gradients], block_size=block_size), damping=damping, devices=devices, keep="always"
+        )
+        self.shape = (self._fisher.source.num_weights,) * 2
+
+    def diagonal(self) -> Array:
+        """Return ``diag(F^-1)``, shape ``(d,)``, in the dtype and on the device of the gradients.
+
+        Raises:
+            ValueError: If a row of the gradients holds NaN or Inf.
+            IllConditionedError: If a block cannot be inverted accurately, or the dtype cannot hold the result.
+        """
+        fisher = self._fisher
+        diagonal = fisher.diagonal()
+        if fisher.unit != 1:
+            with np.errstate(over="ignore"):  # refused below
+                exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
+                diagonal = fisher.home.asarray(exact, fisher.source.dtype)
+            fisher.refuse_unheld(diagonal)
+        return fisher.home.move(diagonal, self._home)
+
+    def apply(self, x: Array) -> Array:
+        """Return ``F^-1 x``, also written ``fisher @ x``.
+
+        Many vectors at once, as the columns of a matrix, read each block of the gradients once for all of them.
+
+        Args:
+            x: Shape ``(d,)``, or ``(d, k)`` for ``k`` vectors, in the dtype and on the device of the gradients. Not
+                modified.
+
+        Returns:
+            The shape of ``x``, in the dtype and on the device of the gradients.
+
+        Raises:
+            TypeError: If ``x`` is not an array.
+            ValueError: If the shape differs, or ``x`` or a row of the gradients holds NaN or Inf.
+            IllConditionedError: If a block cannot be inverted accurately.
+        """
+        d = self.shape[0]
+        _check_array("x", x, f"an array of shape ({d},) or ({d}, k)")
+        if x.ndim not in (1, 2) or x.shape[0] != d:
+            turned = "; its vectors are columns, so pass x.T" if x.ndim == 2 and x.shape[1] == d else ""
+            raise ValueError(f"x must have shape ({d},) or ({d}, k), got {tuple(x.shape)}{turned}")
+        xp = array_namespace(x)
+        if not bool(xp.all(xp.isfinite(x))):
+            raise ValueError("x must be finite, but holds NaN or Inf; leave these entries out or set them to zero")
+        home = self._fisher.home
+        vector = home.asarray(device_of(x).move(x, home), np.float64)
+        return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)
+
+    def __matmul__(self, x: Array) -> Array:
+        """Return :meth:`apply` of ``x``."""
+        return self.apply(x)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        """Return the product with the rows of ``x``; the matrix is symmetric."""
+        _check_array("x", x, f"an array of shape ({self.shape[0]},) or (k, {self.shape[0]})")
+        return self.apply(x.T).T
+
+
+def _check_array(name: str, value: Any, expected: str) -> None:
+    try:
+        array_namespace(value)
+    except TypeError:
+        cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
+        raise TypeError(f"{name} must be {expected}, NumPy or CuPy, got {type(value).__name__}; {cure}") from None
+    check_float(name, value)
