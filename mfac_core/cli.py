@@ -181,7 +181,7 @@ def plan(
 ) -> None:
     """Show what a recipe will do to a model: which weights, when, and how much memory that takes."""
     from mfac_core import RecipeError
-    from mfac_core.recipe.linting import lint_model, named_parts
+    from mfac_core.recipe.linting import lint_model, named_groups
 
     found: dict[str, Any] = {
         "recipe": _shown(recipe),
@@ -201,9 +201,9 @@ def plan(
     try:
         with _logged(found):
             loaded = _load(recipe, variables, skip_unsupported)
-        parts = named_parts(loaded.pruning)
+        parts = named_groups(loaded.pruning)
         matched = _weights(parts, weights) if shapes is None else _matched(parts, shapes, found)
-        planned = lint_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
+        scheduled = lint_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
     except RecipeError as error:
         _fail(*error.messages, found=reported)
     except OSError as error:
@@ -211,20 +211,20 @@ def plan(
         _fail(message, found=reported)
     except ValueError as error:
         _fail(str(error), found=reported)
-    found["modifiers"] = [_as_fields(modifier) for modifier in planned.modifiers]
-    found["window_bytes"] = planned.window_bytes
-    found["warnings"] += planned.warnings
+    found["modifiers"] = [_as_fields(modifier) for modifier in scheduled.modifiers]
+    found["window_bytes"] = scheduled.window_bytes
+    found["warnings"] += scheduled.warnings
     if as_json:
         _print_json(found)
     else:
-        console().print(_weights_table(planned))
-        rows = [row for modifier in planned.modifiers for row in modifier.steps]
+        console().print(_weights_table(scheduled))
+        rows = [row for modifier in scheduled.modifiers for row in modifier.steps]
         if rows:
             console().print(_schedule_table(rows))
         _show(found)
         say(
             f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}, "
-            f"{_bytes(planned.window_bytes)} for gradient windows"
+            f"{_bytes(scheduled.window_bytes)} for gradient windows"
         )
     _exit(found, strict)
 
@@ -341,9 +341,9 @@ def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     from mfac_core.settings.pruning import MFACSettings
 
     by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
-    listed = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
+    join_names = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
     warnings = []
-    for name in dict.fromkeys(name for name in listed if name != "auto"):
+    for name in dict.fromkeys(name for name in join_names if name != "auto"):
         try:
             resolve_device(name)
         except DeviceError as error:
@@ -351,7 +351,7 @@ def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     return warnings
 
 
-def _weights_table(planned: Plan) -> Table:
+def _weights_table(scheduled: Plan) -> Table:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -360,7 +360,7 @@ def _weights_table(planned: Plan) -> Table:
     result.add_column("Modifier")
     for heading in ("Parameters", "Weights", "Largest window", "Memory"):
         result.add_column(heading, justify="right")
-    for modifier in planned.modifiers:
+    for modifier in scheduled.modifiers:
         rows, columns = modifier.window
         result.add_row(
             Text(plain_text(modifier.modifier)),

@@ -20,7 +20,7 @@ from mfac_core.masks.patterns import mask_patterns
 from mfac_core.one_shot import prune
 from mfac_core.pruners.memory import check_memory
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
-from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.settings.checks import (
     Damping,
     MaskType,
@@ -36,7 +36,7 @@ from mfac_core.settings.checks import (
 )
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.terminal import console, plain_text
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -324,7 +324,7 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
     if not taken:
         raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
     if refused:
-        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", listed(stacked))
+        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", join_names(stacked))
     return {name: array[:taken] for name, array in stacked.items()}
 
 
@@ -346,7 +346,7 @@ def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size:
     sizes = [math.prod(array.shape) for array in weights.values()]
     settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
     device = device_of(next(iter(weights.values())))
-    step = PlannedStep(step=0, epoch=0.0, sparsity=0.5)
+    step = ScheduledStep(step=0, epoch=0.0, sparsity=0.5)
     check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 
-from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, listed, matching_names
+from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, join_names, matching_names
 
 __all__ = ["is_adapter", "selection_warnings", "warn_once"]
 
@@ -29,19 +29,19 @@ def is_adapter(name: str) -> bool:
     return "lora" in name.lower()
 
 
-def warn_once(logger: logging.Logger, warnings: Sequence[str], told: set[str] | None = None) -> None:
+def warn_once(logger: logging.Logger, warnings: Sequence[str], logged: set[str] | None = None) -> None:
     """Log warnings that have not been logged yet.
 
     Args:
         logger: Where to.
         warnings: The warnings.
-        told: Those that have been logged, to which these are added; ``None`` where there is no memory.
+        logged: Those that have been logged, to which these are added; ``None`` where there is no memory.
     """
     for warning in warnings:
-        if told is None or warning not in told:
+        if logged is None or warning not in logged:
             logger.warning("%s", warning)
-        if told is not None:
-            told.add(warning)
+        if logged is not None:
+            logged.add(warning)
 
 
 def selection_warnings(
@@ -89,7 +89,7 @@ def _rarely_pruned(names: Sequence[str], selected: Mapping[str, Sequence[str]], 
     entries = dict.fromkeys(entry for name in caught for entry in selected[name])
     return [
         f"params {', '.join(map(repr, entries))} selects normalization weights, biases or scales too: "
-        f"{listed(caught, at_most=10)}. To prune them saves nothing and harms the model; name layers, which means "
+        f"{join_names(caught, at_most=10)}. To prune them saves nothing and harms the model; name layers, which means "
         f"their weights alone, write {ALL_PRUNABLE}, or take them out with exclude"
     ]
 
@@ -102,7 +102,8 @@ def _made_into_others(names: Collection[str], model: ModelNames) -> list[str]:
     if not made:
         return []
     return [
-        f"other weights are computed from {listed(made)}, and need not be zero where these are: the sparsity that is "
+        f"other weights are computed from {join_names(made)}, and need not be zero where these are: the sparsity "
+        "that is "
         "reported is not that of the layers; take the computation off before pruning"
     ]
 
@@ -128,7 +129,7 @@ def _left_out(
             f"{_count(left, model)} of {_count(wanted, model)} weights {of_what} are not in scope: {', '.join(reasons)}"
         )
     if others:
-        said.append(f"{_count(others, model)} weights of layers of other kinds are not in scope ({listed(others)})")
+        said.append(f"{_count(others, model)} weights of layers of other kinds are not in scope ({join_names(others)})")
     if not said:
         return []
     return [
@@ -143,7 +144,7 @@ def _by_reason(left: Sequence[str], model: ModelNames) -> list[str]:
     for name in left:
         by_reason.setdefault(_reason(name, model, frozen), []).append(name)
     return [
-        f"{_count(names, model)} {why} ({f'{how}: ' if how else ''}{listed(names, at_most=3)})"
+        f"{_count(names, model)} {why} ({f'{how}: ' if how else ''}{join_names(names, at_most=3)})"
         for (why, how), names in by_reason.items()
     ]
 
@@ -211,7 +212,7 @@ def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:
         return []
     adapters = [name for name in names if name in found]
     return [
-        f"low-rank adapters are pruned, and the frozen weights that they are added to are not: {listed(adapters)}. "
+        f"low-rank adapters are pruned, and the frozen weights that they are added to are not: {join_names(adapters)}. "
         "Once they are merged, the weights are as dense as before; merge first and prune what comes out, or take the "
         "adapters out with exclude"
     ]

@@ -15,10 +15,10 @@ from mfac_core.backends import Array, Device, array_namespace, check_float, devi
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout
-from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
-from mfac_core.schedules.parts import num_parts, part_of_the_way
+from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (
     Damping,
     MaskType,
@@ -116,7 +116,7 @@ def prune(
     check_damping(damping)
     check_recomputations(num_recomputations, recomputation_spacing)
     mask_type = checked_mask_type(mask_type, [sparsity])
-    sparsity = meant_sparsity(mask_type, float(sparsity)) if sparsity else 0.0
+    sparsity = snap_to_n_of_m(mask_type, float(sparsity)) if sparsity else 0.0
 
     named = _named(weights)
     _check_arrays("weights", weights)
@@ -139,7 +139,7 @@ def prune(
     rows_of = _rows_for_parts(gradients, weights, layout, in_form)
     # zeros go first, whether a mask has pruned them or not
     reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
-    parts = num_parts(reached, sparsity, num_recomputations)
+    parts = num_substeps(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
     for parts_left in range(parts, 0, -1):
@@ -147,8 +147,8 @@ def prune(
         if not source.num_weights:
             break
         if parts_left == parts:
-            _say_what_is_wanting(source, damping, 1 if callable(gradients) else parts)
-        wanted = part_of_the_way(reached, sparsity, parts_left, recomputation_spacing)
+            _warn_of_missing(source, damping, 1 if callable(gradients) else parts)
+        wanted = substep_sparsity(reached, sparsity, parts_left, recomputation_spacing)
         updated, chosen, part_increase, used_damping = mfac_step(
             vector[kept],
             source,
@@ -240,7 +240,7 @@ def _check_arrays(what: str, arrays: object) -> None:
             raise TypeError(f"{what if name is None else f'{what}[{name!r}]'}: {error}") from None
 
 
-def _say_what_is_wanting(source: GradientMatrix, damping: Damping, parts_that_share: int) -> None:
+def _warn_of_missing(source: GradientMatrix, damping: Damping, parts_that_share: int) -> None:
     """Warn of gradient samples that tell nothing, and of those that belong to the weights of an earlier part."""
     for warning in window_warnings(source, damping=damping):
         _logger.warning(warning)

@@ -11,7 +11,7 @@ from typing import Any
 
 from mfac_core.errors import SettingError
 from mfac_core.settings.checks import is_integer
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["BatchSource", "HeldOut", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]
 
@@ -140,7 +140,8 @@ def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     if not names or len(names) == num_weights:
         return []
     return [
-        f"the gradient is zero in every gradient sample for {listed(names)}, so that M-FAC prunes them as if they had "
+        f"the gradient is zero in every gradient sample for {join_names(names)}, so that M-FAC prunes them as if "
+        "they had "
         "no effect; exclude what the loss does not use. A part that is used in training mode only needs samples in "
         "that mode, and a reentrant checkpoint needs an input that requires a gradient"
     ]

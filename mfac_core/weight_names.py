@@ -19,7 +19,7 @@ __all__ = [
     "ModelNames",
     "excluded_names",
     "layers_of_names",
-    "listed",
+    "join_names",
     "matching_names",
     "names_of_shapes",
     "selected_names",
@@ -277,7 +277,7 @@ def matching_names(
     return found
 
 
-def listed(names: Iterable[str], at_most: int = 5) -> str:
+def join_names(names: Iterable[str], at_most: int = 5) -> str:
     """Return names for one line.
 
     Args:
@@ -288,7 +288,7 @@ def listed(names: Iterable[str], at_most: int = 5) -> str:
         The names with commas between, and how many more there are.
 
     Example:
-        >>> listed(["a", "b", "c", "d"], at_most=2)
+        >>> join_names(["a", "b", "c", "d"], at_most=2)
         'a, b and 2 more'
     """
     every = list(names)
@@ -316,7 +316,7 @@ def _matches(setting: str, entries: Sequence[str], model: ModelNames) -> list[tu
 def _refuse_frozen_by_name(frozen: Sequence[str], selected: Mapping[str, Sequence[str]], model: ModelNames) -> None:
     by_name = [name for name in frozen if any(entry in model.shapes for entry in selected[name])]
     if by_name:
-        names, is_, it = (repr(by_name[0]), "is", "it") if len(by_name) == 1 else (listed(by_name), "are", "them")
+        names, is_, it = (repr(by_name[0]), "is", "it") if len(by_name) == 1 else (join_names(by_name), "are", "them")
         raise SettingError(
             "params", f"{names} {is_} frozen ({model.frozen_because}); unfreeze {it}, or take {it} out of params"
         )
@@ -334,9 +334,11 @@ def _why_nothing(entry: str, model: ModelNames, *, is_whole: bool) -> str:
     if entry in model.layers:
         inside = () if is_whole else model.layers[entry]
         usual = [name for name in inside if not model.is_rarely_pruned(name)]
-        held = f"; it holds {listed(usual)}, which you can write by name" if usual else ""
+        held = f"; it holds {join_names(usual)}, which you can write by name" if usual else ""
         if inside and not usual:
-            held = f"; it holds {listed(inside)}, and to prune normalization weights, biases or scales harms the model"
+            held = (
+                f"; it holds {join_names(inside)}, and to prune normalization weights, biases or scales harms the model"
+            )
         return f"{entry!r} is a layer without weights of {model.prunable_layers}{_computed_inside(entry, model)}{held}"
     if entry in model.computed:
         return f"{entry!r} is no {model.kind}{_computed_inside(entry, model)}"
@@ -397,7 +399,7 @@ def _as_pattern(entry: str, model: ModelNames, *, is_whole: bool) -> str:
         return f"write {layer!r} for the weights of that layer without normalization and biases ({write} for all)"
     if harmed and model.prunable and set(model.prunable) <= set(caught):
         return f"write {ALL_PRUNABLE} for the weights of all {model.prunable_layers} ({write}, and exclude, for others)"
-    return f"{write}, and exclude for {listed(harmed)}" if harmed else write
+    return f"{write}, and exclude for {join_names(harmed)}" if harmed else write
 
 
 def _of_glob(text: str) -> str:

@@ -317,9 +317,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             with _scope(model):
                 optimizer.build(model.trainable_variables)
         settings = [each for each in self._modifiers if isinstance(each, PruningSettings)]
-        told: set[str] = set()
+        logged: set[str] = set()
         prunings = [
-            self._live_pruning(each, steps_per_epoch, name, told)
+            self._live_pruning(each, steps_per_epoch, name, logged)
             for each, name in zip(settings, modifier_names(settings), strict=True)
         ]
         # zeros that are only held need no optimizer where nothing moves
@@ -373,7 +373,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._last_session, self._pruned_model = self._new_session(steps_per_epoch, 0), self._model
         self._last_session.sign()
 
-    def _live_pruning(self, settings: PruningSettings, steps_per_epoch: int, name: str, told: set[str]) -> LivePruning:
+    def _live_pruning(
+        self, settings: PruningSettings, steps_per_epoch: int, name: str, logged: set[str]
+    ) -> LivePruning:
         with named_in_errors(settings):
             return LivePruning(
                 settings,
@@ -382,7 +384,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                 sampler=self._sampler,
                 verbose=self._verbose > 0,
                 name=name,
-                told=told,
+                logged=logged,
             )
 
     def _warn_of_replacing(self, state_path: Path) -> None:

@@ -16,7 +16,7 @@ from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, make_pruner
 from mfac_core.pruners.adoption import Adoption, adopt
 from mfac_core.pruners.step import PruneResult
-from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line, scope_in_line, unfinished_line
 from mfac_core.session.measured_loss import LossMeasurement
 from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
@@ -48,7 +48,7 @@ class LivePruning:
             of training.
         verbose: Whether to print a line for each pruning step.
         name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
-        told: Warnings about the selection that are in the log already, to which new ones are added.
+        logged: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
@@ -70,11 +70,11 @@ class LivePruning:
         sampler: GradientSampler | None = None,
         verbose: bool = False,
         name: str = "",
-        told: set[str] | None = None,
+        logged: set[str] | None = None,
     ) -> None:
         self.settings = settings
         self.variables = select_variables(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
         )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
@@ -114,7 +114,7 @@ class LivePruning:
         return self._pruner.is_finished
 
     @property
-    def schedule(self) -> tuple[PlannedStep, ...]:
+    def schedule(self) -> tuple[ScheduledStep, ...]:
         """Its pruning steps."""
         return self._pruner.schedule
 
@@ -186,7 +186,7 @@ class LivePruning:
         """
         measurement = LossMeasurement(None if self._sampler is None else partial(self._sampler.loss, self._model))
         while self._pruner.is_due(step):
-            planned = self._pruner.next_step
+            scheduled = self._pruner.next_step
             start = time.perf_counter()
             self._sample_gradients(step, measurement)
             rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
@@ -200,7 +200,7 @@ class LivePruning:
                     values += [(slot, np.zeros(slot.shape, slot.dtype)) for slot in stale]
                 with assigned(values):
                     result = measurement.end(pruned)
-            self._report(planned, step, rows, result, time.perf_counter() - start, measurement.where)
+            self._report(scheduled, step, rows, result, time.perf_counter() - start, measurement.where)
 
     def take_zeros_as_masks(self, step: int) -> bool:
         """Take every weight that is zero as pruned, where pruning steps have been done that nothing is known of.
@@ -211,7 +211,7 @@ class LivePruning:
         Returns:
             Whether there were such pruning steps.
         """
-        done = sum(planned.step <= step for planned in self._pruner.schedule)
+        done = sum(scheduled.step <= step for scheduled in self._pruner.schedule)
         if not done:
             return False
         is_dense = self._pruner.schedule[done - 1].sparsity == 0  # its zeros may grow: a decompressed phase, or the end
@@ -306,7 +306,7 @@ class LivePruning:
 
     def _report(
         self,
-        planned: PlannedStep | None,
+        scheduled: ScheduledStep | None,
         step: int,
         rows: int,
         result: PruneResult,
@@ -328,10 +328,10 @@ class LivePruning:
         if self._verbose:
             print(f"\n{line}")
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)
-        if planned is not None and planned.step < step and steps_per_execution > 1:
+        if scheduled is not None and scheduled.step < step and steps_per_execution > 1:
             _logger.info(
                 "the pruning step of step %d was done at step %d, where an execution of %d steps ends (%s)",
-                planned.step,
+                scheduled.step,
                 step,
                 steps_per_execution,
                 scope_in_line(self._name, self.variables),

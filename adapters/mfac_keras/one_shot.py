@@ -114,11 +114,11 @@ def prune_one_shot(
         )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     prunings = []
-    told: set[str] = set()
+    logged: set[str] = set()
     for each, name in zip(settings, modifier_names(settings), strict=True):
         with named_in_errors(each):
             pruning = LivePruning(
-                each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, told=told
+                each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, logged=logged
             )
             prunings.append(pruning)
     for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):

@@ -49,7 +49,7 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
         )
         return None
     session.load_state_dict(best.state)
-    _say_what_differs(session, best, best_rank)
+    _warn_of_differences(session, best, best_rank)
     if session.zeros().regrown:
         session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
     return best
@@ -64,7 +64,7 @@ def _rank(session: TrainingSession, saved: SavedState) -> int:
     return _ZEROS if is_of_this_run and session.has_masks_of(saved.state) else _NOTHING
 
 
-def _say_what_differs(session: TrainingSession, saved: SavedState, rank: int) -> None:
+def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int) -> None:
     now = session.step // session.steps_per_epoch
     if saved.path is None and now == saved.state["step"] // saved.state["steps_per_epoch"]:
         return  # fit was interrupted within this epoch, which begins anew

@@ -55,7 +55,7 @@ class GradientSampler:
                 "tf.data.Dataset or a PyDataset, and the loss after them"
             )
         self._source = _batches_of(dataset)
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._loss = None if loss is None else keras.losses.get(loss)
         # compiled for which model, and the function
         self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
@@ -107,7 +107,7 @@ class GradientSampler:
                 zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
                 if drawn == count:  # before the last one is taken, after which nobody asks for another
                     paths = [variables[place].path for place in zero]
-                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._told)
+                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._logged)
                 yield [
                     np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
                     for gradient, variable in zip(gradients, variables, strict=True)

@@ -12,7 +12,7 @@ import keras
 from mfac_core.errors import SettingError
 from mfac_core.left_out import selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
-from mfac_core.weight_names import ModelNames, layers_of_names, listed, matching_names, selected_names
+from mfac_core.weight_names import ModelNames, join_names, layers_of_names, matching_names, selected_names
 from mfac_keras.conditions import check_model
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
@@ -46,7 +46,7 @@ def select_variables(
     exclude: str | Sequence[str] = (),
     *,
     frozen_too: bool = False,
-    told: set[str] | None = None,
+    logged: set[str] | None = None,
 ) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``, frozen ones last.
 
@@ -61,7 +61,7 @@ def select_variables(
             ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
         exclude: What is left out of it, in the same form; a layer means all that is in it.
         frozen_too: Whether frozen variables are selected like others.
-        told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
+        logged: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
         The selected variables by path. Where several variables of a model have one path, the second is called
@@ -85,7 +85,7 @@ def select_variables(
         selected = selected_names(params, exclude, names)
     _refuse_other_numbers({name: named[name] for name in selected})
     warnings = selection_warnings(params, exclude, names, selected, prunes=not frozen_too)
-    warn_once(_logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], told)
+    warn_once(_logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], logged)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
     in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
     return {name: named[name] for name in in_order}
@@ -227,7 +227,8 @@ def _refuse_other_numbers(selected: Mapping[str, Any]) -> None:
         dtypes = ", ".join(dict.fromkeys(selected[name].dtype for name in others))
         raise SettingError(
             "params",
-            f"{listed(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before they are "
+            f"{join_names(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before they "
+            "are "
             "quantized, or take them out with exclude",
         )
 
@@ -244,7 +245,8 @@ def _dense_sums(model: Any, selected: Mapping[str, Any]) -> list[str]:
     if not sums:
         return []
     return [
-        f"low-rank adapters are added to {listed(sums)} (enable_lora): the layer computes with the sum, Keras saves "
+        f"low-rank adapters are added to {join_names(sums)} (enable_lora): the layer computes with the sum, Keras "
+        "saves "
         "the sum, and that is dense, whatever the sparsity that is reported. Set the sum to zero where the masks are "
         "False after the model is saved and loaded, or train without adapters"
     ]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners.fingerprint import fingerprint
 from mfac_core.state_checks import check_keys, checked_integer, refuse
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 from mfac_keras.backends import current_backend
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
@@ -61,7 +61,7 @@ class TrainingSession:
         self._has_advanced = False
         self._checksums: dict[str, int] = {}  # of variables that no training step has given to the optimizer so far
         self._untouched: dict[str, int] = {}  # checksums of what is to be pruned, until it is known who trains it
-        self._told: tuple[dict[str, int], str] = ({}, "")
+        self._logged: tuple[dict[str, int], str] = ({}, "")
         self._sparsity: float | None = None
 
     @property
@@ -100,8 +100,8 @@ class TrainingSession:
             cause_and_cure: What the warning says of them.
         """
         count = self.zeros()
-        before, self._told = self._told, (dict(count.regrown), cause_and_cure)
-        if count.regrown and self._told != before:
+        before, self._logged = self._logged, (dict(count.regrown), cause_and_cure)
+        if count.regrown and self._logged != before:
             _logger.warning("%s. %s", count.difference(), cause_and_cure)
 
     def check_followed(self) -> None:
@@ -114,7 +114,7 @@ class TrainingSession:
         moved = [name for name, checksum in now.items() if checksum != self._checksums.get(name, checksum)]
         if moved:
             self.detach()
-            raise self._hooks.not_followed(f"the gradients of {listed(moved)}")
+            raise self._hooks.not_followed(f"the gradients of {join_names(moved)}")
 
     def warn_of_untrained(self) -> None:
         """Warn once of what is to be pruned and was not changed by training, though other weights were."""
@@ -128,7 +128,7 @@ class TrainingSession:
                 "training has not changed %s so far, and the recipe prunes it all the same, without training to make "
                 "up for it. Where nothing trains it, as the teacher in a distillation, take it out of params, or set "
                 "trainable = False on its layer before compile",
-                listed(untrained),
+                join_names(untrained),
             )
 
     def begin(self) -> None:

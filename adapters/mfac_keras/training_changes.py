@@ -14,7 +14,7 @@ from mfac_core.recipe import named_in_errors
 from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, check_param_groups
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_core.state_checks import check_keys, refuse
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 from mfac_keras.backends.base import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay
 from mfac_keras.selection import matching_variables
@@ -163,7 +163,9 @@ class TrainingChanges:
     def _freeze(self, variables: list[Any], step: int) -> None:
         paths, before = [[variable.path for variable in each] for each in (variables, self._frozen_now)]
         if paths != before:
-            _logger.info("from step %d on, not trained: %s", step, listed(paths) or "nothing, all are trained again")
+            _logger.info(
+                "from step %d on, not trained: %s", step, join_names(paths) or "nothing, all are trained again"
+            )
         self._frozen_now = variables
         self._hooks.freeze(variables)
 
@@ -196,7 +198,8 @@ class TrainingChanges:
                 with named_in_errors(each):
                     raise SettingError(
                         "params",
-                        f"{listed(frozen)} cannot be unfrozen during fit, because the layer is not trainable and so "
+                        f"{join_names(frozen)} cannot be unfrozen during fit, because the layer is not trainable and "
+                        "so "
                         "the optimizer does not know it; set layer.trainable = True before compile, and let "
                         "`trainable: false` with an end_epoch keep it as it is until then",
                     )

@@ -13,7 +13,7 @@ import torch.utils.dlpack
 
 from mfac_core.backends import Array, Device, resolve_device
 from mfac_core.errors import DeviceError, SettingError
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = [
     "check_plain",
@@ -56,7 +56,7 @@ def to_array(tensor: torch.Tensor) -> Array:
         if device is not None:
             return device.asarray(tensor)
     elif tensor.device.type != "cpu":
-        _say_copied_once(tensor.device.type)
+        _warn_copied_once(tensor.device.type)
     return tensor.cpu().numpy()
 
 
@@ -78,7 +78,7 @@ def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
         raise SettingError(
             "params",
             "only plain, dense, real floating-point weights can be pruned, and these are not: "
-            + "; ".join(f"{listed(names)} ({found})" for found, names in strange.items()),
+            + "; ".join(f"{join_names(names)} ({found})" for found, names in strange.items()),
         )
 
 
@@ -211,5 +211,5 @@ def _array_device(index: int) -> Device | None:
 
 
 @cache
-def _say_copied_once(device_type: str) -> None:
+def _warn_copied_once(device_type: str) -> None:
     _logger.warning("tensors on %s are copied to host memory for the pruning step", device_type)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import GradSampler
 from mfac_torch.zeros import apply_masks
@@ -155,7 +155,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
                 "weights that were restored; they are left as they are, and mfac_torch.apply_masks(model, "
                 "callback.manager) sets them to zero",
                 f"{sum(regrown.values()):,}",
-                listed(regrown),
+                join_names(regrown),
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

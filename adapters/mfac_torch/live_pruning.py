@@ -16,7 +16,7 @@ from mfac_core.backends import Array, device_of
 from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, Pruner, make_pruner
 from mfac_core.pruners.step import PruneResult
-from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line
 from mfac_core.session.measured_loss import LossMeasurement
 from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
@@ -59,7 +59,7 @@ class LivePruning:
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
         name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
-        told: Warnings about the selection that are in the log already, to which new ones are added.
+        logged: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:
         settings: What to prune, when and how.
@@ -82,13 +82,13 @@ class LivePruning:
         grad_sampler: GradSampler | None = None,
         loggers: Sequence[LogFunction] = (),
         name: str = "",
-        told: set[str] | None = None,
+        logged: set[str] | None = None,
     ) -> None:
         self.settings = settings
         self.name = name
         # Zeros that are held only need no training: they stay where nothing moves them.
         self.parameters = select_parameters(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), told=told
+            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
         )
         check_plain(self.parameters)
         self._model = model
@@ -119,7 +119,7 @@ class LivePruning:
         return count_zeros(self._weights(), self._host_masks()).sparsity
 
     @property
-    def schedule(self) -> Sequence[PlannedStep]:
+    def schedule(self) -> Sequence[ScheduledStep]:
         """The pruning steps of the whole run."""
         return self._pruner.schedule
 
@@ -367,11 +367,11 @@ class LivePruning:
             self._parts = None
 
     def _check_not_due_without_rows(self, step: int) -> None:
-        planned = self._pruner.next_step
-        if planned is not None and self._pruner.uses_gradients(step + 1) and not self._pruner.num_rows:
+        scheduled = self._pruner.next_step
+        if scheduled is not None and self._pruner.uses_gradients(step + 1) and not self._pruner.num_rows:
             names = list(self.parameters)
             raise RuntimeError(
-                f"the pruning step of epoch {planned.epoch:g} is due and there is no gradient: .grad is None for all "
+                f"the pruning step of epoch {scheduled.epoch:g} is due and there is no gradient: .grad is None for all "
                 f"{len(names)} parameters in scope ({names[0]}, ...). Call loss.backward() before optimizer.step(), "
                 "check that the loss depends on them, or pass grad_sampler=GradSampler(loader, loss_fn) to modify()"
             )

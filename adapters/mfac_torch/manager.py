@@ -204,7 +204,7 @@ class ScheduledModifierManager(ModifierList):
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
-        log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, told=self._told)
+        log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, logged=self._logged)
         session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session
@@ -577,7 +577,7 @@ def _live_prunings(
     else:
         parts = one_shot_in_order(settings, one_shot_at)
     prunings = []
-    told: set[str] = set()
+    logged: set[str] = set()
     for name, (_, part) in zip(modifier_names(part for _, part in parts), parts, strict=True):
         with named_in_errors(part):
             prunings.append(
@@ -589,7 +589,7 @@ def _live_prunings(
                     grad_sampler=sampler,
                     loggers=functions,
                     name=name,
-                    told=told,
+                    logged=logged,
                 )
             )
     if one_shot_at is not None:  # for a gradual run the linter says it

@@ -51,7 +51,7 @@ class ModifierList:
             )
         self.modifiers = tuple(modifiers)
         self.metadata = dict(metadata or {})
-        self._told: tuple[str, ...] = ()  # what the linter has said of the recipe
+        self._logged: tuple[str, ...] = ()  # what the linter has said of the recipe
         for modifier in self.modifiers:
             if not isinstance(modifier, Modifier):
                 raise TypeError(
@@ -98,8 +98,8 @@ class ModifierList:
         modifiers = cls(
             [*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], {**recipe.metadata, **(metadata or {})}
         )
-        modifiers._told = lint(recipe, sampled=True)  # whether there is a sampler shows later
-        for warning in modifiers._told:
+        modifiers._logged = lint(recipe, sampled=True)  # whether there is a sampler shows later
+        for warning in modifiers._logged:
             _logger.warning("%s: %s", recipe.source, warning)
         return modifiers
 

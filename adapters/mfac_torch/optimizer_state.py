@@ -44,7 +44,7 @@ _keys: dict[type[Optimizer], Collection[str]] = {
     getattr(torch.optim, name): keys for name, keys in _NAMES.items() if hasattr(torch.optim, name)
 }
 
-_told: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
+_logged: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
 
 def declare_elementwise_state(optimizer_class: type[Optimizer], keys: Iterable[str]) -> None:
@@ -143,7 +143,7 @@ def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Te
             found.append(value.detach())
         elif not _is_number(value):
             left.append(str(key))
-    _tell_left(optimizer, left)
+    _warn_of_unknown(optimizer, left)
     return found
 
 
@@ -160,10 +160,10 @@ def _is_number(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, torch.Tensor) else not isinstance(value, Collection)
 
 
-def _tell_left(optimizer: Optimizer, keys: Iterable[str]) -> None:
-    told = _told.setdefault(optimizer, set())
-    left = [key for key in keys if key not in told]
-    told.update(left)
+def _warn_of_unknown(optimizer: Optimizer, keys: Iterable[str]) -> None:
+    logged = _logged.setdefault(optimizer, set())
+    left = [key for key in keys if key not in logged]
+    logged.update(left)
     if left:
         name = type(optimizer).__name__
         _logger.warning(

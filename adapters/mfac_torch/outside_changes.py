@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 from mfac_torch.live_pruning import LivePruning, masks_together
 from mfac_torch.zeros import zeros_of
 
@@ -40,9 +40,9 @@ class OutsideChanges:
         self._steps_per_epoch = steps_per_epoch
         self._names = {id(parameter): name for each in prunings for name, parameter in each.parameters.items()}
         self._versions: dict[int, int] = {}
-        self._told_in: int | None = None
+        self._warned_in: int | None = None
         self._began: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
-        self._told_of: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
+        self._warned_of: WeakKeyDictionary[torch.optim.Optimizer, bool] = WeakKeyDictionary()
         self._steps = 0  # of the optimizers that are followed
         self._under_way: set[int] = set()
         self._last_step = 0
@@ -129,8 +129,8 @@ class OutsideChanges:
             step: Completed optimizer steps.
         """
         epoch = step // self._steps_per_epoch
-        level = logging.DEBUG if self._told_in == epoch else logging.WARNING
-        self._told_in = epoch
+        level = logging.DEBUG if self._warned_in == epoch else logging.WARNING
+        self._warned_in = epoch
         weights = {name: each for pruning in self._prunings for name, each in pruning.parameters.items()}
         _logger.log(
             level,
@@ -191,14 +191,14 @@ class OutsideChanges:
         if not moved:
             return
         self._others = type(optimizer).__name__
-        if optimizer in self._told_of:
+        if optimizer in self._warned_of:
             return
-        self._told_of[optimizer] = True
+        self._warned_of[optimizer] = True
         _logger.warning(
             "%s has made a step on %s without being given to modify(), so pruned weights come back and pruning steps "
             "do not fall due; %s. Where several optimizers train the model, pass all of them",
             self._others,
-            listed(moved),
+            join_names(moved),
             self.missing_steps(),
         )
 

@@ -22,7 +22,7 @@ def log_plan(
     *,
     sampled: bool,
     trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
-    told: Container[str] = (),
+    logged: Container[str] = (),
 ) -> None:
     """Log what each pruning modifier matches and when it prunes, and warn of what looks wrong.
 
@@ -32,7 +32,7 @@ def log_plan(
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
         trainable: Which parameters each modifier that freezes or unfreezes matches.
-        told: Warnings that the log has already.
+        logged: Warnings that the log has already.
     """
     plan = lint_model(
         [*(pruning.settings for pruning in prunings), *others],
@@ -48,7 +48,7 @@ def log_plan(
     for note in plan.notes:
         _logger.info("%s", note)
     for warning in plan.warnings:
-        if warning not in told:
+        if warning not in logged:
             _logger.warning("%s", warning)
 
 

@@ -88,7 +88,7 @@ class GradSampler:
         self._training = training
         self._progress = progress
         self._takes_first_entry = False
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     @classmethod
     def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
@@ -158,7 +158,7 @@ class GradSampler:
                 gradients = self._gradient(model, parameters, batch)
                 zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
                 if number == count:  # before the last one is taken, after which nobody asks for another
-                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._told)
+                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._logged)
                 yield {
                     name: torch.zeros_like(parameters[name]) if gradient is None else gradient
                     for name, gradient in gradients.items()

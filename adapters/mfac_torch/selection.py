@@ -22,8 +22,8 @@ from mfac_core.weight_names import (
     ALL_PRUNABLE,
     Computed,
     ModelNames,
+    join_names,
     layers_of_names,
-    listed,
     matching_names,
     selected_names,
 )
@@ -45,7 +45,7 @@ def select_parameters(
     exclude: str | Sequence[str] = (),
     *,
     frozen_too: bool = False,
-    told: set[str] | None = None,
+    logged: set[str] | None = None,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
@@ -61,7 +61,7 @@ def select_parameters(
         exclude: What is left out of it, in the same form; the name of a layer means all that is in it.
         frozen_too: Whether frozen parameters are selected like others; those that are no dense floating-point tensors,
             such as quantized weights, are left out all the same.
-        told: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
+        logged: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
 
     Returns:
         The selected parameters by name.
@@ -81,9 +81,9 @@ def select_parameters(
     chosen = {name: parameter for name, parameter in model.named_parameters() if name in selected}
     lazy = [name for name, parameter in chosen.items() if is_lazy(parameter)]
     if lazy:
-        have = f"{lazy[0]!r} has" if len(lazy) == 1 else f"{listed(lazy)} have"
+        have = f"{lazy[0]!r} has" if len(lazy) == 1 else f"{join_names(lazy)} have"
         raise SettingError("params", f"{have} no values yet; run one batch through the model first")
-    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), told)
+    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), logged)
     return chosen
 
 
@@ -191,13 +191,13 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
         _logger.warning(
             "biases or scales with zeros, which are not held: %s; where they were pruned, name them in params of a "
             "ConstantPruningModifier",
-            listed(vectors),
+            join_names(vectors),
         )
     if empty and warn:
         _logger.warning(
             "zero throughout, which is taken for how they began and not for pruned: %s; to hold them at zero, name "
             "them in params of a ConstantPruningModifier",
-            listed(empty),
+            join_names(empty),
         )
     return found
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 from mfac_torch.conversion import check_plain, to_array
 from mfac_torch.wrappers import unwrapped
 
@@ -101,12 +101,14 @@ def _matched(masks: Masks, tensors: Mapping[str, torch.Tensor]) -> dict[str, str
         found = [name] if name in tensors else _same_end(_WRAPPED_LAYER.sub(r"\1", name), plain)
         if not found:
             raise ValueError(
-                f"the mask of {name} fits nothing: there are {listed(tensors) or 'no tensors'}; pass the model or the "
+                f"the mask of {name} fits nothing: there are {join_names(tensors) or 'no tensors'}; pass the model "
+                "or the "
                 "state dict that the masks belong to"
             )
         if len(found) > 1 or found[0] in matched.values():
             raise ValueError(
-                f"the mask of {name} fits several tensors, or one that has a mask already ({listed(found)}); pass the "
+                f"the mask of {name} fits several tensors, or one that has a mask already ({join_names(found)}); "
+                "pass the "
                 "part of the model that the masks belong to"
             )
         if mask.shape != tensors[found[0]].shape:

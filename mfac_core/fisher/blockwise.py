@@ -18,7 +18,7 @@ from mfac_core.backends import Array, Device, array_namespace, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
 from mfac_core.fisher.factors import Factor, Precise, cache_parts, evaluate, factor
-from mfac_core.fisher.partition import BlockGroup, DeviceShare, deal
+from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping
 
 __all__ = ["BlockwiseFisher", "GradientSource"]
@@ -99,7 +99,7 @@ class BlockwiseFisher:
             )
             for name, device in self._devices.items()
         }
-        dealt = deal(source.slabs, shares, num_gradients=source.count, itemsize=source.dtype.itemsize)
+        dealt = assign(source.slabs, shares, num_gradients=source.count, itemsize=source.dtype.itemsize)
         self._dealt: dict[str, range] = {}
         self.groups: tuple[BlockGroup, ...] = ()
         for name, groups in dealt.items():

@@ -217,7 +217,7 @@ class _DualFactor:
     def num_bytes(self) -> int:
         return self._factor.num_bytes
 
-    def is_hopeless(self, width: int) -> bool:
+    def needs_float64(self, width: int) -> bool:
         """Return whether no block is likely to be accurate enough: a heuristic, to save the solve.
 
         The column sums of ``W * W`` are taken for as large as they can be on average, ``rows / width``. A wrong guess
@@ -344,7 +344,7 @@ class _PrimalFactor:
     def num_bytes(self) -> int:
         return self._factor.num_bytes
 
-    def is_hopeless(self, width: int) -> bool:
+    def needs_float64(self, width: int) -> bool:
         """Return False: the solve is the smaller part here."""
         return False
 
@@ -437,7 +437,7 @@ def _try_in_float32(chunks: Sequence[Array], damping: Array) -> tuple[_DualFacto
         made = form(chunks, damping, chunks[0].dtype)
     except np.linalg.LinAlgError:
         return None
-    return None if made.is_hopeless(width) else (made, *made.diagonal(chunks))
+    return None if made.needs_float64(width) else (made, *made.diagonal(chunks))
 
 
 def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:

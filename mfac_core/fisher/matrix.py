@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, check_float, device_of
-from mfac_core.fisher.partition import BlockGroup, cut
+from mfac_core.fisher.partition import BlockGroup, partition
 
 __all__ = ["GradientMatrix"]
 
@@ -38,7 +38,7 @@ class GradientMatrix:
         self.count = int(parts[0].shape[0])
         self.num_weights = int(self._starts[-1]) if self._kept is None else len(self._kept)
         # nothing is stored here, so that a slab may be as large as the arrays
-        self.slabs = cut(
+        self.slabs = partition(
             self.num_weights,
             block_size,
             num_gradients=self.count,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mfac_core.errors import MemoryBudgetError
 
-__all__ = ["BlockGroup", "DeviceShare", "cut", "deal", "working_bytes"]
+__all__ = ["BlockGroup", "DeviceShare", "assign", "partition", "working_bytes"]
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -80,7 +80,7 @@ class DeviceShare:
     free_bytes: int | None = None
 
 
-def cut(
+def partition(
     num_weights: int,
     block_size: int | None,
     *,
@@ -103,7 +103,7 @@ def cut(
         Slabs that tile the columns in order; empty when there are no columns.
 
     Example:
-        >>> [(g.start, g.stop, g.count) for g in cut(10, 4, num_gradients=2, itemsize=4, slab_bytes=1000)]
+        >>> [(g.start, g.stop, g.count) for g in partition(10, 4, num_gradients=2, itemsize=4, slab_bytes=1000)]
         [(0, 8, 2), (8, 10, 1)]
     """
     width = num_weights if block_size is None else min(block_size, num_weights)
@@ -119,7 +119,7 @@ def cut(
     return tuple(groups)
 
 
-def deal(
+def assign(
     slabs: Sequence[BlockGroup], shares: Mapping[str, DeviceShare], *, num_gradients: int, itemsize: int
 ) -> dict[str, tuple[BlockGroup, ...]]:
     """Deal blocks to devices in proportion to their speed, in groups that fit each device.
@@ -138,9 +138,9 @@ def deal(
         MemoryBudgetError: If no device has room for a single block.
 
     Example:
-        >>> slabs = cut(60, 10, num_gradients=2, itemsize=4, slab_bytes=1000)
+        >>> slabs = partition(60, 10, num_gradients=2, itemsize=4, slab_bytes=1000)
         >>> shares = {"cuda:0": DeviceShare(2.0, 300), "cuda:1": DeviceShare(1.0, 300)}
-        >>> dealt = deal(slabs, shares, num_gradients=2, itemsize=4)
+        >>> dealt = assign(slabs, shares, num_gradients=2, itemsize=4)
         >>> {name: [(g.start, g.stop) for g in groups] for name, groups in dealt.items()}
         {'cuda:0': [(0, 20), (20, 40)], 'cuda:1': [(40, 60)]}
     """

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
-from mfac_core.fisher.partition import BlockGroup, cut
+from mfac_core.fisher.partition import BlockGroup, partition
 from mfac_core.state_checks import check_keys, checked_array, checked_integer
 
 __all__ = ["GradientWindow"]
@@ -252,7 +252,7 @@ class GradientWindow:
                     _write_blocks(chunk, position, max(first - start, 0), here)
 
     def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
-        return cut(
+        return partition(
             num_weights,
             self.block_size,
             num_gradients=num_gradients,

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from mfac_core.errors import SettingError
 from mfac_core.settings.checks import MaskType, checked_mask_type
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
-__all__ = ["MaskPattern", "mask_patterns", "meant_sparsity"]
+__all__ = ["MaskPattern", "mask_patterns", "snap_to_n_of_m"]
 
 _ROUNDED = 0.01
 _NAMED = 10
@@ -162,7 +162,7 @@ def mask_patterns(
             refused.setdefault(why, []).append(f"{name!r} of shape {shape} ({_in_words(patterns[name])})")
     if refused:
         said = [
-            f"{what.format(mask_type=_written(mask_type), arrays=listed(arrays, _NAMED))}; {cure}, or leave "
+            f"{what.format(mask_type=_written(mask_type), arrays=join_names(arrays, _NAMED))}; {cure}, or leave "
             f"{'it' if len(arrays) == 1 else 'them'} out of params"
             for (what, cure), arrays in refused.items()
         ]
@@ -170,7 +170,7 @@ def mask_patterns(
     return patterns
 
 
-def meant_sparsity(mask_type: MaskType, sparsity: float) -> float:
+def snap_to_n_of_m(mask_type: MaskType, sparsity: float) -> float:
     """Return the sparsity that is meant: ``1 - N/M`` where ``N:M`` is wanted and the sparsity is that but for rounding.
 
     Args:
@@ -181,7 +181,7 @@ def meant_sparsity(mask_type: MaskType, sparsity: float) -> float:
         ``1 - N/M`` where the sparsity is within 0.01 of it; else the sparsity as written.
 
     Example:
-        >>> meant_sparsity("1:3", 0.66), meant_sparsity("1:3", 0.5)
+        >>> snap_to_n_of_m("1:3", 0.66), snap_to_n_of_m("1:3", 0.5)
         (0.6666666666666667, 0.5)
     """
     mask_type = checked_mask_type(mask_type)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.masks.patterns import MaskPattern
-from mfac_core.schedules.parts import Sparsity, of_layer
+from mfac_core.schedules.substeps import Sparsity, of_layer
 from mfac_core.settings.checks import Scope
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from mfac_core.backends import Array, array_namespace, device_of
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["ZeroCount", "count_zeros"]
 
@@ -49,7 +49,7 @@ class ZeroCount(NamedTuple):
         if not self.regrown:
             return ""
         return (
-            f"{self.num_regrown:,} of {self.pruned:,} pruned weights are not zero ({listed(self.regrown)}): the "
+            f"{self.num_regrown:,} of {self.pruned:,} pruned weights are not zero ({join_names(self.regrown)}): the "
             f"sparsity is {self.sparsity:.4f}, where the masks say {self.sparsity_of_masks:.4f}"
         )
 

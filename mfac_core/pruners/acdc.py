@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import newly_pruned
 from mfac_core.pruners.base import Outcome, Pruner, Vector
 from mfac_core.pruners.step import magnitude_step
@@ -46,8 +46,8 @@ class ACDCPruner(Pruner):
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
         self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
-        self._sparsity = meant_sparsity(settings.mask_type, settings.compression_sparsity)
-        self._say_what_is_out_of_reach(self._sparsity, settings.scope, settings.mask_type, self._patterns)
+        self._sparsity = snap_to_n_of_m(settings.mask_type, settings.compression_sparsity)
+        self._warn_of_unreachable(self._sparsity, settings.scope, settings.mask_type, self._patterns)
 
     def _prune(self, weights: Vector, index: int) -> Outcome:
         if not self.schedule[index].sparsity:

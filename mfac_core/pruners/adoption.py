@@ -9,7 +9,7 @@ import numpy as np
 
 from mfac_core.backends import Array, device_of
 from mfac_core.state_checks import checked_array, checked_integer
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["Adoption", "adopt"]
 
@@ -33,9 +33,9 @@ class Adoption(NamedTuple):
         if self.joined:
             is_over = self.state["pruning_steps_done"] >= len(self.state["schedule"])
             later = "no pruning step is left for them" if is_over else "the next pruning step prunes them too"
-            parts.append(f"{listed(self.joined)} came into scope ({later})")
+            parts.append(f"{join_names(self.joined)} came into scope ({later})")
         if self.left:
-            parts.append(f"{listed(self.left)} left it (their masks are let go)")
+            parts.append(f"{join_names(self.left)} left it (their masks are let go)")
         return f"since the state was saved, {' and '.join(parts)}; the gradient window begins empty" if parts else ""
 
 

@@ -21,11 +21,11 @@ from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.masks.selection import out_of_reach
 from mfac_core.pruners.step import PruneResult
-from mfac_core.schedules.pruning import PlannedStep, pruning_schedule
+from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.settings.checks import MaskType, Scope
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
-from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, layers_of_names, listed, selected_names
+from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
 __all__ = ["Outcome", "Progress", "Pruner"]
 
@@ -131,7 +131,7 @@ class Pruner(ABC):
             )
         self.settings = settings
         self._steps_per_epoch = steps_per_epoch
-        self.schedule: tuple[PlannedStep, ...] = pruning_schedule(settings, steps_per_epoch)
+        self.schedule: tuple[ScheduledStep, ...] = pruning_schedule(settings, steps_per_epoch)
         shapes = {name: tuple(array.shape) for name, array in weights.items()}
         named = _selected(settings, shapes)
         self._left_out = frozenset(weights).difference(named)
@@ -143,7 +143,7 @@ class Pruner(ABC):
             self.layout.check(masks, "masks")
             kept = self.layout.flatten(masks).astype(bool)
         self._progress = Progress(kept)
-        self._told_empty: set[str] = set()
+        self._warned_empty: set[str] = set()
 
     @property
     def masks(self) -> dict[str, Mask]:
@@ -166,7 +166,7 @@ class Pruner(ABC):
         return self.is_finished and not self.settings.leave_enabled
 
     @property
-    def next_step(self) -> PlannedStep | None:
+    def next_step(self) -> ScheduledStep | None:
         """The next pruning step, or ``None`` when all are done."""
         return None if self.is_finished else self.schedule[self._done]
 
@@ -385,28 +385,28 @@ class Pruner(ABC):
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
         if saved.shape[1] != 2:
             refuse("schedule", saved, "steps and sparsities, in two columns")
-        planned = self._schedule_of(state)
-        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(planned))]
+        scheduled = self._schedule_of(state)
+        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(scheduled))]
         if strange:
             self._refuse_as_strange(strange)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
-        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(planned))
-        if done and planned != self.schedule:
-            done = bisect_right(self.schedule, planned[done - 1].epoch, key=lambda each: each.epoch)
+        done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(scheduled))
+        if done and scheduled != self.schedule:
+            done = bisect_right(self.schedule, scheduled[done - 1].epoch, key=lambda each: each.epoch)
         self._progress = Progress(self.layout.flatten(state["masks"]), done)
 
-    def _schedule_of(self, state: Mapping[str, Any]) -> tuple[PlannedStep, ...]:
+    def _schedule_of(self, state: Mapping[str, Any]) -> tuple[ScheduledStep, ...]:
         """Return the schedule of these settings at the steps per epoch of a state."""
         own = self._steps_per_epoch
         saved = checked_integer("steps_per_epoch", state.get("steps_per_epoch", own), at_least=1, at_most=sys.maxsize)
         return self.schedule if saved == own else self._schedule_at(saved)
 
-    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[ScheduledStep, ...]:
         """Return the schedule at a number of steps per epoch."""
         return pruning_schedule(self.settings, steps_per_epoch)
 
-    def _say_what_is_out_of_reach(
+    def _warn_of_unreachable(
         self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
     ) -> None:
         limited = out_of_reach(sparsity, scope, patterns)
@@ -430,47 +430,47 @@ class Pruner(ABC):
         """Yield what differs between the weights of a state and these."""
         lacking = [name for name in self.layout.shapes if name not in masks]
         if lacking:
-            yield f"it has no mask for {listed(lacking)}"
+            yield f"it has no mask for {join_names(lacking)}"
         unknown = [str(name) for name in masks if name not in self.layout.shapes]
         if unknown:
-            yield f"it has masks for {listed(unknown)}, which are not pruned here"
+            yield f"it has masks for {join_names(unknown)}, which are not pruned here"
         for name, shape in self.layout.shapes.items():
             if name in masks and np.shape(masks[name]) != shape:
                 yield f"its {name} has shape {np.shape(masks[name])}, and here {shape}"
                 return
 
-    def _other_schedule(self, saved: Vector, planned: Vector) -> Iterator[str]:
+    def _other_schedule(self, saved: Vector, scheduled: Vector) -> Iterator[str]:
         """Yield what differs between the pruning steps of a state and those planned."""
-        if not self._is_same_schedule(saved, planned):
-            yield f"it has another method or schedule of pruning ({_first_difference(saved, planned)})"
+        if not self._is_same_schedule(saved, scheduled):
+            yield f"it has another method or schedule of pruning ({_first_difference(saved, scheduled)})"
 
-    def _warn_of_empty(self, weights: Vector, kept: Mask, planned: PlannedStep) -> None:
+    def _warn_of_empty(self, weights: Vector, kept: Mask, scheduled: ScheduledStep) -> None:
         """Warn once of each array that this pruning step leaves without a single weight."""
         within_layers = getattr(self.settings, "scope", "layer") == "layer"
-        if within_layers and planned.sparsity >= _NEARLY_ALL:
+        if within_layers and scheduled.sparsity >= _NEARLY_ALL:
             return
         alive = self._kept & (weights != 0)
         emptied = [
             name
             for name, (start, stop) in self.layout.segments.items()
-            if name not in self._told_empty and not kept[start:stop].any() and alive[start:stop].any()
+            if name not in self._warned_empty and not kept[start:stop].any() and alive[start:stop].any()
         ]
-        self._told_empty.update(emptied)
+        self._warned_empty.update(emptied)
         if emptied:
             _logger.warning(
                 "the pruning step of epoch %g prunes every weight of %s, so that nothing passes there any more; "
                 "%stake it out of params, or prune less",
-                planned.epoch,
-                listed(emptied),
+                scheduled.epoch,
+                join_names(emptied),
                 "" if within_layers else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
-    def _is_same_schedule(self, saved: Vector, planned: Vector) -> bool:
-        return np.array_equal(saved, planned)
+    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+        return np.array_equal(saved, scheduled)
 
     def _latest(self, step: int) -> int:
         """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
-        return bisect_right(self.schedule, step, key=lambda planned: planned.step) - 1
+        return bisect_right(self.schedule, step, key=lambda scheduled: scheduled.step) - 1
 
     def _in_scope(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return arrays by name without those of the weights that ``params`` leaves out."""
@@ -507,16 +507,16 @@ def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) 
     return selected_names(settings.params, settings.exclude, names).keys()
 
 
-def _table(schedule: Sequence[PlannedStep]) -> Vector:
+def _table(schedule: Sequence[ScheduledStep]) -> Vector:
     """Return steps and sparsities in two columns."""
-    return np.array([(planned.step, planned.sparsity) for planned in schedule], np.float64)
+    return np.array([(scheduled.step, scheduled.sparsity) for scheduled in schedule], np.float64)
 
 
-def _first_difference(saved: Vector, planned: Vector) -> str:
-    numbered = enumerate(zip_longest(saved.tolist(), planned.tolist()), start=1)
+def _first_difference(saved: Vector, scheduled: Vector) -> str:
+    numbered = enumerate(zip_longest(saved.tolist(), scheduled.tolist()), start=1)
     number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])
     return f"pruning step {number} is {_described(then)}, and here {_described(now)}"
 
 
-def _described(planned: Sequence[float] | None) -> str:
-    return "lacking" if planned is None else f"at step {planned[0]:g} to sparsity {planned[1]:g}"
+def _described(scheduled: Sequence[float] | None) -> str:
+    return "lacking" if scheduled is None else f"at step {scheduled[0]:g} to sparsity {scheduled[1]:g}"

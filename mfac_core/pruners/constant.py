@@ -10,9 +10,9 @@ import numpy as np
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
-from mfac_core.schedules.pruning import PlannedStep, pruning_schedule
+from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.settings.pruning import ConstantSettings
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["ConstantPruner"]
 
@@ -64,7 +64,7 @@ class ConstantPruner(Pruner):
             _logger.warning(
                 "zero throughout, which is taken for how they began and not for pruned, and not held: %s; to hold "
                 "them at zero, write their exact names in params",
-                listed(unheld),
+                join_names(unheld),
             )
         return Outcome(np.where(kept, weights, np.zeros_like(weights)), kept)
 
@@ -82,9 +82,9 @@ class ConstantPruner(Pruner):
     def _releases(self, index: int) -> bool:
         return self.schedule[index].epoch == self.settings.end_epoch
 
-    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[ScheduledStep, ...]:
         return pruning_schedule(self.settings, steps_per_epoch, sparsities=(self._held, self._held))
 
-    def _is_same_schedule(self, saved: Vector, planned: Vector) -> bool:
+    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
         # the sparsity that is held is not planned, it is found
-        return saved.shape == planned.shape and np.array_equal(saved[:, 0], planned[:, 0])
+        return saved.shape == scheduled.shape and np.array_equal(saved[:, 0], scheduled[:, 0])

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruners.step import Selection, magnitude_step
-from mfac_core.schedules.parts import Sparsity
-from mfac_core.schedules.pruning import PlannedStep, pruning_schedule, sparsity_at
+from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule, sparsity_at
+from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import FROM_PARAM, GradualSettings
 from mfac_core.state_checks import check_keys, checked_array, refuse
 
@@ -61,13 +61,13 @@ class GradualPruner(Pruner):
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
         self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
-        self._final_sparsity = meant_sparsity(settings.mask_type, self.schedule[-1].sparsity)
+        self._final_sparsity = snap_to_n_of_m(settings.mask_type, self.schedule[-1].sparsity)
         self._measured: Sparsity | None = None
         if settings.initial_sparsity == FROM_PARAM:
             self._measured = self._sparsity_of((self.layout.flatten(weights) == 0) | ~self._kept)
-            self._say_what_is_above()
+            self._warn_of_sparser()
         self.schedule = self._schedule_at(self._steps_per_epoch)
-        self._say_what_is_out_of_reach(self._final_sparsity, settings.scope, settings.mask_type, self._patterns)
+        self._warn_of_unreachable(self._final_sparsity, settings.scope, settings.mask_type, self._patterns)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs: arrays and plain numbers only."""
@@ -137,7 +137,7 @@ class GradualPruner(Pruner):
     def _sparsity_of(self, zeros: Mask) -> Sparsity:
         return sparsity_of_zeros(zeros, self.layout.segments, self.settings.scope, self._patterns)
 
-    def _schedule_at(self, steps_per_epoch: int) -> tuple[PlannedStep, ...]:
+    def _schedule_at(self, steps_per_epoch: int) -> tuple[ScheduledStep, ...]:
         final = self._final_sparsity
         initial = [float(self.settings.initial_sparsity)] if self._measured is None else _values(self._measured)
         sizes = [stop - start for start, stop in self.layout.segments.values()] if len(initial) > 1 else [1]
@@ -147,7 +147,7 @@ class GradualPruner(Pruner):
             self.settings, steps_per_epoch, sparsities=(first, last if max(initial) > final else final)
         )
 
-    def _say_what_is_above(self) -> None:
+    def _warn_of_sparser(self) -> None:
         measured = self._measured if isinstance(self._measured, Mapping) else {"the weights": self._measured or 0.0}
         above = [name for name, initial in measured.items() if initial > self._final_sparsity]
         if above:

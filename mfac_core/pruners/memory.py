@@ -10,9 +10,9 @@ from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
-from mfac_core.fisher.partition import cut, working_bytes
-from mfac_core.schedules.parts import Sparsity, num_parts, of_layer, part_of_the_way
-from mfac_core.schedules.pruning import PlannedStep, num_gradients_at
+from mfac_core.fisher.partition import partition, working_bytes
+from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
+from mfac_core.schedules.substeps import Sparsity, num_substeps, of_layer, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 
 __all__ = ["WINDOW_ITEMSIZE", "MasksToCome", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
@@ -30,7 +30,7 @@ _logger = logging.getLogger("mfac_core")
 
 
 def peak_window(
-    settings: MFACSettings, num_weights: int, schedule: Sequence[PlannedStep], masks: MasksToCome | None = None
+    settings: MFACSettings, num_weights: int, schedule: Sequence[ScheduledStep], masks: MasksToCome | None = None
 ) -> tuple[int, int]:
     """Return rows and columns of the largest gradient window of a run.
 
@@ -45,7 +45,7 @@ def peak_window(
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
-        >>> peak_window(settings, 1000, [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)])
+        >>> peak_window(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)])
         (512, 500)
     """
     chains = _chains(settings, num_weights, schedule, masks, skips=False)
@@ -55,7 +55,7 @@ def peak_window(
 def window_bytes(
     settings: MFACSettings,
     num_weights: int,
-    schedule: Sequence[PlannedStep],
+    schedule: Sequence[ScheduledStep],
     masks: MasksToCome | None = None,
     *,
     live_gradients: bool = True,
@@ -74,7 +74,7 @@ def window_bytes(
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
-        >>> schedule = [PlannedStep(1, 1.0, 0.5), PlannedStep(2, 2.0, 0.75)]
+        >>> schedule = [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)]
         >>> window_bytes(settings, 1000, schedule, live_gradients=False), window_bytes(settings, 1000, schedule)
         (256000, 384000)
     """
@@ -122,7 +122,7 @@ def check_memory(
     settings: MFACSettings,
     device: Device,
     num_weights: int,
-    schedule: Sequence[PlannedStep],
+    schedule: Sequence[ScheduledStep],
     masks: MasksToCome | None = None,
     *,
     live_gradients: bool = True,
@@ -149,7 +149,7 @@ def check_memory(
 
     def bytes_for(settings: MFACSettings) -> int:
         rows, columns = peak_window(settings, num_weights, schedule, masks)
-        blocks = cut(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
+        blocks = partition(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
         working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
         windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
         return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
@@ -176,7 +176,7 @@ def check_memory(
 def _chains(
     settings: MFACSettings,
     num_weights: int,
-    schedule: Sequence[PlannedStep],
+    schedule: Sequence[ScheduledStep],
     masks: MasksToCome | None,
     *,
     skips: bool,
@@ -186,19 +186,19 @@ def _chains(
     Where a pruning step may have to wait for rows, the next one may pass it over: these windows are yielded, too.
     """
     sparsities, reaches = masks or (
-        [planned.sparsity for planned in schedule],
+        [scheduled.sparsity for scheduled in schedule],
         lambda sparsity: (sparsity, num_weights - round(num_weights * of_layer(sparsity, ""))),
     )
     # a window is as large as the sparsity reached by the pruning step before demands
-    before = [0.0, *(planned.sparsity for planned in schedule)]
+    before = [0.0, *(scheduled.sparsity for scheduled in schedule)]
     rows = [num_gradients_at(settings.num_gradients, sparsity) for sparsity in before]
     reached, columns = reaches(0.0)
     for index in range(len(schedule)):
         for to in range(index, min(index + 1 + skips, len(schedule))):
             now, left = reached, columns
             chain = [(rows[index], left)]
-            for parts_left in range(num_parts(now, sparsities[to], settings.num_recomputations), 0, -1):
-                wanted = part_of_the_way(now, sparsities[to], parts_left, settings.recomputation_spacing)
+            for parts_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
+                wanted = substep_sparsity(now, sparsities[to], parts_left, settings.recomputation_spacing)
                 now, kept = reaches(wanted)
                 left = min(left, kept)
                 chain.append((rows[to] if parts_left > 1 else rows[to + 1], left))

@@ -19,8 +19,8 @@ from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner, PrunedUnpruned
 from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
 from mfac_core.pruners.step import Selection, magnitude_step, mfac_step
-from mfac_core.schedules.parts import Sparsity, num_parts, part_of_the_way, part_step
-from mfac_core.schedules.pruning import PlannedStep, num_gradients_at
+from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
+from mfac_core.schedules.substeps import Sparsity, num_substeps, substep_due, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
 
@@ -58,8 +58,8 @@ class MFACPruner(GradualPruner):
     Fisher of its own over what remains, and by gradients of its own. Sampled ones are forgotten with each part and to
     be drawn anew: :meth:`is_due` stays True until the last part is done. With live gradients the parts come one window
     of rows after the other, so that the last is due at the step of the schedule, see
-    :func:`mfac_core.schedules.parts.part_step`; where there are too few steps for that, they share rows, which is said
-    once.
+    :func:`mfac_core.schedules.substeps.substep_due`; where there are too few steps for that, they share rows, which is
+    logged once.
 
     A pruning step that asks for no more zeros than there are, such as the first at sparsity 0, neither waits for
     gradients nor moves weights.
@@ -122,7 +122,7 @@ class MFACPruner(GradualPruner):
         # for which device and which unpruned weights, and how they are gathered there
         self._unpruned: tuple[Device, Mask, dict[str, Array]] | None = None
         self._progress = self._progress_at(self._kept, 0)
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._refused_rows = 0
         check_memory(settings, self._window_device, *run, live_gradients=live_gradients)
 
@@ -306,7 +306,7 @@ class MFACPruner(GradualPruner):
             self._progress = replace(self._progress, window=window)
 
     def _sparsity_wanted(self, index: int, zeros: Mask) -> Sparsity:
-        return part_of_the_way(
+        return substep_sparsity(
             self._sparsity_of(zeros),
             self._sparsity_at(index),
             self._parts_of(index) - self._parts_done_of(index),
@@ -340,13 +340,13 @@ class MFACPruner(GradualPruner):
 
     def _parts_needed(self, kept: Mask, index: int) -> int:
         """Return in how many parts the pruning step with this index is done, if it begins with these weights."""
-        return num_parts(self._sparsity_of(~kept), self._sparsity_at(index), self.settings.num_recomputations)
+        return num_substeps(self._sparsity_of(~kept), self._sparsity_at(index), self.settings.num_recomputations)
 
-    def _num_gradients_of(self, progress: MFACProgress, schedule: Sequence[PlannedStep] | None = None) -> int:
+    def _num_gradients_of(self, progress: MFACProgress, schedule: Sequence[ScheduledStep] | None = None) -> int:
         """Return the rows of a window at a place in a schedule: the own one, or another."""
-        planned = self.schedule if schedule is None else schedule
-        upcoming = progress.next_pruning if progress.next_pruning < len(planned) else progress.done
-        reached = planned[upcoming - 1].sparsity if upcoming else 0.0
+        scheduled = self.schedule if schedule is None else schedule
+        upcoming = progress.next_pruning if progress.next_pruning < len(scheduled) else progress.done
+        reached = scheduled[upcoming - 1].sparsity if upcoming else 0.0
         return num_gradients_at(self.settings.num_gradients, reached)
 
     def _parts_done_of(self, index: int) -> int:
@@ -361,11 +361,11 @@ class MFACPruner(GradualPruner):
     def _next_part_step(self) -> int:
         """The optimizer step at which the next part that draws on gradients is due."""
         upcoming = self._progress.next_pruning
-        planned = self.schedule[upcoming].step
+        scheduled = self.schedule[upcoming].step
         if not self._live:
-            return planned
+            return scheduled
         before = self.schedule[upcoming - 1].step if upcoming else None
-        return part_step(planned, before, self._parts_done_of(upcoming), self._progress.parts, self.num_gradients)
+        return substep_due(scheduled, before, self._parts_done_of(upcoming), self._progress.parts, self.num_gradients)
 
     def _latest(self, step: int) -> int:
         latest = super()._latest(step)
@@ -386,7 +386,7 @@ class MFACPruner(GradualPruner):
                 )
             raise ValueError("there are no gradient samples to prune with; observe at least one before prune")
         if self._live and self._parts_done_of(index) and self._window.num_fresh < self._window.count:
-            self._tell_once(
+            self._warn_once(
                 "stale",
                 f"part {self._parts_done_of(index) + 1} of a pruning step uses {self._window.count} gradient samples, "
                 f"and {self._window.num_fresh} of them have arrived since the part before: the others are those of the "
@@ -395,14 +395,14 @@ class MFACPruner(GradualPruner):
             )
         if not self._window.is_full:
             cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
-            self._tell_once(
+            self._warn_once(
                 "partial",
                 f"a pruning step uses {self._window.count} gradient samples where {self._window.num_gradients} are "
                 f"wanted; {cure} num_gradients (num_grads in a recipe)",
             )
-        if "window" not in self._told:
+        if "window" not in self._logged:
             for warning in window_warnings(self._window, damping=self.settings.damping):
-                self._told.add("window")
+                self._logged.add("window")
                 _logger.warning(warning)
         return mfac_step(
             weights,
@@ -433,7 +433,7 @@ class MFACPruner(GradualPruner):
         # looked at before any is written: in a full window they take the place of the oldest sample
         if parts is None or not all(_is_finite(part) for part in parts if isinstance(part, np.ndarray)):
             self._refused_rows += 1
-            self._tell_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
+            self._warn_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
             return False
         window = self._window
         if window is not None:
@@ -457,15 +457,15 @@ class MFACPruner(GradualPruner):
         if self.uses_gradients(step) and not self.num_rows:
             latest = self._latest(step)
             self._progress = replace(self._progress, waits=True, waiting=latest)
-            self._tell_once(
+            self._warn_once(
                 "waits",
                 f"the pruning step at step {self.schedule[latest].step} falls due before there is any gradient "
                 "sample: it waits until the window is full or the next pruning step falls due",
             )
 
-    def _tell_once(self, about: str, message: str) -> None:
-        if about not in self._told:
-            self._told.add(about)
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._logged:
+            self._logged.add(about)
             _logger.warning(message)
 
 

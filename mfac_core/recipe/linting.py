@@ -11,8 +11,8 @@ from typing import NamedTuple
 from mfac_core.recipe.loading import Recipe
 from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.writing import name_in_messages
-from mfac_core.schedules.parts import num_parts, part_step
-from mfac_core.schedules.pruning import PlannedStep, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at, pruning_epochs, pruning_schedule, sparsity_at
+from mfac_core.schedules.substeps import num_substeps, substep_due
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -28,7 +28,7 @@ from mfac_core.settings.training import (
     SetLearningRate,
     TrainableParams,
 )
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = [
     "ModifierPlan",
@@ -39,7 +39,7 @@ __all__ = [
     "lint_model",
     "lint_one_shot",
     "modifier_names",
-    "named_parts",
+    "named_groups",
     "notes",
 ]
 
@@ -97,7 +97,7 @@ class ModifierPlan(NamedTuple):
         """Bytes of its largest gradient window."""
         return self.window[0] * self.window[1] * _BYTES_PER_GRADIENT
 
-    def summary(self, schedule: Sequence[PlannedStep]) -> str:
+    def summary(self, schedule: Sequence[ScheduledStep]) -> str:
         """Return in one line what the modifier matches, and when it prunes.
 
         Args:
@@ -109,7 +109,7 @@ class ModifierPlan(NamedTuple):
         memory = f", gradient window of up to {self.window_bytes:,} bytes" if self.window_bytes else ""
         return (
             f"{self.modifier}: {self.num_weights:,} weights in {len(self.weights)} parameters "
-            f"({listed(self.weights, _NAMED)}){memory}; {_scheduled(schedule)}"
+            f"({join_names(self.weights, _NAMED)}){memory}; {_scheduled(schedule)}"
         )
 
 
@@ -264,7 +264,7 @@ def modifier_names(pruning: Iterable[PruningSettings]) -> list[str]:
     return [name for name, _ in named] if len(named) > 1 else [""] * len(named)
 
 
-def named_parts(pruning: Iterable[PruningSettings]) -> list[tuple[str, PruningSettings]]:
+def named_groups(pruning: Iterable[PruningSettings]) -> list[tuple[str, PruningSettings]]:
     """Return the groups of weights that have a final sparsity of their own, with the names that messages call them.
 
     Args:
@@ -334,7 +334,7 @@ def _in_words(settings: MFACSettings) -> str:
     return f"{settings.num_recomputations} parts that {how}"
 
 
-def _scheduled(schedule: Sequence[PlannedStep]) -> str:
+def _scheduled(schedule: Sequence[ScheduledStep]) -> str:
     first, last = schedule[0], schedule[-1]
     if first == last:
         return f"one pruning step at epoch {first.epoch:g} (step {first.step}), sparsity {first.sparsity:.4g}"
@@ -447,8 +447,8 @@ def _part_steps(
     for row in _rows(name, settings, steps_per_epoch):
         step, sparsity = row.step or 0, reached if row.sparsity is None else row.sparsity
         if row.num_gradients is not None:
-            parts = num_parts(reached, sparsity, settings.num_recomputations)
-            yield row, tuple(part_step(step, before, part, parts, row.num_gradients) for part in range(parts))
+            parts = num_substeps(reached, sparsity, settings.num_recomputations)
+            yield row, tuple(substep_due(step, before, part, parts, row.num_gradients) for part in range(parts))
         reached, before = sparsity, step
 
 
@@ -475,10 +475,10 @@ def _large_step_within_layers(settings: PruningSettings) -> tuple[float, float] 
     """Return the sparsities before and after the first large pruning step in one pass within layers, if any."""
     reached = 0.0
     for part in settings.by_final_sparsity() if _is_within_layers_at_once(settings) else ():
-        for planned in pruning_schedule(_begun(part), _MANY_STEPS):
-            if 1 - planned.sparsity < _LARGE_STEP * (1 - reached):
-                return reached, planned.sparsity
-            reached = planned.sparsity
+        for scheduled in pruning_schedule(_begun(part), _MANY_STEPS):
+            if 1 - scheduled.sparsity < _LARGE_STEP * (1 - reached):
+                return reached, scheduled.sparsity
+            reached = scheduled.sparsity
         reached = 0.0
     return None
 
@@ -548,16 +548,16 @@ def _same_learning_rate(settings: Iterable[Settings]) -> Iterator[str]:
 
 
 def _pruned_while_frozen(
-    planned: Iterable[tuple[PruningSettings, ModifierPlan]],
+    scheduled: Iterable[tuple[PruningSettings, ModifierPlan]],
     trainable: Sequence[tuple[TrainableParams, Collection[str]]],
 ) -> Iterator[str]:
-    for pruning, plan in planned:
+    for pruning, plan in scheduled:
         for freezing, names in trainable:
             shared = [name for name in plan.weights if name in names]
             at_once = pruning.start_epoch < freezing.end_epoch and freezing.start_epoch <= pruning.end_epoch
             if shared and at_once and not freezing.trainable and not isinstance(pruning, ConstantSettings):
                 yield (
-                    f"{plan.modifier} prunes {listed(shared, _NAMED)} while {name_in_messages(freezing)} freezes "
+                    f"{plan.modifier} prunes {join_names(shared, _NAMED)} while {name_in_messages(freezing)} freezes "
                     "training there: pruning steps zero and move weights that are frozen too; let pruning end before, "
                     "or take them out of params"
                 )
@@ -580,12 +580,12 @@ def _same_params(named: Iterable[_Named]) -> Iterator[str]:
             )
 
 
-def _same_weights(planned: Iterable[tuple[str, PruningSettings, Collection[str]]]) -> Iterator[str]:
-    for (first, one, weights), (second, other, theirs) in combinations(planned, 2):
+def _same_weights(scheduled: Iterable[tuple[str, PruningSettings, Collection[str]]]) -> Iterator[str]:
+    for (first, one, weights), (second, other, theirs) in combinations(scheduled, 2):
         shared = [name for name in weights if name in theirs]
         if shared and _at_the_same_time(one, other):
             yield (
-                f"{first} and {second} prune the same parameters ({listed(shared, _NAMED)}), so "
+                f"{first} and {second} prune the same parameters ({join_names(shared, _NAMED)}), so "
                 "that more is pruned than either says; give each weight to one modifier"
             )
 
@@ -627,11 +627,12 @@ def _timeline(settings: PruningSettings, steps_per_epoch: int | None) -> list[tu
     """Return epoch, step and sparsity of every pruning step."""
     if steps_per_epoch is not None:
         return [
-            (planned.epoch, planned.step, planned.sparsity) for planned in pruning_schedule(settings, steps_per_epoch)
+            (scheduled.epoch, scheduled.step, scheduled.sparsity)
+            for scheduled in pruning_schedule(settings, steps_per_epoch)
         ]
     if not isinstance(settings, GradualSettings):
         # Phases do not depend on the steps per epoch, as long as there are enough of them.
-        return [(planned.epoch, None, planned.sparsity) for planned in pruning_schedule(settings, _MANY_STEPS)]
+        return [(scheduled.epoch, None, scheduled.sparsity) for scheduled in pruning_schedule(settings, _MANY_STEPS)]
     duration = settings.end_epoch - settings.start_epoch
     return [
         (
@@ -644,5 +645,5 @@ def _timeline(settings: PruningSettings, steps_per_epoch: int | None) -> list[tu
                 interpolation=settings.interpolation,
             ),
         )
-        for epoch in planned_epochs(settings)
+        for epoch in pruning_epochs(settings)
     ]

@@ -35,7 +35,7 @@ from mfac_core.recipe.keys import (
 from mfac_core.recipe.places import Place, Wrong, nearest, nearest_names
 from mfac_core.recipe.values import plain
 from mfac_core.recipe.variables import Variables
-from mfac_core.schedules.pruning import planned_epochs
+from mfac_core.schedules.pruning import pruning_epochs
 from mfac_core.settings.pruning import (
     ACDCSettings,
     ConstantSettings,
@@ -485,7 +485,7 @@ def _make(
         try:
             settings = modifier.settings(**{**defaults, **fields})
             if isinstance(settings, PruningSettings) and not wrong:
-                planned_epochs(settings)  # refuses far too many pruning steps here, where the line is known
+                pruning_epochs(settings)  # refuses far too many pruning steps here, where the line is known
         except SettingError as error:
             key = written.get(error.field)
             where = key.place if key else place._replace(name=f"{place.name}.{keys.get(error.field, error.field)}")

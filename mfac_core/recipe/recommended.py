@@ -79,6 +79,7 @@ def differs_line(settings: PruningSettings) -> str:
         The line; nothing where they do not differ, or prune in another way.
 
     Example:
+        >>> from dataclasses import replace
         >>> settings = settings_from_keys("MFACPruningModifier", {**RECOMMENDED, "final_sparsity": 0.9, "end_epoch": 0})
         >>> differs_line(settings)
         ''

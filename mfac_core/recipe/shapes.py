@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mfac_core.left_out import selection_warnings
-from mfac_core.weight_names import ALL_PRUNABLE, listed, names_of_shapes, selected_names
+from mfac_core.weight_names import ALL_PRUNABLE, join_names, names_of_shapes, selected_names
 
 __all__ = ["doubts", "matching", "parse_shapes", "read_shapes"]
 
@@ -134,7 +134,8 @@ def doubts(params: Sequence[str], shapes: Mapping[str, tuple[int, ...]], exclude
     ]
     if uncertain:
         found.append(
-            f"{ALL_PRUNABLE} counts {listed(uncertain)} here, by {_their(uncertain)} number of dimensions, but in a "
+            f"{ALL_PRUNABLE} counts {join_names(uncertain)} here, by {_their(uncertain)} number of dimensions, but "
+            "in a "
             "model it means the weights of linear and convolution layers alone, so less may be pruned than this plan "
             "says; embeddings, recurrent weights and the like are pruned only where params names them"
         )

@@ -76,7 +76,7 @@ def _sparsity_at(settings: PruningSettings, epoch: float) -> float:
         raise SettingError(
             "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number for it"
         )
-    past = [planned.sparsity for planned in pruning_schedule(settings, _FINE) if planned.epoch <= epoch]
+    past = [scheduled.sparsity for scheduled in pruning_schedule(settings, _FINE) if scheduled.epoch <= epoch]
     return past[-1] if past else 0.0
 
 

@@ -14,14 +14,14 @@ from mfac_core.errors import SettingError
 from mfac_core.settings.checks import Interpolation
 from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
-__all__ = ["PlannedStep", "interpolate", "num_gradients_at", "planned_epochs", "pruning_schedule", "sparsity_at"]
+__all__ = ["ScheduledStep", "interpolate", "num_gradients_at", "pruning_epochs", "pruning_schedule", "sparsity_at"]
 
 _MOST_PRUNING_STEPS = 1_000_000
 # Part of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end.
 _NOISE = 1e-6
 
 
-class PlannedStep(NamedTuple):
+class ScheduledStep(NamedTuple):
     """One pruning step of a schedule.
 
     Attributes:
@@ -108,7 +108,7 @@ def checked_steps_per_epoch(value: object) -> int:
 
 def pruning_schedule(
     settings: PruningSettings, steps_per_epoch: int, *, sparsities: tuple[float, float] | None = None
-) -> tuple[PlannedStep, ...]:
+) -> tuple[ScheduledStep, ...]:
     """Return the pruning steps of a whole run as exact optimizer steps.
 
     The step of a planned epoch is ``round(epoch * steps_per_epoch)``; of planned epochs that fall on the same optimizer
@@ -147,17 +147,19 @@ def pruning_schedule(
         case GradualSettings():
             return _gradual(settings, steps_per_epoch, sparsities)
         case ACDCSettings():
-            epochs = planned_epochs(settings)
-            planned = [(epoch, settings.compression_sparsity if k % 2 else 0.0) for k, epoch in enumerate(epochs[:-1])]
-            return _last_of_each_step([*planned, (epochs[-1], settings.compression_sparsity)], steps_per_epoch)
+            epochs = pruning_epochs(settings)
+            scheduled = [
+                (epoch, settings.compression_sparsity if k % 2 else 0.0) for k, epoch in enumerate(epochs[:-1])
+            ]
+            return _last_of_each_step([*scheduled, (epochs[-1], settings.compression_sparsity)], steps_per_epoch)
         case ConstantSettings():
             held = 0.0 if sparsities is None else sparsities[0]
-            planned = [(epoch, 0.0 if epoch == settings.end_epoch else held) for epoch in planned_epochs(settings)]
-            return _last_of_each_step(planned, steps_per_epoch)
+            scheduled = [(epoch, 0.0 if epoch == settings.end_epoch else held) for epoch in pruning_epochs(settings)]
+            return _last_of_each_step(scheduled, steps_per_epoch)
     raise TypeError(f"{type(settings).__name__} has no schedule of pruning steps")
 
 
-def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
+def pruning_epochs(settings: PruningSettings) -> tuple[float, ...]:
     """Return the epochs at which pruning steps are due: every ``update_frequency`` from the start, and the end.
 
     Args:
@@ -171,7 +173,7 @@ def planned_epochs(settings: PruningSettings) -> tuple[float, ...]:
         SettingError: If there would be more than a million.
 
     Example:
-        >>> planned_epochs(GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
+        >>> pruning_epochs(GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
         (1.0, 3.0, 4.0)
     """
     start, end = float(settings.start_epoch), float(settings.end_epoch)
@@ -228,19 +230,19 @@ def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) 
 
 def _gradual(
     settings: GradualSettings, steps_per_epoch: int, sparsities: tuple[float, float] | None
-) -> tuple[PlannedStep, ...]:
+) -> tuple[ScheduledStep, ...]:
     if sparsities is None:
         initial = 0.0 if settings.initial_sparsity == FROM_PARAM else float(settings.initial_sparsity)
         sparsities = (initial, _one_final_sparsity(settings))
     first = round(settings.start_epoch * steps_per_epoch)
     last = round(settings.end_epoch * steps_per_epoch)
-    *before_end, end = planned_epochs(settings)
+    *before_end, end = pruning_epochs(settings)
     epochs: dict[int, float] = {}
     for epoch in before_end:
         epochs.setdefault(round(epoch * steps_per_epoch), epoch)
     epochs.pop(last, None)
     between = [
-        PlannedStep(
+        ScheduledStep(
             step,
             epoch,
             sparsity_at(
@@ -252,7 +254,7 @@ def _gradual(
         )
         for step, epoch in epochs.items()
     ]
-    return (*between, PlannedStep(last, end, sparsities[1]))
+    return (*between, ScheduledStep(last, end, sparsities[1]))
 
 
 def _one_final_sparsity(settings: GradualSettings) -> float:
@@ -265,6 +267,6 @@ def _one_final_sparsity(settings: GradualSettings) -> float:
     return settings.final_sparsity
 
 
-def _last_of_each_step(planned: list[tuple[float, float]], steps_per_epoch: int) -> tuple[PlannedStep, ...]:
-    by_step = {round(epoch * steps_per_epoch): (epoch, sparsity) for epoch, sparsity in planned}
-    return tuple(PlannedStep(step, epoch, sparsity) for step, (epoch, sparsity) in by_step.items())
+def _last_of_each_step(scheduled: list[tuple[float, float]], steps_per_epoch: int) -> tuple[ScheduledStep, ...]:
+    by_step = {round(epoch * steps_per_epoch): (epoch, sparsity) for epoch, sparsity in scheduled}
+    return tuple(ScheduledStep(step, epoch, sparsity) for step, (epoch, sparsity) in by_step.items())

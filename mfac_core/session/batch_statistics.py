@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["ENOUGH_BATCHES", "BatchStatistics", "estimated_anew_line", "no_statistics_line", "stale_statistics_line"]
 
@@ -106,7 +106,7 @@ def no_statistics_line(frozen: Collection[str] = ()) -> str:
     """
     why = "the model has no batch normalization with running statistics"
     if frozen:
-        why = f"every batch normalization of the model is frozen ({listed(frozen)})"
+        why = f"every batch normalization of the model is frozen ({join_names(frozen)})"
     return f"nothing to recalibrate: {why}"
 
 
@@ -127,8 +127,8 @@ def estimated_anew_line(statistics: BatchStatistics, frozen: Collection[str] = (
         >>> estimated_anew_line(statistics)
         'statistics of 1 batch normalization layer estimated anew over 1 batch; no batch comes through unused'
     """
-    unused = f"; no batch comes through {listed(statistics.unused)}" if statistics.unused else ""
-    left = f"; frozen, and left as they are: {listed(frozen)}" if frozen else ""
+    unused = f"; no batch comes through {join_names(statistics.unused)}" if statistics.unused else ""
+    left = f"; frozen, and left as they are: {join_names(frozen)}" if frozen else ""
     layers = _counted(len(statistics.averages()), "batch normalization layer")
     return f"statistics of {layers} estimated anew over {_counted(statistics.num_batches, 'batch', 'es')}{unused}{left}"
 
@@ -149,7 +149,8 @@ def stale_statistics_line(layers: Collection[str], cure: str) -> str:
     """
     has = "has" if len(layers) == 1 else "have"
     return (
-        f"{_counted(len(layers), 'batch normalization layer')} ({listed(layers)}) still {has} the statistics of the "
+        f"{_counted(len(layers), 'batch normalization layer')} ({join_names(layers)}) still {has} the statistics of "
+        "the "
         f"weights before pruning, which can cost accuracy; {cure} estimates them anew"
     )
 

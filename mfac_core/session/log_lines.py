@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from mfac_core.fisher.damping import damping_text
 from mfac_core.pruners.step import PruneResult
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
-from mfac_core.weight_names import listed
+from mfac_core.weight_names import join_names
 
 __all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
 
@@ -26,7 +26,7 @@ def scope_in_line(modifier: str, names: Iterable[str]) -> str:
         >>> scope_in_line("MFACPruningModifier 2", ["fc.weight"]), scope_in_line("", ["fc.weight"])
         ('MFACPruningModifier 2: fc.weight', 'fc.weight')
     """
-    return f"{modifier}: {listed(names)}" if modifier else listed(names)
+    return f"{modifier}: {join_names(names)}" if modifier else join_names(names)
 
 
 def pruning_step_line(

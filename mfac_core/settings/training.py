@@ -208,8 +208,8 @@ def _check_epochs(start: float, end: float) -> None:
 def _checked_param_groups(groups: object) -> tuple[int, ...] | None:
     if groups is None:
         return None
-    listed = isinstance(groups, list | tuple) and len(groups) > 0
-    if not listed or not all(is_integer(index) and index >= 0 for index in groups):  # type: ignore[attr-defined]
+    join_names = isinstance(groups, list | tuple) and len(groups) > 0
+    if not join_names or not all(is_integer(index) and index >= 0 for index in groups):  # type: ignore[attr-defined]
         raise SettingError(
             "param_groups", f"{groups!r} must be a list of indices of parameter groups, such as [0], or null for all"
         )

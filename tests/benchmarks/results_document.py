@@ -82,7 +82,8 @@ def _head(results: Results) -> Lines:
     yield "# Results"
     yield ""
     yield (
-        f"Magnitude pruning and M-FAC on the same dense networks: mean ± standard deviation over {say.listed(seeds)} "
+        f"Magnitude pruning and M-FAC on the same dense networks: mean ± standard deviation over "
+        f"{say.join_names(seeds)} "
         "seeds, each with a split, weights and an order of batches of its own. Your digits will differ: another "
         "processor or another version of PyTorch rounds otherwise, and training carries that on. What should come "
         "back is the means, within their spread."
@@ -90,7 +91,7 @@ def _head(results: Results) -> Lines:
     yield ""
     yield (
         f"Made by `tests/benchmarks/results.py` (`make results`) with {made_with}, on "
-        f"{say.listed(results.facts('machine'))}. Measured at commit {say.listed(results.facts('commit'))}."
+        f"{say.join_names(results.facts('machine'))}. Measured at commit {say.join_names(results.facts('commit'))}."
     )
     yield ""
     yield from _table(

@@ -16,7 +16,7 @@ __all__ = [
     "difference",
     "enough_rows",
     "gradual_lines",
-    "listed",
+    "join_names",
     "long_training_line",
     "loss_line",
     "of",
@@ -164,7 +164,7 @@ def settings_lines(results: Results) -> Iterator[str]:
         for method in results.choices(_CNN, "method", part=part):
             compared = results.compared(_CNN, results.of(_CNN, part=part, method=method), reference)
             found.setdefault(compared.verdict, []).append(method)
-        said = [f"{each}: {listed(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
+        said = [f"{each}: {join_names(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
         yield f"{name}, beside the recommended settings: {'; '.join(said)}."
     yield scope_line(results)
 
@@ -216,10 +216,10 @@ def cost(values: Mapping[int, float]) -> str:
 
 def percents(sparsities: Sequence[float]) -> str:
     """Sparsities in a sentence."""
-    return listed([f"{sparsity:.0%}" for sparsity in sparsities])
+    return join_names([f"{sparsity:.0%}" for sparsity in sparsities])
 
 
-def listed(values: Sequence[Any]) -> str:
+def join_names(values: Sequence[Any]) -> str:
     """Several things in a sentence."""
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last

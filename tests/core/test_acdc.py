@@ -47,7 +47,7 @@ def train(pruner, weights, first: int, last: int) -> tuple[dict[str, np.ndarray]
 
 def test_phases_alternate_and_the_run_ends_compressed():
     pruner = acdc()
-    assert [tuple(planned) for planned in pruner.schedule] == [
+    assert [tuple(scheduled) for scheduled in pruner.schedule] == [
         (4, 1.0, 0.0),
         (10, 2.5, 0.75),
         (16, 4.0, 0.0),
@@ -180,7 +180,7 @@ def test_zeros_are_held_from_the_start_and_let_go_at_the_end():
     weights = sparse_weights()
     zeros = sum(int(np.sum(array == 0)) for array in weights.values())
     pruner = constant(weights, start_epoch=1.0, end_epoch=3.0)
-    assert [tuple(planned) for planned in pruner.schedule] == [(4, 1.0, zeros / TOTAL), (12, 3.0, 0.0)]
+    assert [tuple(scheduled) for scheduled in pruner.schedule] == [(4, 1.0, zeros / TOTAL), (12, 3.0, 0.0)]
     assert not pruner.is_due(3) and pruner.is_due(4)
     held = pruner.prune(weights, 4)
     for name in SHAPES:

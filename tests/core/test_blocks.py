@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import MemoryBudgetError
-from mfac_core.fisher.partition import BlockGroup, DeviceShare, cut, deal, working_bytes
+from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign, partition, working_bytes
 
 SIZES = st.integers(0, 1200)
 BLOCK_SIZES = st.one_of(st.none(), st.integers(1, 1500))
@@ -16,7 +16,7 @@ BYTES = st.integers(1, 200_000)
 
 @given(SIZES, BLOCK_SIZES, ROWS, ITEMSIZES, BYTES, BYTES)
 def test_blocks_tile_the_weights_exactly(d, block_size, m, itemsize, slab_bytes, chunk_bytes):
-    slabs = cut(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
+    slabs = partition(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
     blocks = [
         (group.start + i * group.width, group.start + (i + 1) * group.width)
         for group in slabs
@@ -29,7 +29,7 @@ def test_blocks_tile_the_weights_exactly(d, block_size, m, itemsize, slab_bytes,
 
 @given(SIZES, BLOCK_SIZES, ROWS, ITEMSIZES, BYTES, BYTES)
 def test_slabs_and_chunks_keep_to_their_bytes(d, block_size, m, itemsize, slab_bytes, chunk_bytes):
-    slabs = cut(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
+    slabs = partition(d, block_size, num_gradients=m, itemsize=itemsize, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes)
     column_bytes = max(m, 1) * itemsize
     for group in slabs:
         assert group.count == 1 or group.count * group.width * column_bytes <= slab_bytes
@@ -39,7 +39,7 @@ def test_slabs_and_chunks_keep_to_their_bytes(d, block_size, m, itemsize, slab_b
 
 @given(SIZES, BLOCK_SIZES, ROWS, BYTES, BYTES)
 def test_chunks_tile_their_slab(d, block_size, m, slab_bytes, chunk_bytes):
-    for group in cut(d, block_size, num_gradients=m, itemsize=4, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes):
+    for group in partition(d, block_size, num_gradients=m, itemsize=4, slab_bytes=slab_bytes, chunk_bytes=chunk_bytes):
         bounds = group.chunk_bounds
         assert bounds[0][0] == group.start and bounds[-1][1] == group.stop
         assert all(end == start for (_, end), (start, _) in zip(bounds, bounds[1:], strict=False))
@@ -47,16 +47,16 @@ def test_chunks_tile_their_slab(d, block_size, m, slab_bytes, chunk_bytes):
 
 
 def test_no_slab_of_several_blocks_is_cut_into_chunks():
-    slabs = cut(1000, 10, num_gradients=4, itemsize=4, slab_bytes=100_000, chunk_bytes=32)
+    slabs = partition(1000, 10, num_gradients=4, itemsize=4, slab_bytes=100_000, chunk_bytes=32)
     assert all(group.count == 1 or len(group.chunk_widths) == 1 for group in slabs)
 
 
 def test_small_blocks_share_a_slab_and_a_large_block_is_cut_into_chunks():
-    small = cut(95, 10, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=10_000)
+    small = partition(95, 10, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=10_000)
     assert [(g.start, g.count, g.chunk_widths) for g in small] == [
         (0, 4, (10,)), (40, 4, (10,)), (80, 1, (10,)), (90, 1, (5,))
     ]  # fmt: skip
-    large = cut(95, None, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=600)
+    large = partition(95, None, num_gradients=5, itemsize=4, slab_bytes=800, chunk_bytes=600)
     assert [(g.start, g.count, g.chunk_widths) for g in large] == [(0, 1, (24, 24, 24, 23))]
 
 
@@ -72,8 +72,8 @@ def shares(speeds, group_bytes=1, free_bytes=None):
     BYTES,
 )
 def test_every_block_is_dealt_once_and_in_order(d, block_size, speeds, slab_bytes, group_bytes):
-    slabs = cut(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
-    dealt = deal(slabs, shares(speeds, group_bytes), num_gradients=3, itemsize=4)
+    slabs = partition(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
+    dealt = assign(slabs, shares(speeds, group_bytes), num_gradients=3, itemsize=4)
     assert list(dealt) == [f"cuda:{i}" for i in range(len(speeds))]
     groups = [group for each in dealt.values() for group in each]
     assert [group.start for group in groups] == [0, *(group.stop for group in groups[:-1])]
@@ -88,46 +88,46 @@ def test_every_block_is_dealt_once_and_in_order(d, block_size, speeds, slab_byte
 
 @given(st.integers(1, 3000), st.integers(1, 300), st.lists(st.floats(0.1, 10), min_size=1, max_size=5), BYTES)
 def test_devices_get_columns_in_proportion_to_their_speed(d, block_size, speeds, slab_bytes):
-    slabs = cut(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
-    dealt = deal(slabs, shares(speeds), num_gradients=3, itemsize=4)
+    slabs = partition(d, block_size, num_gradients=3, itemsize=4, slab_bytes=slab_bytes)
+    dealt = assign(slabs, shares(speeds), num_gradients=3, itemsize=4)
     for speed, groups in zip(speeds, dealt.values(), strict=True):
         columns = sum(group.stop - group.start for group in groups)
         assert abs(columns - d * speed / sum(speeds)) <= slabs[0].width
 
 
 def test_no_blocks_are_dealt_to_nobody():
-    assert deal((), shares([1, 1]), num_gradients=3, itemsize=4) == {"cuda:0": (), "cuda:1": ()}
+    assert assign((), shares([1, 1]), num_gradients=3, itemsize=4) == {"cuda:0": (), "cuda:1": ()}
 
 
 def test_a_device_without_room_for_a_block_gets_none_and_one_with_little_room_small_groups():
-    slabs = cut(1000, 10, num_gradients=6, itemsize=4, slab_bytes=10**6)
+    slabs = partition(1000, 10, num_gradients=6, itemsize=4, slab_bytes=10**6)
     needed = working_bytes(BlockGroup(0, 1, (10,)), 6, 4)
     mixed = {
         "cuda:0": DeviceShare(1.0, 10**6, needed - 1),
         "cuda:1": DeviceShare(1.0, 10**6, 3 * needed),
         "cuda:2": DeviceShare(1.0, 10**6, None),
     }
-    dealt = deal(slabs, mixed, num_gradients=6, itemsize=4)
+    dealt = assign(slabs, mixed, num_gradients=6, itemsize=4)
     assert dealt["cuda:0"] == ()
     assert {group.count for group in dealt["cuda:1"]} <= {3, 2, 1} and dealt["cuda:1"][0].count == 3
     assert [group.count for group in dealt["cuda:2"]] == [50]
 
 
 def test_without_room_for_a_block_anywhere_the_error_names_devices_and_bytes():
-    slabs = cut(100, 10, num_gradients=6, itemsize=4, slab_bytes=1)
+    slabs = partition(100, 10, num_gradients=6, itemsize=4, slab_bytes=1)
     needed = working_bytes(slabs[0], 6, 4)
-    assert deal(slabs, shares([1, 1], free_bytes=needed), num_gradients=6, itemsize=4)["cuda:1"]
+    assert assign(slabs, shares([1, 1], free_bytes=needed), num_gradients=6, itemsize=4)["cuda:1"]
     with pytest.raises(MemoryBudgetError, match=f"cuda:0, cuda:1.*{needed:,}.*{needed - 1:,}"):
-        deal(slabs, shares([1, 1], free_bytes=needed - 1), num_gradients=6, itemsize=4)
+        assign(slabs, shares([1, 1], free_bytes=needed - 1), num_gradients=6, itemsize=4)
 
 
 @pytest.mark.parametrize("m, larger", [(2, 0), (6, 1)])
 def test_room_is_needed_for_the_block_that_takes_most(m, larger):
-    slabs = cut(15, 10, num_gradients=m, itemsize=4, slab_bytes=1)
+    slabs = partition(15, 10, num_gradients=m, itemsize=4, slab_bytes=1)
     needed = working_bytes(slabs[larger], m, 4)
     assert working_bytes(slabs[1 - larger], m, 4) < needed
     with pytest.raises(MemoryBudgetError, match=f"{needed:,}"):
-        deal(slabs, shares([1], free_bytes=needed - 1), num_gradients=m, itemsize=4)
+        assign(slabs, shares([1], free_bytes=needed - 1), num_gradients=m, itemsize=4)
 
 
 def test_working_bytes_grow_with_everything_that_is_held():

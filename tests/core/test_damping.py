@@ -19,7 +19,7 @@ from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.damping import dampings, mean_diagonals
 from mfac_core.fisher.factors import _least_damping
 from mfac_core.fisher.matrix import GradientMatrix
-from mfac_core.fisher.partition import cut
+from mfac_core.fisher.partition import partition
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.pruners.step import mfac_step
 from mfac_core.session.log_lines import pruning_step_line
@@ -160,7 +160,7 @@ class ChunkedMatrix(GradientMatrix):
 
     def __init__(self, gradients: np.ndarray, chunk_bytes: int) -> None:
         super().__init__([gradients], block_size=None)
-        self.slabs = cut(
+        self.slabs = partition(
             self.num_weights,
             None,
             num_gradients=self.count,

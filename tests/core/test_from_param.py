@@ -66,24 +66,24 @@ def test_the_first_pruning_step_prunes_exactly_the_zeros(kind, scope):
 @pytest.mark.parametrize("interpolation", ["linear", "cubic", "inverse_cubic"])
 def test_each_layer_follows_its_own_curve(kind, interpolation):
     pruner, weights = make(kind, interpolation=interpolation), make_weights()
-    for k, planned in enumerate(pruner.schedule):
-        result = prune(pruner, weights, planned.step)
+    for k, scheduled in enumerate(pruner.schedule):
+        result = prune(pruner, weights, scheduled.step)
         weights = result.weights
         for name, shape in SHAPES.items():
             size = int(np.prod(shape))
             wanted = sparsity_at(k / 3, initial=ZEROS[name] / size, final=0.9, interpolation=interpolation)
             assert np.sum(~result.masks[name]) == round(size * wanted)
-        assert result.sparsity == pytest.approx(planned.sparsity, abs=0.01)
-    assert k == 3 and planned.sparsity == 0.9
+        assert result.sparsity == pytest.approx(scheduled.sparsity, abs=0.01)
+    assert k == 3 and scheduled.sparsity == 0.9
 
 
 def test_over_all_weights_there_is_one_curve():
     pruner, weights = make(scope="global"), make_weights()
-    for k, planned in enumerate(pruner.schedule):
-        result = prune(pruner, weights, planned.step)
+    for k, scheduled in enumerate(pruner.schedule):
+        result = prune(pruner, weights, scheduled.step)
         weights = result.weights
-        assert planned.sparsity == sparsity_at(k / 3, initial=0.25, final=0.9, interpolation="linear")
-        assert result.sparsity == round(TOTAL * planned.sparsity) / TOTAL
+        assert scheduled.sparsity == sparsity_at(k / 3, initial=0.25, final=0.9, interpolation="linear")
+        assert result.sparsity == round(TOTAL * scheduled.sparsity) / TOTAL
 
 
 def test_a_measured_sparsity_differs_from_none():
@@ -107,13 +107,13 @@ def test_what_is_sparser_than_the_final_sparsity_stays_and_is_said_once(kind, sc
     said = [record.message for record in caplog.records]
     assert len(said) == 1 and "sparser than final_sparsity 0.2" in said[0]
     assert said[0].startswith("a, b:" if scope == "layer" else "the weights:")
-    for planned in pruner.schedule:
-        result = prune(pruner, weights, planned.step)
+    for scheduled in pruner.schedule:
+        result = prune(pruner, weights, scheduled.step)
         weights = result.weights
     zeros = {name: int(np.sum(~mask)) for name, mask in result.masks.items()}
     assert zeros == {"a": 30, "b": 20, "c": 12 if scope == "layer" else 0}
     assert len([record for record in caplog.records if "final_sparsity" in record.message]) == 1
-    assert planned.sparsity == pytest.approx((62 if scope == "layer" else 50) / TOTAL)
+    assert scheduled.sparsity == pytest.approx((62 if scope == "layer" else 50) / TOTAL)
 
 
 def test_a_single_pruning_step_takes_all_zeros_of_what_is_sparser_than_the_final_sparsity():
@@ -152,8 +152,8 @@ def test_only_zeros_that_fit_the_mask_type_count():
 @pytest.mark.parametrize("steps_before", [0, 1, 2])
 def test_a_resumed_run_goes_on_from_the_sparsities_of_its_start(kind, scope, steps_before):
     def run(pruner, weights, first, last):
-        for planned in pruner.schedule[first:last]:
-            result = prune(pruner, weights, planned.step)
+        for scheduled in pruner.schedule[first:last]:
+            result = prune(pruner, weights, scheduled.step)
             weights = result.weights
         return weights
 

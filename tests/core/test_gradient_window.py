@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher.matrix import GradientMatrix
-from mfac_core.fisher.partition import BlockGroup, cut
+from mfac_core.fisher.partition import BlockGroup, partition
 from mfac_core.fisher.window import GradientWindow
 from tests.core.strict_backend import strict_devices
 
@@ -26,15 +26,15 @@ few = settings(max_examples=60, deadline=None)
 def cutting(request, monkeypatch):
     """Run each test also with slabs of few blocks and blocks of several chunks, which otherwise take megabytes."""
     if request.param == "cut to pieces":
-        monkeypatch.setattr("mfac_core.fisher.window.cut", _cut_to_pieces)
-        monkeypatch.setattr("mfac_core.fisher.matrix.cut", _cut_to_pieces)
+        monkeypatch.setattr("mfac_core.fisher.window.partition", _cut_to_pieces)
+        monkeypatch.setattr("mfac_core.fisher.matrix.partition", _cut_to_pieces)
 
 
 def _cut_to_pieces(num_weights, block_size, *, num_gradients, itemsize, slab_bytes) -> tuple[BlockGroup, ...]:
     row = num_gradients * itemsize
     width = num_weights if block_size is None else block_size
     small = {"chunk_bytes": 4 * row, "slab_bytes": 1} if width > 4 else {"slab_bytes": 8 * row}
-    return cut(num_weights, block_size, num_gradients=num_gradients, itemsize=itemsize, **small)
+    return partition(num_weights, block_size, num_gradients=num_gradients, itemsize=itemsize, **small)
 
 
 def sample(i: int, d: int) -> np.ndarray:

@@ -103,7 +103,7 @@ def masked(masks: dict[str, np.ndarray]) -> list[int]:
 def test_each_planned_step_has_its_sparsity_and_the_last_is_exact(run):
     made, weights, steps_per_epoch, live = run
     pruner = make_pruner(made, weights, steps_per_epoch=steps_per_epoch, live_gradients=live)
-    planned = {each.step: each.sparsity for each in pruner.schedule}
+    scheduled = {each.step: each.sparsity for each in pruner.schedule}
     sizes = [int(np.prod(shape)) for shape in SHAPES.values()]
     exact = made.mask_type == "unstructured" and made.initial_sparsity != FROM_PARAM
 
@@ -112,9 +112,9 @@ def test_each_planned_step_has_its_sparsity_and_the_last_is_exact(run):
         return [round(size * sparsity) for size in parts]
 
     for step, _ in trained(pruner, weights, live, all_steps(made, steps_per_epoch)):
-        if exact and step in planned and (step or not live) and made.start_epoch * steps_per_epoch >= 1:
+        if exact and step in scheduled and (step or not live) and made.start_epoch * steps_per_epoch >= 1:
             found = masked(pruner.masks)
-            assert (found if made.scope == "layer" else [sum(found)]) == wanted(planned[step])
+            assert (found if made.scope == "layer" else [sum(found)]) == wanted(scheduled[step])
     assert pruner.is_finished
     if exact:
         found = masked(pruner.masks)

@@ -29,7 +29,7 @@ from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.pruners import Pruner
 from mfac_core.pruners.memory import window_bytes
-from mfac_core.schedules.pruning import PlannedStep
+from mfac_core.schedules.pruning import ScheduledStep
 
 SHAPES = {"a": (5, 6), "b": (11,), "c": (2, 4, 3)}
 TOTAL = 65
@@ -323,7 +323,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     before = copy.deepcopy(pruner.state_dict())
     zeros = NumpyBackend.zeros
     with monkeypatch.context() as patch:  # the first chunk of the new window is made, and the second is not
-        patch.setattr("mfac_core.fisher.window.cut", cut_into_blocks)
+        patch.setattr("mfac_core.fisher.window.partition", cut_into_blocks)
         patch.setattr(NumpyBackend, "zeros", raises(MemoryError, 4, zeros))
         with pytest.raises(MemoryError):
             pruner.prune(weights)
@@ -332,7 +332,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
 
 
 def cut_into_blocks(num_weights: int, block_size: int | None, **options: Any) -> Any:
-    return mfac_core.fisher.partition.cut(num_weights, block_size, **{**options, "slab_bytes": 1})
+    return mfac_core.fisher.partition.partition(num_weights, block_size, **{**options, "slab_bytes": 1})
 
 
 def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before(monkeypatch):
@@ -365,6 +365,6 @@ def test_windows_between_the_parts_of_a_pruning_step_are_counted():
 
 def test_the_window_after_a_pruning_step_that_passes_a_waiting_one_over_is_counted():
     settings = MFACSettings(final_sparsity=0.9, end_epoch=2, num_gradients={0.0: 10, 0.5: 80})
-    schedule = [PlannedStep(0, 0.0, 0.2), PlannedStep(8, 1.0, 0.8), PlannedStep(16, 2.0, 0.9)]
+    schedule = [ScheduledStep(0, 0.0, 0.2), ScheduledStep(8, 1.0, 0.8), ScheduledStep(16, 2.0, 0.9)]
     assert window_bytes(settings, 1000, schedule) == 4 * (10 * 1000 + 80 * 200)
     assert window_bytes(settings, 1000, schedule, live_gradients=False) == 4 * 80 * 200

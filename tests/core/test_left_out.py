@@ -124,9 +124,9 @@ def test_other_layers_beside_frozen_weights_are_no_adapters():
 
 def test_a_warning_is_logged_once_where_there_is_a_memory(caplog):
     logger = logging.getLogger("mfac_core")
-    told: set[str] = set()
+    logged: set[str] = set()
     for _ in range(2):
-        warn_once(logger, ["this 100%"], told)
+        warn_once(logger, ["this 100%"], logged)
     assert [record.getMessage() for record in caplog.records] == ["this 100%"]
     warn_once(logger, ["this 100%"])
     assert len(caplog.records) == 2

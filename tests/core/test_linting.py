@@ -199,9 +199,9 @@ class TestDescribe:
         alternating = ACDCSettings(compression_sparsity=0.9, start_epoch=1.0, end_epoch=5.0, update_frequency=2.0)
         for steps_per_epoch in (None, 10):
             rows = describe(recipe(alternating), steps_per_epoch)
-            planned = pruning_schedule(alternating, steps_per_epoch or 10)
-            assert [(row.epoch, row.sparsity) for row in rows] == [(each.epoch, each.sparsity) for each in planned]
-            assert [row.step for row in rows] == [each.step if steps_per_epoch else None for each in planned]
+            scheduled = pruning_schedule(alternating, steps_per_epoch or 10)
+            assert [(row.epoch, row.sparsity) for row in rows] == [(each.epoch, each.sparsity) for each in scheduled]
+            assert [row.step for row in rows] == [each.step if steps_per_epoch else None for each in scheduled]
             assert rows[-1].sparsity == 0.9
 
     def test_masks_that_are_held_make_no_pruning_step(self):

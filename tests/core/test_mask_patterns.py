@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
-from mfac_core.masks.patterns import mask_patterns, meant_sparsity
+from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from tests import reference
 
 
@@ -188,4 +188,4 @@ def test_a_mask_type_may_be_written_as_in_recipes():
     ],
 )
 def test_a_sparsity_that_is_rounded_means_exactly_n_of_m(mask_type, written, meant):
-    assert meant_sparsity(mask_type, written) == meant
+    assert snap_to_n_of_m(mask_type, written) == meant

@@ -90,14 +90,14 @@ def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gr
             assert pruner.observe(gradients)
             rows.append(np.concatenate([gradients[name].ravel() for name in SHAPES]))
         if pruner.is_due(step + 1):
-            planned = pruner.next_step
+            scheduled = pruner.next_step
             reached = sparsities[-1] if sparsities else 0.0
             recent = np.array(rows[-num_gradients_at(settings.num_gradients, reached) :])
             masks = pruner.masks
             expected = reference.prune(
                 weights,
                 recent,
-                sparsity=planned.sparsity,
+                sparsity=scheduled.sparsity,
                 masks=masks,
                 block_size=20,
                 damping=damping,
@@ -116,9 +116,9 @@ def test_a_gradual_run_equals_dense_pruning_steps_on_the_recent_gradients(num_gr
             assert result.predicted_loss_increase == pytest.approx(expected.predicted_loss_increase, rel=1e-3)
             assert result.sparsity == pruner.sparsity == pytest.approx(expected.sparsity)
             weights = result.weights
-            sparsities.append(planned.sparsity)
-            rows = rows[-num_gradients_at(settings.num_gradients, planned.sparsity) :]
-    assert sparsities == [planned.sparsity for planned in pruner.schedule]
+            sparsities.append(scheduled.sparsity)
+            rows = rows[-num_gradients_at(settings.num_gradients, scheduled.sparsity) :]
+    assert sparsities == [scheduled.sparsity for scheduled in pruner.schedule]
     assert len(sparsities) == 4
 
 
@@ -131,12 +131,12 @@ def test_gradients_are_needed_only_in_the_last_steps_before_a_pruning_step():
             pruner.observe(gradient_at(step))
         if pruner.is_due(step + 1):
             weights = pruner.prune(weights, step + 1).weights
-    sparsities = [0.0, *(planned.sparsity for planned in pruner.schedule)]
+    sparsities = [0.0, *(scheduled.sparsity for scheduled in pruner.schedule)]
     expected = []
-    for reached, planned in zip(sparsities, pruner.schedule, strict=False):
-        expected += range(planned.step - num_gradients_at(SETTINGS.num_gradients, reached), planned.step)
+    for reached, scheduled in zip(sparsities, pruner.schedule, strict=False):
+        expected += range(scheduled.step - num_gradients_at(SETTINGS.num_gradients, reached), scheduled.step)
     assert asked == expected
-    assert [planned.step for planned in pruner.schedule] == [8, 16, 24, 32]
+    assert [scheduled.step for scheduled in pruner.schedule] == [8, 16, 24, 32]
 
 
 def test_a_pruning_step_is_due_from_its_step_on_until_it_is_done():
@@ -467,9 +467,9 @@ def test_a_partial_window_is_used_and_said_once(caplog):
     pruner = make_mfac(replace(SETTINGS, num_gradients=20))
     with caplog.at_level(logging.WARNING, "mfac_core"):
         weights = train(pruner, make_weights())
-    told = [record.message for record in caplog.records]
-    assert len(told) == 1
-    assert re.search(r"\b8\b.*\b20\b", told[0])
+    logged = [record.message for record in caplog.records]
+    assert len(logged) == 1
+    assert re.search(r"\b8\b.*\b20\b", logged[0])
     assert sum(int(np.sum(weights[name] == 0)) for name in SHAPES) == round(30 * 0.8) + round(11 * 0.8) + round(
         24 * 0.8
     )
@@ -567,7 +567,7 @@ def test_memory_is_counted_at_the_largest_window_of_the_run():
     early = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 110})
     late = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 1000})
     assert peak_window(early, TOTAL, schedule) == (100, TOTAL)
-    reached = next(planned.sparsity for planned in schedule if planned.sparsity >= 0.5)
+    reached = next(scheduled.sparsity for scheduled in schedule if scheduled.sparsity >= 0.5)
     assert peak_window(late, TOTAL, schedule) == (1000, TOTAL - round(TOTAL * reached))
 
 
@@ -707,11 +707,11 @@ def test_pairs_become_gradually_and_end_exact(kind, scope):
     axes = {"kernel": (2, 0, 1)}  # output, kernel, input
     pruner = make_pruner(kind(**options), weights, steps_per_epoch=2, axes=axes)
     sparsities, before = [], None
-    for planned in pruner.schedule:
+    for scheduled in pruner.schedule:
         if kind is MFACSettings:
             for _ in range(3):
                 pruner.observe({name: rng.standard_normal(array.shape) for name, array in weights.items()})
-        result = pruner.prune(weights, planned.step)
+        result = pruner.prune(weights, scheduled.step)
         weights, masks = result.weights, result.masks
         by_input = masks["kernel"].transpose(2, 0, 1).reshape(-1, 4).sum(axis=1)
         assert by_input.min() >= 2

@@ -89,14 +89,14 @@ def parts_of_live_run(pruner: MFACPruner, last_step: int = 3 * LONG):
             if not pruner.uses_gradients(step + 1):
                 yield step + 1, pruner.prune(weights, step + 1), None
                 continue
-            masks, planned, used = pruner.masks, pruner.next_step, np.array(rows[-pruner.num_gradients :])
+            masks, scheduled, used = pruner.masks, pruner.next_step, np.array(rows[-pruner.num_gradients :])
             settings, part = pruner.settings, pruner.state_dict()["parts_done"]
             left = pruner._progress.parts - part
             now = reached(masks, settings.scope)
             wanted = {
-                name: way(value, planned.sparsity, left, settings.recomputation_spacing)
+                name: way(value, scheduled.sparsity, left, settings.recomputation_spacing)
                 if left > 1
-                else planned.sparsity
+                else scheduled.sparsity
                 for name, value in now.items()
             }
             expected = reference.prune(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
-from mfac_core.schedules.pruning import interpolate, num_gradients_at, planned_epochs, pruning_schedule, sparsity_at
+from mfac_core.schedules.pruning import interpolate, num_gradients_at, pruning_epochs, pruning_schedule, sparsity_at
 from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
 KINDS = ("linear", "cubic", "inverse_cubic")
@@ -84,14 +84,14 @@ def test_sparsity_never_rounds_past_its_end():
 
 
 def test_schedule_of_the_documentation():
-    planned = pruning_schedule(
+    scheduled = pruning_schedule(
         settings(initial_sparsity=0.05, final_sparsity=0.85, start_epoch=1.0, end_epoch=61.0, update_frequency=4.0), 100
     )
-    assert [step.step for step in planned] == list(range(100, 6101, 400))
-    assert [step.epoch for step in planned] == [1.0 + 4.0 * k for k in range(16)]
-    assert planned[0].sparsity == 0.05
-    assert planned[-1] == (6100, 61.0, 0.85)
-    assert planned[1].sparsity == pytest.approx(0.05 + 0.8 * (1 - (14 / 15) ** 3))
+    assert [step.step for step in scheduled] == list(range(100, 6101, 400))
+    assert [step.epoch for step in scheduled] == [1.0 + 4.0 * k for k in range(16)]
+    assert scheduled[0].sparsity == 0.05
+    assert scheduled[-1] == (6100, 61.0, 0.85)
+    assert scheduled[1].sparsity == pytest.approx(0.05 + 0.8 * (1 - (14 / 15) ** 3))
 
 
 @pytest.mark.parametrize(
@@ -108,20 +108,20 @@ def test_schedule_of_the_documentation():
     ],
 )
 def test_schedule_steps(changes, steps_per_epoch, steps):
-    planned = pruning_schedule(settings(**changes), steps_per_epoch)
-    assert [step.step for step in planned] == steps
-    assert planned[-1].sparsity == 0.8
+    scheduled = pruning_schedule(settings(**changes), steps_per_epoch)
+    assert [step.step for step in scheduled] == steps
+    assert scheduled[-1].sparsity == 0.8
 
 
 def test_start_equal_to_end_prunes_once_to_the_final_sparsity():
-    planned = pruning_schedule(settings(initial_sparsity=0.3, start_epoch=4.0, end_epoch=4.0), 7)
-    assert planned == ((28, 4.0, 0.8),)
+    scheduled = pruning_schedule(settings(initial_sparsity=0.3, start_epoch=4.0, end_epoch=4.0), 7)
+    assert scheduled == ((28, 4.0, 0.8),)
 
 
 def test_epochs_that_share_the_last_step_become_one_step_at_the_final_sparsity():
-    planned = pruning_schedule(settings(start_epoch=0.0, end_epoch=1.0, update_frequency=0.3), 2)
-    assert [(step.step, step.epoch) for step in planned] == [(0, 0.0), (1, 0.3), (2, 1.0)]
-    assert planned[-1].sparsity == 0.8
+    scheduled = pruning_schedule(settings(start_epoch=0.0, end_epoch=1.0, update_frequency=0.3), 2)
+    assert [(step.step, step.epoch) for step in scheduled] == [(0, 0.0), (1, 0.3), (2, 1.0)]
+    assert scheduled[-1].sparsity == 0.8
 
 
 def test_rounding_noise_makes_no_extra_step_just_before_the_end():
@@ -130,34 +130,34 @@ def test_rounding_noise_makes_no_extra_step_just_before_the_end():
     run = settings(start_epoch=0.0, end_epoch=3.5, update_frequency=just_under)
     assert [step.step for step in pruning_schedule(run, 1)] == [0, 2, 4]
     noisy = settings(start_epoch=0.0, end_epoch=3.0, update_frequency=0.9999999999)
-    assert planned_epochs(noisy) == (0.0, 0.9999999999, 1.9999999998, 3.0)
+    assert pruning_epochs(noisy) == (0.0, 0.9999999999, 1.9999999998, 3.0)
 
 
 def test_noise_guard_keeps_a_start_that_is_close_to_the_end_in_periods():
     far = settings(start_epoch=0.0, end_epoch=1.0, update_frequency=1e9)
-    assert planned_epochs(far) == (0.0, 1.0)
+    assert pruning_epochs(far) == (0.0, 1.0)
 
 
 @given(schedules())
 def test_schedule_properties(case):
     run, steps_per_epoch = case
-    planned = pruning_schedule(run, steps_per_epoch)
-    steps = [step.step for step in planned]
-    sparsities = [step.sparsity for step in planned]
+    scheduled = pruning_schedule(run, steps_per_epoch)
+    steps = [step.step for step in scheduled]
+    sparsities = [step.sparsity for step in scheduled]
     assert steps == sorted(set(steps))
     assert sparsities == sorted(sparsities)
-    assert planned[-1].step == round(run.end_epoch * steps_per_epoch)
-    assert planned[-1].sparsity == run.final_sparsity
-    assert planned[-1].epoch == run.end_epoch
-    assert planned[0].step == round(run.start_epoch * steps_per_epoch)
-    if len(planned) > 1:
-        assert planned[0].sparsity == run.initial_sparsity
+    assert scheduled[-1].step == round(run.end_epoch * steps_per_epoch)
+    assert scheduled[-1].sparsity == run.final_sparsity
+    assert scheduled[-1].epoch == run.end_epoch
+    assert scheduled[0].step == round(run.start_epoch * steps_per_epoch)
+    if len(scheduled) > 1:
+        assert scheduled[0].sparsity == run.initial_sparsity
 
 
 @given(schedules())
 def test_schedule_does_not_drift(case):
     run, steps_per_epoch = case
-    epochs = planned_epochs(run)
+    epochs = pruning_epochs(run)
     for k, epoch in enumerate(epochs[:-1]):
         exact = Fraction(run.start_epoch) + k * Fraction(run.update_frequency)
         assert abs(Fraction(epoch) - exact) <= Fraction(1, 10**12)
@@ -223,23 +223,23 @@ def acdc(**changes: object) -> ACDCSettings:
     ],
 )
 def test_phases_of_acdc(changes, epochs, compressed):
-    planned = pruning_schedule(acdc(**changes), 10)
-    assert [step.epoch for step in planned] == epochs == list(planned_epochs(acdc(**changes)))
-    assert [step.step for step in planned] == [round(10 * epoch) for epoch in epochs]
-    assert [step.sparsity for step in planned] == [0.9 if phase == "c" else 0.0 for phase in compressed]
+    scheduled = pruning_schedule(acdc(**changes), 10)
+    assert [step.epoch for step in scheduled] == epochs == list(pruning_epochs(acdc(**changes)))
+    assert [step.step for step in scheduled] == [round(10 * epoch) for epoch in epochs]
+    assert [step.sparsity for step in scheduled] == [0.9 if phase == "c" else 0.0 for phase in compressed]
 
 
 @given(st.floats(0, 5), st.floats(0, 20), st.floats(0.05, 5), st.integers(1, 50))
 def test_acdc_alternates_and_ends_compressed(start, length, frequency, steps_per_epoch):
     run = acdc(start_epoch=start, end_epoch=start + length, update_frequency=frequency)
-    planned = pruning_schedule(run, steps_per_epoch)
-    steps = [step.step for step in planned]
+    scheduled = pruning_schedule(run, steps_per_epoch)
+    steps = [step.step for step in scheduled]
     assert steps == sorted(set(steps))
-    assert planned[-1].sparsity == 0.9 and planned[-1].step == round(run.end_epoch * steps_per_epoch)
-    phases = [k for k, _ in enumerate(planned_epochs(run)[:-1])]
+    assert scheduled[-1].sparsity == 0.9 and scheduled[-1].step == round(run.end_epoch * steps_per_epoch)
+    phases = [k for k, _ in enumerate(pruning_epochs(run)[:-1])]
     for k in phases:
         begins = Fraction(start) + k * Fraction(frequency)
-        assert abs(Fraction(planned_epochs(run)[k]) - begins) <= Fraction(1, 10**12)
+        assert abs(Fraction(pruning_epochs(run)[k]) - begins) <= Fraction(1, 10**12)
     assert len(phases) in (0, 1) or len(phases) % 2 == 0
 
 

@@ -164,7 +164,7 @@ def test_layers_that_are_too_sparse_already_ask_for_nothing():
     settings = MFACSettings(final_sparsity=0.8, end_epoch=3.0, num_gradients=4)
     pruner = make_pruner(settings, make_weights(), steps_per_epoch=STEPS_PER_EPOCH, masks=masks)
     assert not any(pruner.needs_gradients(step) for step in range(40))
-    assert not any(pruner.uses_gradients(planned.step) for planned in pruner.schedule)
+    assert not any(pruner.uses_gradients(scheduled.step) for scheduled in pruner.schedule)
     while not pruner.is_finished:
         pruner.prune(make_weights())
     assert pruner.sparsity == 0.9

@@ -33,7 +33,7 @@ def normal(rows: int, columns: int, dtype: type = np.float32) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((rows, columns)).astype(dtype)
 
 
-def told(rows: np.ndarray, *, damping: Damping = DAMPING, block_size: int | None = 100) -> list[str]:
+def logged(rows: np.ndarray, *, damping: Damping = DAMPING, block_size: int | None = 100) -> list[str]:
     """Which of the sentences are told of rows; the same of plain arrays and of a window."""
     matrix = window_warnings(GradientMatrix([rows], block_size=block_size), damping=damping)
     window = GradientWindow(rows.shape[1], len(rows), block_size=block_size, dtype=rows.dtype)
@@ -73,35 +73,35 @@ def test_the_number_of_distinct_rows_is_that_of_a_plain_comparison(
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_healthy_rows_are_not_spoken_of(dtype: type, block_size: int | None) -> None:
     rows = normal(8, 10_000, dtype)
-    assert told(rows, block_size=block_size) == []
-    assert told(rows[:1], block_size=block_size) == []
+    assert logged(rows, block_size=block_size) == []
+    assert logged(rows[:1], block_size=block_size) == []
     # a gradient of few weights, as of embeddings, in rows that share most of what they hold
     sparse = np.zeros_like(rows)
     sparse[:, -3:] = 1 + 0.01 * rows[:, :3]
-    assert told(sparse, block_size=block_size) == []
+    assert logged(sparse, block_size=block_size) == []
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_rows_of_zeros_are_named_alone(count: int) -> None:
-    assert told(np.zeros((count, 10_000), np.float32)) == [ZERO]
-    assert told(-np.zeros((count, 300))) == [ZERO]
+    assert logged(np.zeros((count, 10_000), np.float32)) == [ZERO]
+    assert logged(-np.zeros((count, 300))) == [ZERO]
     one = np.zeros((count, 10_000), np.float32)
     one[0, -1] = 1
-    assert ZERO not in told(one)
+    assert ZERO not in logged(one)
 
 
 def test_rounding_errors_are_named_by_the_norm_of_rows_in_their_precision() -> None:
     rows = normal(4, 10_000) / 100  # of norm 1
-    assert told(1e-6 * rows) == [NOISE]
-    assert told(1e-6 * rows, damping=1e-30) == [NOISE]
-    assert told(1e-5 * rows, damping=1e-30) == []
+    assert logged(1e-6 * rows) == [NOISE]
+    assert logged(1e-6 * rows, damping=1e-30) == [NOISE]
+    assert logged(1e-5 * rows, damping=1e-30) == []
     in_double = (normal(4, 10_000, np.float64)) / 100
-    assert told(1e-6 * in_double, damping=1e-30) == []
-    assert told(1e-15 * in_double, damping=1e-300) == [NOISE]
-    assert told(1e-6 * rows, damping="auto") == [NOISE]
+    assert logged(1e-6 * in_double, damping=1e-30) == []
+    assert logged(1e-15 * in_double, damping=1e-300) == [NOISE]
+    assert logged(1e-6 * rows, damping="auto") == [NOISE]
     mixed = 1e-6 * rows
     mixed[2] = rows[2]  # one sample is enough
-    assert told(mixed, damping=1e-12) == []
+    assert logged(mixed, damping=1e-12) == []
 
 
 @pytest.mark.parametrize("block_size", [50, 5000, None])
@@ -109,9 +109,9 @@ def test_a_damping_hides_the_fisher_where_no_block_has_a_trace_beside_it(block_s
     rows = 1e-3 * normal(4, 10_000)
     width = block_size or 10_000
     traces = [np.sum(rows[:, start : start + width].astype(float) ** 2) / 4 for start in range(0, 10_000, width)]
-    assert told(rows, block_size=block_size, damping=101 * max(traces)) == [LOST]
-    assert told(rows, block_size=block_size, damping=99 * max(traces)) == []
-    assert told(rows, block_size=block_size, damping="auto") == []
+    assert logged(rows, block_size=block_size, damping=101 * max(traces)) == [LOST]
+    assert logged(rows, block_size=block_size, damping=99 * max(traces)) == []
+    assert logged(rows, block_size=block_size, damping="auto") == []
 
 
 def test_where_the_damping_hides_the_fisher_the_mask_is_that_of_magnitude(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,33 +127,33 @@ def test_where_the_damping_hides_the_fisher_the_mask_is_that_of_magnitude(caplog
 
 def test_equal_and_nearly_equal_rows_are_named_and_similar_ones_are_not() -> None:
     row = normal(1, 10_000)
-    assert told(np.repeat(row, 4, axis=0)) == [EQUAL]
+    assert logged(np.repeat(row, 4, axis=0)) == [EQUAL]
     differences = np.random.default_rng(1).standard_normal((4, 10_000)).astype(np.float32)
-    assert told(row + 1e-4 * differences) == [ALIKE]
-    assert told(row + 1e-2 * differences) == []
-    assert told(1e-4 * (row + 1e-4 * differences), damping=1e3) == [LOST, ALIKE]
+    assert logged(row + 1e-4 * differences) == [ALIKE]
+    assert logged(row + 1e-2 * differences) == []
+    assert logged(1e-4 * (row + 1e-4 * differences), damping=1e3) == [LOST, ALIKE]
     # differences that come last count as well
     late = np.repeat(row, 4, axis=0)
     late[:, -100:] += differences[:, -100:]
-    assert told(late) == []
-    assert told(late[[0, 1, 2, 2]]) == [REPEATED]
+    assert logged(late) == []
+    assert logged(late[[0, 1, 2, 2]]) == [REPEATED]
 
 
 def test_rows_that_differ_in_their_last_column_alone_are_nearly_equal() -> None:
     gradients = np.ones((2, 10_000), np.float32)
-    assert told(gradients) == [EQUAL]
+    assert logged(gradients) == [EQUAL]
     gradients[1, -1] = 1.5
-    assert told(gradients) == []
+    assert logged(gradients) == []
     gradients[1, -1] = 1.1
-    assert told(gradients) == [ALIKE]
+    assert logged(gradients) == [ALIKE]
 
 
 def test_no_numbers_are_too_large_or_undefined_to_be_looked_at() -> None:
-    assert told(normal(4, 300) * np.float32(2e37)) == []
-    assert told(normal(4, 300, np.float64) * 1e200) == []
+    assert logged(normal(4, 300) * np.float32(2e37)) == []
+    assert logged(normal(4, 300, np.float64) * 1e200) == []
     rows = normal(4, 300)
     rows[1, 5] = np.nan
-    assert told(rows) == []
+    assert logged(rows) == []
     assert window_warnings(GradientMatrix([np.zeros((0, 3))], block_size=None), damping=DAMPING) == []
 
 

@@ -37,7 +37,7 @@ def test_a_sample_in_parts_is_stored_as_the_whole(size, block_size, cuts, elsewh
     if elsewhere:
         options["device"] = strict_devices(2, StrictBackend())[1]
     whole, parts = (GradientWindow(size, 3, **options) for _ in range(2))
-    cuts = sorted(min(cut, size) for cut in cuts)
+    cuts = sorted(min(partition, size) for partition in cuts)
     for step in range(5):
         row = np.random.default_rng(step).standard_normal(size).astype(np.float32)
         whole.push(row)

@@ -398,8 +398,8 @@ def test_a_variable_takes_a_transposed_array_of_a_gpu():
         (({"x": np.ones(3)},), "to sample gradients from is a dict; pass batches"),
     ],
 )
-def test_arguments_of_a_sampler_in_the_wrong_place_are_refused_by_name(arguments, told):
-    with pytest.raises(TypeError, match=told):
+def test_arguments_of_a_sampler_in_the_wrong_place_are_refused_by_name(arguments, logged):
+    with pytest.raises(TypeError, match=logged):
         GradientSampler(*arguments)
 
 

@@ -400,8 +400,8 @@ def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
 def test_changes_are_told_when_they_are_made(task, caplog):
     with caplog.at_level("INFO", logger="mfac_keras"):
         task.fit(task.model("sgd"), MFACPruningCallback(FROZEN_AND_DECAYED, verbose=0), epochs=3)
-    told = [line.getMessage() for line in caplog.records if line.levelname == "INFO" and line.name == "mfac_keras"]
-    assert [re.sub("sgd[_0-9]*", "sgd", line.lower()) for line in told] == [
+    logged = [line.getMessage() for line in caplog.records if line.levelname == "INFO" and line.name == "mfac_keras"]
+    assert [re.sub("sgd[_0-9]*", "sgd", line.lower()) for line in logged] == [
         "the weight decay of sgd is 0.5",
         "from step 5 on, not trained: tiny/body/kernel, tiny/body/bias",
         "from step 10 on, not trained: nothing, all are trained again",

@@ -159,11 +159,11 @@ def test_dropout_drops_the_same_before_and_after_and_training_draws_as_without(m
 
 
 def test_loggers_are_told_of_the_measured_change(model, batches, caplog):
-    told = []
+    logged = []
 
     class Board:
         def log_scalar(self, tag, value, step):
-            told.append((tag, value, step))
+            logged.append((tag, value, step))
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     manager = ScheduledModifierManager([modifier(params=["0.weight"]), modifier(params=["3.weight"], num_grads=10)])
@@ -171,7 +171,7 @@ def test_loggers_are_told_of_the_measured_change(model, batches, caplog):
         manager.modify(model, optimizer, 2, grad_sampler=GradSampler(batches, F.cross_entropy), loggers=Board())
         F.cross_entropy(model(batches[0][0]), batches[0][1]).backward()
         optimizer.step()
-    changes = {tag: value for tag, value, _ in told if tag.startswith("PruningStep")}
+    changes = {tag: value for tag, value, _ in logged if tag.startswith("PruningStep")}
     said = [float(found.group(1)) for found in map(LINE.search, caplog.messages) if found]
     assert list(changes) == [
         "PruningStep/measured_loss_change/MFACPruningModifier 1",

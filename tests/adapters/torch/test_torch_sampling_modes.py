@@ -262,8 +262,8 @@ def test_a_real_model_of_transformers_is_pruned_without_any_wrapper():
         (({"x": torch.randn(3)}, F.cross_entropy), "data_loader_or_builder is a dict; pass an iterable of batches"),
     ],
 )
-def test_arguments_in_the_wrong_place_are_refused_by_name(arguments, told):
-    with pytest.raises(TypeError, match=told):
+def test_arguments_in_the_wrong_place_are_refused_by_name(arguments, logged):
+    with pytest.raises(TypeError, match=logged):
         GradSampler(*arguments)
 
 

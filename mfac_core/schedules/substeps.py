@@ -14,7 +14,7 @@ from typing import overload
 
 from mfac_core.settings.checks import Recomputations, Spacing
 
-__all__ = ["MOST_REMOVED", "Sparsity", "num_parts", "of_layer", "part_of_the_way", "part_step"]
+__all__ = ["MOST_REMOVED", "Sparsity", "num_substeps", "of_layer", "substep_sparsity", "substep_due"]
 
 Sparsity = float | Mapping[str, float]
 """Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
@@ -25,7 +25,7 @@ MOST_REMOVED = 0.22
 _NOISE = 1e-9
 
 
-def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputations) -> int:
+def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputations) -> int:
     """Return in how many parts a pruning step is done.
 
     Args:
@@ -38,7 +38,7 @@ def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputa
         At least 1; exactly 1 where the sparsity is reached.
 
     Example:
-        >>> [num_parts(0.0, sparsity, "auto") for sparsity in (0.0, 0.2, 0.9, 0.95, 0.98)]
+        >>> [num_substeps(0.0, sparsity, "auto") for sparsity in (0.0, 0.2, 0.9, 0.95, 0.98)]
         [1, 1, 10, 13, 16]
     """
     ways = [(now, of_layer(wanted, name)) for name, now in _by_name(reached).items()]
@@ -52,10 +52,10 @@ def num_parts(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputa
 
 
 @overload
-def part_of_the_way(reached: float, wanted: float, parts_left: int, spacing: Spacing) -> float: ...
+def substep_sparsity(reached: float, wanted: float, parts_left: int, spacing: Spacing) -> float: ...
 @overload
-def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity: ...
-def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity:
+def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity: ...
+def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity:
     """Return the sparsity that the next part of a pruning step reaches.
 
     With ``k`` parts left, the kept fraction goes from ``a`` to ``b`` by the factor ``(b / a) ** (1 / k)`` in each
@@ -72,9 +72,9 @@ def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacin
         it is reached already.
 
     Example:
-        >>> part_of_the_way({"a": 0.0, "b": 0.5}, 0.75, 3, "linear")
+        >>> substep_sparsity({"a": 0.0, "b": 0.5}, 0.75, 3, "linear")
         {'a': 0.25, 'b': 0.5833333333333334}
-        >>> [round(part_of_the_way(0.0, 0.75, 2, spacing), 3) for spacing in ("geometric", "linear")]
+        >>> [round(substep_sparsity(0.0, 0.75, 2, spacing), 3) for spacing in ("geometric", "linear")]
         [0.5, 0.375]
     """
     if parts_left == 1:
@@ -92,7 +92,7 @@ def part_of_the_way(reached: Sparsity, wanted: Sparsity, parts_left: int, spacin
     return nextof_layer(reached, of_layer(wanted, _ALL))
 
 
-def part_step(planned: int, before: int | None, part: int, parts: int, num_gradients: int) -> int:
+def substep_due(scheduled: int, before: int | None, part: int, parts: int, num_gradients: int) -> int:
     """Return the optimizer step at which a part of a pruning step is due, where gradients are those of training.
 
     The last part is due at the planned step. The others come before it, each ``num_gradients`` steps before the next,
@@ -100,7 +100,7 @@ def part_step(planned: int, before: int | None, part: int, parts: int, num_gradi
     pruning step does not begin before its time: all its parts are due at once.
 
     Args:
-        planned: The step that the pruning step is planned for.
+        scheduled: The step that the pruning step is planned for.
         before: That of the pruning step before; ``None`` for the first.
         part: Which part, from 0 on.
         parts: How many there are.
@@ -110,14 +110,14 @@ def part_step(planned: int, before: int | None, part: int, parts: int, num_gradi
         Completed optimizer steps.
 
     Example:
-        >>> [part_step(100, 40, part, 3, num_gradients=16) for part in range(3)]
+        >>> [substep_due(100, 40, part, 3, num_gradients=16) for part in range(3)]
         [68, 84, 100]
-        >>> [part_step(100, 40, part, 3, num_gradients=64) for part in range(3)]
+        >>> [substep_due(100, 40, part, 3, num_gradients=64) for part in range(3)]
         [60, 80, 100]
     """
     if before is None:
-        return planned
-    return planned - (parts - 1 - part) * min(num_gradients, (planned - before) // parts)
+        return scheduled
+    return scheduled - (parts - 1 - part) * min(num_gradients, (scheduled - before) // parts)
 
 
 _ALL = "all"
