@@ -388,7 +388,7 @@ def test_a_variable_takes_a_transposed_array_of_a_gpu():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "logged"),
     [
         (("mse", [1]), "loss is a list"),
         ((keras.losses.mean_squared_error, (1, 2)), "loss is a tuple"),

@@ -252,7 +252,7 @@ def test_a_real_model_of_transformers_is_pruned_without_any_wrapper():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "logged"),
     [
         ((F.cross_entropy, [1]), "the batches come first"),
         ((nn.CrossEntropyLoss(), [1]), "the batches come first"),
