@@ -233,7 +233,7 @@ def _gradual(
 ) -> tuple[ScheduledStep, ...]:
     if sparsities is None:
         initial = 0.0 if settings.initial_sparsity == FROM_PARAM else float(settings.initial_sparsity)
-        sparsities = (initial, _one_final_sparsity(settings))
+        sparsities = (initial, one_final_sparsity(settings))
     first = round(settings.start_epoch * steps_per_epoch)
     last = round(settings.end_epoch * steps_per_epoch)
     *before_end, end = pruning_epochs(settings)
@@ -257,7 +257,7 @@ def _gradual(
     return (*between, ScheduledStep(last, end, sparsities[1]))
 
 
-def _one_final_sparsity(settings: GradualSettings) -> float:
+def one_final_sparsity(settings: GradualSettings) -> float:
     if isinstance(settings.final_sparsity, Mapping):
         raise SettingError(
             "final_sparsity",
