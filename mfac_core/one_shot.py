@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.matrix import GradientMatrix
@@ -17,7 +16,7 @@ from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
-from mfac_core.pruners.step import PruneResult, mfac_step
+from mfac_core.pruners.step import Mask, PruneResult, mfac_step, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (
     Damping,
@@ -131,14 +130,14 @@ def prune(
     vector = layout.flatten(named)
     mask = _flat_mask(masks, layout)
     layout.check_finite(vector, mask, "prune from finite weights, or mask these")
-    vector[~mask] = 0
+    vector = scatter_unpruned(take_unpruned(vector, mask), mask)
 
-    def in_form(values: npt.NDArray[Any]) -> Any:
-        return _like(layout.unflatten_like(values, named), weights, named)
+    def in_form(values: Array) -> Any:
+        return _in_form(layout.unflatten_like(values, named), weights)
 
     rows_at = _rows_for_substeps(gradients, weights, layout, in_form)
     # zeros are pruned first, whether a mask has pruned them already or not
-    reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
+    reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
     substeps = num_substeps(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
@@ -150,22 +149,23 @@ def prune(
             _warn_of_gradients(source, damping, 1 if callable(gradients) else substeps)
         wanted = substep_sparsity(reached, sparsity, substeps_left, recomputation_spacing)
         updated, chosen, substep_increase, used_damping = mfac_step(
-            vector[mask],
+            take_unpruned(vector, mask),
             source,
             partial(newly_pruned, kept=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),
         )
-        vector[mask] = updated
-        mask[mask] = ~chosen
+        vector = scatter_unpruned(updated, mask)
+        mask[mask] = ~device_of(chosen).to_numpy(chosen)
         increase += substep_increase or 0.0
         if is_reached(~mask, sparsity, layout.segments, scope, patterns):
             break
-        reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
+        reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+    placed = {name: device_of(named[name]).asarray(each) for name, each in layout.unflatten(mask).items()}
     return PruneResult(
         weights=in_form(vector),
-        masks=_like(layout.unflatten(mask), weights, named),
+        masks=_in_form(placed, weights),
         sparsity=int(np.count_nonzero(~mask)) / layout.num_weights,
         predicted_loss_increase=increase,
         damping=used_damping,
@@ -180,7 +180,7 @@ def _named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Map
     return axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
 
 
-def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
+def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> Mask:
     if masks is None:
         return np.ones(layout.num_weights, bool)
     named = _named(masks)
@@ -188,15 +188,16 @@ def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) 
     for name, mask in named.items():
         if np.dtype(mask.dtype) != np.bool_:
             raise ValueError(f"masks[{name!r}] must be boolean (True keeps), got {mask.dtype}")
-    return layout.flatten(named)
+    flat = layout.flatten(named)
+    return device_of(flat).to_numpy(flat)
 
 
 def _rows_for_substeps(
     gradients: Gradients | Callable[..., Gradients],
     weights: Array | Mapping[str, Array],
     layout: WeightLayout,
-    in_form: Callable[[npt.NDArray[Any]], Any],
-) -> Callable[[npt.NDArray[Any]], list[Array]]:
+    in_form: Callable[[Array], Any],
+) -> Callable[[Array], list[Array]]:
     """Return a function that gives the gradient samples of a sub-step, from the weights as they are then."""
     if not callable(gradients):
         given = _rows_by_array(gradients, weights, layout)
@@ -204,8 +205,11 @@ def _rows_for_substeps(
     draw = gradients
     takes_weights = _takes_weights(draw)
 
-    def drawn(vector: npt.NDArray[Any]) -> list[Array]:
-        rows = draw(in_form(vector.copy())) if takes_weights else draw()
+    def drawn(vector: Array) -> list[Array]:
+        device = device_of(vector)
+        with device.backend.on(device.name):
+            copied = vector.copy()  # the function may modify the weights that it gets
+        rows = draw(in_form(copied)) if takes_weights else draw()
         _check_arrays("the result of the function gradients", rows)
         return _rows_by_array(rows, weights, layout)
 
@@ -276,6 +280,5 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
     return [array_namespace(array).asarray(array, dtype=wanted) for array in arrays]
 
 
-def _like(arrays: Mapping[str, Any], weights: Array | Mapping[str, Array], named: Mapping[str, Array]) -> Any:
-    placed = {name: device_of(named[name]).asarray(array) for name, array in arrays.items()}
-    return placed if isinstance(weights, Mapping) else placed[_ARRAY]
+def _in_form(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+    return arrays if isinstance(weights, Mapping) else arrays[_ARRAY]

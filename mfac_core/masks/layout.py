@@ -67,55 +67,37 @@ class WeightLayout:
             if tuple(arrays[name].shape) != leading + shape:
                 raise ValueError(f"{what}[{name!r}] has shape {tuple(arrays[name].shape)}, expected {leading + shape}")
 
-    def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> npt.NDArray[Any]:
-        """Return all weights as one vector in host memory.
+    def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> Array:
+        """Return all weights as a new vector on the device of the first array, in their common dtype or another."""
+        device = device_of(arrays[self.names[0]])
+        here = [device_of(arrays[name]).move(arrays[name], device) for name in self.names]
+        with device.backend.on(device.name):
+            xp = array_namespace(here[0])
+            return device.asarray(xp.concat([xp.reshape(array, (-1,)) for array in here]), dtype)
 
-        Args:
-            arrays: Name and array of each weight.
-            dtype: Wanted dtype; ``None`` takes the common one.
+    def unflatten(self, vector: Array) -> dict[str, Array]:
+        """Return the arrays of a vector of all weights, on its device: views where possible."""
+        reshape = array_namespace(vector).reshape
+        return {name: reshape(vector[start:stop], self.shapes[name]) for name, (start, stop) in self.segments.items()}
 
-        Returns:
-            A new vector of shape ``(n,)``.
-        """
-        parts = [device_of(arrays[name]).to_numpy(arrays[name]).reshape(-1) for name in self.shapes]
-        return np.concatenate(parts, dtype=dtype)
+    def unflatten_like(self, vector: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the arrays of a vector of all weights, each in the dtype and on the device of its namesake."""
+        source = device_of(vector)
+        like = {}
+        for name, array in self.unflatten(vector).items():
+            device = device_of(arrays[name])
+            like[name] = device.asarray(source.move(array, device), arrays[name].dtype)
+        return like
 
-    def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights.
-
-        Args:
-            vector: Shape ``(n,)``.
-
-        Returns:
-            Name and array of each weight: views of ``vector`` where possible.
-        """
-        return {name: vector[start:stop].reshape(self.shapes[name]) for name, (start, stop) in self.segments.items()}
-
-    def unflatten_like(self, vector: npt.NDArray[Any], arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights, each in the dtype of its namesake.
-
-        Args:
-            vector: Shape ``(n,)``.
-            arrays: Name and array of each weight, for the dtypes.
-
-        Returns:
-            Name and array of each weight, in host memory.
-        """
-        parts = self.unflatten(vector)
-        return {name: part.astype(np.dtype(arrays[name].dtype), copy=False) for name, part in parts.items()}
-
-    def check_finite(self, vector: npt.NDArray[Any], kept: npt.NDArray[np.bool_], cure: str) -> None:
-        """Refuse unpruned weights that are NaN or Inf.
-
-        Args:
-            vector: All weights, shape ``(n,)``.
-            kept: Which of them are unpruned, shape ``(n,)``.
-            cure: What to do about them, for the message.
-
-        Raises:
-            ValueError: If there are such weights; the message names their arrays.
-        """
-        bad = kept & ~np.isfinite(vector)
+    def check_finite(self, vector: Array, mask: npt.NDArray[np.bool_], cure: str) -> None:
+        """Refuse unpruned weights that are NaN or Inf; the message names their arrays and the ``cure``."""
+        device = device_of(vector)
+        with device.backend.on(device.name):
+            xp = array_namespace(vector)
+            finite = xp.isfinite(vector)
+            if bool(xp.all(finite)):
+                return
+            bad = mask & ~device.to_numpy(finite)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
             raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")

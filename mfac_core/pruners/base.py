@@ -19,7 +19,7 @@ from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.masks.selection import newly_pruned, out_of_reach
-from mfac_core.pruners.step import PruneResult, UnprunedOutcome
+from mfac_core.pruners.step import Mask, PruneResult, UnprunedOutcome, scatter_unpruned, zeros_of
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.checks import MaskType, Scope
@@ -27,12 +27,11 @@ from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
-__all__ = ["Mask", "Outcome", "Progress", "Pruner", "Vector"]
+__all__ = ["Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
 
 Vector = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
 
 _NEARLY_ALL = 0.99
 """From this sparsity on, the settings ask for layers without any weight: no warning."""
@@ -43,14 +42,14 @@ class Outcome:
     """The weights and the mask after a pruning step or sub-step; for the other fields see :class:`PruneResult`.
 
     Args:
-        weights: All weights in scope, shape ``(n,)``, pruned ones exactly 0.
-        mask: Which of them are unpruned now, shape ``(n,)``.
+        weights: All weights in scope, shape ``(n,)``, on the device of those before; pruned ones are exactly 0.
+        mask: Which of them are unpruned now, shape ``(n,)``, in host memory.
         predicted_loss_increase: As in ``PruneResult``.
         resets_optimizer: As in ``PruneResult``.
         damping: As in ``PruneResult``.
     """
 
-    weights: Vector
+    weights: Array
     mask: Mask
     predicted_loss_increase: float | None = None
     resets_optimizer: bool = False
@@ -60,10 +59,9 @@ class Outcome:
     def of_unpruned(cls, mask: Mask, unpruned: UnprunedOutcome) -> Outcome:
         """Return the outcome over all weights, from the mask before and what became of the unpruned weights."""
         mask_now = mask.copy()
-        mask_now[mask] = ~unpruned.newly_pruned
-        weights_now = np.zeros(mask.shape, unpruned.weights.dtype)
-        weights_now[mask] = unpruned.weights
-        return cls(weights_now, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
+        mask_now[mask] = ~device_of(unpruned.newly_pruned).to_numpy(unpruned.newly_pruned)
+        weights = scatter_unpruned(unpruned.weights, mask)
+        return cls(weights, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,8 @@ class Pruner(ABC):
         else:
             masks = self._in_scope(masks)
             self.layout.check(masks, "masks")
-            mask = self.layout.flatten(masks).astype(bool)
+            flat = self.layout.flatten(masks)
+            mask = device_of(flat).to_numpy(flat).astype(bool)
         # constant masks choose no weights: their settings have neither scope nor mask type
         self._scope: Scope = getattr(settings, "scope", "layer")
         self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
@@ -302,13 +301,12 @@ class Pruner(ABC):
             "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
-        is_zero = vector == 0
+        is_zero = zeros_of(vector)
         outcome = self._prune(vector, is_zero, index)
         self._warn_of_empty(before & ~is_zero, outcome.mask, self.schedule[index])
         after = self._after(outcome.mask, index)
-        pruned = self.layout.unflatten_like(outcome.weights, weights)
         yield PruneResult(
-            weights={**given, **{name: device_of(weights[name]).asarray(array) for name, array in pruned.items()}},
+            weights={**given, **self.layout.unflatten_like(outcome.weights, weights)},
             masks=self.layout.unflatten(outcome.mask.copy()),
             sparsity=_pruned_fraction(outcome.mask),
             predicted_loss_increase=outcome.predicted_loss_increase,
@@ -486,10 +484,11 @@ class Pruner(ABC):
         return Progress(mask, self.schedule, self._progress.initial_sparsity, index + 1)
 
     @abstractmethod
-    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+    def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         """Return the outcome of the pruning step with this index. The pruner does not change.
 
-        ``weights`` are all weights in scope; ``is_zero`` says which of them are 0, whether pruned or not.
+        ``weights`` are all weights in scope, on the device of the first; ``is_zero`` says in host memory which of them
+        are 0, whether pruned or not.
         """
 
 
