@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
-from mfac_core.pruners.step import Mask, PruneResult, mfac_step, scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (
     Damping,
@@ -103,6 +104,7 @@ def prune(
 
     Example:
         >>> import numpy as np
+    import numpy.typing as npt
         >>> gradients = np.random.default_rng(0).standard_normal((32, 4))
         >>> result = prune(np.array([0.1, 2.0, -0.2, 3.0]), gradients, sparsity=0.5)
         >>> result.masks.tolist(), result.sparsity
@@ -180,7 +182,7 @@ def _named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Map
     return axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
 
 
-def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> Mask:
+def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
     if masks is None:
         return np.ones(layout.num_weights, bool)
     named = _named(masks)

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 
-__all__ = ["WeightLayout"]
+__all__ = ["WeightLayout", "scatter_unpruned", "take_unpruned", "zeros_of"]
+
+Mask = npt.NDArray[np.bool_]
 
 
 class WeightLayout:
@@ -89,7 +91,7 @@ class WeightLayout:
             like[name] = device.asarray(source.move(array, device), arrays[name].dtype)
         return like
 
-    def check_finite(self, vector: Array, mask: npt.NDArray[np.bool_], cure: str) -> None:
+    def check_finite(self, vector: Array, mask: Mask, cure: str) -> None:
         """Refuse unpruned weights that are NaN or Inf; the message names their arrays and the ``cure``."""
         device = device_of(vector)
         with device.backend.on(device.name):
@@ -102,7 +104,7 @@ class WeightLayout:
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
             raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")
 
-    def unpruned(self, kept: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
+    def unpruned(self, kept: Mask, device: Device) -> dict[str, Array]:
         """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.
 
         Args:
@@ -155,3 +157,26 @@ class WeightLayout:
         """
         parts = self.parts(arrays, unpruned)
         return array_namespace(parts[0]).concat(parts)
+
+
+def take_unpruned(weights: Array, mask: Mask) -> Array:
+    """Return the weights that a mask in host memory keeps, shape ``(d,)``, on the device of the weights."""
+    device = device_of(weights)
+    with device.backend.on(device.name):
+        return weights[device.asarray(mask)]
+
+
+def scatter_unpruned(unpruned: Array, mask: Mask) -> Array:
+    """Return all weights, shape ``(n,)``, from those that a mask keeps; the others are exactly 0."""
+    device = device_of(unpruned)
+    with device.backend.on(device.name):
+        weights = device.zeros(mask.shape, unpruned.dtype)
+        weights[device.asarray(mask)] = unpruned
+    return weights
+
+
+def zeros_of(weights: Array) -> Mask:
+    """Return in host memory which weights are 0."""
+    device = device_of(weights)
+    with device.backend.on(device.name):
+        return device.to_numpy(weights == 0)

@@ -10,8 +10,9 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
-from mfac_core.pruners.base import Outcome, Pruner, Vector
-from mfac_core.pruners.step import Mask, scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.masks.layout import scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.pruners.base import Mask, Outcome, Pruner
+from mfac_core.pruners.saved_states import Vector
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import ConstantSettings

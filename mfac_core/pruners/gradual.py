@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.masks.layout import take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.selection import is_reached, sparsity_of_zeros
-from mfac_core.pruners.base import Outcome, Progress, Pruner
-from mfac_core.pruners.step import Mask, Selection, UnprunedOutcome, magnitude_step, take_unpruned, zeros_of
+from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner
+from mfac_core.pruners.saved_states import refuse_foreign
+from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import FROM_PARAM, GradualSettings
@@ -76,7 +78,7 @@ class GradualPruner(Pruner):
                 refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
         held, expected = 0 if saved is None else len(saved), len(_values(own))
         if held != expected:
-            self._refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
+            refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
         if isinstance(own, Mapping):
             return dict(zip(own, saved.tolist(), strict=True))
         return own if saved is None else float(saved[0])

@@ -13,11 +13,11 @@ from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.selection import reaches
-from mfac_core.pruners.base import Progress
+from mfac_core.pruners.base import Mask, Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
-from mfac_core.pruners.step import Mask, Selection, UnprunedOutcome, magnitude_step, mfac_step
+from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
 from mfac_core.schedules.pruning import num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, num_substeps, substep_due, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings

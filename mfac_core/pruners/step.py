@@ -7,27 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import independent_update, joint_update, saliency
 from mfac_core.settings.checks import Damping, Update
 
-__all__ = [
-    "Mask",
-    "PruneResult",
-    "Selection",
-    "UnprunedOutcome",
-    "magnitude_step",
-    "mfac_step",
-    "scatter_unpruned",
-    "take_unpruned",
-    "zeros_of",
-]
+__all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
 
-Mask = npt.NDArray[np.bool_]
 Selection = Callable[[Array], Array]
 """Chooses the newly pruned weights by the saliencies of the unpruned ones: a boolean array on the same device."""
 
@@ -76,29 +62,6 @@ class UnprunedOutcome(NamedTuple):
     newly_pruned: Array
     predicted_loss_increase: float | None = None
     damping: tuple[float, float] | None = None
-
-
-def take_unpruned(weights: Array, mask: Mask) -> Array:
-    """Return the weights that a mask in host memory keeps, shape ``(d,)``, on the device of the weights."""
-    device = device_of(weights)
-    with device.backend.on(device.name):
-        return weights[device.asarray(mask)]
-
-
-def scatter_unpruned(unpruned: Array, mask: Mask) -> Array:
-    """Return all weights, shape ``(n,)``, from those that a mask keeps; the others are exactly 0."""
-    device = device_of(unpruned)
-    with device.backend.on(device.name):
-        weights = device.zeros(mask.shape, unpruned.dtype)
-        weights[device.asarray(mask)] = unpruned
-    return weights
-
-
-def zeros_of(weights: Array) -> Mask:
-    """Return in host memory which weights are 0."""
-    device = device_of(weights)
-    with device.backend.on(device.name):
-        return device.to_numpy(weights == 0)
 
 
 def mfac_step(
