@@ -21,16 +21,10 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import (
-    column_sums_of_squares,
-    lower_gram,
-    matmul,
-    split_columns,
-    split_for_threads,
-    spread,
-)
+from mfac_core.backends.threads import split_columns, split_for_threads, spread
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
 from mfac_core.fisher.triangular import cholesky, diagonals
 
 __all__ = ["Factor", "Precise", "cache_parts", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
@@ -160,7 +154,7 @@ def cache_parts(chunks: Sequence[Array]) -> list[slice]:
         Slices of the first axis.
     """
     count, rows, _ = chunks[0].shape
-    if array_namespace(chunks[0]) is not np:
+    if not runs_on_cpu(chunks[0]):
         return [slice(0, count)]
     block = sum(rows * chunk.shape[-1] * chunk.dtype.itemsize for chunk in chunks)
     at_once = max(1, CACHE_BYTES // block)
@@ -466,7 +460,7 @@ def _over_parts(chunks: Sequence[Array], dtype: Any, function: Callable[[Sequenc
 def _cache_columns(chunk: Array) -> list[Array]:
     """Return the columns of a chunk in pieces that stay in a CPU's cache; elsewhere all of them at once."""
     count, rows, width = chunk.shape
-    if array_namespace(chunk) is not np:
+    if not runs_on_cpu(chunk):
         return [chunk]
     at_once = max(1, CACHE_BYTES // (count * rows * chunk.dtype.itemsize))
     return split_columns(chunk, -(-width // at_once))

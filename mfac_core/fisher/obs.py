@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, kernels
+from mfac_core.backends import Array, Device, array_namespace
+from mfac_core.fisher import kernels
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import cache_parts, evaluate, fisher_quadratic, gradients_times
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
+from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
 
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 

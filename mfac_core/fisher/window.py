@@ -262,7 +262,7 @@ class GradientWindow:
 
     def _allocate(self, slab: BlockGroup, num_gradients: int) -> list[Array]:
         shapes = [(slab.count, num_gradients, width) for width in slab.chunk_widths]
-        if self.device.backend.name == "numpy" and self._feeds:
+        if self.device.is_host and self._feeds:
             return [self._feeds[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
 

@@ -102,7 +102,7 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
     """
     if wanted != "auto":
         return resolve_device(wanted)
-    elsewhere = [device for device in devices if device.backend.name != "numpy"]
+    elsewhere = [device for device in devices if not device.is_host]
     for device in elsewhere:
         free = device.backend.free_bytes(device.name)
         room = WORKING_GROUPS * device.backend.group_bytes(device.name, num_bytes)

@@ -34,9 +34,9 @@ from machine import YOURS_WILL_DIFFER, commit
 
 import mfac_core
 from mfac_core.backends import Array, resolve_device
-from mfac_core.backends.kernels import matmul
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import evaluate, fisher_quadratic
+from mfac_core.fisher.kernels import matmul
 from mfac_core.fisher.obs import saliency
 from mfac_core.fisher.triangular import cholesky
 from mfac_core.fisher.window import GradientWindow

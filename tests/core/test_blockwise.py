@@ -10,8 +10,8 @@ import pytest
 
 import mfac_core
 from mfac_core.backends import Device
-from mfac_core.backends.kernels import spare_threads, spread
 from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.backends.threads import spare_threads, spread
 from mfac_core.fisher import blockwise, factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mfac_core.backends.kernels import (
+from mfac_core.fisher.kernels import (
     GRAM_PANEL,
     LARGEST_FACTOR,
     column_sums_of_squares,
