@@ -1,7 +1,8 @@
 """The contract of an array backend: it answers where arrays live, never what is computed.
 
 To add an array library, implement :class:`Backend` in a module of its own, for which ``numpy_backend.py`` is the
-shortest example, and list it in ``selection.py``. The section "Adding an array library" of ``docs/design.md`` names every step.
+shortest example, and list it in ``selection.py``. The section "Adding an array library" of ``docs/design.md`` names
+every step.
 """
 
 from __future__ import annotations
