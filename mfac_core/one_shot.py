@@ -152,7 +152,7 @@ def prune(
         updated, chosen, part_increase, used_damping = mfac_step(
             vector[kept],
             source,
-            partial(newly_pruned, kept=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),

@@ -102,7 +102,7 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
     """
     if wanted != "auto":
         return resolve_device(wanted)
-    elsewhere = [device for device in devices if device.backend.name != "numpy"]
+    elsewhere = [device for device in devices if not device.is_host]
     for device in elsewhere:
         free = device.backend.free_bytes(device.name)
         room = WORKING_GROUPS * device.backend.group_bytes(device.name, num_bytes)
@@ -149,7 +149,7 @@ def check_memory(
 
     def bytes_for(settings: MFACSettings) -> int:
         rows, columns = peak_window(settings, num_weights, schedule, masks)
-        blocks = partition(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
+        blocks = partition(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
         working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
         windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
         return max(rows * columns * WINDOW_ITEMSIZE + working, windows)

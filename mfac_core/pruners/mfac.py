@@ -211,7 +211,7 @@ class MFACPruner(GradualPruner):
         self._store_arriving()
         device = device_of(gradients[self.layout.names[0]])
         unpruned = self._unpruned_on(device)
-        if device.backend.name == "numpy":
+        if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
                 return self._store(
                     [part.astype(np.float32, copy=False) for part in self.layout.parts(gradients, unpruned)]
@@ -450,7 +450,7 @@ class MFACPruner(GradualPruner):
             num_gradients,
             block_size=self.settings.block_size,
             device=self._window_device,
-            feeds=[device for device in self._devices if device.backend.name != "numpy"],
+            feeds=[device for device in self._devices if not device.is_host],
         )
 
     def _note_waiting(self, step: int) -> None:
