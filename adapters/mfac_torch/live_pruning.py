@@ -58,7 +58,7 @@ class LivePruning:
         optimizers: The optimizers that train the model.
         grad_sampler: Where gradient samples come from; ``None`` takes those of training.
         loggers: What to tell the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
-        name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
+        name: Name of the modifier in the log, from :func:`mfac_core.recipe.naming.modifier_names`.
         logged: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:

@@ -14,7 +14,8 @@ from torch import nn
 
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import lint_one_shot, modifier_names
+from mfac_core.recipe.linting import lint_one_shot
+from mfac_core.recipe.naming import modifier_names
 from mfac_core.recipe.recommended import differs_line
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line

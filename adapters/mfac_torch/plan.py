@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Container, Sequence
 
-from mfac_core.recipe.linting import lint_model
+from mfac_core.session.plan import plan_model
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_torch.live_pruning import LivePruning
@@ -34,7 +34,7 @@ def log_plan(
         trainable: Which parameters each modifier that freezes or unfreezes matches.
         logged: Warnings that the log has already.
     """
-    plan = lint_model(
+    plan = plan_model(
         [*(pruning.settings for pruning in prunings), *others],
         [{name: each.numel() for name, each in pruning.parameters.items()} for pruning in prunings],
         steps_per_epoch,
