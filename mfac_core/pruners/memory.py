@@ -32,8 +32,8 @@ WORKING_GROUPS = 6
 """Groups of blocks for which a GPU needs room beside the window: the group, its intermediate arrays, kept factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
-"""The sparsity that each pruning step aims at, and :func:`mfac_core.masks.selection.reaches`, which returns the
-sparsity that is reached and the number of weights that are left."""
+"""The masks that a schedule leads to: the sparsity that each pruning step aims at, and a function that returns the
+sparsity then reached and the number of weights left, from :func:`mfac_core.masks.selection.reaches`."""
 
 _logger = logging.getLogger("mfac_core")
 
@@ -41,16 +41,7 @@ _logger = logging.getLogger("mfac_core")
 def peak_window(
     settings: MFACSettings, num_weights: int, schedule: Sequence[ScheduledStep], masks: MasksToCome | None = None
 ) -> tuple[int, int]:
-    """Return rows and columns of the largest gradient window of a run.
-
-    Args:
-        settings: What is pruned and how.
-        num_weights: Number of weights in scope.
-        schedule: The scheduled pruning steps.
-        masks: The masks that they lead to; ``None``, before there are masks, takes the scheduled sparsities.
-
-    Returns:
-        Rows ``m`` and columns ``d``.
+    """Return rows and columns of the largest gradient window of a run; without ``masks``, by scheduled sparsities.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
@@ -71,15 +62,7 @@ def window_bytes(
 ) -> int:
     """Return the largest number of bytes that gradient windows take at one time.
 
-    Args:
-        settings: What is pruned and how.
-        num_weights: Number of weights in scope.
-        schedule: The scheduled pruning steps.
-        masks: As in :func:`peak_window`.
-        live_gradients: Whether rows outlive a pruning step: the next window is then made beside the one before.
-
-    Returns:
-        The bytes of the largest window, or of the two largest that exist at one time.
+    With live gradients rows outlive a pruning step, so the next window is made beside the one before.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -102,7 +85,7 @@ def needed_bytes(
     *,
     live_gradients: bool = True,
 ) -> int:
-    """Return the bytes that a run needs on the device of its gradient window; arguments as in :func:`window_bytes`.
+    """Return the bytes that a run needs on the device of its gradient window.
 
     The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
     window is made beside the one before.
@@ -118,19 +101,7 @@ def needed_bytes(
 
 
 def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
-    """Return where the gradient window is kept.
-
-    Args:
-        wanted: The name of a device, or ``"auto"`` for the first GPU with room for the window, else host memory.
-        devices: Where the blocks are computed.
-        num_bytes: Bytes from :func:`window_bytes`.
-
-    Returns:
-        The device.
-
-    Raises:
-        DeviceError: If the wanted device does not exist.
-    """
+    """Return the wanted device; for ``auto`` the first GPU with room for :func:`window_bytes`, else host memory."""
     if wanted != "auto":
         return resolve_device(wanted)
     elsewhere = [device for device in devices if device.backend.name != "numpy"]
@@ -158,22 +129,7 @@ def check_memory(
     *,
     live_gradients: bool = True,
 ) -> int:
-    """Refuse a run that does not fit, before it starts.
-
-    Args:
-        settings: What is pruned and how.
-        device: Where the gradient window is kept.
-        num_weights: Number of weights in scope.
-        schedule: The scheduled pruning steps.
-        masks: As in :func:`peak_window`.
-        live_gradients: As in :func:`window_bytes`.
-
-    Returns:
-        The bytes from :func:`needed_bytes`.
-
-    Raises:
-        MemoryBudgetError: If they exceed what is free; the message names both, and settings that fit.
-    """
+    """Return :func:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
 
     def bytes_for(settings: MFACSettings) -> int:
         return needed_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)

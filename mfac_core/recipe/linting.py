@@ -98,20 +98,20 @@ def model_warnings(
 
 
 def lint_one_shot(
-    parts: Sequence[tuple[PruningSettings, PruningSettings]], weights: Sequence[Collection[str]]
+    settings: Sequence[tuple[PruningSettings, PruningSettings]], weights: Sequence[Collection[str]]
 ) -> tuple[str, ...]:
     """Return warnings about modifiers that prune in one shot.
 
     Args:
-        parts: For each modifier, the settings of its gradual run, which tell whether two of them prune at the same
+        settings: For each modifier, the settings of its gradual run, which tell whether two of them prune at the same
             time, and those of the single step, from :func:`mfac_core.schedules.one_shot.one_shot_in_order`.
         weights: Names of the parameters that each of them prunes.
 
     Returns:
         One sentence per warning.
     """
-    gradual = numbered_names(gradual for gradual, _ in parts)
-    at_once = numbered_names(at_once for _, at_once in parts)
+    gradual = numbered_names(gradual for gradual, _ in settings)
+    at_once = numbered_names(at_once for _, at_once in settings)
     return (
         *_layers_in_one_pass(_of_several_layers(zip(at_once, weights, strict=True))),
         *_same_weights(zip(gradual, weights, strict=True)),
