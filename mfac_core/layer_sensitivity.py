@@ -18,9 +18,7 @@ from mfac_core.errors import SettingError
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.one_shot import prune
-from mfac_core.pruners.memory import check_memory
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
-from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.settings.checks import (
     Damping,
     MaskType,
@@ -32,16 +30,13 @@ from mfac_core.settings.checks import (
     check_number,
     check_recomputations,
     checked_mask_type,
-    is_integer,
 )
-from mfac_core.settings.pruning import MFACSettings
 from mfac_core.terminal import console, plain_text
-from mfac_core.weight_names import join_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPARSITIES", "Sensitivity", "check_num_batches", "check_rows_fit", "sensitivity", "stacked_rows"]
+__all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 """The sparsities at which each layer is measured where no others are given."""
@@ -289,78 +284,6 @@ def sensitivity(
             predicted[name] = _filled(increases[1:], len(levels))
     sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
     return Sensitivity(dense_loss, levels, measured, predicted, sizes)
-
-
-def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, Array]:
-    """Return gradient samples that come one by one as arrays with a row for each.
-
-    Args:
-        rows: Name and gradient of each layer, for each sample; they may be written over when the next is asked for.
-            Samples with NaN or Inf are left out, with a warning.
-        count: How many there are at most.
-
-    Returns:
-        Name and array of each layer, of shape ``(m, *shape)``, where the gradients are.
-
-    Raises:
-        ValueError: If there is no sample of finite numbers.
-
-    Example:
-        >>> stacked_rows(({"a": np.full(2, value)} for value in (1.0, 2.0)), 3)
-        {'a': array([[1., 1.],
-               [2., 2.]])}
-    """
-    stacked: dict[str, Array] = {}
-    taken = refused = 0
-    for row in rows:
-        for name, gradient in row.items():
-            if name not in stacked:
-                stacked[name] = device_of(gradient).zeros((count, *gradient.shape), gradient.dtype)
-            stacked[name][taken] = gradient
-        if all(bool(array_namespace(gradient).all(abs(gradient) < math.inf)) for gradient in row.values()):
-            taken += 1
-        else:
-            refused += 1
-    if not taken:
-        raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
-    if refused:
-        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", join_names(stacked))
-    return {name: array[:taken] for name, array in stacked.items()}
-
-
-def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size: int | None, *, together: bool) -> None:
-    """Refuse gradient samples that would not fit into memory, before they are drawn.
-
-    Args:
-        weights: Name and array of each layer.
-        num_gradients: How many gradient samples are held at once.
-        block_size: Weights per Fisher block.
-        together: Whether those of all layers are held at once; otherwise those of one layer.
-
-    Raises:
-        SettingError: If ``num_gradients`` is not a positive integer.
-        MemoryBudgetError: If they would not fit; the message names how many would.
-    """
-    if not is_integer(num_gradients):
-        raise SettingError("num_gradients", f"{num_gradients!r} must be a positive integer, the same for all layers")
-    sizes = [math.prod(array.shape) for array in weights.values()]
-    settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
-    device = device_of(next(iter(weights.values())))
-    step = ScheduledStep(step=0, epoch=0.0, sparsity=0.5)
-    check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
-
-
-def check_num_batches(num_batches: int) -> None:
-    """Refuse a number of batches that is none.
-
-    Args:
-        num_batches: How many batches the loss is measured on.
-
-    Raises:
-        SettingError: If it is not a positive integer.
-    """
-    if not is_integer(num_batches) or num_batches < 1:
-        raise SettingError("num_batches", f"{num_batches!r} must be a positive integer")
 
 
 def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
-
-import mfac_core
 from mfac_core import Sensitivity
-from mfac_core.backends import Array, device_of
-from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
+from mfac_core.backends import Array
+from mfac_core.layer_sensitivity import SPARSITIES
+from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, refuse_keras_2
-from mfac_keras.layout import PyTorchForm, pytorch_forms
+from mfac_keras.layout import pytorch_forms
 from mfac_keras.sampling import GradientSampler
 from mfac_keras.selection import select_variables
 
@@ -82,6 +80,7 @@ def sensitivity(
 
     Example:
         >>> import keras
+        >>> import numpy as np
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4, name="body")])
         >>> data = np.ones([64, 8], "float32"), np.ones([64, 4], "float32")
         >>> result = sensitivity(model, data, "mse", sparsities=(0.5, 0.9), num_grads=4)
@@ -93,63 +92,27 @@ def sensitivity(
     sampler = GradientSampler(dataset, loss)
     variables = select_variables(model, params, exclude)
     forms = pytorch_forms(model, variables)
-    check_num_batches(num_batches)
-    with _put_back(variables):
-        # a copy, because on torch an array shares the memory of the variable
-        weights = {name: forms[name].of(current_backend().to_array(each)).copy() for name, each in variables.items()}
-        check_rows_fit(weights, num_grads, fisher_block_size, together=not fresh_grads)
-        batches = (sampler if held_out is None else GradientSampler(held_out)).batches(num_batches)
-        written = dict(weights)
+    backend = current_backend()
 
-        def write(changed: Mapping[str, Array]) -> None:
-            for name, array in changed.items():
-                if array is not written[name]:
-                    variables[name].assign(current_backend().to_tensor(forms[name].back(array)))
-                    written[name] = array
+    def gradients(names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
+        for sample in sampler.gradients(model, [variables[name] for name in names], count):
+            yield {name: forms[name].of(gradient) for name, gradient in zip(names, sample, strict=True)}
 
-        def loss_of(pruned: Mapping[str, Array]) -> float:
-            write(pruned)
-            return sampler.loss(model, batches)
-
-        def fresh(layer: Mapping[str, Array]) -> dict[str, Array]:
-            write({**weights, **layer})
-            return _rows(model, {name: variables[name] for name in layer}, forms, sampler, num_grads)
-
-        return mfac_core.sensitivity(
-            weights,
-            loss_of,
-            fresh if fresh_grads else _rows(model, variables, forms, sampler, num_grads),
-            sparsities=sparsities,
-            block_size=fisher_block_size,
-            damping=damp,
-            num_recomputations=num_recomputations,
-            mask_type=mask_type,
-            axes={name: form.core_axes for name, form in forms.items() if form.core_axes is not None},
-            devices=[device_of(next(iter(weights.values())))],
-            progress=progress,
-        )
-
-
-@contextmanager
-def _put_back(variables: Mapping[str, Any]) -> Iterator[None]:
-    """Put the values of variables back after a block."""
-    values = [(variable, np.array(variable.numpy(), copy=True)) for variable in variables.values()]
-    try:
-        yield
-    finally:
-        for variable, value in values:
-            variable.assign(value)
-
-
-def _rows(
-    model: Any,
-    variables: Mapping[str, Any],
-    forms: Mapping[str, PyTorchForm],
-    sampler: GradientSampler,
-    count: int,
-) -> dict[str, Array]:
-    samples = (
-        {name: forms[name].of(gradient) for name, gradient in zip(variables, row, strict=True)}
-        for row in sampler.gradients(model, list(variables.values()), count)
+    return model_sensitivity(
+        # copies, because on torch an array shares the memory of the variable
+        {name: forms[name].of(backend.to_array(variable)).copy() for name, variable in variables.items()},
+        write=lambda name, array: variables[name].assign(backend.to_tensor(forms[name].back(array))),
+        gradients=gradients,
+        loss=partial(sampler.loss, model),
+        batches=(sampler if held_out is None else GradientSampler(held_out)).batches,
+        axes={name: form.core_axes for name, form in forms.items() if form.core_axes is not None},
+        sparsities=sparsities,
+        num_grads=num_grads,
+        fresh_grads=fresh_grads,
+        num_recomputations=num_recomputations,
+        num_batches=num_batches,
+        fisher_block_size=fisher_block_size,
+        damp=damp,
+        mask_type=mask_type,
+        progress=progress,
     )
-    return stacked_rows(samples, count)

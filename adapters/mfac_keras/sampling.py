@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,19 +10,16 @@ import keras
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import HeldOut, Sampler, batches_to_sample, mean_loss
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
-
-_logger = logging.getLogger("mfac_keras")
 
 _SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
 _BATCH_SIZE = 32
 
 
-class GradientSampler:
+class GradientSampler(Sampler):
     """Draws gradient samples: the gradients of a loss in inference mode, one per batch of a dataset.
 
     The model is left as it was: weights, optimizer, metrics and normalization statistics do not change.
@@ -54,8 +49,7 @@ class GradientSampler:
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
                 "tf.data.Dataset or a PyDataset, and the loss after them"
             )
-        self._source = _batches_of(dataset)
-        self._logged: set[str] = set()
+        super().__init__(_batches_of(dataset))
         self._loss = None if loss is None else keras.losses.get(loss)
         # compiled for which model, and the function
         self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
@@ -69,9 +63,7 @@ class GradientSampler:
         *,
         held_out: HeldOut | None = None,
     ) -> Iterator[list[Array]]:
-        """Yield gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+        """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
 
         Args:
             model: The model to evaluate.
@@ -91,59 +83,15 @@ class GradientSampler:
         """
         self._check_has_loss(model)
         metrics = _values(model.metrics_variables)
-        zero = [*range(len(variables))]
-        drawn = 0
         batches = (_batch(each) for each in batches_to_sample(self._source, count, options, held_out))
+        samples = current_backend().loss_gradients(model, variables, self._loss_of(model), batches, _scale(model))
+        paths = [variable.path for variable in variables]
         try:
-            for gradients in current_backend().loss_gradients(
-                model, variables, self._loss_of(model), batches, _scale(model)
-            ):
-                if all(gradient is None for gradient in gradients):
-                    raise ValueError(
-                        "the loss of the sampled batches depends on none of the weights to prune: "
-                        f"{', '.join(variable.path for variable in variables)}"
-                    )
-                drawn += 1
-                zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
-                if drawn == count:  # before the last one is taken, after which nobody asks for another
-                    paths = [variables[place].path for place in zero]
-                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._logged)
-                yield [
-                    np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
-                    for gradient, variable in zip(gradients, variables, strict=True)
-                ]
+            yield from self._without_gaps(
+                samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32)
+            )
         finally:
             _put_back(metrics)
-
-    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
-        """Draw batches as for gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
-
-        Args:
-            count: How many batches to draw.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches, as the dataset gives them.
-
-        Raises:
-            TypeError: If there are options and the batches do not come from a callable that takes them.
-            ValueError: If there is no batch at all.
-        """
-        return list(batches_to_sample(self._source, count, options))
-
-    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
-        """Return the batches of one pass over the data.
-
-        Args:
-            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches one by one, as the dataset gives them; errors are raised as by :meth:`batches`.
-        """
-        return batches_of_one_pass(self._source, at_most, options)
 
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches in inference mode; metrics are as before afterwards.
@@ -168,9 +116,7 @@ class GradientSampler:
             losses = [float(keras.ops.convert_to_numpy(evaluate(_batch(each)))) for each in batches]
         finally:
             _put_back(metrics)
-        if not losses:
-            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
-        return math.fsum(losses) / len(losses)
+        return mean_loss(losses)
 
     def forward(self, model: Any, batch: Any, *, training: bool = False) -> Any:
         """Run the model on one batch, without gradients.
@@ -223,27 +169,27 @@ def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
 def _batches_of(dataset: Any) -> Any:
     """Return the dataset as something that yields its batches once in each iteration, or the callable that it is."""
     if isinstance(dataset, keras.utils.PyDataset):
-        return _Cut(dataset.__getitem__, lambda: range(dataset.num_batches))
+        return _IndexedBatches(dataset.__getitem__, lambda: range(dataset.num_batches))
     if isinstance(dataset, tuple | np.ndarray) or keras.ops.is_tensor(dataset):
-        return _Cut(
+        return _IndexedBatches(
             lambda start: keras.tree.map_structure(lambda array: array[start : start + _BATCH_SIZE], dataset),
             lambda: range(0, len(keras.tree.flatten(dataset)[0]), _BATCH_SIZE),
         )
     return dataset
 
 
-class _Cut:
-    """Batches that are made one by one from their places."""
+class _IndexedBatches:
+    """Batches that are made one by one from their indices."""
 
-    def __init__(self, batch_at: Callable[[int], Any], places: Callable[[], range]) -> None:
+    def __init__(self, batch_at: Callable[[int], Any], indices: Callable[[], range]) -> None:
         self._batch_at = batch_at
-        self._places = places
+        self._indices = indices
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._batch_at, self._places())
+        return map(self._batch_at, self._indices())
 
     def __len__(self) -> int:
-        return len(self._places())
+        return len(self._indices())
 
 
 def _batch(batch: Any) -> tuple[Any, Any, Any]:

@@ -16,7 +16,7 @@ from mfac_core.errors import DeviceError, SettingError
 from mfac_core.weight_names import join_names
 
 __all__ = [
-    "check_plain",
+    "check_prunable",
     "state_to_arrays",
     "state_to_tensors",
     "to_array",
@@ -60,7 +60,7 @@ def to_array(tensor: torch.Tensor) -> Array:
     return tensor.cpu().numpy()
 
 
-def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
+def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse weights that cannot be pruned as they are stored.
 
     Args:

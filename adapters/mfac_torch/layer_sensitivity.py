@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-import mfac_core
 from mfac_core import Sensitivity
-from mfac_core.backends import Array, device_of
-from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
+from mfac_core.backends import Array
+from mfac_core.layer_sensitivity import SPARSITIES
+from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
-from mfac_torch.conversion import check_plain, to_array, wait_until_read, write_back
-from mfac_torch.sampling import GradSampler
-from mfac_torch.selection import select_parameters, weight_axes
+from mfac_torch.conversion import check_prunable, to_array, wait_until_read, write_back
+from mfac_torch.layout import weight_axes
+from mfac_torch.sampling import sampler_of
+from mfac_torch.selection import select_parameters
 from mfac_torch.wrappers import unwrapped
 
 __all__ = ["sensitivity"]
@@ -90,71 +90,29 @@ def sensitivity(
     """
     refuse_distributed()
     model = unwrapped(model)
-    sampler = _sampler(loader, loss_fn)
+    sampler = sampler_of(loader, loss_fn)
     parameters = select_parameters(model, params, exclude)
-    check_plain(parameters)
-    check_num_batches(num_batches)
-    with _put_back(parameters) as dense:
-        weights = {name: to_array(tensor) for name, tensor in dense.items()}
-        check_rows_fit(weights, num_grads, fisher_block_size, together=not fresh_grads)
-        batches = (sampler if held_out is None else _sampler(held_out)).batches(num_batches)
-        written = dict(weights)
+    check_prunable(parameters)
 
-        def write(changed: Mapping[str, Array]) -> None:
-            for name, array in changed.items():
-                if array is not written[name]:
-                    write_back(parameters[name], array)
-                    written[name] = array
+    def gradients(names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
+        for sample in sampler.gradients(model, {name: parameters[name] for name in names}, count):
+            yield {name: to_array(gradient) for name, gradient in sample.items()}
+            wait_until_read(gradient.device for gradient in sample.values())
 
-        def loss(pruned: Mapping[str, Array]) -> float:
-            write(pruned)
-            return sampler.loss(model, batches)
-
-        def fresh(layer: Mapping[str, Array]) -> dict[str, Array]:
-            write({**weights, **layer})
-            return _rows(model, {name: parameters[name] for name in layer}, sampler, num_grads)
-
-        return mfac_core.sensitivity(
-            weights,
-            loss,
-            fresh if fresh_grads else _rows(model, parameters, sampler, num_grads),
-            sparsities=sparsities,
-            block_size=fisher_block_size,
-            damping=damp,
-            num_recomputations=num_recomputations,
-            mask_type=mask_type,
-            axes=weight_axes(model, parameters),
-            devices=[device_of(next(iter(weights.values())))],
-            progress=progress,
-        )
-
-
-def _sampler(loader: Any, loss_fn: Any = None) -> GradSampler:
-    if not isinstance(loader, GradSampler):
-        return GradSampler(loader, loss_fn)
-    if loss_fn is not None:
-        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
-    return loader
-
-
-@contextmanager
-def _put_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
-    """Give copies of the values of parameters to a block, and put these back after it."""
-    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        yield values
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
-
-
-def _rows(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], sampler: GradSampler, count: int
-) -> dict[str, Array]:
-    def samples() -> Iterator[dict[str, Array]]:
-        for gradients in sampler.gradients(model, parameters, count):
-            yield {name: to_array(gradient) for name, gradient in gradients.items()}
-            wait_until_read(gradient.device for gradient in gradients.values())
-
-    return stacked_rows(samples(), count)
+    return model_sensitivity(
+        {name: to_array(parameter.detach().clone()) for name, parameter in parameters.items()},
+        write=lambda name, array: write_back(parameters[name], array),
+        gradients=gradients,
+        loss=partial(sampler.loss, model),
+        batches=(sampler if held_out is None else sampler_of(held_out)).batches,
+        axes=weight_axes(model, parameters),
+        sparsities=sparsities,
+        num_grads=num_grads,
+        fresh_grads=fresh_grads,
+        num_recomputations=num_recomputations,
+        num_batches=num_batches,
+        fisher_block_size=fisher_block_size,
+        damp=damp,
+        mask_type=mask_type,
+        progress=progress,
+    )

@@ -20,13 +20,21 @@ from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line
 from mfac_core.session.measured_loss import LossMeasurement
 from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
-from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
+from mfac_torch.conversion import (
+    check_prunable,
+    state_to_arrays,
+    state_to_tensors,
+    to_array,
+    wait_until_read,
+    write_back,
+)
+from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
-from mfac_torch.selection import select_parameters, weight_axes
+from mfac_torch.selection import select_parameters
 
 __all__ = ["LivePruning", "Resumed", "masks_together"]
 
@@ -90,7 +98,7 @@ class LivePruning:
         self.parameters = select_parameters(
             model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
         )
-        check_plain(self.parameters)
+        check_prunable(self.parameters)
         self._model = model
         self._steps_per_epoch = steps_per_epoch
         self._optimizers = optimizers

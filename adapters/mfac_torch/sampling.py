@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
@@ -12,17 +11,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import BatchSource, HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import BatchSource, HeldOut, Sampler, batches_to_sample, mean_loss
 
-__all__ = ["GradSampler"]
+__all__ = ["GradSampler", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 _logger = logging.getLogger("mfac_torch")
 
 
-class GradSampler:
+class GradSampler(Sampler):
     """Draws gradient samples: the gradients of a loss, one per batch of a data loader.
 
     The model is left as it was: the training flag of each module, ``.grad`` and normalization statistics do not change.
@@ -83,12 +81,11 @@ class GradSampler:
             )
         if isinstance(loss_fn, type):
             raise TypeError(f"loss_fn is the class {loss_fn.__name__}; make a loss of it: {loss_fn.__name__}()")
-        self._source = data_loader_or_builder
+        super().__init__(data_loader_or_builder)
         self._loss_fn = loss_fn
         self._training = training
         self._progress = progress
         self._takes_first_entry = False
-        self._logged: set[str] = set()
 
     @classmethod
     def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
@@ -125,9 +122,7 @@ class GradSampler:
         *,
         held_out: HeldOut | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+        """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
 
         Args:
             model: The model to evaluate, unwrapped.
@@ -152,48 +147,13 @@ class GradSampler:
                 "of it, or under torch.no_grad()"
             )
         batches = batches_to_sample(self._source, count, options, held_out)
-        zero = dict.fromkeys(parameters)
+        samples = (self._gradient(model, parameters, batch) for batch in batches)
+        tensors = list(parameters.values())
+        rows = self._without_gaps(samples, list(parameters), count, lambda index: torch.zeros_like(tensors[index]))
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
-            for number, batch in enumerate(batches, start=1):
-                gradients = self._gradient(model, parameters, batch)
-                zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
-                if number == count:  # before the last one is taken, after which nobody asks for another
-                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._logged)
-                yield {
-                    name: torch.zeros_like(parameters[name]) if gradient is None else gradient
-                    for name, gradient in gradients.items()
-                }
+            for row in rows:
+                yield dict(zip(parameters, row, strict=True))
                 advance()
-
-    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
-        """Draw batches as for gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
-
-        Args:
-            count: How many batches to draw.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches, as the data loader gives them.
-
-        Raises:
-            ValueError: If there is no batch at all.
-            TypeError: If the batches do not come from a callable that takes the options.
-        """
-        return list(batches_to_sample(self._source, count, options))
-
-    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
-        """Return the batches of one pass over the data.
-
-        Args:
-            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches one by one, as the data loader gives them; errors are raised as by :meth:`batches`.
-        """
-        return batches_of_one_pass(self._source, at_most, options)
 
     def loss(self, model: nn.Module, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches, in the mode of the gradient samples; no gradients arrive in the model.
@@ -222,9 +182,7 @@ class GradSampler:
                 loss = self._loss_of(model(*args, **kwargs), target)
                 _check_scalar(loss)
                 losses.append(float(loss.detach()))
-        if not losses:
-            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
-        return math.fsum(losses) / len(losses)
+        return mean_loss(losses)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         """Run the model on one batch, without gradients, in the mode that it is in.
@@ -251,7 +209,7 @@ class GradSampler:
 
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> list[torch.Tensor | None]:
         args, kwargs, target = self._call_of(model, batch)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
@@ -264,12 +222,7 @@ class GradSampler:
             _check_loss(loss)
             # Not torch.autograd.grad, which sees nothing of a block that is evaluated again in its own backward pass.
             loss.backward()
-            gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        if all(gradient is None for gradient in gradients.values()):
-            raise ValueError(
-                f"the loss of the GradSampler depends on none of the weights to prune: {', '.join(parameters)}"
-            )
-        return gradients
+            return [parameter.grad for parameter in parameters.values()]
 
     def _loss_of(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:
@@ -293,6 +246,15 @@ class GradSampler:
             self._takes_first_entry = True
             _logger.info("loss_fn of the GradSampler does not take the tuple that the model returns: it gets its first")
             return loss
+
+
+def sampler_of(loader: Any, loss_fn: Any = None) -> GradSampler:
+    """Return a sampler of batches, or the sampler itself, which brings its own loss."""
+    if not isinstance(loader, GradSampler):
+        return GradSampler(loader, loss_fn)
+    if loss_fn is not None:
+        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
+    return loader
 
 
 def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
