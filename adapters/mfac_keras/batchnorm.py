@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
 from mfac_keras.assigning import assign_all
 from mfac_keras.conditions import check_built, check_model
 from mfac_keras.sampling import GradientSampler
@@ -62,71 +62,40 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
     return MovingStatistics(model).estimate_anew(sampler, num_batches)
 
 
-class MovingStatistics:
-    """What the batch normalization layers of a model keep of their inputs.
-
-    Args:
-        model: The model, built.
-
-    Attributes:
-        layers: The layers whose statistics may be estimated anew, by path.
-        frozen: The paths of those that are frozen.
-    """
+class MovingStatistics(LayerStatistics):
+    """The moving statistics of the batch normalization layers of a built model, by path."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        every: dict[str, Any] = {}
+        layers: dict[str, Any] = {}
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization) and layer.built:
-                every[layer.path if layer.path not in every else f"{layer.path} ({len(every) + 1})"] = layer
-        self.frozen = [name for name, layer in every.items() if not layer.trainable]
-        self.layers = {name: layer for name, layer in every.items() if layer.trainable}
+                layers[layer.path if layer.path not in layers else f"{layer.path} ({len(layers) + 1})"] = layer
+        super().__init__(layers, [name for name, layer in layers.items() if not layer.trainable], _logger)
 
-    def estimate_anew(
-        self, sampler: GradientSampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
-    ) -> int:
-        """Estimate the statistics as the average over batches; an exception leaves them as they were.
-
-        Args:
-            sampler: Where the batches come from.
-            num_batches: As in :func:`recalibrate_batchnorm`.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The number of layers whose statistics were estimated anew.
-        """
-        if not self.layers:
-            _logger.info("%s", no_statistics_line(self.frozen))
-            return 0
-        statistics = BatchStatistics(self.layers)
-        before = self.copied()
-        try:
-            assign_all((variable, np.zeros(value.shape)) for variable, value in before)  # NaN would stay NaN
-            with self._measuring(statistics):
-                for batch in sampler.one_pass(num_batches, options):
-                    sampler.forward(self._model, batch)
-                    statistics.num_batches += 1
-        finally:
-            assign_all(before)
-        assign_all(
-            (variable, value)
-            for name, mean, variance in statistics.averages()
-            for variable, value in _statistics_of(self.layers[name], mean, variance)
-        )
-        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
-        return len(statistics.averages())
-
-    def copied(self) -> list[tuple[Any, Any]]:
-        """Return the variables that hold the statistics, with copies of their values."""
+    def _copies(self) -> list[tuple[Any, Any]]:
         return [
             (variable, np.array(variable.numpy(), copy=True))
             for layer in self.layers.values()
             for variable, _ in _statistics_of(layer, np.zeros(1), np.zeros(1))
         ]
 
+    def _restore(self, copies: list[tuple[Any, Any]]) -> None:
+        assign_all(copies)
+
+    def _write(self, statistics: BatchStatistics) -> None:
+        assign_all(
+            (variable, value)
+            for name, mean, variance in statistics.averages()
+            for variable, value in _statistics_of(self.layers[name], mean, variance)
+        )
+
+    def _measure(self, sampler: GradientSampler, batch: Any, statistics: BatchStatistics) -> None:
+        sampler.forward(self._model, batch)  # in which each layer adds what it has measured
+
     @contextmanager
     def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
-        """Let the layers run as in training, each call by itself, and the rest of the model not."""
+        assign_all((variable, np.zeros(value.shape)) for variable, value in self._copies())  # NaN would stay NaN
         momenta = [(layer, layer.momentum, getattr(layer, "renorm", None)) for layer in self.layers.values()]
         try:
             for name, layer in self.layers.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
 from mfac_torch.sampling import GradSampler
 from mfac_torch.wrappers import unwrapped
 
@@ -61,82 +61,40 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
     return RunningStatistics(inside).estimate_anew(sampler, num_batches)
 
 
-class RunningStatistics:
-    """What the batch normalization layers of a model keep of their inputs.
+class RunningStatistics(LayerStatistics):
+    """The running statistics of the batch normalization layers of an unwrapped model.
 
-    Args:
-        model: The model, unwrapped.
-
-    Attributes:
-        layers: The layers that have running statistics which may be estimated anew, by name.
-        frozen: Names of those that are in evaluation mode in a model that is in training mode.
+    Frozen are those that are in evaluation mode in a model that is in training mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        every = {
+        layers = {
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, _BatchNorm) and all(getattr(layer, each) is not None for each in _BUFFERS)
         }
-        self.frozen = [name for name, layer in every.items() if model.training and not layer.training]
-        self.layers = {name: layer for name, layer in every.items() if name not in self.frozen}
+        frozen = [name for name, layer in layers.items() if model.training and not layer.training]
+        super().__init__(layers, frozen, _logger)
 
-    def estimate_anew(
-        self, sampler: GradSampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
-    ) -> int:
-        """Estimate the statistics as the average over batches; an exception leaves them as they were.
-
-        Args:
-            sampler: Where the batches come from.
-            num_batches: As in :func:`recalibrate_batchnorm`.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The number of layers whose statistics were estimated anew.
-
-        Raises:
-            ValueError: As in :func:`recalibrate_batchnorm`.
-        """
+    def _copies(self) -> dict[str, list[torch.Tensor]]:
         lazy = [name for name, layer in self.layers.items() if is_lazy(getattr(layer, _BUFFERS[0]))]
         if lazy:
             raise ValueError(
                 f"{', '.join(lazy)} has no statistics, because no input has come through yet; call the model on a "
                 "batch first"
             )
-        if not self.layers:
-            _logger.info("%s", no_statistics_line(self.frozen))
-            return 0
-        statistics = BatchStatistics(self.layers)
-        before = self.copied()
-        try:
-            with self._measuring():
-                for batch in sampler.one_pass(num_batches, options):
-                    self._measure(sampler, batch, statistics)
-            self.put_back(before)
-            for name, mean, variance in statistics.averages():
-                layer = self.layers[name]
-                for buffer, value in zip(_BUFFERS, (mean, variance, statistics.calls(name)), strict=True):
-                    getattr(layer, buffer).copy_(torch.as_tensor(value))
-        except BaseException:
-            self.put_back(before)
-            raise
-        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
-        return len(statistics.averages())
-
-    def copied(self) -> dict[str, list[torch.Tensor]]:
-        """Return copies of the statistics by layer."""
         return {name: [getattr(layer, each).clone() for each in _BUFFERS] for name, layer in self.layers.items()}
 
-    def put_back(self, copied: Mapping[str, list[torch.Tensor]]) -> None:
-        """Give the statistics the values of copies.
-
-        Args:
-            copied: What :meth:`copied` returned.
-        """
-        for name, values in copied.items():
+    def _restore(self, copies: Mapping[str, Sequence[Any]]) -> None:
+        for name, values in copies.items():
             for buffer, value in zip(_BUFFERS, values, strict=True):
-                getattr(self.layers[name], buffer).copy_(value)
+                getattr(self.layers[name], buffer).copy_(torch.as_tensor(value))
+
+    def _write(self, statistics: BatchStatistics) -> None:
+        self._restore(
+            {name: (mean, variance, statistics.calls(name)) for name, mean, variance in statistics.averages()}
+        )
 
     def _measure(self, sampler: GradSampler, batch: Any, statistics: BatchStatistics) -> None:
         for layer in self.layers.values():
@@ -145,11 +103,9 @@ class RunningStatistics:
         for name, layer in self.layers.items():
             mean, variance, calls = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS)
             statistics.add(name, mean, variance, int(calls))
-        statistics.num_batches += 1
 
     @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """Put the layers in training mode, the rest of the model not; flags and momenta are as before afterwards."""
+    def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
         flags = [(module, module.training) for module in self._model.modules()]
         momenta = [(layer, layer.momentum) for layer in self.layers.values()]
         self._model.eval()
