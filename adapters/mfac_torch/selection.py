@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import is_adapter, selection_warnings, warn_once
+from mfac_core.left_out import is_adapter, names_in_layers, selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
@@ -24,7 +24,6 @@ from mfac_core.weight_names import (
     ModelNames,
     join_names,
     layers_of_names,
-    matching_names,
     selected_names,
 )
 from mfac_torch.layout import is_transposed_linear, own_parameters
@@ -91,24 +90,10 @@ def select_parameters(
 def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` matches, frozen or not, in the order of ``model.named_parameters()``.
 
-    Args:
-        model: The model to look into.
-        params: As in :func:`select_parameters`, but that the name of a layer means all parameters in it.
-        strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
-
-    Returns:
-        The parameters by name, a tied one once.
-
-    Raises:
-        SettingError: If an entry matches nothing, and ``strict``.
+    The name of a layer means all parameters in it. An entry that matches nothing is an error if ``strict``, otherwise a
+    warning.
     """
-    names = _names(model)
-    matched: set[str] = set()
-    for entry in params:
-        found = matching_names(entry, names, whole_layers=True, strict=strict)
-        if not found:
-            _logger.info("%r matches no parameter of the model and is left out", entry)
-        matched.update(map(names.first, found))
+    matched = names_in_layers(params, _names(model), strict=strict)
     return {name: parameter for name, parameter in model.named_parameters() if name in matched}
 
 
