@@ -1,4 +1,4 @@
-"""How much sparsity each parameter of a model bears."""
+"""How much sparsity each parameter of a model tolerates."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure how much the loss grows when one parameter alone is pruned by M-FAC, to a number of rising sparsities.
 
-    The model is written to meanwhile, and is exactly as before afterwards, also after an exception. For what is
-    measured, and what it tells, see :func:`mfac_core.sensitivity`.
+    The weights of the model change during the measurement and are restored exactly, also after an exception. See
+    :func:`mfac_core.sensitivity` for the method and for what the numbers mean.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
@@ -52,23 +52,23 @@ def sensitivity(
         loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
             or that of the :class:`GradSampler`.
         params: Which parameters, see :func:`mfac_torch.select_parameters`; frozen ones are left out.
-        exclude: What is left out of it, in the same form.
+        exclude: Exceptions from ``params``, in the same form.
         sparsities: The sparsities, rising, above 0 and below 1.
         num_grads: Gradient samples for each pruning.
-        fresh_grads: Whether they are drawn anew for each parameter and sparsity, as the recommended one-shot pruning
-            does: ``num_grads`` backward passes each time. Otherwise they are drawn once, at the dense model, for all
-            parameters together: much faster, takes memory for all of them, and shows high sparsities worse than they
+        fresh_grads: Whether to draw new samples for each parameter and sparsity, as the recommended one-shot pruning
+            does: ``num_grads`` backward passes each time. Otherwise they are drawn once, from the dense model, for all
+            parameters together: much faster, but with memory for all of them, and high sparsities look worse than they
             are.
-        num_recomputations: In how many parts each of the sparsities is reached from the one before, each with gradient
-            samples of its own where these are fresh; ``auto`` where they lie far apart.
+        num_recomputations: In how many sub-steps each sparsity is reached from the one before, each with gradient
+            samples of its own if these are fresh; ``auto`` is best if the sparsities lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
-        held_out: Batches to draw these from, in the form of those of ``loader``, such as validation data; ``None``
+        held_out: Batches to draw them from, in the form of those of ``loader``, such as validation data; ``None``
             takes those of ``loader``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
         damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
             that diagonal.
         mask_type: Pattern of the zeros, as in a recipe; ``N:M`` leaves no sparsity above ``1 - N/M``.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The loss and its increases by parameter name; ``print()`` shows them as a table.
