@@ -1,4 +1,4 @@
-"""Moving statistics of batch normalization, estimated anew for the weights that a model has now."""
+"""Moving statistics of batch normalization, estimated anew for the current weights of a model."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ Vector = npt.NDArray[np.float64]
 def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None = None) -> int:
     """Estimate the moving statistics of batch normalization anew, as the average over batches.
 
-    Pruning in one shot changes what comes into these layers, and their statistics remain those of before. While they
-    are estimated, these layers alone run as in training: dropout is not active. Momenta are as before afterwards.
+    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
+    layers run as in training: dropout is not active. Momenta are restored afterwards. After an exception, here or in
+    the model, the statistics are the old ones.
 
-    Left as they are: layers that no batch comes through, and frozen ones (``trainable=False``), which Keras runs in
+    Layers that no batch comes through do not change, nor do frozen ones (``trainable=False``), which Keras runs in
     inference mode in training too.
 
     Args:
-        model: A built Keras model; layers of models within it are found too.
+        model: A built Keras model; layers of nested models are included.
         dataset: Batches, as :func:`mfac_keras.prune_one_shot` takes them, or of inputs alone: ``x``, an array or a
             structure of arrays, or ``(x,)``. Batches as large as in training are best.
-        num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
+        num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
             data without a length.
 
     Returns:
         The number of layers whose statistics were estimated anew.
 
     Raises:
-        TypeError: If the model is none of Keras 3, or the dataset no source of batches.
-        ValueError: If the model is not built, there is no batch, one has another form, or an input of these layers is
-            not finite.
-
-    Whatever is raised, here or by the model, the statistics are as before.
+        TypeError: If the model is not a model of Keras 3, or the dataset is not a source of batches.
+        ValueError: If the model is not built, there is no batch, one has an unsupported form, or an input of these
+            layers is not finite.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.BatchNormalization()])
@@ -114,7 +113,7 @@ class MovingStatistics(LayerStatistics):
 
 
 def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: BatchStatistics) -> Callable[..., Any]:
-    """Return the call of a layer as in training, after which its statistics are added to those of other batches."""
+    """Return the call of a layer in training mode, followed by adding its statistics to those of the other batches."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)
@@ -129,7 +128,7 @@ def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: Batch
 
 
 def _statistics_of(layer: Any, mean: Vector, variance: Vector) -> list[tuple[Any, Vector]]:
-    """Return the variables of a layer that hold statistics, with their values for a mean and a variance."""
+    """Return the variables of a layer that hold statistics, each with its value for a mean and a variance."""
     values = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
     if getattr(layer, "moving_stddev", None) is not None:  # of batch renormalization
         deviation = np.sqrt(variance + layer.epsilon)

@@ -22,17 +22,17 @@ _BATCH_SIZE = 32
 class GradientSampler(Sampler):
     """Draws gradient samples: the gradients of a loss in inference mode, one per batch of a dataset.
 
-    The model is left as it was: weights, optimizer, metrics and normalization statistics do not change.
+    Sampling leaves weights, optimizer, metrics and normalization statistics unchanged.
 
     Args:
         dataset: Batches, each ``(x, y)`` or ``(x, y, sample_weight)``: a ``tf.data.Dataset``, a ``PyDataset``, a torch
-            ``DataLoader``, any other iterable, or a callable that returns one and gets what a recipe gives as
-            ``grad_sampler_kwargs``. A tuple of arrays is all the data at once, and is cut into batches of 32.
+            ``DataLoader``, any other iterable, or a callable that returns one and gets ``grad_sampler_kwargs`` of a
+            recipe. A tuple of arrays holds all the data, and is split into batches of 32.
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with, regularization included.
 
     Raises:
-        TypeError: If the dataset is neither iterable nor callable, or the loss is none.
+        TypeError: If the dataset is neither iterable nor callable, or the loss is not a loss.
     """
 
     def __init__(self, dataset: Any, loss: Any = None) -> None:
@@ -43,15 +43,15 @@ class GradientSampler(Sampler):
             )
         if isinstance(loss, type):
             raise TypeError(f"loss is the class {loss.__name__}; make a loss of it: {loss.__name__}()")
-        is_no_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
-        if is_no_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
+        is_not_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
+        if is_not_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
             raise TypeError(
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
                 "tf.data.Dataset or a PyDataset, and the loss after them"
             )
         super().__init__(_batches_of(dataset))
         self._loss = None if loss is None else keras.losses.get(loss)
-        # compiled for which model, and the function
+        # the compiled evaluation of the loss, behind the model and the settings that it was compiled for
         self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
 
     def gradients(
@@ -70,7 +70,7 @@ class GradientSampler(Sampler):
             variables: The variables to differentiate by.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
-            held_out: Takes the batches that follow those of the samples, once all samples are drawn.
+            held_out: Filled with the batches that follow, once all samples are drawn.
 
         Yields:
             The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
@@ -78,8 +78,8 @@ class GradientSampler(Sampler):
 
         Raises:
             TypeError: If there are options and the batches do not come from a callable that takes them.
-            ValueError: If there is no loss, no batch at all, a batch has another form, or the loss depends on none of
-                the variables.
+            ValueError: If there is no loss, no batch at all, a batch has an unsupported form, or the loss depends on
+                none of the variables.
         """
         self._check_has_loss(model)
         metrics = _values(model.metrics_variables)
@@ -94,17 +94,17 @@ class GradientSampler(Sampler):
             _put_back(metrics)
 
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
-        """Return the mean loss of batches in inference mode; metrics are as before afterwards.
+        """Return the mean loss of batches in inference mode; metrics do not change.
 
         Args:
             model: The model to evaluate.
-            batches: Batches in a form that the dataset may give; each counts the same.
+            batches: Batches in a form that the dataset may yield; all have the same weight.
 
         Returns:
             The mean of the losses.
 
         Raises:
-            ValueError: If the model has no loss, there is no batch, or one has another form.
+            ValueError: If the model has no loss, there is no batch, or one has an unsupported form.
         """
         self._check_has_loss(model)
         compiled_with = (model, model._compile_loss, model.run_eagerly)
@@ -123,14 +123,14 @@ class GradientSampler(Sampler):
 
         Args:
             model: The model to run.
-            batch: A batch in a form that the dataset may give, or inputs alone.
-            training: Whether it runs as in training, in which normalization statistics are updated.
+            batch: A batch in a form that the dataset may yield, or inputs alone.
+            training: Whether it runs as in training, which updates normalization statistics.
 
         Returns:
-            What the model returned.
+            The output of the model.
 
         Raises:
-            ValueError: If the batch has another form.
+            ValueError: If the batch has an unsupported form.
         """
         x = _inputs(batch)
         with current_backend().no_gradients():
@@ -162,12 +162,12 @@ def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 
 def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
-    for variable, value in values:  # some losses keep count of themselves
+    for variable, value in values:  # some losses have metrics of their own
         variable.assign(value)
 
 
 def _batches_of(dataset: Any) -> Any:
-    """Return the dataset as something that yields its batches once in each iteration, or the callable that it is."""
+    """Return the dataset as an iterable of batches that can be restarted, or as the callable that it is."""
     if isinstance(dataset, keras.utils.PyDataset):
         return _IndexedBatches(dataset.__getitem__, lambda: range(dataset.num_batches))
     if isinstance(dataset, tuple | np.ndarray) or keras.ops.is_tensor(dataset):
@@ -207,7 +207,7 @@ def _batch(batch: Any) -> tuple[Any, Any, Any]:
 
 
 def _inputs(batch: Any) -> Any:
-    """Return the inputs of a batch, which needs no targets; what is no tuple or list is inputs, as in Keras."""
+    """Return the inputs of a batch without its targets; anything but a tuple or list is inputs, as in Keras."""
     if isinstance(batch, tuple | list):
         return _batch(batch if len(batch) != 1 else (batch[0], None))[0]
     return keras.tree.map_structure(_tensor, batch)

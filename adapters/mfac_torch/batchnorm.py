@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization, estimated anew for the weights that a model has now."""
+"""Running statistics of batch normalization, estimated anew for the current weights of a model."""
 
 from __future__ import annotations
 
@@ -26,29 +26,28 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | None = None) -> int:
     """Estimate the running statistics of batch normalization anew, as the average over batches.
 
-    Pruning in one shot changes what comes into these layers, and their statistics remain those of before. While they
-    are estimated, these layers alone are in training mode: dropout is not active. Training flags and momenta are as
-    before afterwards; ``num_batches_tracked`` is the number of batches.
+    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
+    layers are in training mode: dropout is not active. Training flags and momenta are restored afterwards;
+    ``num_batches_tracked`` is the number of batches. After an exception, here or in the model, the statistics are the
+    old ones.
 
-    Left as they are: layers without running statistics, those that no batch comes through, and, in a model that is in
-    training mode, frozen ones, which are not.
+    Layers without running statistics do not change, nor do layers that no batch comes through, nor frozen ones: layers
+    in evaluation mode in a model that is in training mode.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
         loader: Batches as :class:`GradSampler` takes them, such as a ``DataLoader``, or a :class:`GradSampler`. Batches
             as large as in training are best.
-        num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
+        num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
             data without a length.
 
     Returns:
         The number of layers whose statistics were estimated anew.
 
     Raises:
-        TypeError: If the model is no module, or the loader no source of batches.
-        ValueError: If there is no batch, one has another form, an input of these layers is not finite, or a lazy layer
-            has not seen any input yet.
-
-    Whatever is raised, here or by the model, the statistics are as before.
+        TypeError: If the model is not a module, or the loader is not a source of batches.
+        ValueError: If there is no batch, one has an unsupported form, an input of these layers is not finite, or a lazy
+            layer has not seen any input yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -64,7 +63,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
 class RunningStatistics(LayerStatistics):
     """The running statistics of the batch normalization layers of an unwrapped model.
 
-    Frozen are those that are in evaluation mode in a model that is in training mode.
+    Layers in evaluation mode are frozen if the model is in training mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,7 +121,7 @@ class RunningStatistics(LayerStatistics):
 
 
 class _WithoutLoss(GradSampler):
-    """Batches of which the model gets the inputs; the target too only where it cannot be called without."""
+    """Batches whose inputs go to the model; the target too, but only if the model cannot be called without it."""
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         is_input = isinstance(batch, torch.Tensor) or (isinstance(batch, tuple | list) and len(batch) == 1)

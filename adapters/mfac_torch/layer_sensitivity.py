@@ -76,7 +76,7 @@ def sensitivity(
     Raises:
         SettingError: If a setting is out of range or does not fit the model.
         TypeError: If an argument is of the wrong kind.
-        ValueError: If a batch has another form, or the loss of the dense model is not finite.
+        ValueError: If a batch has an unsupported form, or the loss of the dense model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
         NotImplementedError: If training is distributed over several processes.
