@@ -94,7 +94,8 @@ class MovingStatistics(LayerStatistics):
 
     @contextmanager
     def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
-        assign_all((variable, np.zeros(value.shape)) for variable, value in self._copies())  # NaN would stay NaN
+        # NaN would survive a momentum of 0, which multiplies the old statistics
+        assign_all((variable, np.zeros(value.shape)) for variable, value in self._copies())
         momenta = [(layer, layer.momentum, getattr(layer, "renorm", None)) for layer in self.layers.values()]
         try:
             for name, layer in self.layers.items():

@@ -73,8 +73,8 @@ def sensitivity(
     Raises:
         SettingError: If a setting is out of range or does not fit the model.
         TypeError: If an argument is of the wrong kind, or the model or the loss is not of Keras 3.
-        ValueError: If the model is not built or has no loss, a batch has an unsupported form, or the loss of the dense model
-            is not finite.
+        ValueError: If the model is not built or has no loss, a batch has an unsupported form, or the loss of the dense
+            model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
 

@@ -12,19 +12,13 @@ __all__ = ["is_transposed_linear", "own_parameters", "weight_axes"]
 
 
 def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return how weights lie that do not lie as PyTorch's (output, input, kernel...).
+    """Return the axes of the named weights whose layout is not PyTorch's usual (output, input, kernel...).
 
-    A parameter of three or more axes that belongs to no convolution is taken for a stack of matrices (output, input),
-    such as those of fused experts; (input, output) where its module says ``is_transposed``, as experts of transformers
-    do.
+    These are, by name, the permutation of a weight's axes into (output, kernel..., input); the two axes (output, input)
+    of a stack of matrices; or nothing if layers share the weight and read it differently.
 
-    Args:
-        model: The model.
-        names: Names of parameters to look at.
-
-    Returns:
-        By name, the permutation of a weight's axes into (output, kernel..., input), the two axes (output, input) of a
-        stack of matrices, or nothing where layers share the weight that read it differently.
+    A parameter of three or more axes that belongs to no convolution counts as a stack of matrices (output, input), such
+    as those of fused experts; as (input, output) if its module has ``is_transposed``, as experts of transformers have.
 
     Example:
         >>> weight_axes(nn.ConvTranspose2d(2, 4, 3), ["weight", "bias"])
@@ -48,13 +42,13 @@ def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
 
 
 def _axes_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Yield parameters whose layout the kind of a module tells, and the permutation of their axes."""
+    """Yield the parameters whose layout follows from the kind of their module, with their axes."""
     if _is_convolution(module):
-        is_turned = isinstance(module, _ConvTransposeNd) or getattr(module, "transposed", False) is True
+        is_transposed = isinstance(module, _ConvTransposeNd) or getattr(module, "transposed", False) is True
         for parameter in module.parameters():  # those that a weight is computed from, too
             if _has_kernel(parameter, module):
                 axes = range(parameter.ndim)
-                yield parameter, (*axes[1:], 0) if is_turned else (0, *axes[2:], 1)
+                yield parameter, (*axes[1:], 0) if is_transposed else (0, *axes[2:], 1)
     elif is_transposed_linear(module):
         yield from ((parameter, (1, 0)) for parameter in module.parameters() if parameter.ndim == 2)  # noqa: PLR2004
     elif isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
@@ -75,7 +69,7 @@ def _is_convolution(module: nn.Module) -> bool:
 
 
 def _has_kernel(parameter: nn.Parameter, module: nn.Module) -> bool:
-    """Return whether the last axes of a parameter are the kernel that its module has, of PyTorch or not."""
+    """Return whether the last axes of a parameter are those of a kernel of its module's ``kernel_size``."""
     size = getattr(module, "kernel_size", None)
     if is_lazy(parameter) or parameter.ndim < 3 or not isinstance(size, int | tuple):  # noqa: PLR2004
         return False
