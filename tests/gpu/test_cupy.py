@@ -7,7 +7,7 @@ import mfac_core
 from mfac_core.backends import resolve_device
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.window import GradientWindow
-from mfac_core.layer_sensitivity import stacked_rows
+from mfac_core.session.layer_sensitivity import stacked_rows
 
 pytestmark = pytest.mark.gpu
 
