@@ -17,7 +17,14 @@ from mfac_core.pruners.step import PruneResult
 from mfac_core.sample_batches import HeldOut
 from mfac_core.session.live_pruning import LivePruning
 from mfac_core.settings.pruning import ConstantSettings, PruningSettings
-from mfac_torch.conversion import check_prunable, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
+from mfac_torch.conversion import (
+    check_prunable,
+    state_to_arrays,
+    state_to_tensors,
+    to_array,
+    wait_until_read,
+    write_back,
+)
 from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
