@@ -104,7 +104,6 @@ def prune(
 
     Example:
         >>> import numpy as np
-    import numpy.typing as npt
         >>> gradients = np.random.default_rng(0).standard_normal((32, 4))
         >>> result = prune(np.array([0.1, 2.0, -0.2, 3.0]), gradients, sparsity=0.5)
         >>> result.masks.tolist(), result.sparsity
@@ -153,7 +152,7 @@ def prune(
         updated, chosen, substep_increase, used_damping = mfac_step(
             take_unpruned(vector, mask),
             source,
-            partial(newly_pruned, kept=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),

@@ -62,7 +62,7 @@ class GradientCollector:
         self.store_arriving()
         device = device_of(gradients[self.layout.names[0]])
         entries = self._entries_on(device)
-        if device.backend.name == "numpy":
+        if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
                 return self._store(
                     [values.astype(np.float32, copy=False) for values in self.layout.parts(gradients, entries)]

@@ -130,7 +130,7 @@ class MFACPruner(GradualPruner):
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
-            feeds=[device for device in self._devices if device.backend.name != "numpy"],
+            feeds=[device for device in self._devices if not device.is_host],
             warn_once=self._warn_once,
         )
         self._progress = self._with_next_pruning(

@@ -324,7 +324,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     before = copy.deepcopy(pruner.state_dict())
     zeros = NumpyBackend.zeros
     with monkeypatch.context() as patch:  # the first chunk of the new window is made, and the second is not
-        patch.setattr("mfac_core.fisher.window.partition", cut_into_blocks)
+        patch.setattr("mfac_core.fisher.window.partition", each_block_alone)
         patch.setattr(NumpyBackend, "zeros", raises(MemoryError, 4, zeros))
         with pytest.raises(MemoryError):
             pruner.prune(weights)
@@ -332,8 +332,8 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     assert pruner.observe(gradient_at(8))
 
 
-def cut_into_blocks(num_weights: int, block_size: int | None, **options: Any) -> Any:
-    return mfac_core.fisher.partition.partition(num_weights, block_size, **{**options, "slab_bytes": 1})
+def each_block_alone(num_weights: int, block_size: int | None, **options: Any) -> Any:
+    return mfac_core.fisher.partition.partition(num_weights, block_size, **{**options, "group_bytes": 1})
 
 
 def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before(monkeypatch):

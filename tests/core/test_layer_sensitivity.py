@@ -15,7 +15,8 @@ from rich.console import Console
 
 import mfac_core
 from mfac_core import MemoryBudgetError, Sensitivity, SettingError, sensitivity
-from mfac_core.layer_sensitivity import SPARSITIES, check_rows_fit, stacked_rows
+from mfac_core.layer_sensitivity import SPARSITIES
+from mfac_core.session.layer_sensitivity import check_rows_fit, stacked_rows
 from tests import reference
 from tests.core.strict_backend import StrictBackend, strict_devices
 
