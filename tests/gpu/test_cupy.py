@@ -139,9 +139,7 @@ def test_the_window_of_a_run_is_kept_on_the_gpu_when_it_fits():
 @pytest.mark.parametrize(
     "settings",
     [
-        mfac_core.MagnitudeSettings(
-            final_sparsity=0.5, initial_sparsity="__FROM_PARAM__", end_epoch=0, mask_type="2:4"
-        ),
+        mfac_core.MagnitudeSettings(final_sparsity=0.5, end_epoch=0, mask_type="2:4"),
         mfac_core.MagnitudeSettings(final_sparsity=0.7, end_epoch=0),
         mfac_core.ACDCSettings(compression_sparsity=0.7, end_epoch=0),
         mfac_core.ConstantSettings(),
