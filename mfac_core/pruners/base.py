@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import MaskPattern
-from mfac_core.masks.selection import out_of_reach
+from mfac_core.masks.sparsity import out_of_reach
 from mfac_core.pruners.step import PruneResult
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.settings.checks import MaskType, Scope

@@ -11,7 +11,8 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
-from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruners.step import Selection, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule, sparsity_at

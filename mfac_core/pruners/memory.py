@@ -24,7 +24,7 @@ WORKING_GROUPS = 6
 """Groups of blocks that a GPU needs room for beside the window: the group, what is made of it, kept factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
-"""The sparsity of each pruning step, and what becomes of one, as :func:`mfac_core.masks.selection.reaches` tells it."""
+"""The sparsity of each pruning step, and the prediction of :func:`mfac_core.masks.sparsity.attained_sparsity`."""
 
 _logger = logging.getLogger("mfac_core")
 

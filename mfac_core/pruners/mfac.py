@@ -14,7 +14,7 @@ import numpy as np
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.masks.selection import reaches
+from mfac_core.masks.sparsity import attained_sparsity
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.gradual import GradualPruner, PrunedUnpruned
 from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
@@ -154,7 +154,7 @@ class MFACPruner(GradualPruner):
             The sparsity of each pruning step, and what becomes of one.
         """
         sparsities = [self._sparsity_at(index) for index in range(len(self.schedule))]
-        return sparsities, reaches(self.layout.segments, self.settings.scope, self._patterns)
+        return sparsities, attained_sparsity(self.layout.segments, self.settings.scope, self._patterns)
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted.
@@ -214,7 +214,7 @@ class MFACPruner(GradualPruner):
         if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
                 return self._store(
-                    [part.astype(np.float32, copy=False) for part in self.layout.parts(gradients, unpruned)]
+                    [part.astype(np.float32, copy=False) for part in self.layout.gather_each(gradients, unpruned)]
                 )
         with device.backend.on(device.name):
             row = device.asarray(self.layout.gather(gradients, unpruned), np.float32)

@@ -29,7 +29,7 @@ def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomp
     """Return in how many parts a pruning step is done.
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` gives it.
         wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
             :data:`MOST_REMOVED` of what is left, in no layer.
@@ -62,7 +62,7 @@ def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spaci
     (geometric), or by ``(a - b) / k`` less in each (linear).
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` gives it.
         wanted: Sparsity of the pruning step, below 1.
         parts_left: Parts to go, the next one included.
         spacing: ``geometric`` or ``linear``.
