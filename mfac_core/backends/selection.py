@@ -1,4 +1,4 @@
-"""From the names that users list, such as ``cuda:0``, to devices."""
+"""Finds devices by the names that users write, such as ``cuda:0``, and the device of an array."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ __all__ = ["device_of", "resolve_device", "resolve_devices"]
 
 
 def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Device, ...]:
-    """Return the devices with these names, each checked to exist.
-
-    Args:
-        devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``; devices pass through.
-
-    Returns:
-        One device per entry, in order.
+    """Return the devices with these names, in order; devices are returned unchanged.
 
     Raises:
         DeviceError: If the list is empty or names a device twice, or a device does not exist.
@@ -41,13 +35,7 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Dev
 
 
 def resolve_device(device: str | Device) -> Device:
-    """Return the device with this name.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device passes through.
-
-    Returns:
-        The device.
+    """Return the device ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device is returned unchanged.
 
     Raises:
         DeviceError: If the device does not exist; the message lists those that do, or names the extra to install.
@@ -72,13 +60,7 @@ def resolve_device(device: str | Device) -> Device:
 
 
 def device_of(x: Array) -> Device:
-    """Return the device that holds an array.
-
-    Args:
-        x: A NumPy or CuPy array.
-
-    Returns:
-        Its device.
+    """Return the device that holds a NumPy or CuPy array.
 
     Raises:
         TypeError: If ``x`` is an array of neither library.
