@@ -78,6 +78,7 @@ def device_of(x: Array) -> Device:
 
 @cache
 def _backends() -> tuple[Backend, ...]:
+    """Return one backend for each installed library; a further library is listed here."""
     if not _has_cupy():
         return (NumpyBackend(),)
     from mfac_core.backends.cupy_backend import CupyBackend

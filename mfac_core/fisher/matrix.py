@@ -62,7 +62,7 @@ class GradientMatrix:
             return chunks
 
     def _columns(self, start: int, stop: int) -> Array:
-        """Return the columns ``[start, stop)`` of those that take part, shape ``(m, stop - start)``."""
+        """Return the columns ``[start, stop)`` of the masked matrix, shape ``(m, stop - start)``."""
         if self._indices is None:
             first, last = start, stop
         else:

@@ -200,7 +200,7 @@ class GradientWindow:
         checked_integer("position in the gradient window", state["position"], *bounds)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore rows and position from what :meth:`state_dict` returned.
+        """Restore rows and position from a result of :meth:`state_dict`.
 
         Raises:
             ValueError: As in :meth:`check_state`; nothing is changed then.
