@@ -205,8 +205,8 @@ def plan(
     try:
         with _logged(found):
             loaded = _load(recipe, variables, skip_unsupported)
-        parts = named_groups(loaded.pruning)
-        matched = _weights(parts, weights) if shapes is None else _matched(parts, shapes, found)
+        groups = named_groups(loaded.pruning)
+        matched = _weights(groups, weights) if shapes is None else _matched(groups, shapes, found)
         scheduled = plan_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
     except RecipeError as error:
         _fail(*error.messages, found=reported)
@@ -314,27 +314,28 @@ def _logged(found: Mapping[str, list[str]]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _weights(parts: Sequence[tuple[str, PruningSettings]], weights: int | None) -> list[Mapping[str, int]]:
-    return [{f"weights of modifier {number}": weights or 0} for number in range(len(parts))]
+def _weights(groups: Sequence[tuple[str, PruningSettings]], weights: int | None) -> list[Mapping[str, int]]:
+    return [{f"weights of modifier {number}": weights or 0} for number in range(len(groups))]
 
 
 def _matched(
-    parts: Sequence[tuple[str, PruningSettings]], shapes: Path, found: Mapping[str, list[str]]
+    groups: Sequence[tuple[str, PruningSettings]], shapes: Path, found: Mapping[str, list[str]]
 ) -> list[Mapping[str, int]]:
-    # What is doubtful goes among the warnings.
+    """Return what each group of weights matches in a file of shapes, with warnings added to those that are found."""
     from mfac_core import RecipeError, SettingError
-    from mfac_core.recipe.shapes import doubts, matching, parse_shapes, read_shapes
+    from mfac_core.recipe.shapes import match_shapes, parse_shapes, read_shapes
 
     known = parse_shapes(sys.stdin.buffer.read(), "<stdin>") if str(shapes) == _STDIN else read_shapes(shapes)
     matched: list[Mapping[str, int]] = []
     wrong: list[str] = []
-    for name, part in parts:
+    for name, group in groups:
         try:
-            matched.append(matching(part.params, known, part.exclude))
+            selected, warnings = match_shapes(group.params, group.exclude, known)
         except SettingError as error:
             wrong += [f"{name}: {message}" for message in str(error).splitlines()]
         else:
-            found["warnings"].extend(f"{name}: {doubt}" for doubt in doubts(part.params, known, part.exclude))
+            matched.append(selected)
+            found["warnings"].extend(f"{name}: {warning}" for warning in warnings)
     if wrong:
         raise RecipeError(*wrong)
     return matched
