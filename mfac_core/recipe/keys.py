@@ -27,7 +27,7 @@ __all__ = [
     "TRAINABLE_KEYS",
     "WEIGHT_DECAY_KEYS",
     "Key",
-    "only",
+    "fixed",
 ]
 
 OMIT = object()
@@ -54,7 +54,7 @@ class Key(NamedTuple):
     note: Callable[[object], str] = lambda value: ""
 
 
-def only(value: object, cure: str) -> Key:
+def fixed(value: object, cure: str) -> Key:
     """Return a key that may only repeat what holds anyway.
 
     Args:
@@ -274,7 +274,7 @@ GRADUAL_KEYS: Mapping[str, Key] = {
     "inter_func": Key("interpolation"),
     "leave_enabled": Key("leave_enabled"),
     "mask_type": Key("mask_type"),
-    "phased": only(
+    "phased": fixed(
         False, "is not supported here; alternating phases are what !ACDCPruningModifier is for, so write that instead"
     ),
     **_LOGGING,

@@ -8,8 +8,8 @@ import pytest
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import EpochRange, Recipe, load_recipe
+from mfac_core.recipe.formats import MODIFIERS
 from mfac_core.recipe.indentation import restore_indentation
-from mfac_core.recipe.modifiers import MODIFIERS
 from mfac_core.settings.pruning import MFACSettings
 from tests.core.recipe_lines import mfac, only, refusal
 

@@ -12,7 +12,7 @@ import pytest
 
 from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import load_recipe, settings_from_keys
-from mfac_core.recipe.modifiers import MODIFIERS
+from mfac_core.recipe.formats import MODIFIERS
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
