@@ -116,12 +116,12 @@ MODIFIERS: Mapping[str, ModifierFormat] = {
         absent=(
             Absent(
                 "fisher_block_size",
-                "is absent and therefore 1, which makes the Fisher matrix diagonal; the recipes of oBERT use 50",
+                "defaults to 1 for this modifier, which makes the Fisher matrix diagonal; the recipes of oBERT use 50",
             ),
             Absent(
                 "recomputation_spacing",
-                "is absent and therefore linear, as this modifier always meant it; geometric, which shrinks what is "
-                "left by equal factors, is more accurate at high sparsity",
+                "defaults to linear for this modifier; geometric, which shrinks what is left by equal factors, is more "
+                "accurate at high sparsity",
                 beside="num_recomputations",
             ),
         ),

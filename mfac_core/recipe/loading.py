@@ -169,5 +169,5 @@ def _metadata(document: Document) -> dict[str, object]:
         return found
     if found:
         cure = "write `name: value` lines below it"
-        _logger.warning(place.message(f"{found!r} is not a mapping and is not kept; {cure}"))
+        _logger.warning(place.message(f"{found!r} is not a mapping and is ignored; {cure}"))
     return {}

@@ -231,7 +231,7 @@ def _settle_params(fields: dict[str, Any], written: Mapping[str, _Written]) -> N
         return
     if fields["params"]:
         raise written["params"].place.error(
-            f"{list(fields['params'])} stands beside a final_sparsity that names weights itself; remove one of the two"
+            f"{list(fields['params'])} cannot be given with a final_sparsity that names weights; remove one of the two"
         )
     del fields["params"]
 
