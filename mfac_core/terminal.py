@@ -25,7 +25,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(message: str, *, kind: str = "", style: str = "", stderr: bool = False) -> None:
-    """Print a message on one line, however long it is, after its kind such as ``warning``; markup is printed as it is."""
+    """Print a message on one line, however long, after its kind such as ``warning``; markup is printed as it is."""
     from rich.text import Text
 
     text = f"{kind}: {message}" if kind else message

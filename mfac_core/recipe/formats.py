@@ -51,12 +51,12 @@ class Absent(NamedTuple):
     Attributes:
         key: The key.
         note: What its absence means.
-        beside: Another key, if the absence matters only when that one is given as a number.
+        if_number: Another key, if the absence matters only when that one is given as a number.
     """
 
     key: str
     note: str
-    beside: str = ""
+    if_number: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ MODIFIERS: Mapping[str, ModifierFormat] = {
                 "recomputation_spacing",
                 "defaults to linear for this modifier; geometric, which shrinks what is left by equal factors, is more "
                 "accurate at high sparsity",
-                beside="num_recomputations",
+                if_number="num_recomputations",
             ),
         ),
     ),

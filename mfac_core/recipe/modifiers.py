@@ -182,9 +182,9 @@ def _settings(modifier: ModifierFormat, all_written: list[_Written], place: Plac
                 fields[meaning.field] = value
     with errors.collect(place.line):
         _require(modifier, written, misspelled, place)
-    for absent, note, beside in modifier.absent:
-        is_by_number = fields.get(str(modifier.keys[beside].field), "auto") != "auto" if beside else True
-        if modifier.keys[absent].field not in written and is_by_number:
+    for absent, note, other in modifier.absent:
+        matters = not other or fields.get(str(modifier.keys[other].field), "auto") != "auto"
+        if modifier.keys[absent].field not in written and matters:
             _logger.warning(place._replace(name=f"{place.name}.{absent}").message(note))
     with errors.collect(written["params"].place.line if "params" in written else None):
         _settle_params(fields, written)

@@ -37,7 +37,7 @@ _GIVEN = Place("variables")
 _CURE = 'write a mapping, JSON, or "name=value,other=value"'
 
 _Name = tuple[str, str]
-"""A variable: the stage that it stands in (empty for the top), and its name."""
+"""A variable: the stage that defines it (empty for the top), and its name."""
 
 
 def read_variables(variables: VariableValues | None) -> dict[str, object]:

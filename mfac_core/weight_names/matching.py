@@ -1,4 +1,4 @@
-"""Which weights ``params`` and ``exclude`` mean: :func:`matching_names` reads an entry for everybody who asks."""
+"""Which weights ``params`` and ``exclude`` mean: all callers read an entry by :func:`matching_names`."""
 
 from __future__ import annotations
 
