@@ -94,7 +94,7 @@ def needed_bytes(
     block_size = settings.block_size or max(columns, 1)
     # all blocks but the last are alike: one of them and the last tell the largest
     distinct = min(columns, block_size + columns % block_size)
-    blocks = partition(distinct, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
+    blocks = partition(distinct, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
     working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
     windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
     return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
@@ -104,7 +104,7 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
     """Return the wanted device; for ``auto`` the first GPU with room for :func:`window_bytes`, else host memory."""
     if wanted != "auto":
         return resolve_device(wanted)
-    elsewhere = [device for device in devices if device.backend.name != "numpy"]
+    elsewhere = [device for device in devices if not device.is_host]
     for device in elsewhere:
         free = device.backend.free_bytes(device.name)
         room = WORKING_GROUPS * device.backend.group_bytes(device.name, num_bytes)
