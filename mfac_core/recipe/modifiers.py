@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import yaml
@@ -67,20 +68,18 @@ def read_modifier(name: str, item: yaml.Node, place: Place, variables: Variables
     place = place._replace(name=name)
     modifier = _format(name, place)
 
-    def read(node: yaml.Node, place: Place) -> Callable[[], object]:
-        return lambda: variables.value(node, place, stage)
-
     written: list[_Written] = []
     for entry in _keys_below(item, place):
         key_place = place._replace(line=entry.line, name=f"{name}.{entry.key}")
         if entry.key not in modifier.nested:
-            written.append(_Written(entry.key, key_place, read(entry.value, key_place)))
+            written.append(_Written(entry.key, key_place, partial(variables.value, entry.value, key_place, stage)))
         elif isinstance(entry.value, yaml.ScalarNode):
             written += _nested(entry.key, key_place, variables.value(entry.value, key_place, stage))
         else:
             for inner in _keys_below(entry.value, key_place):
                 inner_place = key_place._replace(line=inner.line, name=f"{key_place.name}.{inner.key}")
-                written.append(_Written(f"{entry.key}.{inner.key}", inner_place, read(inner.value, inner_place)))
+                value = partial(variables.value, inner.value, inner_place, stage)
+                written.append(_Written(f"{entry.key}.{inner.key}", inner_place, value))
     return _settings(modifier, written, place)
 
 
@@ -110,7 +109,7 @@ def settings_from_keys(name: str, keys: Mapping[str, object]) -> Settings:
         if key in modifier.nested:
             written += _nested(key, key_place, as_python(value))
         else:
-            written.append(_Written(key, key_place, lambda value=value: as_python(value)))  # type: ignore[misc]
+            written.append(_Written(key, key_place, partial(as_python, value)))
     return _settings(modifier, written, place)
 
 
@@ -159,7 +158,7 @@ def _nested(key: str, place: Place, value: object) -> list[_Written]:
     if not isinstance(value, Mapping):
         raise place.error(f"{value!r} must be a mapping, or `key: value` lines indented below it")
     return [
-        _Written(f"{key}.{inner}", place._replace(name=f"{place.name}.{inner}"), lambda option=option: option)  # type: ignore[misc]
+        _Written(f"{key}.{inner}", place._replace(name=f"{place.name}.{inner}"), partial(as_python, option))
         for inner, option in value.items()
     ]
 
