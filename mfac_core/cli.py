@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from mfac_core.terminal import console, plain_text, say
+from mfac_core.terminal import console, say
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mfac_core.recipe import Recipe
-    from mfac_core.schedules.rows import ScheduleRow
-    from mfac_core.session.plan import ModifierPlan, Plan
+    from mfac_core.session.plan import ModifierPlan
     from mfac_core.settings.pruning import PruningSettings
 
 __all__ = ["app", "main"]
@@ -132,6 +129,7 @@ def check(
 ) -> None:
     """Check a recipe: show its pruning steps and warn about its settings."""
     from mfac_core import RecipeError
+    from mfac_core.cli_tables import counts_text, schedule_table
     from mfac_core.recipe.linting import lint, notes
     from mfac_core.session.plan import describe
 
@@ -149,9 +147,9 @@ def check(
         _print_json(found)
     else:
         if rows:
-            console().print(_schedule_table(rows))
+            console().print(schedule_table(rows))
         _show(found)
-        say(f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}")
+        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}")
     _exit(found, strict)
 
 
@@ -183,6 +181,7 @@ def plan(
 ) -> None:
     """Show what a recipe will do to a model, and the memory it needs."""
     from mfac_core import RecipeError
+    from mfac_core.cli_tables import bytes_text, counts_text, schedule_table, weights_table
     from mfac_core.recipe.naming import named_groups
     from mfac_core.session.plan import plan_model
 
@@ -222,15 +221,13 @@ def plan(
     if as_json:
         _print_json(found)
     else:
-        console().print(_weights_table(model_plan))
+        console().print(weights_table(model_plan))
         rows = [row for modifier in model_plan.modifiers for row in modifier.steps]
         if rows:
-            console().print(_schedule_table(rows))
+            console().print(schedule_table(rows))
         _show(found)
-        say(
-            f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}, "
-            f"{_bytes(model_plan.needed_bytes)} of memory"
-        )
+        memory = bytes_text(model_plan.needed_bytes)
+        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}, {memory} of memory")
     _exit(found, strict)
 
 
@@ -357,47 +354,6 @@ def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     return warnings
 
 
-def _weights_table(model_plan: Plan) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("Modifier")
-    for heading in ("Parameters", "Weights", "Largest window", "Memory"):
-        result.add_column(heading, justify="right")
-    for modifier in model_plan.modifiers:
-        rows, columns = modifier.window
-        result.add_row(
-            Text(plain_text(modifier.modifier)),
-            f"{len(modifier.weights):,}",
-            f"{modifier.num_weights:,}",
-            f"{rows:,} x {columns:,}" if rows else "-",
-            _bytes(modifier.needed_bytes) if rows else "-",
-        )
-    return result
-
-
-def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("Modifier")
-    for heading in ("Epoch", "Step", "Sparsity", "Gradients"):
-        result.add_column(heading, justify="right")
-    for row in rows:
-        result.add_row(
-            Text(str(row.modifier)),
-            f"{row.epoch:g}",
-            "-" if row.step is None else str(row.step),
-            "-" if row.sparsity is None else f"{row.sparsity:.2%}",
-            "-" if row.num_gradients is None else str(row.num_gradients),
-        )
-    return result
-
-
 def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:
     rows, columns = modifier.window
     return {
@@ -424,18 +380,6 @@ def _show(found: Mapping[str, Sequence[str]]) -> None:
 def _exit(found: Mapping[str, Sequence[str]], strict: bool) -> None:
     if strict and found["warnings"]:
         raise typer.Exit(_HAS_WARNINGS)
-
-
-def _bytes(number: int) -> str:
-    size, units = float(number), iter(("kB", "MB", "GB", "TB", "PB"))
-    unit = "B"
-    while size >= 1000 and (larger := next(units, None)):
-        size, unit = size / 1000, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _fail(*messages: str, found: Mapping[str, Any] | None = None) -> NoReturn:
