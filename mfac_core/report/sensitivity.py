@@ -166,13 +166,13 @@ def _draw(axes: Axes, values: npt.NDArray[np.float64], sparsities: Sequence[floa
     axes.set_xticks(range(len(sparsities)), [f"{sparsity:.4g}%" for sparsity in np.multiply(sparsities, 100)])
     axes.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
-        color = "white" if norm(shown[row, column]) < 0.5 else "black"  # noqa: PLR2004
+        color = "white" if norm(shown[row, column]) < 0.5 else "black"
         axes.text(column, row, _short(value), ha="center", va="center", fontsize=8, color=color)
 
 
 def _short(increase: float) -> str:
     """Return a number in as little room as two digits allow, so that many stand side by side."""
-    if abs(increase) >= 0.001 or not increase:  # noqa: PLR2004
+    if abs(increase) >= 0.001 or not increase:
         return f"{increase:.2g}"
     digits, exponent = f"{increase:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
