@@ -125,7 +125,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
             self.manager.load_state_dict(self._loaded)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Apply the masks to an average that has replaced the weights, before its normalization statistics are computed."""
+        """Apply the masks to an average that has replaced the weights; its normalization statistics come after this."""
         self._prune_average(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
