@@ -131,7 +131,7 @@ def test_the_window_of_a_run_is_kept_on_the_gpu_when_it_fits():
     assert pruner.observe({"w": row})
     assert pruner.num_rows == 1
     assert pruner.refused_rows == 1
-    (chunk,) = pruner._window.chunks(pruner._window.slabs[0])
+    (chunk,) = pruner._collector.window.chunks(pruner._collector.window.stored_groups[0])
     assert isinstance(chunk, cupy.ndarray)
     assert bool((chunk == 1).all())
 
