@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 from mfac_core.errors import DeviceError
 from mfac_core.files import write_file
+from mfac_torch.evaluation import training_flags_restored
 from mfac_torch.selection import prunable_parameters, select_parameters, sparse_parameters
 from mfac_torch.wrappers import unwrapped
 from mfac_torch.zeros import HasMasks, Masks
@@ -225,13 +226,9 @@ def export_onnx(model: nn.Module, args: tuple[Any, ...], path: str | os.PathLike
         raise ImportError(
             'export_onnx needs onnx and onnxscript; install them with: pip install "mfac-core[onnx]"'
         ) from error
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with training_flags_restored(model):
+        model.eval()
         program = torch.onnx.export(model, args, dynamo=True, **{"verbose": False, **options})
-    finally:
-        for module, flag in training:
-            module.training = flag
     assert program is not None  # torch returns a program with dynamo=True
     _warn_lost_zeros(model, program)
     program.save(path)
