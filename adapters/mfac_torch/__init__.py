@@ -12,6 +12,7 @@ Read in this order:
 * ``wrappers``: the model inside what holds it
 * ``selection``, ``layout``: which parameters ``params`` means, and the order of their axes
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
+* ``batches``, ``evaluation``: how it calls a model, and leaves it as it was
 * ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the weights that there are now
 * ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter tolerates
 * ``masking``: pruned weights stay at exactly zero
