@@ -16,6 +16,7 @@ Read in this order:
 * ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable bears
 * ``assigning``: values into variables, into all of them or into none
 * ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
+* ``clock``: where in training a fit is
 * ``end_of_fit``: the moment when all callbacks are done
 * ``recipes``, ``conversion``: settings in, tensors to arrays
 * ``digits``, ``demo``: what ``mfac demo --framework keras`` runs

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from mfac_core.recipe import Recipe, named_in_errors
 from mfac_core.recipe.linting import lint_model, modifier_names
-from mfac_core.schedules.pruning import checked_steps_per_epoch
 from mfac_core.settings.pruning import PruningSettings
 from mfac_keras.backends import current_backend
+from mfac_keras.clock import TrainingClock
 from mfac_keras.conditions import check_model, check_optimizer, check_trained, refuse_keras_2
 from mfac_keras.end_of_fit import call_at_end_of_fit
 from mfac_keras.live_pruning import LivePruning, variables_in_scope
@@ -110,16 +110,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._given_optimizer = optimizer
         self._state_path = None if state_path is None else Path(state_path)
         self._save_window = save_window
-        self._given_steps_per_epoch = None if steps_per_epoch is None else checked_steps_per_epoch(steps_per_epoch)
+        self._clock = TrainingClock(steps_per_epoch)
         self._verbose = verbose
         self._session: TrainingSession | None = None
         self._last_session: TrainingSession | None = None
         self._pruned_model: Any = None
-        self._begun: int | None = None
-        self._counted_steps: int | None = None
-        self._first_epoch: int | None = None
-        self._seen = 0
-        self._epoch = 0
         self._is_testing = False
         self._is_saved = False
         self._keeps_previous = True
@@ -165,11 +160,10 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Raises:
             ValueError: If an epoch has another number of steps than was given.
         """
-        self._check_steps_per_epoch()
+        self._clock.begin_fit((self.params or {}).get("steps"))
         self.close()
         if self._pruned_model is not self._model:
             self._last_session = None
-        self._counted_steps = self._first_epoch = self._begun = None
         self._keeps_previous = True
         current_backend().refuse_unsupported(self._model)
         self._ended = None
@@ -185,15 +179,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Raises:
             ValueError: If this callback is in the list of callbacks twice.
         """
-        if self._begun == epoch:
+        if self._clock.epoch == epoch:
             raise ValueError("the same MFACPruningCallback stands twice among the callbacks of fit; leave one of them")
-        self._begun = epoch
-        self._is_saved = False
-        self._epoch, self._seen = epoch, 0
-        if self._first_epoch is None:
-            self._first_epoch = epoch
+        self._begin_epoch(epoch)
         if self._session is None and self._model.built:
-            self._attach(step_of_epoch=0)
+            self._attach()
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Look before the first step of an epoch, when all others have written what they write, whether zeros are left.
@@ -202,7 +192,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             batch: Number of the first batch of the execution, from 0.
             logs: Not used.
         """
-        if not self._seen and self._session is not None:
+        if not self._clock.steps_in_epoch and self._session is not None:
             self._session.warn_of_regrown(_HELD)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -212,12 +202,11 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             batch: Number of the last batch of the execution, from 0.
             logs: Gains ``sparsity``.
         """
-        known = self._steps_per_epoch()
-        self._seen = batch + 1 if known is None else min(batch + 1, known)
+        self._clock.count(batch + 1)
         if self._session is None:
-            self._attach(step_of_epoch=self._seen)  # built by its first batch
+            self._attach()  # built by its first batch
         else:
-            self._session.advance(self._epoch * self._session.steps_per_epoch + self._seen)
+            self._session.advance(self._clock.step)
             if batch + 1 == self.params.get("steps"):
                 self._save()  # before BackupAndRestore, in either order
         if logs is not None:
@@ -249,8 +238,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Raises:
             RuntimeError: If the optimizer is not the one that trains.
         """
-        if self._counted_steps is None and self._seen:
-            self._counted_steps = self._seen
+        self._clock.end_epoch()
         if self._session is not None:
             self._session.check_followed()
             self._session.warn_of_untrained()
@@ -264,7 +252,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         Args:
             logs: Not used.
         """
-        if self._first_epoch is None:
+        if self._clock.epoch is None:
             self._look_back()
             return
         session = self._session
@@ -284,32 +272,31 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._ended = session
         self._warn_of_restored()
 
-    def _check_steps_per_epoch(self) -> None:
-        given, known = self._given_steps_per_epoch, (self.params or {}).get("steps")
-        if given is not None and known is not None and given != known:
-            raise ValueError(
-                f"steps_per_epoch is {given} for MFACPruningCallback, and an epoch of this fit has {known} steps; "
-                "leave it out where Keras knows the length of the data"
-            )
-
     def _warn_of_restored(self) -> None:
         # Called twice, as a callback that restores weights may come before this one or after it.
         if self._ended is not None:
             self._ended.warn_of_regrown(_LEFT)
 
-    def _attach(self, step_of_epoch: int) -> None:
-        steps_per_epoch = self._steps_per_epoch()
+    def _begin_epoch(self, epoch: int) -> None:
+        self._clock.begin_epoch(epoch)
+        self._is_saved = False
+        if self._clock.steps_per_epoch is None and self._clock.first_epoch:
+            steps = (int(saved.state["steps_per_epoch"]) for saved in self._saved_states())
+            self._clock.steps_per_epoch = next(steps, None)
+
+    def _attach(self) -> None:
+        steps_per_epoch, epoch = self._clock.steps_per_epoch, self._clock.epoch
         if steps_per_epoch is None:
-            if self._epoch:
+            if epoch:
                 raise ValueError(
-                    f"training goes on at epoch {self._epoch} with data of unknown length; pass steps_per_epoch=... to "
+                    f"training goes on at epoch {epoch} with data of unknown length; pass steps_per_epoch=... to "
                     "MFACPruningCallback, or the state_path of the run that is resumed"
                 )
             return
-        self._session = self._new_session(steps_per_epoch, step_of_epoch)
+        self._session = self._new_session(steps_per_epoch)
         self._session.begin()
 
-    def _new_session(self, steps_per_epoch: int, step_of_epoch: int) -> TrainingSession:
+    def _new_session(self, steps_per_epoch: int) -> TrainingSession:
         model = self.model
         optimizer = model.optimizer if self._given_optimizer is None else self._given_optimizer
         check_optimizer(optimizer)
@@ -342,9 +329,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             trained,
             steps_per_epoch=steps_per_epoch,
             steps_per_execution=int(model.steps_per_execution),
-            step=self._epoch * steps_per_epoch + step_of_epoch,
+            step=self._clock.step,
         )
-        if self._first_epoch:
+        if self._clock.first_epoch:
             self._resume(session)
         elif self._last_session is not None and self.sparsity:
             _logger.warning(
@@ -362,15 +349,15 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         epoch = getattr(self.model, "_initial_epoch", None) or self.params.get("epochs") or 0
         if not epoch or not self.model.built:
             return
-        self._first_epoch = self._epoch = epoch
-        steps_per_epoch = self._steps_per_epoch()
+        self._begin_epoch(epoch)
+        steps_per_epoch = self._clock.steps_per_epoch
         if steps_per_epoch is None:
             _logger.warning(
                 "no epoch was left to train, and masks and sparsity of the training before are not known: pass "
                 "steps_per_epoch=... to MFACPruningCallback, or the state_path of that run"
             )
             return
-        self._last_session, self._pruned_model = self._new_session(steps_per_epoch, 0), self._model
+        self._last_session, self._pruned_model = self._new_session(steps_per_epoch), self._model
         self._last_session.sign()
 
     def _live_pruning(
@@ -430,14 +417,6 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _sparsity_now(self) -> float:
         return 0.0 if self._session is None else self._session.zeros().sparsity
-
-    def _steps_per_epoch(self) -> int | None:
-        if self._session is not None:
-            return self._session.steps_per_epoch
-        known = self._given_steps_per_epoch or (self.params or {}).get("steps") or self._counted_steps
-        if known is None and self._first_epoch:
-            known = next((saved.state["steps_per_epoch"] for saved in self._saved_states()), None)
-        return None if known is None else int(known)
 
     def _resume(self, session: TrainingSession) -> None:
         found = resume(session, self._saved_states())

@@ -9,7 +9,14 @@ import keras
 
 from mfac_keras.optimizers import innermost, trained_by
 
-__all__ = ["check_built", "check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
+__all__ = [
+    "check_built",
+    "check_model",
+    "check_optimizer",
+    "check_trained",
+    "refuse_keras_2",
+    "refuse_several_processes",
+]
 
 _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
 
@@ -81,6 +88,19 @@ def refuse_keras_2(what: str, thing: Any) -> None:
         raise TypeError(
             f"{what} is a {_class_of(thing)} of Keras 2 ({package}), and pruning needs Keras 3: make it with `import "
             "keras`; where TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it"
+        )
+
+
+def refuse_several_processes(count: int) -> None:
+    """Refuse training that is distributed over several processes.
+
+    Raises:
+        NotImplementedError: If ``count`` is more than one.
+    """
+    if count > 1:
+        raise NotImplementedError(
+            f"training is distributed over {count} processes, which is not supported: each would choose its own masks. "
+            "Prune in a single process"
         )
 
 

@@ -175,13 +175,13 @@ class LivePruning:
         return self._pruner.is_due(step)
 
     def prune_if_due(
-        self, step: int, slots_of: SlotsOf = _no_slots, held: Mapping[str, npt.NDArray[np.bool_]] | None = None
+        self, step: int, state_to_reset: SlotsOf = _no_slots, held: Mapping[str, npt.NDArray[np.bool_]] | None = None
     ) -> None:
         """Do the pruning step that is due, if there is one. An exception leaves weights, slots and masks as they were.
 
         Args:
             step: Completed training steps.
-            slots_of: Gives what optimizers remember of variables: it is set to zero where weights have come back.
+            state_to_reset: Gives what optimizers remember of variables: it is set to zero where weights have come back.
             held: Masks of other modifiers by path, True keeps; what they prune stays zero.
         """
         measurement = LossMeasurement(None if self._sampler is None else partial(self._sampler.loss, self._model))
@@ -196,7 +196,7 @@ class LivePruning:
                     for name, variable in self.variables.items()
                 ]
                 if pruned.resets_optimizer:
-                    stale = slots_of(self.variables.values())
+                    stale = state_to_reset(self.variables.values())
                     values += [(slot, np.zeros(slot.shape, slot.dtype)) for slot in stale]
                 with assigned(values):
                     result = measurement.end(pruned)
@@ -366,17 +366,17 @@ def combined_masks(prunings: Sequence[LivePruning]) -> dict[str, npt.NDArray[np.
     return combined
 
 
-def prune_if_due(prunings: Sequence[LivePruning], step: int, slots_of: SlotsOf = _no_slots) -> None:
+def prune_if_due(prunings: Sequence[LivePruning], step: int, state_to_reset: SlotsOf = _no_slots) -> None:
     """Do the pruning steps that are due. An exception leaves each of them done as a whole, or not at all.
 
     Args:
         prunings: The modifiers at work on one model.
         step: Completed training steps.
-        slots_of: Gives what optimizers remember of variables.
+        state_to_reset: Gives what optimizers remember of variables.
     """
     share = sum(len(pruning.variables) for pruning in prunings) > len(variables_in_scope(prunings))
     for pruning in prunings:
         # the update of one must not move what another has pruned
         others = [each for each in prunings if each is not pruning] if share else []
         if pruning.needs_pruning(step):
-            pruning.prune_if_due(step, slots_of, combined_masks(others))
+            pruning.prune_if_due(step, state_to_reset, combined_masks(others))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["average_of", "innermost", "remembered", "set_weight_decay", "trained_by"]
+__all__ = ["average_of", "innermost", "optimizer_state", "set_weight_decay", "trained_by"]
 
 
 def innermost(optimizer: Any) -> list[Any]:
@@ -36,7 +36,7 @@ def trained_by(optimizer: Any) -> list[Any]:
     return list(optimizer._trainable_variables)
 
 
-def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
+def optimizer_state(optimizer: Any, variable: Any) -> Iterator[Any]:
     """Yield what an innermost optimizer remembers of a variable: momentum, moments, averages, accumulated gradients.
 
     Args:

@@ -15,7 +15,7 @@ from mfac_core.pruners.fingerprint import fingerprint
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 from mfac_core.weight_names import join_names
 from mfac_keras.backends import current_backend
-from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
 from mfac_keras.training_changes import TrainingChanges
 
@@ -298,7 +298,7 @@ class TrainingSession:
             self.check_followed()
             self.warn_of_untrained()
             self._sparsity = None
-            prune_if_due(self.prunings, self.step, self._hooks.slots_of)
+            prune_if_due(self.prunings, self.step, self._hooks.state_to_reset)
             self._hold_masks()
             self._checksums = self._checksums_of_the_unfollowed()
         self._taps = self._wants_gradients()

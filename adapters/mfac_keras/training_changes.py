@@ -15,7 +15,7 @@ from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, che
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_core.state_checks import check_keys, refuse
 from mfac_core.weight_names import join_names
-from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay
 from mfac_keras.selection import matching_variables
 

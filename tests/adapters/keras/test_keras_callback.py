@@ -637,7 +637,7 @@ def test_embeddings_recurrent_layers_and_attention(task, watch):
     assert all(np.count_nonzero(~mask) == round(0.75 * mask.size) for mask in pruning.masks.values())
     assert watching.steps > 10
     assert watching.grown == 0
-    assert sum(watching.remembered.values()) == 0
+    assert sum(watching.optimizer_state.values()) == 0
 
 
 @pytest.mark.once

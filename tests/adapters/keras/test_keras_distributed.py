@@ -59,7 +59,7 @@ def test_two_replicas_under_mixed_precision(task, two_replicas, watch):
     task.fit(model, pruning, watching)
     assert watching.steps > 10
     assert watching.grown == 0
-    assert sum(watching.remembered.values()) == 0
+    assert sum(watching.optimizer_state.values()) == 0
 
 
 @pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")

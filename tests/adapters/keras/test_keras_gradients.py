@@ -93,7 +93,7 @@ def test_gradients_and_masks_where_the_step_is_compiled(task, observed, watch):
     task.fit(model, weights, pruning, watching, NothingNewToCompile())
     assert_rows_are_gradients(task, observed, weights)
     assert watching.steps == 16
-    assert watching.grown == sum(watching.remembered.values()) == 0
+    assert watching.grown == sum(watching.optimizer_state.values()) == 0
     assert pruning.sparsity == 0.75
     masks = pruning.masks
     task.fit(model, epochs=1)  # plain again: pruned weights are free

@@ -9,7 +9,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 
 from mfac_core.errors import SettingError  # noqa: E402
 from mfac_keras import MFACPruningCallback  # noqa: E402
-from mfac_keras.optimizers import innermost, remembered  # noqa: E402
+from mfac_keras.optimizers import innermost, optimizer_state  # noqa: E402
 
 BODY = "tiny/body/kernel"
 RATES = pytest.mark.feature("learning rates of a recipe")
@@ -49,7 +49,7 @@ class Weights(keras.callbacks.Callback):
         self.values.append({variable.name + variable.path: self.all_of(variable) for variable in self.model.weights})
 
     def all_of(self, variable):
-        slots = [slot for leaf in innermost(self.model.optimizer) for slot in remembered(leaf, variable)]
+        slots = [slot for leaf in innermost(self.model.optimizer) for slot in optimizer_state(leaf, variable)]
         return [each.numpy().copy() for each in (variable, *slots)]
 
     def changes(self, layer):
