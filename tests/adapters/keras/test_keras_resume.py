@@ -324,7 +324,7 @@ def test_weights_that_were_saved_with_less_precision_go_on_with_the_state_of_the
     pruning = MFACPruningCallback(task.recipe(end_epoch=4.0), state_path=path, verbose=0)
     masks = Masks(pruning)
     task.fit(rounded, pruning, masks, initial_epoch=3, epochs=5)
-    assert "the weights are not bit for bit those that the state of pruning at epoch 3 was saved with" in caplog.text
+    assert "the weights differ from those that the state of pruning at epoch 3 was saved with" in caplog.text
     assert _equal(first.masks, masks.seen[0])
     assert "taken as pruned" not in caplog.text
 
