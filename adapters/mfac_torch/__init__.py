@@ -5,7 +5,7 @@ Read in this order:
 * ``manager``: :class:`ScheduledModifierManager`, the entry point: gradual and one-shot pruning, resume
 * ``one_shot``: :func:`prune_one_shot`, without training, in one call
 * ``modifier``, ``modifier_list``: the modifiers of a recipe as Python objects
-* ``conditions``, ``plan``: what is checked, and what is said, before anything is changed
+* ``conditions``: what is checked, and what is said, before anything is changed
 * ``session``: what happens around each optimizer step
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained

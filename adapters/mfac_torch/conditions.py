@@ -8,8 +8,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from mfac_core.settings.pruning import ConstantSettings
-from mfac_torch.live_pruning import LivePruning
+from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.session import is_followed
 
 __all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped_optimizers"]
@@ -105,7 +104,7 @@ def _hooks(optimizer: Any) -> Any:
     return getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks")
 
 
-def check_trained(prunings: Sequence[LivePruning]) -> None:
+def check_trained(prunings: Sequence[TorchPruning]) -> None:
     """Refuse parameters in scope that no optimizer trains, but for those whose zeros are only held.
 
     Args:
@@ -115,7 +114,7 @@ def check_trained(prunings: Sequence[LivePruning]) -> None:
         ValueError: If there are such; the message names them.
     """
     for pruning in prunings:
-        if pruning.untrained and not isinstance(pruning.settings, ConstantSettings):
+        if pruning.untrained and not pruning.holds_zeros_only:
             raise ValueError(
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so their masks could not be held; give "
                 "them to the optimizer, or name in params only what it trains"

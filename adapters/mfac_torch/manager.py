@@ -13,20 +13,18 @@ import torch
 from torch import nn
 
 from mfac_core.masks.zero_count import ZeroCount
-from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import lint_one_shot, modifier_names
-from mfac_core.recipe.recommended import differs_line
 from mfac_core.schedules.one_shot import one_shot_in_order
-from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
-from mfac_core.session.log_lines import unfinished_line
+from mfac_core.session.live_pruning import combined_masks
+from mfac_core.session.one_shot import prune_in_one_shot
+from mfac_core.session.plan_log import log_plan
+from mfac_core.session.session import Session, attached, gradual_in_order
 from mfac_core.settings.checks import check_number
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_torch.batchnorm import RunningStatistics
 from mfac_torch.checkpoint import load_optimizers, load_weights, read_checkpoint, write_checkpoint
 from mfac_torch.conditions import check_optimizers, check_trained, refuse_distributed, unwrapped_optimizers
-from mfac_torch.live_pruning import LivePruning, masks_together
+from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.plan import log_plan
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
@@ -75,7 +73,7 @@ class ScheduledModifierManager(ModifierList):
 
     _model: nn.Module | None = None
     _is_finalized: bool = False
-    _prunings: tuple[LivePruning, ...] = ()
+    _prunings: tuple[TorchPruning, ...] = ()
     _session: TrainingSession | None = None
     _loggers: ScalarLoggers | None = None
     _sampler: Sampler | None = None
@@ -89,7 +87,7 @@ class ScheduledModifierManager(ModifierList):
     @property
     def masks(self) -> dict[str, torch.Tensor]:
         """The masks held now by parameter name: boolean, True keeps; none before the first pruning step."""
-        return masks_together(self._prunings)
+        return combined_masks(pruning.mask_tensors for pruning in self._prunings)
 
     @property
     def sparsity(self) -> float:
@@ -193,18 +191,26 @@ class ScheduledModifierManager(ModifierList):
         steps = _whole(steps_per_epoch)
         start = self._epoch if epoch is None else epoch
         check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
-        prunings = _live_prunings(
-            [modifier.settings for modifier in self.pruning_modifiers],
+        prunings = self._attached_to(
             model,
+            gradual_in_order(modifier.settings for modifier in self.pruning_modifiers),
             steps_per_epoch=steps,
             optimizers=optimizers,
-            grad_sampler=sampler,
-            loggers=self._loggers if loggers is None else loggers,
+            sampler=sampler,
+            loggers=loggers,
         )
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
-        log_plan(prunings, others, steps, sampled=sampler is not None, trainable=changes.trainable, logged=self._logged)
+        log_plan(
+            _logger,
+            prunings,
+            others,
+            steps,
+            sampled=sampler is not None,
+            trainable=changes.trainable,
+            logged=self._logged,
+        )
         session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session
@@ -259,34 +265,18 @@ class ScheduledModifierManager(ModifierList):
             )
         model = unwrapped(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
-        prunings = _live_prunings(
-            settings,
-            model,
-            steps_per_epoch=1,
-            one_shot_at=epoch,
-            grad_sampler=sampler,
-            loggers=self._loggers if loggers is None else loggers,
+        groups = one_shot_in_order(settings, epoch)
+        prunings = self._attached_to(
+            model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers
         )
-        for line in filter(None, map(differs_line, settings)):
-            _logger.info("%s", line)
-        statistics = RunningStatistics(model)
-        parameters = {id(each): each.detach() for pruning in prunings for each in pruning.parameters.values()}
-        before = [(values, values.clone()) for values in parameters.values()]
-        with ExitStack() as undo:
-            for values, copied in before:
-                undo.callback(values.copy_, copied)
-            for pruning in prunings:
-                pruning.prune_if_due(0)
-            for pruning in prunings:  # an update may have moved what another modifier has pruned
-                pruning.hold_masks()
-            if sampler is not None and recalibrate_batchnorm:
-                options = next((each.sampler_options for each in settings if isinstance(each, MFACSettings)), {})
-                statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
-            undo.pop_all()
-        if statistics.layers and not (recalibrate_batchnorm or all(torch.equal(*each) for each in before)):
-            _logger.warning(
-                "%s", stale_statistics_line(statistics.layers, "mfac_torch.recalibrate_batchnorm(model, loader)")
-            )
+        prune_in_one_shot(
+            Session(prunings, logger=_logger),
+            groups,
+            RunningStatistics(model),
+            sampler=sampler,
+            recalibrate_batchnorm=recalibrate_batchnorm,
+            cure="mfac_torch.recalibrate_batchnorm(model, loader)",
+        )
         self._model, self._prunings = model, prunings
         if finalize:
             self.finalize(module)
@@ -349,7 +339,7 @@ class ScheduledModifierManager(ModifierList):
             raise ValueError("finalize() got another model than modify() or apply(); pass the same one, or none")
         if self._session is not None:
             self._session.detach()
-            self._warn_unfinished(self._session)
+            self._session.warn_of_unfinished("finalized", self._session.outside.missing_steps())
         self._warn_replaced(self._model)
         self._settle(hold)
         if reset_loggers:
@@ -391,7 +381,7 @@ class ScheduledModifierManager(ModifierList):
             RuntimeError: If no run is in progress.
             ValueError: If the state is broken, or does not belong to this recipe or model; nothing is changed then.
         """
-        self._attached("load_state_dict").resumed(state, strict=strict)()
+        self._attached("load_state_dict").resumption(state, strict=strict)()
 
     def save_checkpoint(
         self,
@@ -461,7 +451,7 @@ class ScheduledModifierManager(ModifierList):
         to_load = self._attached_model(model)
         optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
         parts = read_checkpoint(path, ("model", "optimizers", "manager", "more"))
-        resume = session.resumed(parts["manager"], strict=strict)
+        resume = session.resumption(parts["manager"], strict=strict)
         with ExitStack() as undo:
             load_weights(to_load, parts["model"], undo)
             load_optimizers(optimizers, parts["optimizers"], undo)
@@ -473,6 +463,32 @@ class ScheduledModifierManager(ModifierList):
     def _attached_model(self, given: nn.Module | None) -> nn.Module:
         assert self._model is not None  # a run is in progress
         return self._model if given is None else unwrapped(given)
+
+    def _attached_to(
+        self,
+        model: nn.Module,
+        settings: Sequence[PruningSettings],
+        *,
+        steps_per_epoch: int,
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        sampler: Sampler | None,
+        loggers: ScalarLoggers | None,
+    ) -> tuple[TorchPruning, ...]:
+        functions = log_functions(self._loggers if loggers is None else loggers)
+        logged: set[str] = set()
+        return attached(
+            settings,
+            lambda each, name: TorchPruning(
+                each,
+                model,
+                steps_per_epoch=steps_per_epoch,
+                optimizers=optimizers,
+                grad_sampler=None if sampler is None else GradSampler.of(sampler),
+                loggers=functions,
+                name=name,
+                logged=logged,
+            ),
+        )
 
     def _check_free(self) -> None:
         if self._model is not None:
@@ -527,22 +543,6 @@ class ScheduledModifierManager(ModifierList):
                 ", ".join(replaced),
             )
 
-    def _warn_unfinished(self, session: TrainingSession) -> None:
-        missing = session.outside.missing_steps()
-        for pruning in self._prunings:
-            if pruning.is_finished:
-                continue
-            line = unfinished_line(
-                "finalized",
-                modifier=pruning.name,
-                names=pruning.parameters,
-                epoch=session.step / session.steps_per_epoch,
-                due=pruning.schedule[-1].epoch,
-                sparsity=pruning.sparsity,
-                refused_rows=pruning.refused_rows,
-            )
-            _logger.warning("%s%s", line, f"; {missing}" if missing else "")
-
 
 def _refuse(method: str, unsupported: Mapping[str, object]) -> None:
     given = [name for name, value in unsupported.items() if value is not None]
@@ -557,42 +557,3 @@ def _whole(steps_per_epoch: float) -> int:
     if whole != steps_per_epoch:
         _logger.info("steps_per_epoch %g is taken as %d", steps_per_epoch, whole)
     return whole
-
-
-def _live_prunings(
-    settings: Sequence[PruningSettings],
-    model: nn.Module,
-    *,
-    steps_per_epoch: int,
-    one_shot_at: float | None = None,
-    optimizers: Sequence[torch.optim.Optimizer] = (),
-    grad_sampler: Sampler | None,
-    loggers: ScalarLoggers | None,
-) -> tuple[LivePruning, ...]:
-    sampler = None if grad_sampler is None else GradSampler.of(grad_sampler)
-    functions = log_functions(loggers)
-    if one_shot_at is None:
-        in_order = sorted(settings, key=lambda each: each.start_epoch)  # a modifier that follows another sees its zeros
-        parts = [(each, part) for each in in_order for part in each.by_final_sparsity()]
-    else:
-        parts = one_shot_in_order(settings, one_shot_at)
-    prunings = []
-    logged: set[str] = set()
-    for name, (_, part) in zip(modifier_names(part for _, part in parts), parts, strict=True):
-        with named_in_errors(part):
-            prunings.append(
-                LivePruning(
-                    part,
-                    model,
-                    steps_per_epoch=steps_per_epoch,
-                    optimizers=optimizers,
-                    grad_sampler=sampler,
-                    loggers=functions,
-                    name=name,
-                    logged=logged,
-                )
-            )
-    if one_shot_at is not None:  # for a gradual run the linter says it
-        for warning in lint_one_shot(parts, [pruning.parameters for pruning in prunings]):
-            _logger.warning("%s", warning)
-    return tuple(prunings)

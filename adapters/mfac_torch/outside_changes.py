@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary, WeakMethod
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from mfac_core.session.live_pruning import combined_masks
 from mfac_core.weight_names import join_names
-from mfac_torch.live_pruning import LivePruning, masks_together
+from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.zeros import zeros_of
 
 __all__ = ["OutsideChanges"]
@@ -33,7 +34,7 @@ class OutsideChanges:
     """
 
     def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], prunings: Sequence[LivePruning], steps_per_epoch: int
+        self, optimizers: Sequence[torch.optim.Optimizer], prunings: Sequence[TorchPruning], steps_per_epoch: int
     ) -> None:
         self._optimizers = optimizers
         self._prunings = prunings
@@ -94,7 +95,7 @@ class OutsideChanges:
             number: Those that this optimizer trains; ``None`` for all.
         """
         for pruning in self._prunings:
-            for parameter in pruning.held_parameters(number).values():
+            for parameter in pruning.held.parameters(None if number is None else pruning.trained_by(number)).values():
                 self._versions[id(parameter)] = parameter._version
 
     def may_have_changed(self, number: int, step: int) -> bool:
@@ -111,7 +112,7 @@ class OutsideChanges:
         return (
             step % self._steps_per_epoch == 0
             or self._is_written(number)
-            or any(pruning.seems_regrown(number) for pruning in self._prunings)
+            or any(pruning.held.seems_regrown(pruning.trained_by(number)) for pruning in self._prunings)
         )
 
     def has_regrown(self) -> bool:
@@ -120,7 +121,7 @@ class OutsideChanges:
             torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         ):  # nothing can be read while a CUDA graph is recorded
             return False
-        return any(pruning.has_regrown() for pruning in self._prunings)
+        return any(pruning.held.has_regrown() for pruning in self._prunings)
 
     def warn_of_regrown(self, step: int) -> None:
         """Say which pruned weights are not zero and that they will be, once an epoch.
@@ -137,7 +138,7 @@ class OutsideChanges:
             "%s, at step %d. The likely cause: %s. The masks are held, so the next step sets these weights to zero; "
             "give an average of the weights its zeros with mfac_torch.apply_masks, and to train without the masks "
             "call finalize() first (said once an epoch)",
-            zeros_of(weights, masks_together(self._prunings)).difference(),
+            zeros_of(weights, combined_masks(pruning.mask_tensors for pruning in self._prunings)).difference(),
             step,
             self.likely_cause(),
         )
@@ -171,7 +172,7 @@ class OutsideChanges:
         return any(
             self._versions.get(id(parameter), parameter._version) != parameter._version
             for pruning in self._prunings
-            for parameter in pruning.held_parameters(number).values()
+            for parameter in pruning.held.parameters(None if number is None else pruning.trained_by(number)).values()
         )
 
     def _before_any(self, optimizer: torch.optim.Optimizer) -> None:

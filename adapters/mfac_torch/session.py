@@ -11,17 +11,18 @@ from weakref import WeakSet
 
 import torch
 
-from mfac_core.state_checks import check_keys, checked_integer, refuse
-from mfac_torch.live_pruning import LivePruning, Resumed
+from mfac_core.session.session import ParsedState, Session
+from mfac_core.state_checks import check_keys, checked_integer
+from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.outside_changes import OutsideChanges
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
 
 __all__ = ["TrainingSession", "is_followed"]
 
-_KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
-
 _logger = logging.getLogger("mfac_torch")
+
+_KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
 
 _followed: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -38,8 +39,8 @@ def is_followed(optimizer: torch.optim.Optimizer) -> bool:
     return optimizer in _followed
 
 
-class TrainingSession:
-    """Hooks on optimizers that run the modifiers of a recipe.
+class TrainingSession(Session[TorchPruning]):
+    """Runs the modifiers of a recipe by hooks on the optimizers of a PyTorch model.
 
     A step counts once the first optimizer has made it; a step that mixed precision skips does not.
 
@@ -51,26 +52,24 @@ class TrainingSession:
         step: Completed optimizer steps so far.
 
     Attributes:
-        step: Completed optimizer steps so far.
-        steps_per_epoch: Optimizer steps per epoch.
         optimizers: The optimizers that are followed.
-        outside: What others do to the weights in scope.
+        outside: Notices what other code does to the weights in scope.
     """
+
+    changes_key = "changes_done"
 
     def __init__(
         self,
         optimizers: Sequence[torch.optim.Optimizer],
-        prunings: Sequence[LivePruning],
+        prunings: Sequence[TorchPruning],
         changes: TrainingChanges,
         *,
         steps_per_epoch: int,
         step: int,
     ) -> None:
-        self.step = step
-        self.steps_per_epoch = steps_per_epoch
+        super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
         self.optimizers = optimizers
-        self._prunings = prunings
-        self._changes = changes
+        self._training = changes
         self.outside = OutsideChanges(optimizers, prunings, steps_per_epoch)
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
@@ -96,7 +95,7 @@ class TrainingSession:
                     undo.callback(handles[-1].remove)
             undo.callback(_followed.difference_update, self.optimizers)
             _followed.update(self.optimizers)
-            self._changes.set_trained(self.step, undo)
+            self._training.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
         self.outside.attach(self.step)
@@ -105,116 +104,74 @@ class TrainingSession:
         """Remove the hooks, and let each parameter be trained as before."""
         self.outside.detach()
         if len(self.optimizers) > 1 and not self.outside.has_regrown():  # what was put back is not pruned
-            self._prune_if_due()  # the last round may have lacked its last optimizer
+            self.prune_if_due()  # the last round may have lacked its last optimizer
         for handle in self._handles:
             handle.remove()
         self._handles = []
         _followed.difference_update(self.optimizers)
-        self._changes.restore()
+        self._training.restore()
 
     def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return the progress: plain numbers, tensors, and the state of each pruning modifier.
 
         Args:
             gradient_window: Whether gradient windows are part of it.
-            warn: Whether pruned weights that are not zero are said.
-
-        Returns:
-            The state.
+            warn: Whether to warn of pruned weights that are not zero.
         """
         if warn and self.outside.has_regrown():
             self.outside.warn_of_regrown(self.step)
         return {
-            "step": self.step,
-            "steps_per_epoch": self.steps_per_epoch,
+            **super().state_dict(gradient_window=gradient_window),
             # at the end of its first round the next step, which tells so, is still to come
             "last_optimizer": self._stepped if self._last is None and self._stepped != self._first else self._last,
-            "changes_done": self._changes.state_dict(),
-            "prunings": [pruning.state_dict(gradient_window=gradient_window) for pruning in self._prunings],
             "random": random_state(),
         }
 
-    def resumed(self, state: Mapping[str, Any], *, strict: bool = True) -> Callable[[], None]:
-        """Return what goes on from a state, once it is called. Nothing is changed yet.
+    def resumption(self, state: Mapping[str, Any], *, strict: bool = True) -> Callable[[], None]:
+        """Check a whole state, and return a function that continues from it. Nothing is changed before it is called.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model; with another number of
-                steps per epoch it goes on at the same epoch.
-            strict: Whether all of the state must fit; otherwise what fits is taken, and the rest is logged.
-
-        Returns:
-            A function without arguments.
+                steps per epoch it continues at the same epoch.
+            strict: As in :meth:`Session.parsed`.
 
         Raises:
             ValueError: If the state is broken, or does not belong to this run.
         """
         check_keys("a manager", state, _KEYS)
-        saved_at = checked_integer("step", state["step"], at_most=sys.maxsize)
-        saved_with = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
         check_random_state(state["random"])
         # not in states of older releases; known again after a round
         last = state.get("last_optimizer")
         if last is not None:
             last = checked_integer("last_optimizer", last, at_most=sys.maxsize)
-        taken = self._resumed_prunings(state["prunings"], saved_with, strict=strict)
-        try:
-            self._changes.check_state(state["changes_done"])
-        except ValueError as error:
-            if strict:
-                raise
-            _logger.warning("learning rate and weight decay go by the epoch alone: %s", error)
-            changes_done = self._changes.state_dict()
-        else:
-            changes_done = state["changes_done"]
-        step = saved_at if saved_with == self.steps_per_epoch else round(saved_at * self.steps_per_epoch / saved_with)
+        parsed = self.parsed(state, strict=strict)
 
         def resume() -> None:
-            for pruning, resumed in taken:
-                pruning.resume(resumed)
-            self.outside.remember()
-            self.step = step
-            self._counts = False
-            self._observed_at = [-1] * len(self.optimizers)
+            self.resume(parsed)
             if last is not None and last < len(self.optimizers) and self._last is None:
                 self._last = last
-            self._changes.load_state_dict(changes_done, step)
             restore_random_state(state["random"])
-            if saved_with != self.steps_per_epoch:
-                _logger.warning(
-                    "the state was saved with %d steps per epoch and this run has %d (another batch size, or other "
-                    "accumulation): it goes on at the same epoch, %.2f, which is step %d",
-                    saved_with,
-                    self.steps_per_epoch,
-                    saved_at / saved_with,
-                    step,
-                )
 
         return resume
 
-    def _resumed_prunings(self, states: Any, saved_with: int, *, strict: bool) -> list[tuple[LivePruning, Resumed]]:
-        if not isinstance(states, list | tuple):
-            refuse("prunings", states, "a list with the state of each pruning modifier")
-        if len(states) != len(self._prunings):
-            difference = (
-                f"the state holds {len(states)} pruning modifiers, this recipe has {len(self._prunings)}; "
-                "resume with the recipe that the state was saved with"
+    def resume(self, parsed: ParsedState) -> None:
+        """Continue from a state, at the same epoch where its steps per epoch were others."""
+        self.step = parsed.step
+        if parsed.steps_per_epoch != self.steps_per_epoch:
+            self.step = round(parsed.step * self.steps_per_epoch / parsed.steps_per_epoch)
+            self.logger.warning(
+                "the state was saved with %d steps per epoch and this run has %d (another batch size, or other "
+                "accumulation): it goes on at the same epoch, %.2f, which is step %d",
+                parsed.steps_per_epoch,
+                self.steps_per_epoch,
+                parsed.step / parsed.steps_per_epoch,
+                self.step,
             )
-            if strict:
-                raise ValueError(difference)
-            _logger.warning("only the first ones are taken: %s", difference)
-        taken = []
-        for pruning, saved in zip(self._prunings, states, strict=False):
-            try:
-                check_keys("a pruning modifier", saved, ())
-                its_own = saved.get("steps_per_epoch", saved_with)
-                if not isinstance(its_own, int) or its_own != saved_with:
-                    refuse("steps_per_epoch of a pruning modifier", its_own, f"{saved_with} as of all")
-                taken.append((pruning, pruning.resumed({**saved, "steps_per_epoch": saved_with})))
-            except ValueError as error:
-                if strict:
-                    raise
-                _logger.warning("a pruning modifier begins anew, because its state does not fit: %s", error)
-        return taken
+        super().resume(parsed)
+        self._training.set_trained(self.step)
+        self.outside.remember()
+        self._counts = False
+        self._observed_at = [-1] * len(self.optimizers)
 
     def _before_step(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -224,8 +181,8 @@ class TrainingSession:
         self._look_outside(number)
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
-            self._prune_if_due()
-        self._changes.set_options(self.step)
+            self.prune_if_due()
+        self._training.set_options(self.step)
         # With a closure the gradients come into being inside the step.
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._observed(number, kwargs["closure"])}
@@ -239,36 +196,31 @@ class TrainingSession:
         trained = _num_trained(self.optimizers[number])
         if trained != self._num_trained[number]:
             self._num_trained[number] = trained
-            for pruning in self._prunings:
+            for pruning in self.prunings:
                 pruning.follow(number)
-        is_due = any(pruning.is_due(self.step) for pruning in self._prunings)
-        if (is_due or self.outside.may_have_changed(number, self.step)) and self.outside.has_regrown():
+        if (self.is_due() or self.outside.may_have_changed(number, self.step)) and self.outside.has_regrown():
             self.outside.warn_of_regrown(self.step)
-            for pruning in self._prunings:
-                pruning.hold_masks()
+            for pruning in self.prunings:
+                pruning.held.zero_weights()
             self.outside.remember()
 
     def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stepped = number
-        for pruning in self._prunings:
-            pruning.hold_masks(number)
+        for pruning in self.prunings:
+            pruning.held.zero_weights(pruning.trained_by(number))
         if number == 0 and self._counts and not _is_skipped(self.optimizers[0]):
             self._counts = False
             self.step += 1
-            self._changes.set_trained(self.step)
+            self._training.set_trained(self.step)
         self.outside.end(number, self.step)
         if number == self._last:
-            self._prune_if_due()
+            self.prune_if_due()
 
-    def _prune_if_due(self) -> None:
-        if not any(pruning.is_due(self.step) for pruning in self._prunings):
-            return
-        for pruning in self._prunings:
-            pruning.prune_if_due(self.step)
-        if len(self._prunings) > 1:  # an update may have moved what another modifier has pruned
-            for pruning in self._prunings:
-                pruning.hold_masks()
-        self.outside.remember()
+    def prune_if_due(self) -> None:
+        """Do the pruning steps that are due."""
+        if self.is_due():
+            super().prune_if_due()
+            self.outside.remember()
 
     def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
         def observed() -> Any:
@@ -286,10 +238,10 @@ class TrainingSession:
         scale = getattr(optimizer, "grad_scale", None)
         is_first = self._observed_at[number] != self.step  # a line search calls its closure again for the same batch
         self._observed_at[number] = self.step
-        for pruning in self._prunings:
+        for pruning in self.prunings:
             if is_first:
                 pruning.observe_gradients(self.step, number, scale, begins_sample=number == self._first)
-            pruning.zero_gradients(number)
+            pruning.held.zero_gradients(pruning.trained_by(number))
 
 
 def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[..., Any]:

@@ -110,15 +110,9 @@ class TrainingChanges:
         """
         self._options.check_state(state)
 
-    def load_state_dict(self, state: Sequence[bool], step: int) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-            step: Completed optimizer steps.
-        """
+    def load_state_dict(self, state: Sequence[bool]) -> None:
+        """Continue from :meth:`state_dict`."""
         self._options.load_state_dict(state)
-        self.set_trained(step)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
         for optimizer in self._optimizers:

@@ -22,7 +22,7 @@ from mfac_torch import (
     apply_masks,
     live_pruning,
 )
-from mfac_torch.live_pruning import LivePruning
+from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.masking import HeldMasks
 from mfac_torch.session import is_followed
 
@@ -84,7 +84,7 @@ class Run:
         self.task = task
         self.model = task.model()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.pruning = LivePruning(
+        self.pruning = TorchPruning(
             MODIFIERS[modifier].settings,
             self.model,
             steps_per_epoch=task.steps_per_epoch,
@@ -100,9 +100,9 @@ class Run:
         self.optimizer.zero_grad()
         self.task.loss(self.model, self.task.batches[number % 5]).backward()
         self.pruning.observe_gradients(number)
-        self.pruning.zero_gradients()
+        self.pruning.held.zero_gradients()
         self.optimizer.step()
-        self.pruning.hold_masks()
+        self.pruning.held.zero_weights()
 
     def everything(self):
         return copy.deepcopy(
@@ -223,7 +223,7 @@ def changed_by(manager, model, optimizers):
 
 
 STAGES = [
-    "mfac_torch.manager._live_prunings",
+    "mfac_torch.manager.attached",
     "mfac_torch.manager.check_trained",
     "mfac_torch.manager.TrainingChanges",
     "mfac_torch.manager.log_plan",

@@ -1,4 +1,4 @@
-"""What a recipe is going to do to a model, said in the log before it begins."""
+"""The plan of a run in the log: what each modifier matches, when it prunes, and what may not be intended."""
 
 from __future__ import annotations
 
@@ -6,53 +6,56 @@ import logging
 from collections.abc import Collection, Container, Sequence
 
 from mfac_core.recipe.linting import lint_model
+from mfac_core.session.live_pruning import LivePruning
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.settings.training import TrainableParams, TrainingSettings
-from mfac_torch.live_pruning import LivePruning
 
 __all__ = ["log_plan"]
 
-_logger = logging.getLogger("mfac_torch")
-
 
 def log_plan(
+    logger: logging.Logger,
     prunings: Sequence[LivePruning],
     others: Sequence[TrainingSettings],
     steps_per_epoch: int,
     *,
     sampled: bool,
+    epochs: float | None = None,
     trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
     logged: Container[str] = (),
 ) -> None:
-    """Log what each pruning modifier matches and when it prunes, and warn of what looks wrong.
+    """Log what each pruning modifier matches and when it prunes, and warn of settings that may not be intended.
 
     Args:
-        prunings: The pruning modifiers, on their model.
+        logger: The logger of the adapter.
+        prunings: The pruning modifiers, attached to their model.
         others: The settings of all other modifiers.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
-        trainable: Which parameters each modifier that freezes or unfreezes matches.
+        epochs: Epochs of the training, where they are known.
+        trainable: The parameters that each modifier freezes or unfreezes.
         logged: Warnings that the log has already.
     """
     plan = lint_model(
         [*(pruning.settings for pruning in prunings), *others],
-        [{name: each.numel() for name, each in pruning.parameters.items()} for pruning in prunings],
+        [pruning.sizes for pruning in prunings],
         steps_per_epoch,
+        epochs=epochs,
         sampled=sampled,
         trainable=trainable,
     )
     for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
-        _logger.info("%s%s", modifier.summary(pruning.schedule), _computed(pruning))
+        logger.info("%s%s", modifier.summary(pruning.schedule), _devices(pruning))
         for step in modifier.steps:
-            _logger.debug("%s", step)
+            logger.debug("%s", step)
     for note in plan.notes:
-        _logger.info("%s", note)
+        logger.info("%s", note)
     for warning in plan.warnings:
         if warning not in logged:
-            _logger.warning("%s", warning)
+            logger.warning("%s", warning)
 
 
-def _computed(pruning: LivePruning) -> str:
+def _devices(pruning: LivePruning) -> str:
     if not isinstance(pruning.settings, MFACSettings):
         return ""
     why = " (the recipe names no devices: where the weights are, on a GPU if CuPy is installed)"

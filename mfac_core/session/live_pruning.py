@@ -1,0 +1,288 @@
+"""One pruning modifier at work on one model: gradients in, weights and masks out, whatever the framework."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from copy import copy
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.masks.zero_count import count_zeros
+from mfac_core.pruners import MFACPruner, Pruner, make_pruner
+from mfac_core.pruners.step import PruneResult
+from mfac_core.sample_batches import HeldOut
+from mfac_core.schedules.pruning import ScheduledStep
+from mfac_core.session.log_lines import pruning_step_line, unfinished_line
+from mfac_core.session.measured_loss import LossMeasurement
+from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
+
+__all__ = ["LivePruning", "Mask", "combined_masks", "draws_samples"]
+
+Mask = npt.NDArray[np.bool_]
+
+_M = TypeVar("_M")
+
+
+def draws_samples(settings: PruningSettings) -> bool:
+    """Return whether a modifier takes its gradients from a sampler, where there is one."""
+    return isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
+
+
+def combined_masks(masks: Iterable[Mapping[str, _M]]) -> dict[str, _M]:
+    """Return the masks that several modifiers hold together: a weight is kept that all of them keep.
+
+    Args:
+        masks: Of each modifier, name and boolean array or tensor; True keeps.
+    """
+    combined: dict[str, Any] = {}
+    for each in masks:
+        for name, mask in each.items():
+            combined[name] = combined[name] & mask if name in combined else mask
+    return combined
+
+
+class LivePruning(ABC):
+    """The pruning steps and the masks of one modifier on one model, which is changed in place.
+
+    A subclass gives access to the model of a framework: :meth:`weights`, :meth:`write` and :meth:`snapshot`; for a
+    gradient sampler also :meth:`gradient_samples` and :meth:`loss_function`. :meth:`drawing`, :meth:`apply`,
+    :meth:`report` and :meth:`pruned` are hooks for what else a framework needs.
+
+    Args:
+        settings: What to prune, when and how.
+        sizes: The weights in scope: name and number.
+        steps_per_epoch: Optimizer steps per epoch.
+        sampled: Whether there is a gradient sampler.
+        axes: As in :func:`mfac_core.make_pruner`.
+        name: Name of the modifier in the log, empty where it is the only one.
+
+    Raises:
+        SettingError: If ``mask_type`` of the settings does not fit the weights.
+        DeviceError: If a device of the settings does not exist.
+        MemoryBudgetError: If the gradient window would not fit.
+    """
+
+    logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
+
+    def __init__(
+        self,
+        settings: PruningSettings,
+        sizes: Mapping[str, int],
+        *,
+        steps_per_epoch: int,
+        sampled: bool = False,
+        axes: Mapping[str, Sequence[int]] | None = None,
+        name: str = "",
+    ) -> None:
+        self.settings = settings
+        self.sizes = sizes
+        self.name = name
+        self._steps_per_epoch = steps_per_epoch
+        self._draws_samples = sampled and draws_samples(settings)
+        self._pruner: Pruner = make_pruner(
+            settings.of_selected(sizes),
+            self.weights(),
+            steps_per_epoch=steps_per_epoch,
+            live_gradients=not self._draws_samples,
+            axes=axes,
+        )
+
+    @abstractmethod
+    def weights(self) -> dict[str, Array]:
+        """Return the weights in scope as arrays, in the layout of PyTorch; they may share memory with the model."""
+
+    @abstractmethod
+    def write(self, weights: Mapping[str, Array]) -> None:
+        """Write weights into the model in place."""
+
+    @abstractmethod
+    def snapshot(self, undo: ExitStack) -> None:
+        """Register callbacks that restore the weights as they are now."""
+
+    def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterable[Mapping[str, Array]]:
+        """Draw as many gradient samples as a pruner wants, by name; ``held_out`` takes batches beside them."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient sampler")
+
+    def loss_function(self) -> Callable[[Sequence[Any]], float] | None:
+        """Return a function that computes the mean loss of batches; None where there is no sampler."""
+        return None
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Return a context in which samples are drawn; after an exception the next try draws the same ones."""
+        return nullcontext()
+
+    def apply(self, result: PruneResult, undo: ExitStack) -> None:
+        """Hold new masks and reset stale optimizer state, once weights are written and before a sub-step is committed.
+
+        Each change registers in ``undo`` what takes it back.
+        """
+
+    def report(self, line: str, scheduled: ScheduledStep | None, step: int) -> None:
+        """Log a pruning step, or a sub-step."""
+        self.logger.info("%s", line)
+
+    def pruned(self, result: PruneResult, step: int) -> None:
+        """Take note of a pruning step that is complete; :attr:`masks` are empty where it releases them."""
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        """The masks held now, True keeps; empty before the first pruning step and once released."""
+        has_begun = self._pruner.sparsity > 0 or self._pruner.next_step != self._pruner.schedule[0]
+        return self._pruner.masks if has_begun and not self._pruner.is_released else {}
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights in scope that is pruned and zero, counted from the weights."""
+        return count_zeros(self.weights(), self.masks).sparsity
+
+    @property
+    def schedule(self) -> Sequence[ScheduledStep]:
+        """The pruning steps of the whole run."""
+        return self._pruner.schedule
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where blocks of the Fisher are computed; empty for a modifier that uses none."""
+        if not isinstance(self.settings, MFACSettings):
+            return ()
+        if self.settings.devices != ("auto",):
+            return self.settings.devices
+        return (device_of(next(iter(self.weights().values()))).name,)
+
+    @property
+    def holds_zeros_only(self) -> bool:
+        """Whether it prunes nothing further and holds the zeros that exist."""
+        return isinstance(self.settings, ConstantSettings)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last pruning step is done."""
+        return self._pruner.is_finished
+
+    def needs_gradients(self, step: int) -> bool:
+        """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted."""
+        return self._pruner.needs_gradients(step)
+
+    def observe(self, gradients: Mapping[str, Array]) -> None:
+        """Store one gradient sample of training, unscaled, by name."""
+        self._pruner.observe(gradients)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a pruning step is due after ``step`` completed optimizer steps."""
+        return self._pruner.is_due(step)
+
+    def prune_if_due(self, step: int, others: Mapping[str, Mask] | None = None) -> None:
+        """Do the pruning step that is due, if any, with all its sub-steps.
+
+        An exception leaves weights, masks, optimizers and progress as they were before the sub-step that it
+        interrupted, and the next call repeats this sub-step.
+
+        Args:
+            step: Completed optimizer steps.
+            others: Masks of other modifiers: what they prune stays zero.
+        """
+        if not self._pruner.is_due(step):
+            return
+        measurement = LossMeasurement(self.loss_function() if self._draws_samples else None)
+        result = self._prune(step, others or {}, measurement)
+        while self._pruner.is_due(step):
+            result = self._prune(step, others or {}, measurement)
+        self.pruned(result, step)
+
+    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+        """Return all that a resumed run needs: arrays and plain values; without the gradient window if asked."""
+        state = self._pruner.state_dict()
+        if not gradient_window:
+            state.pop("window", None)
+        return state
+
+    def parsed(self, state: Mapping[str, Any]) -> Pruner:
+        """Return a pruner with a state of the same settings and weights. Nothing is changed yet.
+
+        Raises:
+            ValueError: If the state is broken or does not fit.
+        """
+        pruner = copy(self._pruner)
+        pruner.load_state_dict(state)
+        return pruner
+
+    def resume(self, pruner: Pruner) -> None:
+        """Continue from what :meth:`parsed` returned."""
+        self._pruner = pruner
+
+    def unfinished(self, event: str, step: int) -> str:
+        """Return a warning that training ended before the last pruning step; empty where it is done.
+
+        Args:
+            event: What happened, such as ``fit ended``.
+            step: Completed optimizer steps.
+        """
+        if self.is_finished:
+            return ""
+        return unfinished_line(
+            event,
+            modifier=self.name,
+            names=self.sizes,
+            epoch=step / self._steps_per_epoch,
+            due=self.schedule[-1].epoch,
+            sparsity=self.sparsity,
+            refused_rows=self._pruner.refused_rows,
+        )
+
+    def _prune(self, step: int, others: Mapping[str, Mask], measurement: LossMeasurement) -> PruneResult:
+        """Do one sub-step completely, or leave everything as it was."""
+        start = time.perf_counter()
+        scheduled = self._pruner.next_step
+        with self._sampled(step, measurement), ExitStack() as undo:
+            num_rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
+            with self._pruner.pruning(self.weights(), step) as result:
+                self.snapshot(undo)
+                self.write({name: _masked(array, others.get(name)) for name, array in result.weights.items()})
+                self.apply(result, undo)
+                measured = measurement.end(result)
+            undo.pop_all()
+        line = pruning_step_line(
+            measured,
+            settings=self.settings,
+            modifier=self.name,
+            names=self.sizes,
+            step=step,
+            steps_per_epoch=self._steps_per_epoch,
+            num_rows=num_rows,
+            seconds=time.perf_counter() - start,
+            measured_on=measurement.where,
+        )
+        self.report(line, scheduled, step)
+        return measured
+
+    @contextmanager
+    def _sampled(self, step: int, measurement: LossMeasurement) -> Iterator[None]:
+        """Fill the gradient window with fresh samples for a block, where the pruning step uses a sampler."""
+        pruner = self._pruner
+        if not self._draws_samples or not isinstance(pruner, MFACPruner) or not pruner.uses_gradients(step):
+            yield
+            return
+        with self.drawing():
+            try:
+                pruner.forget_gradients()
+                for gradients in self.gradient_samples(pruner, measurement.held_out(pruner)):
+                    pruner.observe(gradients)
+                measurement.begin()
+                yield
+            finally:
+                pruner.forget_gradients()
+
+
+def _masked(weights: Array, mask: Mask | None) -> Array:
+    if mask is None:
+        return weights
+    xp, device = array_namespace(weights), device_of(weights)
+    with device.backend.on(device.name):
+        return xp.where(device.asarray(mask), weights, xp.zeros_like(weights))

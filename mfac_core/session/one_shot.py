@@ -1,0 +1,77 @@
+"""Pruning in one shot: all modifiers at once, on a model that is not being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import numpy as np
+
+from mfac_core.backends import device_of
+from mfac_core.recipe.linting import lint_one_shot
+from mfac_core.recipe.recommended import differs_line
+from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
+from mfac_core.session.live_pruning import LivePruning
+from mfac_core.session.session import P, Session
+from mfac_core.settings.pruning import MFACSettings, PruningSettings
+
+__all__ = ["Statistics", "prune_in_one_shot"]
+
+
+class Statistics(Protocol):
+    """The statistics of batch normalization of a model."""
+
+    @property
+    def layers(self) -> Collection[str]:
+        """Names of the layers that have some."""
+
+    def estimate_anew(self, sampler: Any, num_batches: int, options: Mapping[str, object]) -> object:
+        """Estimate them over batches of a sampler."""
+
+
+def prune_in_one_shot(
+    session: Session[P],
+    groups: Sequence[tuple[PruningSettings, PruningSettings]],
+    statistics: Statistics,
+    *,
+    sampler: Any,
+    recalibrate_batchnorm: bool,
+    cure: str,
+) -> None:
+    """Do the single pruning step of all modifiers; an exception restores all weights.
+
+    Args:
+        session: The modifiers, attached to a model.
+        groups: For each of them, the gradual settings and those of one shot, from
+            :func:`mfac_core.schedules.one_shot.one_shot_in_order`.
+        statistics: The batch normalization of the model.
+        sampler: The gradient sampler of the framework, or None.
+        recalibrate_batchnorm: Whether to estimate the statistics anew, over batches of the sampler.
+        cure: The call that estimates them anew later, for the warning that they are stale.
+    """
+    log = session.logger
+    for warning in lint_one_shot(groups, [pruning.sizes for pruning in session.prunings]):
+        log.warning("%s", warning)
+    modifiers = list({id(gradual): gradual for gradual, _ in groups}.values())
+    for line in filter(None, map(differs_line, modifiers)):
+        log.info("%s", line)
+    before = [_host_weights(pruning) for pruning in session.prunings]
+    with ExitStack() as undo:
+        for pruning, weights in zip(session.prunings, before, strict=True):
+            undo.callback(pruning.write, weights)
+        session.prune_if_due()
+        if sampler is not None and recalibrate_batchnorm:
+            options = next((each.sampler_options for _, each in groups if isinstance(each, MFACSettings)), {})
+            statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
+        undo.pop_all()
+    if not statistics.layers or recalibrate_batchnorm:
+        return
+    after = map(_host_weights, session.prunings)
+    if any(not np.array_equal(old[name], new[name]) for old, new in zip(before, after, strict=True) for name in old):
+        log.warning("%s", stale_statistics_line(statistics.layers, cure))
+
+
+def _host_weights(pruning: LivePruning) -> dict[str, Any]:
+    """Return copies of the weights in host memory."""
+    return {name: np.array(device_of(array).to_numpy(array)) for name, array in pruning.weights().items()}

@@ -1,0 +1,209 @@
+"""All modifiers of a recipe at work on one model: their order, their state, and what is logged about them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from mfac_core.masks.zero_count import ZeroCount, count_zeros
+from mfac_core.pruners import Pruner
+from mfac_core.recipe import named_in_errors
+from mfac_core.recipe.linting import modifier_names
+from mfac_core.session.live_pruning import LivePruning, combined_masks
+from mfac_core.settings.pruning import PruningSettings
+from mfac_core.state_checks import check_keys, checked_integer, refuse
+
+__all__ = ["Changes", "ParsedState", "Session", "attached", "gradual_in_order"]
+
+P = TypeVar("P", bound=LivePruning)
+
+
+class Changes(Protocol):
+    """What a recipe changes in training beside pruning."""
+
+    def state_dict(self) -> Any:
+        """Return the progress."""
+
+    def check_state(self, state: Any) -> None:
+        """Raise ValueError for a state of another recipe."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from a state that fits."""
+
+
+@dataclass(frozen=True)
+class ParsedState:
+    """A state that fits a session, checked as a whole before anything changes.
+
+    Args:
+        step: Completed optimizer steps when it was saved.
+        steps_per_epoch: Optimizer steps per epoch then.
+        pruners: For each modifier, the pruner with its state; None for one that begins anew.
+        changes: The state of the changes in training.
+    """
+
+    step: int
+    steps_per_epoch: int
+    pruners: tuple[Pruner | None, ...]
+    changes: Any
+
+
+def gradual_in_order(settings: Iterable[PruningSettings]) -> list[PruningSettings]:
+    """Return the settings of all groups with a final sparsity of their own, in the order in which modifiers begin.
+
+    A modifier that follows another sees its zeros.
+    """
+    in_order = sorted(settings, key=lambda each: each.start_epoch)
+    return [group for each in in_order for group in each.by_final_sparsity()]
+
+
+def attached(settings: Sequence[PruningSettings], attach: Callable[[PruningSettings, str], P]) -> tuple[P, ...]:
+    """Return modifiers attached to a model, in order; errors name the modifier.
+
+    Args:
+        settings: What each modifier does.
+        attach: Attaches one of them, given its settings and its name in the log.
+    """
+    prunings = []
+    for each, name in zip(settings, modifier_names(settings), strict=True):
+        with named_in_errors(each):
+            prunings.append(attach(each, name))
+    return tuple(prunings)
+
+
+class Session(Generic[P]):
+    """All modifiers of a recipe at work on one model.
+
+    Args:
+        prunings: The pruning modifiers, in the order in which they prune.
+        changes: What else changes in training; None in one shot.
+        steps_per_epoch: Optimizer steps per epoch.
+        step: Completed optimizer steps so far.
+        logger: Where warnings go.
+
+    Attributes:
+        prunings: The pruning modifiers.
+        steps_per_epoch: Optimizer steps per epoch.
+        step: Completed optimizer steps so far.
+    """
+
+    changes_key: ClassVar[str] = "changes"
+
+    def __init__(
+        self,
+        prunings: Sequence[P],
+        changes: Changes | None = None,
+        *,
+        steps_per_epoch: int = 1,
+        step: int = 0,
+        logger: logging.Logger,
+    ) -> None:
+        self.prunings = tuple(prunings)
+        self.steps_per_epoch = steps_per_epoch
+        self.step = step
+        self.logger = logger
+        self._changes = changes
+
+    def zeros(self) -> ZeroCount:
+        """Count the zeros of pruned weights: what the weights are now, whatever has written them."""
+        weights = {name: array for pruning in self.prunings for name, array in pruning.weights().items()}
+        return count_zeros(weights, combined_masks(pruning.masks for pruning in self.prunings))
+
+    def is_due(self) -> bool:
+        """Return whether a pruning step is due."""
+        return any(pruning.is_due(self.step) for pruning in self.prunings)
+
+    def prune_if_due(self) -> None:
+        """Do the pruning steps that are due. An exception leaves each of them done completely, or not at all."""
+        for pruning in filter(lambda each: each.is_due(self.step), self.prunings):
+            # the update of one modifier must not move what another has pruned
+            others = (
+                each
+                for each in self.prunings
+                if each is not pruning and not each.sizes.keys().isdisjoint(pruning.sizes)
+            )
+            pruning.prune_if_due(self.step, combined_masks(each.masks for each in others))
+
+    def warn_of_unfinished(self, event: str, cause: str = "") -> None:
+        """Warn of modifiers whose last pruning step is not done when training ends.
+
+        Args:
+            event: What happened, such as ``fit ended``.
+            cause: A clause that names the likely cause; empty where none is known.
+        """
+        for warning in filter(None, (pruning.unfinished(event, self.step) for pruning in self.prunings)):
+            self.logger.warning("%s%s", warning, f"; {cause}" if cause else "")
+
+    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
+        """Return the progress: plain values, and the state of each modifier; gradient windows if asked."""
+        return {
+            "step": self.step,
+            "steps_per_epoch": self.steps_per_epoch,
+            self.changes_key: None if self._changes is None else self._changes.state_dict(),
+            "prunings": [pruning.state_dict(gradient_window=gradient_window) for pruning in self.prunings],
+        }
+
+    def parsed(self, state: Mapping[str, Any], *, strict: bool = True) -> ParsedState:
+        """Check a whole state. Nothing is changed.
+
+        Args:
+            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            strict: Whether all of it must fit; otherwise what fits is taken, and the rest is logged.
+
+        Raises:
+            ValueError: If the state is broken, or belongs to another run.
+        """
+        check_keys("a run", state, ("step", "steps_per_epoch", self.changes_key, "prunings"))
+        step = checked_integer("step", state["step"], at_most=sys.maxsize)
+        steps_per_epoch = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
+        pruners = self._parsed_pruners(state["prunings"], steps_per_epoch, strict=strict)
+        changes = state[self.changes_key]
+        if self._changes is not None:
+            try:
+                self._changes.check_state(changes)
+            except ValueError as error:
+                if strict:
+                    raise
+                self.logger.warning("learning rate and weight decay go by the epoch alone: %s", error)
+                changes = self._changes.state_dict()
+        return ParsedState(step, steps_per_epoch, pruners, changes)
+
+    def resume(self, parsed: ParsedState) -> None:
+        """Continue from a state that :meth:`parsed` has checked."""
+        for pruning, pruner in zip(self.prunings, parsed.pruners, strict=True):
+            if pruner is not None:
+                pruning.resume(pruner)
+        if self._changes is not None:
+            self._changes.load_state_dict(parsed.changes)
+
+    def _parsed_pruners(self, states: Any, steps_per_epoch: int, *, strict: bool) -> tuple[Pruner | None, ...]:
+        if not isinstance(states, list | tuple):
+            refuse("prunings", states, "a list with the state of each pruning modifier")
+        if len(states) != len(self.prunings):
+            difference = (
+                f"the state holds {len(states)} pruning modifiers, this recipe has {len(self.prunings)}; "
+                "resume with the recipe that the state was saved with"
+            )
+            if strict:
+                raise ValueError(difference)
+            self.logger.warning("only the first ones are taken: %s", difference)
+        pruners: list[Pruner | None] = []
+        for pruning, state in zip(self.prunings, states, strict=False):
+            try:
+                pruners.append(self._parsed_pruner(pruning, state, steps_per_epoch))
+            except ValueError as error:
+                if strict:
+                    raise
+                self.logger.warning("a pruning modifier begins anew, because its state does not fit: %s", error)
+                pruners.append(None)
+        return (*pruners, *[None] * (len(self.prunings) - len(pruners)))
+
+    def _parsed_pruner(self, pruning: P, state: Any, steps_per_epoch: int) -> Pruner:
+        check_keys("a pruning modifier", state, ())
+        its_own = state.get("steps_per_epoch", steps_per_epoch)
+        if not isinstance(its_own, int) or its_own != steps_per_epoch:
+            refuse("steps_per_epoch of a pruning modifier", its_own, f"{steps_per_epoch} as of all")
+        return pruning.parsed({**state, "steps_per_epoch": steps_per_epoch})
