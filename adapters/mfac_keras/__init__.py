@@ -6,6 +6,7 @@ Read in this order:
 * ``one_shot``: :func:`prune_one_shot`, without training
 * ``conditions``: what is refused before anything is changed
 * ``session``: what happens between training steps
+* ``outside_changes``: what other code does to the weights in scope
 * ``training_changes``: learning rates, weight decay, which variables are trained
 * ``live_pruning``: one pruning modifier at work on one model
 * ``backends``: what happens inside the training step, for each backend of Keras

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
-from mfac_core.settings.pruning import PruningSettings
 from mfac_core.settings.training import EpochRange
 
 __all__ = ["modifiers_of"]
@@ -20,9 +19,7 @@ def modifiers_of(
     variables: Mapping[str, object] | None,
     unsupported: Literal["error", "skip"] = "error",
 ) -> tuple[Any, ...]:
-    """Return the settings of each modifier, one for each final sparsity, in the order in which the modifiers begin.
-
-    The order matters: a modifier that follows another sees its zeros.
+    """Return the settings of each modifier, in the order in which the modifiers begin.
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
@@ -44,8 +41,4 @@ def modifiers_of(
         modifiers = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
     if all(isinstance(modifier, EpochRange) for modifier in modifiers):
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
-    return tuple(
-        settings
-        for modifier in sorted(modifiers, key=lambda each: each.start_epoch)
-        for settings in (modifier.by_final_sparsity() if isinstance(modifier, PruningSettings) else (modifier,))
-    )
+    return tuple(sorted(modifiers, key=lambda each: each.start_epoch))

@@ -6,6 +6,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
+from mfac_core.backends import device_of
+from mfac_core.session.live_pruning import combined_masks
 from mfac_keras.session import TrainingSession
 from mfac_keras.state_file import SavedState
 
@@ -45,7 +49,7 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
             else "there is no state of pruning for it"
         )
         return None
-    session.load_state_dict(best.state)
+    session.resume(session.parsed(best.state))
     _warn_of_differences(session, best, best_rank)
     if session.zeros().regrown:
         session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
@@ -54,11 +58,37 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
 
 def _rank(session: TrainingSession, saved: SavedState) -> int:
     is_at_epoch = _epoch(saved.state) * session.steps_per_epoch == session.step
-    if session.has_weights_of(saved.state):
+    names: dict[str, str] = {}
+    for pruning, state in zip(session.prunings, saved.state["prunings"], strict=False):
+        names |= pruning.own_names(state)
+    if _has_weights_of(session, saved.state, names):
         return _EXACT if is_at_epoch else _WEIGHTS
     # a state in memory is of this model: a fit that was interrupted takes no fingerprints
     is_of_this_run = is_at_epoch or (saved.path is None and not saved.state["fingerprints"])
-    return _ZEROS if is_of_this_run and session.has_masks_of(saved.state) else _NOTHING
+    return _ZEROS if is_of_this_run and _has_masks_of(session, saved.state, names) else _NOTHING
+
+
+def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether the model has exactly the weights that a state was saved with, of those that both have in scope.
+
+    ``names`` has the path here for each path of the state.
+    """
+    now = session.fingerprints or session.take_fingerprints()
+    saved = {names.get(name, name): each for name, each in (state.get("fingerprints") or {}).items()}
+    common = now.keys() & saved.keys()
+    return bool(common) and all(now[name] == saved[name] for name in common)
+
+
+def _has_masks_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether the zeros of the model are exactly those of the masks of a state, of what both have in scope."""
+    masks = combined_masks(
+        {names[name]: mask for name, mask in pruning["masks"].items()} for pruning in state["prunings"]
+    )
+    weights = {name: array for pruning in session.prunings for name, array in pruning.weights().items()}
+    common = masks.keys() & weights.keys()
+    return bool(common) and all(
+        np.array_equal(masks[name], device_of(weights[name]).to_numpy(weights[name]) != 0) for name in common
+    )
 
 
 def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int) -> None:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfac_core.files import PREVIOUS, write_file
+from mfac_core.state_checks import check_keys, checked_integer, refuse
 
-__all__ = ["SavedState", "read_state", "read_states", "write_state"]
+__all__ = ["SavedState", "check_state", "read_state", "read_states", "write_state"]
 
 _ARRAY = "__array__"
 
@@ -33,6 +34,23 @@ class SavedState(NamedTuple):
     state: Mapping[str, Any]
     path: Path | None = None
     is_previous: bool = False
+
+
+def check_state(state: Any) -> None:
+    """Raise ValueError for anything that is not the state of a run, whatever the run."""
+    check_keys("a run", state, ("step", "steps_per_epoch", "changes", "prunings"))
+    checked_integer("step", state["step"])
+    checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1)
+    for key in ("fingerprints", "changes"):
+        if not isinstance(state.get(key, {}), Mapping | None):
+            refuse(key, state[key], "a mapping")
+    if not isinstance(state["prunings"], list):
+        refuse("prunings", state["prunings"], "a list of states of pruners")
+    for pruning in state["prunings"]:
+        check_keys("a pruner", pruning, ("masks",))
+        masks = pruning["masks"]
+        if not isinstance(masks, Mapping) or not all(isinstance(mask, np.ndarray) for mask in masks.values()):
+            refuse("masks", masks, "a mapping from name to array")
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_previous: bool = True) -> None:

@@ -50,6 +50,7 @@ class TrainingChanges:
         *,
         steps_per_epoch: int,
     ) -> None:
+        self.settings = settings
         self._groups = innermost(optimizer)
         self._hooks = hooks
         self._options = OptionsSchedule(settings, steps_per_epoch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -172,13 +172,6 @@ class TrainingHooks(ABC):
             for leaf in innermost(self._optimizer):
                 for slot in optimizer_state(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
-
-    def state_to_reset(self, variables: Iterable[Any]) -> Iterator[Any]:
-        """Yield the optimizer state of variables, without moving averages of the variables themselves."""
-        for variable in variables:
-            for leaf in innermost(self._optimizer):
-                average = average_of(leaf, variable)
-                yield from (slot for slot in optimizer_state(leaf, variable) if slot is not average)
 
     def sync(self) -> None:  # noqa: B027
         """Make sure that the variables have their current values."""

@@ -4,20 +4,20 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_keras import MFACPruningCallback  # noqa: E402
-from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.live_pruning import KerasPruning  # noqa: E402
 
 
 @pytest.fixture
 def first_row(monkeypatch):
     """What reaches pruning in the first step that it wants."""
     rows = []
-    observe = LivePruning.observe
+    observe = KerasPruning.observe_gradients
 
     def note(self, step, gradients):
         rows.append([np.array(gradient) for gradient in gradients.values()])
         observe(self, step, gradients)
 
-    monkeypatch.setattr(LivePruning, "observe", note)
+    monkeypatch.setattr(KerasPruning, "observe_gradients", note)
     return rows
 
 

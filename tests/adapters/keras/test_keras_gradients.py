@@ -9,7 +9,7 @@ from mfac_core.backends import Device  # noqa: E402
 from mfac_core.backends.numpy_backend import NumpyBackend  # noqa: E402
 from mfac_keras import MFACPruningCallback, conversion, prune_one_shot  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
-from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.live_pruning import KerasPruning  # noqa: E402
 from mfac_keras.sampling import GradientSampler  # noqa: E402
 
 
@@ -17,7 +17,7 @@ from mfac_keras.sampling import GradientSampler  # noqa: E402
 def observed(monkeypatch):
     """The rows that reach pruning: step, and name and gradient of each variable."""
     rows = []
-    observe = LivePruning.observe
+    observe = KerasPruning.observe_gradients
 
     def note(self, step, gradients):
         if self.needs_gradients(step):
@@ -26,7 +26,7 @@ def observed(monkeypatch):
             rows.append((step, row))
         observe(self, step, gradients)
 
-    monkeypatch.setattr(LivePruning, "observe", note)
+    monkeypatch.setattr(KerasPruning, "observe_gradients", note)
     return rows
 
 

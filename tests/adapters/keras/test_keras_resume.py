@@ -124,7 +124,7 @@ def test_a_fit_that_begins_anew_over_a_state_says_so_and_what_is_no_state_is_not
     task.fit(task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), state_path=path, verbose=0), epochs=4)
     assert not caplog.text
     task.fit(task.model(), MFACPruningCallback(task.recipe(init_sparsity=0.5), state_path=path, verbose=0), epochs=4)
-    assert f"{path} holds the state of a run at step 20, and will be replaced, because this fit begins" in caplog.text
+    assert f"{path} holds the state of a run at step 20, which will be replaced, because this fit starts" in caplog.text
     path.write_bytes(b"my thesis")
     with pytest.raises(
         ValueError, match=r"is not the state of a pruning run, or is damaged; remove it or name another$"
@@ -387,7 +387,7 @@ def test_a_state_that_is_broken_in_part_changes_nothing(task, broken):
     session = other._last_session
     weights, before = model.get_weights(), session.state_dict()
     with pytest.raises(ValueError, match=r"."):
-        session.load_state_dict({**state, **broken})
+        session.resume(session.parsed({**state, **broken}))
     after = session.state_dict()
     assert before["changes"] == after["changes"]
     for one, another in zip(before["prunings"], after["prunings"], strict=True):
