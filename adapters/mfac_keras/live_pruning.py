@@ -118,7 +118,7 @@ class KerasPruning(LivePruning):
             slots = list(state_to_reset(self._optimizer, self.variables.values()))
             snapshot(slots, undo)
             for slot in slots:
-                slot.assign(keras.ops.zeros_like(slot))
+                slot.assign(keras.ops.zeros(slot.shape, slot.dtype))
 
     def report(self, line: str, scheduled: ScheduledStep | None, step: int) -> None:
         """Log a pruning step, print it if asked, and say where an execution of several steps has delayed it."""
