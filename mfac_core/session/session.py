@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners import Pruner
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import modifier_names
+from mfac_core.recipe.naming import modifier_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse
@@ -118,14 +118,11 @@ class Session(Generic[P]):
 
     def prune_if_due(self) -> None:
         """Do the pruning steps that are due. An exception leaves each of them done completely, or not at all."""
-        for pruning in filter(lambda each: each.is_due(self.step), self.prunings):
-            # the update of one modifier must not move what another has pruned
-            others = (
-                each
-                for each in self.prunings
-                if each is not pruning and not each.sizes.keys().isdisjoint(pruning.sizes)
-            )
-            pruning.prune_if_due(self.step, combined_masks(each.masks for each in others))
+        for pruning in self.prunings:
+            if pruning.is_due(self.step):
+                # the update of one modifier must not move what another has pruned
+                others = combined_masks(each.masks for each in self.prunings if each is not pruning)
+                pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:
         """Warn of modifiers whose last pruning step is not done when training ends.
