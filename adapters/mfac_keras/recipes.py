@@ -19,7 +19,7 @@ def modifiers_of(
     variables: Mapping[str, object] | None,
     unsupported: Literal["error", "skip"] = "error",
 ) -> tuple[Any, ...]:
-    """Return the settings of each modifier, in the order in which the modifiers begin.
+    """Return the settings of each modifier.
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
@@ -41,4 +41,4 @@ def modifiers_of(
         modifiers = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
     if all(isinstance(modifier, EpochRange) for modifier in modifiers):
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
-    return tuple(sorted(modifiers, key=lambda each: each.start_epoch))
+    return modifiers

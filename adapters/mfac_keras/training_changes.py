@@ -101,12 +101,10 @@ class TrainingChanges:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError for a state that another recipe or model saved."""
         check_keys("changes in training", state, ("options_done", "weight_decays"))
-        done, decays = state["options_done"], state["weight_decays"]
-        if not isinstance(done, list) or not all(isinstance(each, bool) for each in done):
-            refuse("options_done", done, "a list of true and false")
+        self._options.check_state(state["options_done"])
+        decays = state["weight_decays"]
         if not isinstance(decays, Mapping):
             refuse("weight_decays", decays, "a mapping")
-        self._options.check_state(done)
         groups = [str(group) for group in self._decayed()]
         for group, value in decays.items():
             if group not in groups:
