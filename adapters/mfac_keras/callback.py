@@ -211,14 +211,14 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._is_testing = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Check that the optimizer trains what is pruned, and save the state of pruning.
+        """Check that the optimizer trains the weights in scope, and save the state of pruning.
 
         Args:
             epoch: The epoch that has ended, from 0.
             logs: Gains ``sparsity``, counted from the weights.
 
         Raises:
-            RuntimeError: If something else trains what is pruned.
+            RuntimeError: If something else trains them.
         """
         self._clock.end_epoch()
         if self._session is not None:

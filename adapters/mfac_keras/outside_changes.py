@@ -1,4 +1,4 @@
-"""What other code does to the weights in scope: it writes into them, or trains them past the hooks, or not at all."""
+"""Notice other code that writes into the weights in scope, trains them past the hooks, or does not train them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class OutsideChanges:
     """Notices what other code does to the weights in scope.
 
     Args:
-        hooks: What runs inside the training step.
+        hooks: The hooks in the training step.
         variables: The variables in scope by path.
     """
 
@@ -47,12 +47,12 @@ class OutsideChanges:
         self._warned_of: tuple[dict[str, int], bool] = ({}, False)
 
     def begin(self, to_prune: Iterable[str]) -> None:
-        """Note the variables as they are before training; ``to_prune`` names those that training should change."""
+        """Note the values of the variables before training; ``to_prune`` names those that training should change."""
         self.remember()
         self._before_training = self._checksums(to_prune)
 
     def remember(self) -> None:
-        """Note the variables as they are now, after a pruning step."""
+        """Note the values of the variables after a pruning step."""
         self._not_followed = self._checksums_of_not_followed()
 
     def check_followed(self) -> None:

@@ -69,9 +69,9 @@ def _rank(session: TrainingSession, saved: SavedState) -> int:
 
 
 def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
-    """Return whether the model has exactly the weights that a state was saved with, of those that both have in scope.
+    """Return whether the model has exactly the weights that a state was saved with, where both have them in scope.
 
-    ``names`` has the path here for each path of the state.
+    ``names`` maps each path of the state to the path here.
     """
     now = session.fingerprints or session.take_fingerprints()
     saved = {names.get(name, name): each for name, each in (state.get("fingerprints") or {}).items()}
@@ -80,7 +80,7 @@ def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: M
 
 
 def _has_masks_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
-    """Return whether the zeros of the model are exactly those of the masks of a state, of what both have in scope."""
+    """Return whether the model is zero exactly where the masks of a state prune, where both have weights in scope."""
     masks = combined_masks(
         {names[name]: mask for name, mask in pruning["masks"].items()} for pruning in state["prunings"]
     )

@@ -1,4 +1,4 @@
-"""One training run: what happens between the training steps of one model."""
+"""One training run: the work between the training steps of one model."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class TrainingSession(Session[KerasPruning]):
     """Runs the modifiers of a recipe while Keras trains, by hooks in the training step.
 
     Args:
-        prunings: The pruning modifiers at work.
-        changes: What else changes in training.
-        hooks: What runs inside the training step.
-        trained: The variables that the hooks are for, in order: those in scope that the optimizer trains.
+        prunings: The pruning modifiers, attached to the model.
+        changes: The changes in training beside pruning.
+        hooks: The hooks in the training step.
+        trained: The variables in scope that the optimizer trains, by path, in the order in which the hooks have them.
         steps_per_epoch: Training steps per epoch.
         steps_per_execution: Training steps between two calls of :meth:`advance`.
         step: Completed training steps so far.
 
     Attributes:
         outside: Notices what other code does to the weights in scope.
-        fingerprints: Of the weights that the state belongs to; None once training has changed them.
+        fingerprints: Fingerprints of the weights that the state belongs to; None once training has changed them.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class TrainingSession(Session[KerasPruning]):
         )
 
     def begin(self) -> None:
-        """Attach to the training step, and do what is due before the next one."""
+        """Attach to the training step, and make the changes that are due before it."""
         self._hooks.attach()
         self._hold_masks()
-        self._do_what_is_due()
+        self._make_due_changes()
         self.outside.begin(
             name
             for pruning in self.prunings
@@ -120,7 +120,7 @@ class TrainingSession(Session[KerasPruning]):
         )
 
     def advance(self, step: int) -> None:
-        """Take the gradients of the training steps since the last call, and do what is due after them.
+        """Collect the gradients of the training steps since the last call, and make the changes that are due.
 
         Args:
             step: Completed training steps now.
@@ -138,13 +138,13 @@ class TrainingSession(Session[KerasPruning]):
         if not self._has_advanced:
             self._has_advanced = True
             self.outside.check_followed()
-        self._do_what_is_due()
+        self._make_due_changes()
 
     def check_training(self) -> None:
-        """Check, at the end of an epoch, that the optimizer trains what is pruned.
+        """Check that the optimizer trains the weights in scope; warn about those that nothing trains.
 
         Raises:
-            RuntimeError: If something else trains it.
+            RuntimeError: If something else trains them.
         """
         self.outside.check_followed()
         if self._has_advanced:
@@ -189,7 +189,7 @@ class TrainingSession(Session[KerasPruning]):
             )
 
     def resume_without_state(self, why: str) -> None:
-        """Continue in the middle of a schedule with the weights alone; ``why`` says in the warning what is missing."""
+        """Continue in the middle of a schedule from the zeros of the weights; the warning says ``why``."""
         if any([pruning.resume_from_zeros(self.step) for pruning in self.prunings]):
             self._sparsity = None
             _logger.warning(
@@ -210,11 +210,11 @@ class TrainingSession(Session[KerasPruning]):
         if not self._hooks.is_followed:
             raise RuntimeError(
                 "model.optimizer was replaced during fit, by another callback, and this one does not follow the new "
-                "optimizer; pruned weights would grow back. Change the optimizer between two fits, and go on with "
+                "optimizer; pruned weights would grow back. Change the optimizer between two fits, and resume with "
                 "initial_epoch=..."
             )
 
-    def _do_what_is_due(self) -> None:
+    def _make_due_changes(self) -> None:
         self.fingerprints = None
         self.prune_if_due()
         coming = range(self.step, self.step + self._steps_per_execution)
@@ -239,7 +239,7 @@ def new_session(
     verbose: bool,
     metrics: Callable[[], Mapping[str, float]],
 ) -> TrainingSession:
-    """Return the modifiers of a recipe at work on a model, not attached to its training step yet.
+    """Attach the modifiers of a recipe to a model, but not to its training step yet.
 
     Args:
         modifiers: The settings of all modifiers.
@@ -252,8 +252,8 @@ def new_session(
         metrics: Returns metrics to add to those of an epoch.
 
     Raises:
-        TypeError: If the optimizer is none of Keras 3.
-        ValueError: If a modifier does not fit the model, or the optimizer does not train what is pruned.
+        TypeError: If the optimizer is not of Keras 3.
+        ValueError: If a modifier does not fit the model, or the optimizer does not train the weights in scope.
     """
     check_optimizer(optimizer)
     if not optimizer.built:

@@ -33,7 +33,7 @@ class TrainingChanges:
         settings: The settings of all modifiers that do not prune.
         model: The model, built.
         optimizer: The optimizer that trains it.
-        hooks: What runs inside the training step.
+        hooks: The hooks in the training step.
         steps_per_epoch: Training steps per epoch.
 
     Raises:

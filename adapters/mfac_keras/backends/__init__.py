@@ -1,4 +1,4 @@
-"""What differs between the backends of Keras: one module each, imported when Keras runs on it."""
+"""One module for each backend of Keras, imported when Keras runs on it; ``base`` is their contract."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Backend(Protocol):
     """A module of this package.
 
     Attributes:
-        Hooks: What runs inside the training step.
+        Hooks: The hooks in the training step.
     """
 
     Hooks: type[TrainingHooks]

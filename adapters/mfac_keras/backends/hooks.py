@@ -1,4 +1,4 @@
-"""What pruning does inside a training step: hold masks and tap gradients. Each backend fills in its own way."""
+"""Pruning inside a training step: hold masks, tap gradients. Each backend implements the steps its own way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainingHooks(ABC):
     """The method of the outermost optimizer that each training step calls with its gradients."""
 
     _end_of_data: tuple[type[BaseException], ...] = (StopIteration,)
-    """What a train function raises when its data end."""
+    """The exceptions by which a train function says that its data have ended."""
 
     def __init__(
         self,
