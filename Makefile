@@ -1,21 +1,21 @@
-# make demo, make test: each makes .venv when it is needed, and installs again only when pyproject.toml or constraints.txt change.
+# Each target creates .venv when needed, and installs again only if pyproject.toml or constraints.txt changes.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
-# Several processes at once, each on one thread.
+# Several processes in parallel, each on one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
 OLDEST_KERAS := 3.12.4
 OLDEST_KERAS_FOLDER := $(VENV)/keras-$(OLDEST_KERAS)
 LOWEST := $(VENV)/lowest
 
-# What `make test`, `make lint` and `make test-core` run; each part is a target of its own.
+# The parts of `make test`, `make lint` and `make test-core`; each is a target of its own.
 LINT_RULES := lint-rules lint-format lint-imports
 LINT := $(LINT_RULES) lint-types
 TESTS := tests-core tests-torch tests-keras-tensorflow tests-keras-torch tests-keras-jax tests-keras-oldest test-lowest
-# Runs the parts that follow to the end, whichever of them fail.
+# Runs all of the parts, whichever of them fail.
 RUN_PARTS := $(BIN)/python tests/run_parts.py $(MAKE)
 
 .DEFAULT_GOAL := help
@@ -23,17 +23,17 @@ RUN_PARTS := $(BIN)/python tests/run_parts.py $(MAKE)
 .PHONY: help demo test test-core lint format bench results clean $(LINT) lint-types-core $(TESTS)
 
 help:
-	@echo "make demo        prune a small network by M-FAC and by magnitude, and compare"
-	@echo "make test        lint, types, import rules and all tests; goes on to the end, and says there what failed"
-	@echo "make test-core   the same for the core alone: installs no framework"
-	@echo "make test-lowest the tests of the core with the lowest versions that pyproject.toml allows"
-	@echo "make lint        rules, format, imports and types, without the tests"
-	@echo "make format      put the code into its standard form"
+	@echo "make demo        prune a small network by M-FAC and by magnitude, and compare them"
+	@echo "make test        lint, types, import rules and all tests; runs to the end and prints a summary"
+	@echo "make test-core   the same for the core alone; installs no framework"
+	@echo "make test-lowest tests of the core with the lowest versions that pyproject.toml allows"
+	@echo "make lint        rules, format, imports and types, without tests"
+	@echo "make format      fix what ruff can fix, and format the code"
 	@echo "make bench       measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
 	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 35 minutes on two cores)"
 	@echo "make clean       remove .venv, caches and builds"
-	@echo "One part of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."
-	@echo "Another Python: make PYTHON=python3.12 test"
+	@echo "Parts of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."
+	@echo "With another Python: make PYTHON=python3.12 test"
 
 demo: $(VENV)/.installed-demo
 	@$(BIN)/mfac demo
@@ -71,7 +71,7 @@ tests-torch: $(VENV)/.installed-test
 tests-keras-tensorflow tests-keras-torch tests-keras-jax: tests-keras-%: $(VENV)/.installed-test
 	@KERAS_BACKEND=$* $(PYTEST) $(IN_PARALLEL) tests/adapters/keras
 
-# The oldest Keras that is supported. torch.compile takes minutes to compile its step.
+# The oldest supported Keras. torch.compile takes minutes to compile its step.
 tests-keras-oldest: $(OLDEST_KERAS_FOLDER)/.installed
 	@PYTHONPATH=$(abspath $(OLDEST_KERAS_FOLDER)) KERAS_BACKEND=torch $(PYTEST) $(IN_PARALLEL) \
 	  -m "not jit_compile" tests/adapters/keras
@@ -94,7 +94,7 @@ clean:
 	@find mfac_core adapters tests -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed $(VENV), caches and builds."
 
-# These installs share one environment, and the one for all tests holds the other two.
+# These installs share one environment; the one for all tests includes the other two.
 $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing mfac-core, PyTorch and the packages of the demo into $(VENV) (several minutes the first time)"
 	@$(INSTALL) --editable ".[torch,demo]"
@@ -106,7 +106,7 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $(VENV)/.installed-demo $(VENV)/.installed-core $@
 
 $(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "Installing mfac-core and what its own tests need into $(VENV)"
+	@echo "Installing mfac-core and the tools for its tests into $(VENV)"
 	@$(INSTALL) --editable ".[lint,test-core]"
 	@touch $@
 
@@ -126,10 +126,10 @@ $(LOWEST)/.installed: $(VENV)/.created pyproject.toml
 
 $(VENV)/.created:
 	@command -v "$(PYTHON)" > /dev/null || { \
-	  echo "There is no $(PYTHON) here. Install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=python3.12"; exit 1; }
+	  echo "$(PYTHON) was not found. Install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=python3.12"; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
 	  echo "$(PYTHON) is $$("$(PYTHON)" --version 2>&1), but mfac-core needs Python 3.11, 3.12 or 3.13." \
 	       "Name one: make PYTHON=python3.12"; exit 1; }
-	@echo "Making $(VENV) with $$("$(PYTHON)" --version 2>&1)"
+	@echo "Creating $(VENV) with $$("$(PYTHON)" --version 2>&1)"
 	@"$(PYTHON)" -m venv $(VENV)
 	@touch $@

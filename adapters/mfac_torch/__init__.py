@@ -10,10 +10,10 @@ Read in this order:
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained
 * ``wrappers``: the model inside its wrappers
-* ``selection``: the parameters that ``params`` matches
+* ``selection``, ``layout``: the parameters that ``params`` matches, and the order of their axes
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the current weights
-* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter bears
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter tolerates
 * ``masking``: masks that keep pruned weights at exactly zero
 * ``optimizer_state``: optimizer state, reset at pruned weights
 * ``write_monitor``: writes to pruned weights by other code

@@ -1,9 +1,9 @@
 """Measure a whole pruning step on one GPU against the limits of that GPU and against the textbook recursion.
 
 Run it from the root of the project: ``python tests/benchmarks/bench_gpu.py [--write PATH]``. It needs CuPy, and PyTorch
-with CUDA for the textbook recursion. With ``--write`` all that is printed goes to a Markdown file too, row by row.
-``--profile`` shows instead where the time of one shape goes. ``--device cpu`` runs all of it on NumPy with tiny shapes,
-to check this script where there is no GPU; its numbers mean nothing.
+with CUDA for the textbook recursion. With ``--write`` the output also goes to a Markdown file, row by row.
+``--profile`` shows instead where the time of one shape goes. ``--device cpu`` runs everything on NumPy with tiny
+shapes, to check this script without a GPU; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from machine import YOURS_WILL_DIFFER, commit
 
 import mfac_core
 from mfac_core.backends import Array, resolve_device
-from mfac_core.backends.kernels import matmul
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import evaluate, fisher_quadratic
+from mfac_core.fisher.kernels import matmul
 from mfac_core.fisher.obs import saliency
 from mfac_core.fisher.triangular import cholesky
 from mfac_core.fisher.window import GradientWindow
@@ -50,42 +50,42 @@ PLACES = ("device", "host")
 SPARSITY = 0.5
 DAMPING = 1e-5
 GIB = 2**30
-HOST_RESERVE = 4 * GIB  # host memory that stays free beside a window: the weights, and what else runs there
-TEXTBOOK_BYTES = GIB  # gradients that the textbook variants run on at most; they take three times as much beside
+HOST_RESERVE = 4 * GIB  # host memory to leave free next to a window, for the weights and other processes
+TEXTBOOK_BYTES = GIB  # largest input of the textbook variants; they need three times as much in addition
 TEXTBOOK_SECONDS = 0.5  # a variant that takes this long is not tried on four times as many blocks
 COLUMNS = (
     "d", "m", "B", "window", "GiB", "push", "step", "spread", "diagonal", "floor", "limit", "share", "textbook",
     "memory",
 )  # fmt: skip
 LEGEND = """\
-* *window*: where the gradients are kept, and its size in GiB; *push*: storing one gradient sample of the device there,
-  with nothing beside it, in ms (median)
-* *step*: seconds, the median of the repeats after one that is not counted; *spread*: the longest less the shortest
-* *diagonal*: of that, the inverse diagonal alone, in seconds (median)
+* *window*: where the gradients are stored, and the size of the window in GiB; *push*: time to store one gradient sample
+  of the device there, with nothing else running, in ms (median)
+* *step*: seconds, median of the repeats after one warm-up; *spread*: longest minus shortest
+* *diagonal*: time of the inverse diagonal alone, in seconds (median)
 * *floor*: seconds of `2 m min(m, B) d` operations at the rate of the matrix product
 * *limit*: the largest of the floor, reading the window twice from device memory and, for a window in host memory,
   copying it twice to the device; *share*: limit over step
-* *textbook*: the diagonal by the faster textbook variant of the paper's recursion over ours
+* *textbook*: time of the diagonal with the faster textbook variant of the paper's recursion, over ours
   (`tests/benchmarks/textbook.py` on the same device; measured on some blocks in device memory and scaled to `d`)
-* *memory*: what the step takes of the device at most, beyond the window, in GiB
+* *memory*: peak device memory of the step beyond the window, in GiB
 """
 
 
 def main() -> None:
-    """Measure every shape, and print and write each row as soon as it is made."""
+    """Measure every shape, and print and write each row as soon as it is complete."""
     started = time.perf_counter()
-    # the libraries read these when they start: no product of float32 matrices is rounded to TF32
+    # the libraries read these at start-up: float32 matrix products must not be rounded to TF32
     os.environ.update(NVIDIA_TF32_OVERRIDE="0", CUPY_TF32="0")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d", type=int, nargs="+", help="numbers of weights")
     parser.add_argument("--m", type=int, nargs="+", help="numbers of gradients, in the order of the rows")
     parser.add_argument("--block-size", type=int, help="weights per block")
-    parser.add_argument("--window", choices=PLACES, help="measure windows there only")
-    parser.add_argument("--repeat", type=int, default=3, help="repeats of which the median is taken (%(default)s)")
-    parser.add_argument("--budget", type=float, default=500, help="seconds after which no row is begun (%(default)s)")
+    parser.add_argument("--window", choices=PLACES, help="measure only windows there")
+    parser.add_argument("--repeat", type=int, default=3, help="number of repeats for the median (%(default)s)")
+    parser.add_argument("--budget", type=float, default=500, help="seconds after which no row is started (%(default)s)")
     parser.add_argument("--device", default="cuda:0", help="cuda:N, or cpu to check this script (%(default)s)")
-    parser.add_argument("--profile", action="store_true", help="show where the time of the first shape that fits goes")
-    parser.add_argument("--write", type=Path, metavar="PATH", help="write what is printed to this file too")
+    parser.add_argument("--profile", action="store_true", help="profile the first shape that fits")
+    parser.add_argument("--write", type=Path, metavar="PATH", help="also write the output to this file")
     arguments = parser.parse_args()
     machine = Machine(arguments.device)
     sizes, rows, width = SHAPES if machine.is_gpu else TINY_SHAPES
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 class Report:
-    """What has been printed so far, and the file that it is written to."""
+    """The output so far, and the file that it is written to."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -119,7 +119,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Shape:
-    """What one row measures."""
+    """The problem that one row measures."""
 
     d: int
     m: int
@@ -136,9 +136,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the device can do: operations of a float32 product, bytes of its memory and bytes from the host, a second.
+    """Rates of the device per second: operations of a float32 product, bytes of its memory, bytes from the host.
 
-    The bytes of its memory are those read, or read and written, whichever is faster.
+    The rate of its memory is that of reading, or of reading and writing, whichever is faster.
     """
 
     product: float
@@ -146,7 +146,7 @@ class Rates:
     transfer: float
 
     def limits(self, shape: Shape) -> dict[str, float]:
-        """Return how many seconds a step takes at least, by what limits it."""
+        """Return lower bounds on the seconds of a step, by the limiting resource."""
         operations = 2 * shape.m * min(shape.m, shape.block_size) * shape.d
         limits = {"compute": operations / self.product, "device memory": 2 * shape.num_bytes / self.memory}
         if shape.place == "host":
@@ -156,7 +156,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Measurement:
-    """The seconds and bytes of one row; ``textbook`` is seconds of the diagonal, by the name of the variant."""
+    """The seconds and bytes of one row; ``textbook`` has the name of the variant and the seconds of its diagonal."""
 
     place: str
     push: float
@@ -167,7 +167,7 @@ class Measurement:
 
 
 class Machine:
-    """The device that is measured, and what differs between a GPU and the CPU."""
+    """The measured device, and the differences between a GPU and the CPU."""
 
     def __init__(self, name: str) -> None:
         self.device = resolve_device(name)
@@ -178,7 +178,7 @@ class Machine:
             self.xp: Any = cupy
         else:
             self.xp = np
-        # of the product, and of the copies
+        # sizes of the product and of the copies
         self.product_size, self.copied_bytes = (8192, GIB) if self.is_gpu else (512, 16 * 2**20)
         with self.device.backend.on(self.device.name):
             self._rng = self.xp.random.default_rng(0)
@@ -203,12 +203,12 @@ class Machine:
     def median(
         self, repeat: int, function: Callable[..., Any], prepare: Callable[[], tuple[Any, ...]] = tuple
     ) -> float:
-        """Return the median seconds of ``function(*prepare())``, without those of ``prepare``, after one warm-up."""
+        """Return the median seconds of ``function(*prepare())`` after one warm-up, not counting ``prepare``."""
         function(*prepare())
         return statistics.median(self.timed(function, *prepare()) for _ in range(repeat))
 
     def free_memory(self) -> None:
-        """Give all unused memory back, also that of PyTorch."""
+        """Release all unused memory, including that of PyTorch."""
         gc.collect()
         if self.is_gpu:
             self.xp.get_default_memory_pool().free_all_blocks()
@@ -217,7 +217,7 @@ class Machine:
                 sys.modules["torch"].cuda.empty_cache()
 
     def taken_bytes(self) -> int:
-        """Return what CuPy's pool has taken of the device: the most since :meth:`free_memory`."""
+        """Return the peak size of CuPy's pool since :meth:`free_memory`."""
         return self.xp.get_default_memory_pool().total_bytes() if self.is_gpu else 0
 
     def is_page_locked(self, x: Array) -> bool:
@@ -227,7 +227,7 @@ class Machine:
         return runtime.pointerGetAttributes(x.ctypes.data).type == runtime.memoryTypeHost
 
     def rates(self) -> Rates:
-        """Measure what the device can do."""
+        """Measure the rates of the device."""
         xp = self.xp
         size, num_bytes = self.product_size, self.copied_bytes
         a, b = self.normal((size, size)), self.normal((size, size))
@@ -243,7 +243,7 @@ class Machine:
         return Rates(product, max(read, copied), transfer)
 
     def description(self) -> str:
-        """Return the machine and the versions of what runs on it."""
+        """Return a description of the machine and the versions of the software."""
         host = f"{psutil.cpu_count()} cores and {psutil.virtual_memory().total / GIB:.0f} GiB of host memory"
         versions = f"mfac-core {mfac_core.__version__}, NumPy {np.__version__}"
         if find_spec("torch"):
@@ -289,19 +289,19 @@ def _measure_all(machine: Machine, shapes: list[Shape], repeat: int, deadline: f
     for done, shape in enumerate(shapes):
         if time.perf_counter() > deadline:
             left_out = "; ".join(map(str, shapes[done:]))
-            report.add("", f"Left out, because the time was used up: {left_out}.")
+            report.add("", f"Left out for lack of time: {left_out}.")
             return
         try:
             machine.free_memory()
             refusal = _no_room(machine, shape)
             row = _row(shape, rates, refusal or _measure(machine, shape, repeat, textbook))
-        except Exception as error:  # one row less, whatever the reason
+        except Exception as error:  # a failure must not cost the other rows
             row = _row(shape, rates, _named(error))
         report.add(row)
 
 
 def _no_room(machine: Machine, shape: Shape) -> str:
-    """Return why the window of a shape does not fit, or nothing."""
+    """Return why the window of a shape does not fit, or an empty string."""
     if shape.place == "device":
         device = machine.device
         room = WORKING_GROUPS * device.backend.group_bytes(device.name, shape.num_bytes)
@@ -311,23 +311,13 @@ def _no_room(machine: Machine, shape: Shape) -> str:
     free = device.backend.free_bytes(device.name)
     if free is None or shape.num_bytes + room <= free:
         return ""
-    return f"does not fit: {shape.num_bytes:,} bytes and {room:,} to work in, {free:,} are free"
+    return f"does not fit: {shape.num_bytes:,} bytes and {room:,} of working memory, {free:,} are free"
 
 
 def _measure(
     machine: Machine, shape: Shape, repeat: int, textbook: dict[tuple[int, int], tuple[str, float]]
 ) -> Measurement:
-    """Return the times of one shape.
-
-    Args:
-        machine: The device.
-        shape: What is measured.
-        repeat: How often.
-        textbook: Seconds per weight of the faster textbook variant by ``m`` and ``B``; filled on the way.
-
-    Returns:
-        The measurements.
-    """
+    """Return the measurements of one shape; ``textbook`` caches the faster textbook variant by ``m`` and ``B``."""
     window, push = _filled_window(machine, shape)
     weights = machine.device.to_numpy(machine.normal(shape.d))
     machine.free_memory()
@@ -342,17 +332,17 @@ def _measure(
     if key not in textbook:
         try:
             textbook[key] = _textbook(machine, window)
-        except Exception as error:  # such as a PyTorch without CUDA; the row is worth having all the same
+        except Exception as error:  # such as a PyTorch without CUDA; the rest of the row is still useful
             failed = _named(error)
     name, per_weight = textbook.get(key, (failed, float("nan")))
-    chunks = [chunk for slab in window.slabs for chunk in window.chunks(slab)]
+    chunks = [chunk for group in window.stored_groups for chunk in window.chunks(group)]
     is_pinned = shape.place == "host" and all(map(machine.is_page_locked, chunks))
     place = "pinned host" if is_pinned else shape.place
     return Measurement(place, push, steps, diagonal, (name, per_weight * shape.d), memory)
 
 
 def _filled_window(machine: Machine, shape: Shape) -> tuple[GradientWindow, float]:
-    """Return a full window, and the median seconds to store one gradient sample that is on the device."""
+    """Return a full window, and the median seconds to store one gradient sample from the device."""
     device = machine.device
     if shape.place == "device":
         window = GradientWindow(shape.d, shape.m, block_size=shape.block_size, device=device)
@@ -382,23 +372,23 @@ def _fisher(machine: Machine, window: GradientWindow) -> BlockwiseFisher:
 
 
 def _textbook(machine: Machine, window: GradientWindow) -> tuple[str, float]:
-    """Return the name and the seconds per weight of the faster textbook variant, on the device."""
+    """Return the name and the seconds per weight of the faster textbook variant on the device."""
     import textbook
     import torch
 
     torch.set_float32_matmul_precision("highest")
-    slab = window.slabs[0]
-    count = max(1, min(slab.count, TEXTBOOK_BYTES // (4 * window.count * slab.width)))
-    chunks = [machine.device.asarray(chunk[:count, :, :]) for chunk in window.chunks(slab)]
+    group = window.stored_groups[0]
+    count = max(1, min(group.count, TEXTBOOK_BYTES // (4 * window.count * group.width)))
+    chunks = [machine.device.asarray(chunk[:count, :, :]) for chunk in window.chunks(group)]
     blocks = torch.from_dlpack(machine.xp.concatenate(chunks, axis=-1) if len(chunks) > 1 else chunks[0])
     functions = (textbook.batched_torch, textbook.single_block_torch)
     seconds = {function.__name__: _seconds_per_block(machine, function, blocks) for function in functions}
     name = min(seconds, key=seconds.__getitem__)
-    return name.replace("_", " "), seconds[name] / slab.width
+    return name.replace("_", " "), seconds[name] / group.width
 
 
 def _seconds_per_block(machine: Machine, function: Callable[[Any, float], Any], blocks: Any) -> float:
-    """Return the fewest, on as many blocks as there are and :data:`TEXTBOOK_SECONDS` allow."""
+    """Return the fewest seconds per block, on as many blocks as :data:`TEXTBOOK_SECONDS` allows."""
     function(blocks[:1], DAMPING)
     best, count = float("inf"), 1
     while True:
@@ -410,7 +400,7 @@ def _seconds_per_block(machine: Machine, function: Callable[[Any, float], Any], 
 
 
 def _row(shape: Shape, rates: Rates, measured: Measurement | str) -> str:
-    """Return a row of the table, of measurements or of the reason why there are none."""
+    """Return a row of the table, with measurements or the reason why there are none."""
     cells = [f"{shape.d:,}", shape.m, shape.block_size]
     if isinstance(measured, str):
         cells += [shape.place, f"{shape.num_bytes / GIB:.1f}", "", measured]
@@ -486,7 +476,7 @@ def _profile(machine: Machine, shape: Shape, repeat: int) -> list[str]:
         ("whole step", median(lambda: _step(machine, window, host_weights)), 1, 0, 0),
     ]
     whole = rows[-1][1]
-    precise = "all" if factor.precise is True else "none" if factor.precise is False else "some"
+    precise = "all" if factor.in_float64 is True else "none" if factor.in_float64 is False else "some"
     return [
         f"{shape}: {group.count} blocks in the first of {len(groups)} groups, {precise} of them in float64; median of "
         f"{repeat} after a warm-up, in seconds. The operations are those that are needed, not those that are done.",

@@ -1,8 +1,8 @@
-"""Measure what pruning costs a training step in Keras on the CPU, beside the plain step in the same run.
+"""Measure the overhead of pruning in a training step in Keras on the CPU, relative to the plain step in the same run.
 
 Run it from the root of the project: ``python tests/benchmarks/bench_keras_overhead.py [--write]``. Each backend that is
 installed runs in a process of its own. With ``--write`` the table goes to ``docs/benchmarks-keras.md``. Needs
-scikit-learn, which carries the digits.
+scikit-learn, which includes the digits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ BACKENDS = ("tensorflow", "torch", "jax")
 BATCH_SIZE = 128
 ROUNDS, STEPS_PER_ROUND, WARM_UP = 40, 10, 4
 STEPS = (ROUNDS + WARM_UP) * STEPS_PER_ROUND
-SPARE = STEPS_PER_ROUND  # steps at the end of the epoch that are never made, so that no pruning step is measured
-# There is a single epoch. A window of as many rows as it has steps is open from the first on.
+SPARE = STEPS_PER_ROUND  # steps at the end of the epoch that never run, so that no pruning step is measured
+# There is a single epoch. A window with as many rows as the epoch has steps is open from the start.
 KEYS = {
     "closed": {"final_sparsity": 0.5, "start_epoch": 10, "end_epoch": 11, "num_grads": 64},
     "open": {"final_sparsity": 0.5, "start_epoch": 1, "end_epoch": 2, "num_grads": STEPS + SPARE},
@@ -38,8 +38,8 @@ KEYS = {
 MASKS = "pruning_modifiers:\n  - !MagnitudePruningModifier {final_sparsity: 0.8, start_epoch: 0.0, end_epoch: 0.0}\n"
 MEANING = {
     "closed": "attached, no window open, nothing pruned yet",
-    "open": "each step gives a row to the gradient window",
-    "masks": "80% pruned: masks are held, no window open",
+    "open": "each step adds a row to the gradient window",
+    "masks": "80% pruned: masks enforced, no window open",
 }
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -71,13 +71,10 @@ def main() -> None:
 
 
 def measure() -> dict[str, list[float]]:
-    """Return the processor seconds of one step in each round: of the plain step, and of each kind of step beside it.
+    """Return the processor seconds per step in each round, for the plain step and for each variant.
 
-    Each kind is a ``fit`` of its own, in a thread of its own; they take turns, one of them running at a time. In each
-    round the order is another, so that what else the machine does hits all.
-
-    Returns:
-        One list of seconds per kind, rounds in the same order.
+    Each variant is its own ``fit`` in its own thread; only one of them runs at a time. They take turns in rotating
+    order, so that other load on the machine affects all alike.
     """
     fits = {name: _Fit(name) for name in ("plain", *MEANING)}
     seconds: dict[str, list[float]] = {name: [] for name in fits}
@@ -95,7 +92,7 @@ def measure() -> dict[str, list[float]]:
 
 
 class _Fit:
-    """A ``fit`` that makes some steps whenever it is told to."""
+    """A ``fit`` that runs a few steps on demand."""
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
@@ -187,11 +184,11 @@ def _lines(found: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "# Overhead in Keras",
         "",
-        "What a training step of `fit` costs with a recipe attached, as a ratio to the same step without: data,",
+        "Cost of a training step of `fit` with a recipe attached, relative to the same step without: data,",
         "forward, backward, SGD with momentum and callbacks, on the digits network (9,168 prunable weights)"
         f", batch {BATCH_SIZE}, float32, on the CPU.",
-        f"All kinds take turns in one run: {ROUNDS} rounds of {STEPS_PER_ROUND} steps each; the ratio, of processor",
-        "time, is taken round by round. Made by `tests/benchmarks/bench_keras_overhead.py`.",
+        f"All variants take turns in one run: {ROUNDS} rounds of {STEPS_PER_ROUND} steps each; the ratio of processor",
+        "times is taken round by round. Made by `tests/benchmarks/bench_keras_overhead.py`.",
         "",
         f"{', '.join(f'{name} {version}' for name, version in versions.items())}, NumPy {np.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} on {processor()}, "
@@ -199,7 +196,7 @@ def _lines(found: dict[str, dict[str, Any]]) -> list[str]:
         f"{datetime.datetime.now(tz=datetime.UTC).date()} at commit {commit()}.",
         YOURS_WILL_DIFFER,
         "",
-        "| backend | step | ratio: median | quarter of the rounds below | quarter above | plain step, ms (median) |",
+        "| backend | step | ratio: median | lower quartile | upper quartile | plain step, ms (median) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for backend, measured in found.items():

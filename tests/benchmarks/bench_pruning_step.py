@@ -1,7 +1,7 @@
 """Measure a whole pruning step on the CPU against its floor and against the textbook recursion.
 
 Run it from the root of the project: ``python tests/benchmarks/bench_pruning_step.py [--write]``. With ``--write`` the
-table goes to ``docs/benchmarks.md``. Each row runs in a process of its own, so that its peak memory is its own.
+table goes to ``docs/benchmarks.md``. Each row runs in its own process, so that its peak memory is measured alone.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT}")
     parser.add_argument("--shape", nargs=3, help="measure one shape in this process: m B d")
-    parser.add_argument("--no-textbook", action="store_true", help="leave the textbook variants out")
+    parser.add_argument("--no-textbook", action="store_true", help="skip the textbook variants")
     parser.add_argument("--made-again", action="store_true", help="with --shape: keep no factors between the passes")
     arguments = parser.parse_args()
     if arguments.shape:
@@ -77,17 +77,7 @@ def main() -> None:
 
 
 def measure(m: int, width: int | None, d: int, *, textbook: bool) -> dict:
-    """Return the times of one shape, in seconds, and the memory beyond the window, in bytes.
-
-    Args:
-        m: Rows of the window.
-        width: Weights per block, or ``None``.
-        d: Number of weights.
-        textbook: Whether to measure the textbook variants too.
-
-    Returns:
-        The measurements by name.
-    """
+    """Return the times of one shape, in seconds, and the memory beyond the window, in bytes."""
     window, weights = _problem(m, width, d)
     before = _resident()
     whole = [_timed_beside_products(lambda: _step(window, weights))]
@@ -106,19 +96,10 @@ def measure(m: int, width: int | None, d: int, *, textbook: bool) -> dict:
 
 
 def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
-    """Return seconds and memory of one shape when the second pass factors every block again.
-
-    Args:
-        m: Rows of the window.
-        width: Weights per block, or ``None``.
-        d: Number of weights.
-
-    Returns:
-        The measurements by name.
-    """
+    """Return seconds and memory of one shape if the second pass factors every block again."""
     from mfac_core.fisher import blockwise
 
-    blockwise.KEPT_FRACTION = 0.0
+    blockwise.RETAINED_FRACTION = 0.0
     window, weights = _problem(m, width, d)
     before = _resident()
     seconds = [_timed(lambda: _step(window, weights))]
@@ -172,10 +153,8 @@ def _parts(window, weights) -> dict[str, float]:
 
 def _some_blocks(window) -> np.ndarray:
     """Return up to 32 of the first blocks of a window, shape ``(n, m, B)``."""
-    from mfac_core.fisher.partition import BlockGroup
-
-    slab = window.slabs[0]
-    chunks = window.chunks(BlockGroup(slab.start, min(slab.count, 32), slab.chunk_widths))
+    group = window.stored_groups[0]
+    chunks = window.chunks(group.subgroup(0, min(group.count, 32)))
     return np.concatenate(chunks, axis=-1)
 
 
@@ -272,35 +251,35 @@ def _document(rows: list[dict], scaling: list[dict]) -> str:
             f"Measured at commit {commit()}.",
             YOURS_WILL_DIFFER,
             "",
-            "* *step*: seconds, the median of seven runs (of three for steps over ten seconds); *diagonal*, *mask*,",
-            "  *update*: these parts of one step (saliency and writing back take what is left)",
-            "* *product*: the rate of 2048 x 2048 matrix products right before and after each run, in GFLOP/s",
-            "* *floor ratio*: seconds over `2 m^2 d` operations at that rate: median (lowest to highest)",
-            "* *textbook ratio*: the diagonal by the fastest textbook variant of the paper's recursion over ours",
+            "* *step*: seconds, median of seven runs (three if a step takes over ten seconds); *diagonal*, *mask*,",
+            "  *update*: the time of these parts of a step (saliency and writing back take the rest)",
+            "* *product*: rate of 2048 x 2048 matrix products immediately before and after each run, in GFLOP/s",
+            "* *floor ratio*: time of the step over that of `2 m^2 d` operations at that rate: median (min to max)",
+            "* *textbook ratio*: diagonal by the fastest textbook variant of the paper's recursion, over ours",
             "  (`tests/benchmarks/textbook.py`; measured on up to 32 blocks and scaled to `d`)",
             "* *memory*: peak resident memory of the step beyond the window, in MiB; *window*: the window itself",
-            "* *again*, *memory again*: seconds and memory when no factor is kept and the second pass makes them again",
+            "* *again*, *memory again*: seconds and memory if the second pass computes all factors again",
             "",
             "| m | B | d | step | diagonal | mask | update | product | floor ratio | textbook ratio | memory | window "
             "| again | memory again |",
             "| --- " * 14 + "|",
             *map(_line, rows),
             "",
-            "The second pass (update) needs the factor of each block again. Factors of the size of the number of",
-            "gradients are kept from the first pass, because making them again costs as much as the first pass but for",
-            "its solve; they take `m / B` of the window at most, and never more than half of it or a quarter of the",
-            "free memory. Factors of the size of a block (`B <= m`) are made again: kept, they would be as large as",
-            "all dense inverses.",
+            "The second pass (update) needs the factor of each block again. Factors of size `m x m` are kept from",
+            "the first pass, because computing them again costs as much as that pass without its triangular solve.",
+            "They take at most `m / B` of the window, and never more than half of it or a quarter of the free memory.",
+            "Factors of size `B x B` (`B <= m`) are computed again: together they would be as large as all dense",
+            "inverses.",
             "",
-            "What keeps a step from its floor: BLAS is slower at thin products (64 rows) than at square ones, and",
-            "takes more than half of the time of a full product for one of a matrix with its own transpose;",
-            "small factorisations are many small calls. They tell most where `m` is small.",
+            "A step does not reach its floor because BLAS is slower for thin products (64 rows) than for square ones,",
+            "needs more than half the time of a full product for the product of a matrix with its own transpose, and",
+            "computes small factorizations in many small calls. This matters most if `m` is small.",
             "",
             "## On a GPU",
             "",
             "`python tests/benchmarks/bench_gpu.py --write docs/benchmarks-gpu.md` measures the same step on an NVIDIA",
-            "GPU, with the window on the device and in pinned host memory. It has not been run yet: there is no table,",
-            "and nothing is claimed.",
+            "GPU, with the window on the device and in pinned host memory. It has not been run yet, so there is no",
+            "table and no claim.",
             "",
             "## Linear in d",
             "",

@@ -1,7 +1,7 @@
-"""Measure what pruning costs a training step in PyTorch on the CPU, beside the plain step in the same run.
+"""Measure the overhead of pruning in a training step in PyTorch on the CPU, relative to the plain step in the same run.
 
 Run it from the root of the project: ``python tests/benchmarks/bench_torch_overhead.py [--write]``. With ``--write`` the
-table goes to ``docs/benchmarks-torch.md``. Needs scikit-learn, which carries the digits.
+table goes to ``docs/benchmarks-torch.md``. Needs scikit-learn, which includes the digits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH_SIZE = 128
 ROUNDS, STEPS_PER_ROUND, WARM_UP = 60, 10, 2
 STEPS = (ROUNDS + WARM_UP) * STEPS_PER_ROUND
 FAR_AWAY = 10 * STEPS
-# With one step per epoch, epochs are steps. A window of as many rows as there are steps is open from the first on.
+# With one step per epoch, epochs are steps. A window with as many rows as there are steps is open from the start.
 RECIPES = {
     "closed": MFACPruningModifier(final_sparsity=0.5, start_epoch=FAR_AWAY, end_epoch=FAR_AWAY + 1, num_grads=64),
     "open": MFACPruningModifier(final_sparsity=0.5, start_epoch=STEPS, end_epoch=STEPS + 1, num_grads=STEPS),
@@ -36,8 +36,8 @@ RECIPES = {
 }
 MEANING = {
     "closed": "attached, no window open, nothing pruned yet",
-    "open": "each step gives a row to the gradient window",
-    "masks": "80% pruned: masks are held, no window open",
+    "open": "each step adds a row to the gradient window",
+    "masks": "80% pruned: masks enforced, no window open",
 }
 
 
@@ -56,12 +56,9 @@ def main() -> None:
 
 
 def measure() -> dict[str, list[float]]:
-    """Return the processor seconds of one step in each round: of the plain step, and of each kind of step beside it.
+    """Return the processor seconds per step in each round, for the plain step and for each variant.
 
-    The kinds take turns within each round, each round in another order, so that what else the machine does hits all.
-
-    Returns:
-        One list of seconds per kind, rounds in the same order.
+    The variants take turns within each round, in rotating order, so that other load on the machine affects all alike.
     """
     digits = Digits.load(0)
     steps = {"plain": _training(digits, None)} | {name: _training(digits, recipe) for name, recipe in RECIPES.items()}
@@ -102,11 +99,11 @@ def _lines(seconds: dict[str, list[float]]) -> list[str]:
     lines = [
         "# Overhead in PyTorch",
         "",
-        "What a training step costs with a recipe attached, as a ratio to the same step without: forward, backward and",
+        "Cost of a training step with a recipe attached, relative to the same step without: forward, backward and",
         f"SGD with momentum on the digits network ({sum(p.numel() for p in make_network(0).parameters()):,} weights), "
         f"batch {BATCH_SIZE}, float32, on the CPU.",
-        f"All kinds take turns in one run: {ROUNDS} rounds of {STEPS_PER_ROUND} steps each; the ratio, of processor",
-        "time, is taken round by round. Made by `tests/benchmarks/bench_torch_overhead.py`.",
+        f"All variants take turns in one run: {ROUNDS} rounds of {STEPS_PER_ROUND} steps each; the ratio of processor",
+        "times is taken round by round. Made by `tests/benchmarks/bench_torch_overhead.py`.",
         "",
         f"PyTorch {torch.__version__}, NumPy {np.__version__}, Python {platform.python_version()}, "
         f"{platform.system()} on {processor()}, {len(os.sched_getaffinity(0))} cores, one thread. Measured on "
@@ -115,7 +112,7 @@ def _lines(seconds: dict[str, list[float]]) -> list[str]:
         "",
         f"The plain step takes {1e3 * statistics.median(plain):.2f} ms (median).",
         "",
-        "| step | ratio: median | quarter of the rounds below | quarter above |",
+        "| step | ratio: median | lower quartile | upper quartile |",
         "| --- | --- | --- | --- |",
     ]
     for name, meaning in MEANING.items():

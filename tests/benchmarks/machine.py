@@ -1,4 +1,4 @@
-"""What a published table says of where it was measured."""
+"""The machine and the commit of a published table."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["YOURS_WILL_DIFFER", "commit", "processor"]
 YOURS_WILL_DIFFER = (
     "Your digits will differ, seconds more than ratios: both depend on the processor, its caches and its libraries."
 )
-"""What stands beside every table of times."""
+"""Printed above every table of times."""
 
 
 def commit() -> str:
-    """The commit that is checked out, short; with a plus where files of it are changed."""
+    """Return the short hash of the current commit, with a plus if tracked files have changed."""
     return f"{_git('rev-parse', '--short', 'HEAD') or 'unknown'}{'+' if _git('status', '--porcelain', '-uno') else ''}"
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return names[0].partition(":")[2].strip() if names else platform.processor()
 

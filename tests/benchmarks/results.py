@@ -1,8 +1,8 @@
-"""Measure accuracy over several seeds, magnitude beside M-FAC, and write ``docs/results.md`` with its pictures.
+"""Measure the accuracy of magnitude pruning and M-FAC over several seeds, and write ``docs/results.md``.
 
-Run it from the root of the project: ``make results``. Two processes on two cores take about 35 minutes. What has been
-measured is kept in ``mfac-results/``, in a folder for each state of the code: an interrupted run goes on where it was,
-and a run that is complete only writes the page anew.
+Run it from the root of the project: ``make results``. Two processes on two cores take about 35 minutes. Results are
+stored in ``mfac-results/``, in one folder per state of the code: an interrupted run continues where it stopped, and a
+complete one only writes the page again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ QUICK = Scale(
     longest_training=2,
     dense_epochs=1,
 )
-"""Everything once, in so little that the numbers say nothing."""
+"""Every run, reduced so far that the numbers mean nothing."""
 
 _SOURCES = ("mfac_core", "adapters/mfac_torch", "recipes")
 _OWN = ("results_runs.py", "results_tasks.py")
@@ -53,7 +53,7 @@ _COST = ("transformer", "transformer-long", "digits-cnn", "digits-mlp")  # the l
 
 
 class Unit(NamedTuple):
-    """What one process does in one go: a group of the runs of one task with one seed."""
+    """The work of one process: a group of runs of one task with one seed."""
 
     task: str
     group: str
@@ -67,21 +67,17 @@ class Unit(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure what has not been measured yet, and write the page.
-
-    Args:
-        arguments: Those of the command line; ``None`` takes them from there.
-    """
+    """Carry out the missing measurements, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help="how many seeds, from 0 on (5, or 2 with --quick)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="how many at once, each on one core")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these tasks")
+    parser.add_argument("--seeds", type=int, help="number of seeds, starting at 0 (5, or 2 with --quick)")
     parser.add_argument(
-        "--quick", action="store_true", help="everything once, in so little that the numbers mean nothing"
+        "--processes", type=int, default=os.cpu_count() or 1, help="number of processes, each on one core"
     )
-    parser.add_argument("--output", type=Path, help="folder of the page (docs; with --quick that of what is kept)")
-    parser.add_argument("--kept", type=Path, help="folder of what is kept (one in mfac-results/ for the code as it is)")
-    parser.add_argument("--write", action="store_true", help="measure nothing: write the page from what is kept")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these tasks")
+    parser.add_argument("--quick", action="store_true", help="every run, reduced so far that the numbers mean nothing")
+    parser.add_argument("--output", type=Path, help="folder of the page (docs; with --quick that of the results)")
+    parser.add_argument("--kept", type=Path, help="folder of the results (one in mfac-results/ per state of the code)")
+    parser.add_argument("--write", action="store_true", help="measure nothing: write the page from stored results")
     options = parser.parse_args(arguments)
     folder = options.kept or KEPT / ("quick" if options.quick else "full") / _state_of_the_code()
     seeds = range(options.seeds or (2 if options.quick else 5))
@@ -90,30 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             failed = measured(options.tasks, seeds, scale, folder, processes=options.processes)
         except KeyboardInterrupt:
-            sys.exit(f"interrupted; the same command goes on with what {folder} holds")
+            sys.exit(f"interrupted; the same command continues from {folder}")
         if failed:
-            sys.exit("\n".join([*failed, f"all other runs are kept in {folder}; the same command tries these again"]))
+            sys.exit("\n".join([*failed, f"all other runs are stored in {folder}; the same command retries these"]))
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not kept:
-        sys.exit(f"{folder} holds no results; measure some first: leave out --write")
+        sys.exit(f"{folder} has no results; omit --write to measure them first")
     output = options.output or (folder if options.quick else ROOT / "docs")
     for path in write(kept, output):
         print(f"written: {path}")
 
 
 def measured(tasks: Sequence[str], seeds: Sequence[int], scale: Scale, folder: Path, *, processes: int) -> list[str]:
-    """Do all runs that the folder does not hold yet.
-
-    Args:
-        tasks: Names of tasks.
-        seeds: The seeds.
-        scale: How much is measured.
-        folder: Where the results are kept, a file for each task, group of runs and seed.
-        processes: How many processes work at once; with one it is this one.
-
-    Returns:
-        What went wrong, for each run that failed.
-    """
+    """Carry out all runs that the folder does not have yet, and return a message for each run that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     in_order = sorted(tasks, key=lambda task: _COST.index(task) if task in _COST else len(_COST))
     units = [
@@ -140,15 +125,17 @@ def _all(units: Sequence[Unit], processes: int) -> Iterator[tuple[Unit, list[str
 
 
 def _one_thread() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that waits for this one says it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process reports it
     torch.set_num_threads(1)
     threadpoolctl.threadpool_limits(1)
 
 
 def _measure(unit: Unit) -> tuple[Unit, list[str]]:
-    """Do what is missing of a unit, and keep it after each run; return which runs failed, and why."""
+    """Carry out the missing runs of a unit, store each result, and return which runs failed, and why."""
     torch.set_num_threads(1)
-    logging.getLogger("mfac_core").setLevel(logging.ERROR)  # what the tables say anyway: repeated rows, a layer scope
+    logging.getLogger("mfac_core").setLevel(
+        logging.ERROR
+    )  # its warnings (repeated rows, a layer scope) describe what is measured
     logging.getLogger("mfac_torch").setLevel(logging.ERROR)
     kept = json.loads(unit.file.read_text(encoding="utf-8")) if unit.file.exists() else {"runs": {}}
     runs = runs_of(unit.task, unit.scale)[unit.group]
@@ -191,7 +178,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
 
 
 def _state_of_the_code() -> str:
-    """What tells the code that makes the numbers from any other."""
+    """Return a digest of the code that produces the numbers."""
     files = [path for name in _SOURCES for path in (ROOT / name).rglob("*") if path.suffix in {".py", ".yaml"}]
     digest = hashlib.sha256()
     for path in sorted([*files, *(Path(__file__).parent / name for name in _OWN)]):

@@ -1,4 +1,4 @@
-"""``docs/results.md`` from what has been measured."""
+"""Write ``docs/results.md`` from the measurements."""
 
 from __future__ import annotations
 
@@ -27,15 +27,7 @@ Lines = Iterator[str]
 
 
 def write(kept: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Write the page and its pictures, of what there is.
-
-    Args:
-        kept: What has been kept of each task, group of runs and seed.
-        folder: Where to.
-
-    Returns:
-        The files.
-    """
+    """Write the page and its figures into a folder, and return the files."""
     results = Results(kept)
     drawn = {
         _ONE_SHOT: lambda path: results_pictures.one_shot(results, _pictured(results), path),
@@ -50,14 +42,7 @@ def write(kept: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
 
 
 def text(results: Results) -> str:
-    """The page.
-
-    Args:
-        results: What has been measured.
-
-    Returns:
-        Markdown, with a part for each of what there is.
-    """
+    """Return the page as Markdown, with a section for each group of runs that was measured."""
     pictures = _pictures(results)
     lines = [*_head(results), *_in_short(results), *_one_shot(results), *_patterns(results)]
     if _TRAINING in pictures:
@@ -84,9 +69,9 @@ def _head(results: Results) -> Lines:
     yield (
         f"Magnitude pruning and M-FAC on the same dense networks: mean ± standard deviation over "
         f"{say.join_names(seeds)} "
-        "seeds, each with a split, weights and an order of batches of its own. Your digits will differ: another "
-        "processor or another version of PyTorch rounds otherwise, and training carries that on. What should come "
-        "back is the means, within their spread."
+        "seeds, each with its own data split, initial weights and batch order. Your digits will differ: another "
+        "processor or another version of PyTorch rounds differently, and training amplifies the difference. The means "
+        "should be reproduced within their spread."
     )
     yield ""
     yield (
@@ -109,23 +94,23 @@ def _head(results: Results) -> Lines:
             for task in results.tasks
         ],
     )
-    yield "The data are scikit-learn's, and the text is that of Python's own help (`pydoc_data.topics`). The methods:"
+    yield "The data sets are scikit-learn's; the text is Python's own help (`pydoc_data.topics`). The methods:"
     yield ""
-    yield f"* **{MAGNITUDE}**: the smallest weights of all layers go."
+    yield f"* **{MAGNITUDE}**: prunes the smallest weights of all layers."
     yield (
         f"* **{PAPER}**: as its authors ran it, with global scope, the independent update, damping 1e-5 and blocks of "
-        "2000; the kept fraction shrinks by equal factors in 16 passes (`num_recomputations: 16`), each with "
-        f"fresh gradients. **{PAPER_ONE_PASS}**: the same with one Fisher for all."
+        "2000. The unpruned fraction shrinks by equal factors in 16 passes (sub-steps: `num_recomputations: 16`), each "
+        f"with fresh gradients. **{PAPER_ONE_PASS}**: the same with a single Fisher."
     )
     yield (
         f"* **{OURS}**: global scope, joint update, `num_recomputations: auto`, `damp: auto`. All three draw "
-        f"{RECOMMENDED['num_grads']} gradient samples for a pass."
+        f"{RECOMMENDED['num_grads']} gradient samples per pass."
     )
     yield ""
     yield (
-        "*Ahead*, *equal* and *behind* are said of differences on the same seed, positive where the first is better: "
-        "two methods are equal where the 95% interval of the mean difference (Student's t over the seeds) holds zero. "
-        "Among so many comparisons a few are ahead or behind by chance."
+        "*Ahead*, *equal* and *behind* refer to differences on the same seed, positive if the first method is better: "
+        "two methods are equal if the 95% confidence interval of the mean difference (Student's t over the seeds) "
+        "contains zero. Among so many comparisons, a few are ahead or behind by chance."
     )
     yield ""
 
@@ -135,7 +120,7 @@ def _in_short(results: Results) -> Lines:
     yield ""
     for head, lines in (
         ("Where M-FAC with the recommended settings helps:", say.where_it_helps(results)),
-        ("Where it does not, or not more than something cheaper:", say.where_it_does_not_help(results)),
+        ("Where it does not help, or no more than something cheaper:", say.where_it_does_not_help(results)),
     ):
         yield head
         yield ""
@@ -143,17 +128,17 @@ def _in_short(results: Results) -> Lines:
 
 
 def _one_shot(results: Results) -> Lines:
-    yield "## One-shot, without training afterwards"
+    yield "## One-shot, without fine-tuning"
     yield ""
-    yield f"![Metric over kept weights, one-shot, a curve for each method]({_ONE_SHOT})"
+    yield f"![Metric against remaining weights, one-shot, one curve per method]({_ONE_SHOT})"
     yield ""
     tested = (
         f"{TASKS[task].title}, {results.fact(task, 'test'):,} {TASKS[task].unit}, {results.seeds(task)} seeds"
         for task in _pictured(results)
     )
     yield (
-        f"Tested on: {'; '.join(tested)}. Error bars: one standard deviation over seeds; points of one sparsity stand "
-        "side by side. Dotted: the dense network. Of a loss, less is better."
+        f"Tested on: {'; '.join(tested)}. Error bars: one standard deviation over seeds; points of the same sparsity "
+        "are drawn side by side. Dotted: the dense network. For a loss, lower is better."
     )
     yield ""
     for task in results.tasks:
@@ -172,7 +157,7 @@ def _one_shot(results: Results) -> Lines:
                     _gain(results, task, **where),
                 ]
             )
-        yield from _table(["", *_METHODS, "recommended beside magnitude"], rows)
+        yield from _table(["", *_METHODS, "recommended vs. magnitude"], rows)
         yield from _bullets(say.ahead_or_not(results, task, other) for other in (MAGNITUDE, PAPER))
 
 
@@ -190,21 +175,24 @@ def _patterns(results: Results) -> Lines:
     if rows:
         yield "### N:M"
         yield ""
-        yield "Of every 4 inputs 2 (or 1) stay, in all layers whose inputs come in fours; without training."
+        yield (
+            "Of every 4 inputs 2 (or 1) remain, in all layers whose number of inputs is divisible by 4; without "
+            "fine-tuning."
+        )
         yield ""
-        yield from _table(["task", "pattern", MAGNITUDE, OURS, "recommended beside magnitude"], rows)
+        yield from _table(["task", "pattern", MAGNITUDE, OURS, "recommended vs. magnitude"], rows)
 
 
 def _fine_tuning(results: Results) -> Lines:
     yield "## One-shot, then fine-tuning"
     yield ""
-    yield f"![Accuracy over the epochs of fine-tuning, and over the kept weights of gradual runs]({_TRAINING})"
+    yield f"![Accuracy against epochs of fine-tuning, and against remaining weights of gradual runs]({_TRAINING})"
     yield ""
     yield _caption(results)
     yield ""
     yield (
-        "The training is `recipes/digits_fine_tuning.yaml`, alike for all methods: a learning rate that falls to zero "
-        "over these epochs, from what is best for magnitude."
+        "Fine-tuning follows `recipes/digits_fine_tuning.yaml`, the same for all methods: the learning rate decays to "
+        "zero over these epochs, from the value that is best for magnitude."
     )
     yield ""
     rows = []
@@ -217,7 +205,7 @@ def _fine_tuning(results: Results) -> Lines:
                 accuracy = say.of(results, _CNN, **where, epochs=epochs)
                 what = f"one-shot, {sparsity:.0%}, {method} + {epochs} epochs"
                 rows.append([what, accuracy, f"{samples:.0f}", f"{samples + epochs:.0f}"])
-    yield from _table(["", "test accuracy", "gradient samples, in epochs", "samples and training, in epochs"], rows)
+    yield from _table(["", "test accuracy", "gradient samples, in epochs", "samples and fine-tuning, in epochs"], rows)
     yield from _bullets(
         line(results, sparsity) for sparsity in sparsities for line in (say.short_training_line, say.long_training_line)
     )
@@ -228,9 +216,10 @@ def _gradual(results: Results) -> Lines:
     yield ""
     shortest, longest = (choose(results.choices(_CNN, "epochs", part="gradual")) for choose in (min, max))
     yield (
-        f"The recipe is `recipes/digits_gradual.yaml` with other final sparsities: {shortest} epochs, and pruning from "
-        f"the first to the sixth. *{GRADUAL_LIVE}* is the recipe as it is; *{OURS}* has the settings of one-shot, and "
-        f"draws fresh samples at each pruning step. Magnitude with {longest} epochs has the schedule stretched by that."
+        f"The recipe is `recipes/digits_gradual.yaml` with other final sparsities: {shortest} epochs, with pruning "
+        f"from the first to the sixth. *{GRADUAL_LIVE}* is the recipe as it is; *{OURS}* has the one-shot settings and "
+        f"draws fresh samples at each pruning step. For magnitude with {longest} epochs, the schedule is stretched "
+        "accordingly."
     )
     yield ""
     rows, samples = [], []
@@ -246,7 +235,7 @@ def _gradual(results: Results) -> Lines:
                 f"{samples[-1]:.0f}",
             ]
         )
-    heads = [MAGNITUDE, GRADUAL_LIVE, OURS, f"{MAGNITUDE}, {longest} epochs", "samples of the recommended, in epochs"]
+    heads = [MAGNITUDE, GRADUAL_LIVE, OURS, f"{MAGNITUDE}, {longest} epochs", "samples of recommended, in epochs"]
     yield from _table(["", *heads], rows)
     yield from _bullets(line for method in (GRADUAL_LIVE, OURS) for line in say.gradual_lines(results, method))
 
@@ -254,7 +243,7 @@ def _gradual(results: Results) -> Lines:
 def _settings(results: Results) -> Lines:
     yield "## Settings, one at a time"
     yield ""
-    yield f"![Accuracy over each setting, the others as recommended]({_SETTINGS})"
+    yield f"![Accuracy against each setting, the others as recommended]({_SETTINGS})"
     yield ""
     yield (
         f"{_caption(results)} One-shot at {ABLATION_SPARSITY:.0%}, all other settings as recommended. The modifier's "
@@ -269,9 +258,9 @@ def _settings(results: Results) -> Lines:
             values = results.of(_CNN, part=part, method=method)
             compared = results.compared(_CNN, values, reference)
             seconds = results.seconds_in_epochs(_CNN, part=part, method=method)
-            said = f"{compared.verdict} ({say.difference(results, _CNN, compared)})"
-            rows.append([part, method, say.cell(results, _CNN, values), said, say.cost(seconds)])
-    heads = ["setting", "value", "test accuracy", "beside the recommended", "seconds, in epochs of training"]
+            verdict = f"{compared.verdict} ({say.difference(results, _CNN, compared)})"
+            rows.append([part, method, say.cell(results, _CNN, values), verdict, say.cost(seconds)])
+    heads = ["setting", "value", "test accuracy", "vs. recommended", "seconds, in epochs of training"]
     yield from _table(heads, rows)
     yield from _bullets(say.settings_lines(results))
 
@@ -280,9 +269,9 @@ def _cost(results: Results) -> Lines:
     yield "## What it costs"
     yield ""
     yield (
-        "Processor seconds of pruning, as a multiple of an epoch of the dense training in the same process; and in "
-        "brackets the examples in the gradient samples, as passes over the training examples. On data sets as small as "
-        "these the samples pass over them many times; their number does not grow with the data set."
+        "Processor time of pruning, as a multiple of one epoch of dense training in the same process; in parentheses, "
+        "the examples in the gradient samples, as passes over the training examples. Data sets as small as these are "
+        "passed over many times; the number of samples does not grow with the data set."
     )
     yield ""
     methods = (PAPER_ONE_PASS, PAPER, OURS)
@@ -297,17 +286,17 @@ def _cost(results: Results) -> Lines:
                     row.append(f"{say.cost(seconds)} ({say.cost(results.of(task, 'epochs_of_samples', **where))})")
                 rows.append(row)
     yield from _table(["task", "sparsity", *methods], rows)
-    yield "Magnitude takes no samples, and next to no time."
+    yield "Magnitude needs no samples and next to no time."
     yield ""
 
 
 def _starting_points(results: Results) -> Lines:
     yield "## Which settings do I start with"
     yield ""
-    yield "What follows from the tables above. Larger networks than these were not measured here."
+    yield "These recommendations follow from the tables above. Larger networks were not measured here."
     yield ""
     samples = results.of(_CNN, "epochs_of_samples", part="one-shot", method=OURS, sparsity=ABLATION_SPARSITY)
-    rows_that_do = say.enough_rows(results)
+    fewest_rows = say.enough_rows(results)
     keys = ", ".join(f"`{key}: {json.dumps(value).strip(chr(34))}`" for key, value in RECOMMENDED.items())
     recommended = f"one-shot with {keys}"
     yield from _table(
@@ -315,21 +304,21 @@ def _starting_points(results: Results) -> Lines:
         [
             [
                 "convolutional or fully connected",
-                "no training afterwards, or a few epochs",
+                "no fine-tuning, or a few epochs",
                 recommended,
                 say.one_shot_line(results, _CNN, ABLATION_SPARSITY),
             ],
             [
                 "the same",
                 "little time for gradient samples",
-                f"the same with `num_grads: {rows_that_do}`",
-                f"{rows_that_do} samples are the fewest that are not behind; the number of passes matters more",
+                f"the same with `num_grads: {fewest_rows}`",
+                f"{fewest_rows} samples are the fewest that are not behind; the number of passes matters more",
             ],
             [
                 "the same",
                 "labels, and time for many epochs",
                 "gradual magnitude, global scope",
-                f"the samples of one-shot are worth {say.cost(samples)} epochs here; "
+                f"the one-shot samples cost {say.cost(samples)} epochs here; "
                 + " ".join(say.gradual_lines(results, OURS)),
             ],
             [
@@ -340,11 +329,11 @@ def _starting_points(results: Results) -> Lines:
             ],
             [
                 "transformer",
-                "no training afterwards, or little",
+                "no fine-tuning, or little",
                 f"{recommended}; small batches for the samples",
                 say.ahead_or_not(results, "transformer", MAGNITUDE),
             ],
-            ["2:4 or 1:4", "no training afterwards", f"{recommended}, with `mask_type`", "see [N:M](#nm)"],
+            ["2:4 or 1:4", "no fine-tuning", f"{recommended}, with `mask_type`", "see [N:M](#nm)"],
             ["any", "any", "not per layer in one pass: write `global_sparsity: true`", say.scope_line(results)],
         ],
     )

@@ -1,4 +1,4 @@
-"""What has been measured, by task and method: means, spreads, and which of two methods is ahead."""
+"""Measurements by task and method: means, spreads, and which of two methods is ahead."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Comparison(NamedTuple):
     """How much better one method is than another on the same seeds.
 
     Attributes:
-        mean: Mean of the differences; positive where the first is better.
+        mean: Mean of the differences; positive if the first is better.
         spread: Their standard deviation.
-        verdict: ``ahead`` or ``behind``, or ``equal`` where the 95 % interval of the mean holds zero.
+        verdict: ``ahead`` or ``behind``, or ``equal`` if the 95 % confidence interval of the mean contains zero.
     """
 
     mean: float
@@ -35,7 +35,7 @@ class Results:
     """The runs of all tasks.
 
     Args:
-        kept: What ``results.py`` has kept of each task, group of runs and seed.
+        kept: The results that ``results.py`` stored, one entry per task, group of runs and seed.
     """
 
     kept: Sequence[Mapping[str, Any]]
@@ -54,34 +54,34 @@ class Results:
         return [task for task in TASKS if task in self._runs]
 
     def seeds(self, task: str) -> int:
-        """How many seeds a task was measured over."""
+        """Return the number of seeds of a task."""
         return len(self._facts[task])
 
     def fact(self, task: str, name: str) -> Any:
-        """Something that holds for all seeds of a task."""
+        """Return a fact that is the same for all seeds of a task."""
         return next(iter(self._facts[task].values()))[name]
 
     def facts(self, name: str) -> list[str]:
-        """All that is said under a name, each once."""
+        """Return the distinct values of a fact over all tasks and seeds."""
         return sorted({str(facts[name]) for by_seed in self._facts.values() for facts in by_seed.values()})
 
     def dense(self, task: str) -> dict[int, float]:
-        """The metric of the dense network, by seed."""
+        """Return the metric of the dense network, by seed."""
         return {seed: facts["dense"] for seed, facts in self._facts[task].items()}
 
     def of(self, task: str, what: str = "value", **where: Any) -> dict[int, float]:
-        """A number of each seed, of the runs with these properties; none where there is no such run."""
+        """Return a number by seed, of the runs with these properties."""
         return {run["seed"]: run[what] for run in self._found(task, where)}
 
     def seconds_in_epochs(self, task: str, **where: Any) -> dict[int, float]:
-        """What a run takes without the training after it, in epochs of dense training, by seed."""
+        """Return the time of pruning in epochs of dense training, by seed."""
         return {
             run["seed"]: run["seconds"] / self._facts[task][run["seed"]]["seconds_per_epoch"]
             for run in self._found(task, where)
         }
 
     def choices(self, task: str, name: str, **where: Any) -> list[Any]:
-        """The values that a property has among the runs with others, each once, in the order of the runs."""
+        """Return the distinct values of a property among the runs with these properties, in the order of the runs."""
         return list(dict.fromkeys(run[name] for run in self._found(task, where)))
 
     def compared(self, task: str, first: Mapping[int, float], second: Mapping[int, float]) -> Comparison:
@@ -96,7 +96,7 @@ class Results:
 
     @staticmethod
     def metric(task: str) -> Metric:
-        """What is measured in a task."""
+        """Return the metric of a task."""
         return TASKS[task].metric
 
     def _found(self, task: str, where: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ class Results:
 
 
 def mean_and_spread(values: Mapping[int, float] | Iterable[float]) -> tuple[float, float]:
-    """The mean over seeds, and the standard deviation; 0 for one seed."""
+    """Return mean and standard deviation over seeds; the latter is 0 for one seed."""
     return _mean_and_spread(list(values.values() if isinstance(values, Mapping) else values))
 
 

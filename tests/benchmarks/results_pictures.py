@@ -1,4 +1,4 @@
-"""The pictures of ``docs/results.md``."""
+"""The figures of ``docs/results.md``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mfac_core.files import write_file
 
 __all__ = ["one_shot", "settings", "training"]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same once more.
+# Okabe and Ito's colors, which color-blind readers can tell apart; markers repeat the distinction.
 _LOOKS: Mapping[str, dict[str, Any]] = {
     MAGNITUDE: {"color": "#000000", "marker": "s", "linestyle": "--"},
     PAPER_ONE_PASS: {"color": "#E69F00", "marker": "v", "linestyle": ":"},
@@ -30,7 +30,7 @@ _DENSE = "#777777"
 
 
 def one_shot(results: Results, tasks: Sequence[str], path: Path) -> None:
-    """Draw the metric over the kept weights, a panel for each task."""
+    """Draw the metric against the remaining weights, one panel per task."""
     columns = min(3, len(tasks))
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(4.4 * columns, 3.5 * rows + 0.6), layout="constrained", dpi=130)
@@ -50,7 +50,7 @@ def one_shot(results: Results, tasks: Sequence[str], path: Path) -> None:
 
 
 def training(results: Results, task: str, path: Path) -> None:
-    """Draw the accuracy over the epochs of fine-tuning, and that of gradual runs over the kept weights."""
+    """Draw accuracy against epochs of fine-tuning, and against remaining weights for gradual runs."""
     sparsities = results.choices(task, "sparsity", part="fine-tuning")
     figure = Figure(figsize=(4.4 * (len(sparsities) + 1), 4.1), layout="constrained", dpi=130)
     panels = figure.subplots(1, len(sparsities) + 1, squeeze=False)[0]
@@ -83,7 +83,7 @@ def training(results: Results, task: str, path: Path) -> None:
 
 
 def settings(results: Results, task: str, path: Path) -> None:
-    """Draw the accuracy over each setting, the others as recommended."""
+    """Draw accuracy against each setting, with the others as recommended."""
     figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=130)
     panels = figure.subplots(2, 3).flatten()
     curves = [
@@ -110,7 +110,7 @@ def settings(results: Results, task: str, path: Path) -> None:
 
 
 def _over_values(axes: Axes, results: Results, task: str, parts: Mapping[str, str]) -> None:
-    """A curve over the numbers among the values, and a point for each word."""
+    """Draw a curve over the numeric values, and a point for each value that is a word."""
     values = list(dict.fromkeys(value for part in parts for value in results.choices(task, "method", part=part)))
     for index, ((part, name), look) in enumerate(zip(parts.items(), (_LOOKS[OURS], _SECOND), strict=False)):
         measured = {value: results.of(task, part=part, method=value) for value in values}
@@ -148,7 +148,7 @@ def _broken(label: str, width: int = 11) -> str:
 def _curve(axes: Axes, results: Results, task: str, method: str, **where: Any) -> None:
     sparsities = results.choices(task, "sparsity", method=method, **where)
     values = [results.of(task, method=method, sparsity=sparsity, **where) for sparsity in sparsities]
-    shift = 0.985 ** list(_LOOKS).index(method)  # so that error bars stand side by side
+    shift = 0.985 ** list(_LOOKS).index(method)  # so that error bars do not overlap
     _errorbar(axes, [100 * (1 - sparsity) * shift for sparsity in sparsities], values, label=method, **_LOOKS[method])
 
 

@@ -1,4 +1,4 @@
-"""What ``results.py`` measures: every run of every task, and how one is done."""
+"""The runs of each task of ``results.py``, and how one is carried out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAPER_ONE_PASS = "M-FAC as in the paper, one pass"
 PAPER = "M-FAC as in the paper, 16 passes"
 OURS = "M-FAC, recommended"
 GRADUAL_LIVE = "M-FAC, gradients of training"
-"""Names of the methods, in tables and pictures."""
+"""Names of the methods, in tables and figures."""
 
 ABLATION_SPARSITY = 0.95
 DEFAULTS_SCOPE = "scope, one pass with the modifier's defaults"
@@ -70,16 +70,16 @@ _FINE_TUNING_EPOCHS = {MAGNITUDE: (2, 20, 50), PAPER: (2,), OURS: (2, 20)}
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """The extent of the measurements.
 
     Args:
-        sparsities: Of the one-shot runs.
-        gradual: Of the gradual runs.
-        fine_tuned: Of the runs that are trained afterwards.
-        share_of_rows: Part of the gradient samples that are drawn.
-        longest_training: No training after pruning takes more epochs.
+        sparsities: Sparsities of the one-shot runs.
+        gradual: Sparsities of the gradual runs.
+        fine_tuned: Sparsities of the runs with fine-tuning.
+        share_of_rows: Fraction of the gradient samples to draw.
+        longest_training: Maximum number of epochs of training after pruning.
         dense_epochs: Epochs of the dense training; ``None`` for those of the task.
-        ablations: Whether each setting is varied.
+        ablations: Whether to vary each setting.
     """
 
     sparsities: Sequence[float] = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
@@ -96,16 +96,16 @@ class Run:
     """One pruning of one network.
 
     Args:
-        part: What it belongs to: ``one-shot``, ``pattern``, ``fine-tuning``, ``gradual`` or the name of an ablation.
-        method: Name of the method, or the value of what the ablation varies.
+        part: Section of the page: ``one-shot``, ``pattern``, ``fine-tuning``, ``gradual`` or the name of an ablation.
+        method: Name of the method, or the value of the setting that the ablation varies.
         sparsity: Pruned fraction.
         settings: Keywords of :class:`MFACSettings`; ``None`` for magnitude.
         epochs: Epochs of training after pruning, or during it.
-        gradients: ``fresh`` batches for each part of the step, the ``repeated`` ones, or the rows of the first part
+        gradients: ``fresh`` batches for each sub-step, the same ones ``repeated``, or the rows of the first sub-step
             (``stale``).
-        loss_scale: Factor of the loss from which gradients are taken.
-        pattern: Kind of mask.
-        scope: Where magnitudes compete.
+        loss_scale: Factor of the loss whose gradients are sampled.
+        pattern: Mask type.
+        scope: Scope of magnitude pruning.
     """
 
     part: str
@@ -120,24 +120,24 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What tells it from all others of its task and seed."""
+        """An identifier among all runs of its task and seed."""
         return f"{self.part} | {self.method} | {self.sparsity:g} | {self.epochs} epochs | {self.pattern}"
 
     @property
     def work(self) -> str:
-        """What is done: two runs with the same work, under two names, need it once."""
+        """An identifier of the computation, which two runs under different names may share."""
         settings = sorted(self.settings.items()) if self.settings else self.scope
         kind = self.part if self.part == "gradual" else ""
         return f"{kind} {self.sparsity} {settings} {self.epochs} {self.gradients} {self.loss_scale} {self.pattern}"
 
     @property
     def names(self) -> dict[str, Any]:
-        """What it is found by."""
+        """The properties by which results are selected."""
         return {name: getattr(self, name) for name in ("part", "method", "sparsity", "epochs", "pattern")}
 
 
 def runs_of(task: str, scale: Scale) -> dict[str, list[Run]]:
-    """The runs of a task, in groups that can be done side by side."""
+    """Return the runs of a task, in groups that can run in parallel."""
     sparsities = scale.sparsities
     if task.startswith("transformer"):
         sparsities = [each for each in sparsities if each <= 0.95]
@@ -161,7 +161,7 @@ def runs_of(task: str, scale: Scale) -> dict[str, list[Run]]:
 
 
 def do(run: Run, bench: Bench, scale: Scale) -> dict[str, Any]:
-    """Do one run, and return what it has measured."""
+    """Carry out one run, and return its measurements."""
     started = time.process_time()
     model = bench.copy()
     batches = Batches(bench.data, bench.task.sample_batch_size, bench.seed, repeated=run.gradients == "repeated")
@@ -218,8 +218,8 @@ def _ablations() -> Iterator[Run]:
     for rows in (16, 32, 64, 128, 256, 512):
         yield run("gradient samples m", f"{rows}", num_gradients=rows)
     for spacing in ("geometric", "linear"):
-        for parts in (1, 2, 4, 8, 16, 32):
-            yield run(f"passes k, {spacing}", f"{parts}", num_recomputations=parts, recomputation_spacing=spacing)
+        for passes in (1, 2, 4, 8, 16, 32):
+            yield run(f"passes k, {spacing}", f"{passes}", num_recomputations=passes, recomputation_spacing=spacing)
     yield run("passes k, geometric", "auto")
     for gradients, label in (
         ("fresh", "other batches for each pass"),
@@ -280,7 +280,7 @@ def _prune_gradually(run: Run, bench: Bench, model: nn.Module, batches: Batches,
 
 
 def _prune_by_stale_rows(run: Run, bench: Bench, model: nn.Module, batches: Batches, scale: Scale) -> float:
-    """Prune by one set of rows, which the core restricts to what each pass has left."""
+    """Prune by one set of rows, which the core restricts to the weights that each pass has left."""
     assert run.settings is not None
     settings = _scaled(run.settings, scale)
     parameters = select_parameters(model, "__ALL_PRUNABLE__")

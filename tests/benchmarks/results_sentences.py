@@ -1,4 +1,4 @@
-"""What the numbers of ``docs/results.md`` say, in words: each sentence is made from them, whichever way they fall."""
+"""The sentences of ``docs/results.md``: each is generated from the numbers, whichever way they fall."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WORDS = {"ahead": "ahead of", "equal": "equal to", "behind": "behind"}
 
 
 def where_it_helps(results: Results) -> Iterator[str]:
-    """Sentences on what is ahead of magnitude."""
+    """Yield sentences on comparisons in which M-FAC is ahead of magnitude."""
     for task, sparsities in ((_CNN, (0.95, 0.97)), ("digits-mlp", (0.95, 0.97))):
         for sparsity in sparsities:
             if _measured(results, task, sparsity) and _one_shot(results, task, MAGNITUDE, sparsity).verdict == "ahead":
@@ -48,12 +48,16 @@ def where_it_helps(results: Results) -> Iterator[str]:
 
 
 def where_it_does_not_help(results: Results) -> Iterator[str]:
-    """Sentences on what is not."""
+    """Yield sentences on comparisons in which it is not."""
     for task in results.tasks:
         found = _by_verdict(results, task, MAGNITUDE)
-        said = [f"{_WORDS[each]} magnitude at {percents(found[each])}" for each in ("equal", "behind") if each in found]
-        if said:
-            yield f"{TASKS[task].title}, one-shot: {'; '.join(said)}. Magnitude needs no gradients: choose it there."
+        verdicts = [
+            f"{_WORDS[each]} magnitude at {percents(found[each])}" for each in ("equal", "behind") if each in found
+        ]
+        if verdicts:
+            yield (
+                f"{TASKS[task].title}, one-shot: {'; '.join(verdicts)}. Magnitude needs no gradients: choose it there."
+            )
         worse = _by_verdict(results, task, PAPER).get("behind")
         if worse:
             yield f"{TASKS[task].title}, one-shot: the recommended settings are behind *{PAPER}* at {percents(worse)}."
@@ -72,66 +76,67 @@ def where_it_does_not_help(results: Results) -> Iterator[str]:
 
 
 def one_shot_line(results: Results, task: str, sparsity: float) -> str:
-    """How far below the dense network one-shot pruning is."""
+    """Return how far below the dense network one-shot pruning is."""
     losses = []
     for method in (OURS, MAGNITUDE):
         pruned = results.of(task, part="one-shot", method=method, sparsity=sparsity)
         losses.append(difference(results, task, results.compared(task, results.dense(task), pruned), sign=""))
     points = results.metric(task).points
     return (
-        f"{TASKS[task].title}, one-shot at {sparsity:.0%}, without any training: {losses[0]} {points} below the dense "
+        f"{TASKS[task].title}, one-shot at {sparsity:.0%}, without fine-tuning: {losses[0]} {points} below the dense "
         f"network; magnitude is {losses[1]} {points} below."
     )
 
 
 def loss_line(results: Results, task: str) -> str:
-    """By how much the loss of a text model rises."""
+    """Return by how much the loss of a text model increases."""
     rise = {}
     for method in (OURS, MAGNITUDE, PAPER):
         pruned = results.of(task, part="one-shot", method=method, sparsity=_LOSS_SPARSITY)
         rise[method] = results.compared(task, results.dense(task), pruned).mean
     return (
-        f"{TASKS[task].title}, one-shot at {_LOSS_SPARSITY:.0%}: the loss rises by {rise[OURS]:.2f} nats, "
-        f"{rise[OURS] / rise[MAGNITUDE]:.0%} of the {rise[MAGNITUDE]:.2f} of magnitude; as in the paper it rises by "
+        f"{TASKS[task].title}, one-shot at {_LOSS_SPARSITY:.0%}: the loss increases by {rise[OURS]:.2f} nats, "
+        f"{rise[OURS] / rise[MAGNITUDE]:.0%} of the {rise[MAGNITUDE]:.2f} of magnitude; as in the paper, by "
         f"{rise[PAPER]:.2f}."
     )
 
 
 def short_training_line(results: Results, sparsity: float) -> str:
-    """What two epochs of training make of it."""
+    """Compare after two epochs of fine-tuning."""
     same, more = (_tuned(results, sparsity, (OURS, 2), (MAGNITUDE, epochs)) for epochs in (2, 20))
+    two = "magnitude with two epochs"
     return (
-        f"One-shot at {sparsity:.0%} and two epochs of training: {_said(results, same, 'magnitude with two epochs')}, "
-        f"and {_said(results, more, 'magnitude with twenty')}."
+        f"One-shot at {sparsity:.0%} and two epochs of fine-tuning: {_against(results, same, two)}, "
+        f"and {_against(results, more, 'magnitude with twenty')}."
     )
 
 
 def long_training_line(results: Results, sparsity: float) -> str:
-    """What longer training makes of it."""
+    """Compare after longer fine-tuning."""
     both = _tuned(results, sparsity, (OURS, 20), (MAGNITUDE, 20))
     most = _tuned(results, sparsity, (OURS, 2), (MAGNITUDE, 50))
     samples, _ = mean_and_spread(results.of(_CNN, "epochs_of_samples", part="one-shot", method=OURS, sparsity=sparsity))
     return (
-        f"One-shot at {sparsity:.0%} and twenty epochs of both: {_said(results, both, 'magnitude')}. The gradient "
-        f"samples are worth {samples:.0f} epochs of training on so small a data set; with two epochs after them it is "
-        f"{_said(results, most, 'magnitude with fifty')}."
+        f"One-shot at {sparsity:.0%} and twenty epochs of both: {_against(results, both, 'magnitude')}. The gradient "
+        f"samples cost {samples:.0f} epochs of training on so small a data set; with two epochs after them, M-FAC is "
+        f"{_against(results, most, 'magnitude with fifty')}."
     )
 
 
 def gradual_lines(results: Results, method: str) -> Iterator[str]:
-    """Where gradual M-FAC stands beside gradual magnitude."""
+    """Compare gradual M-FAC with gradual magnitude pruning."""
     for epochs in results.choices(_CNN, "epochs", part="gradual", method=MAGNITUDE):
-        said = []
+        verdicts = []
         for sparsity in results.choices(_CNN, "sparsity", part="gradual"):
             first = results.of(_CNN, part="gradual", method=method, sparsity=sparsity)
             second = results.of(_CNN, part="gradual", method=MAGNITUDE, sparsity=sparsity, epochs=epochs)
             compared = results.compared(_CNN, first, second)
-            said.append(f"{compared.verdict} at {sparsity:.0%} ({difference(results, _CNN, compared)})")
-        yield f"Gradual, *{method}* beside magnitude with {epochs} epochs: {', '.join(said)}."
+            verdicts.append(f"{compared.verdict} at {sparsity:.0%} ({difference(results, _CNN, compared)})")
+        yield f"Gradual, *{method}* vs. magnitude with {epochs} epochs: {', '.join(verdicts)}."
 
 
 def scope_line(results: Results) -> str:
-    """What competing within each layer costs."""
+    """Return the cost of a scope that is limited to each layer."""
 
     def reached(part: str, scope: str) -> str:
         return of(results, _CNN, part=part, method=scope)
@@ -140,21 +145,21 @@ def scope_line(results: Results) -> str:
     magnitude = results.of(_CNN, part="scope, magnitude", method="global")
     compared = results.compared(_CNN, per_layer, magnitude)
     return (
-        f"Scope at {ABLATION_SPARSITY:.0%}: with all else as recommended {reached('scope, M-FAC', 'global')} globally, "
-        f"{reached('scope, M-FAC', 'layer')} per layer. The modifier's own defaults, per layer in one pass, reach "
-        f"{reached(DEFAULTS_SCOPE, 'layer')}: {_WORDS[compared.verdict]} global magnitude "
-        f"({reached('scope, magnitude', 'global')})."
+        f"Scope at {ABLATION_SPARSITY:.0%}: with all other settings as recommended, "
+        f"{reached('scope, M-FAC', 'global')} globally, {reached('scope, M-FAC', 'layer')} per layer. The modifier's "
+        f"own defaults, per layer in one pass, reach {reached(DEFAULTS_SCOPE, 'layer')}: {_WORDS[compared.verdict]} "
+        f"global magnitude ({reached('scope, magnitude', 'global')})."
     )
 
 
 def settings_lines(results: Results) -> Iterator[str]:
-    """Which values of each setting are as good as the recommended."""
+    """Yield which values of each setting are as good as the recommended one."""
     reference = results.of(_CNN, part="one-shot", method=OURS, sparsity=ABLATION_SPARSITY)
     for name, part in (
         ("Gradient samples m", "gradient samples m"),
         ("Passes k, geometric", "passes k, geometric"),
         ("Passes k, linear", "passes k, linear"),
-        ("Gradients of the later of 16 passes", "gradients"),
+        ("Gradients of passes 2 to 16", "gradients"),
         ("Block size", "block size B"),
         ("Damping", "damping"),
         ("Damping where the loss is 10,000 times smaller", "damping, loss times 1e-4"),
@@ -164,20 +169,20 @@ def settings_lines(results: Results) -> Iterator[str]:
         for method in results.choices(_CNN, "method", part=part):
             compared = results.compared(_CNN, results.of(_CNN, part=part, method=method), reference)
             found.setdefault(compared.verdict, []).append(method)
-        said = [f"{each}: {join_names(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
-        yield f"{name}, beside the recommended settings: {'; '.join(said)}."
+        verdicts = [f"{each}: {join_names(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
+        yield f"{name}, vs. the recommended settings: {'; '.join(verdicts)}."
     yield scope_line(results)
 
 
 def ahead_or_not(results: Results, task: str, other: str) -> str:
-    """At which sparsities the recommended settings are ahead of another method in one shot, equal or behind."""
+    """Return at which sparsities the recommended one-shot settings are ahead of another method, equal or behind."""
     found = _by_verdict(results, task, other)
-    said = [f"{each} at {percents(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
-    return f"*{OURS}* beside *{other}*: {'; '.join(said)}."
+    verdicts = [f"{each} at {percents(found[each])}" for each in ("ahead", "equal", "behind") if each in found]
+    return f"*{OURS}* vs. *{other}*: {'; '.join(verdicts)}."
 
 
 def enough_rows(results: Results) -> int:
-    """The fewest gradient samples from which on no number is behind the recommended settings."""
+    """Return the fewest gradient samples from which on no number is behind the recommended settings."""
     reference = results.of(_CNN, part="one-shot", method=OURS, sparsity=ABLATION_SPARSITY)
     enough = 256
     for rows in sorted(
@@ -191,7 +196,7 @@ def enough_rows(results: Results) -> int:
 
 
 def cell(results: Results, task: str, values: Mapping[int, float]) -> str:
-    """Mean and standard deviation over seeds; empty where nothing was measured."""
+    """Return mean and standard deviation over seeds, or an empty string if nothing was measured."""
     if not values:
         return ""
     mean, spread = mean_and_spread(values)
@@ -199,28 +204,28 @@ def cell(results: Results, task: str, values: Mapping[int, float]) -> str:
 
 
 def of(results: Results, task: str, **where: Any) -> str:
-    """The same of the runs with these properties."""
+    """Return mean and standard deviation of the runs with these properties."""
     return cell(results, task, results.of(task, **where))
 
 
 def difference(results: Results, task: str, compared: Comparison, *, sign: str = "+") -> str:
-    """Mean and standard deviation of a difference; positive is better."""
+    """Return mean and standard deviation of a difference; positive is better."""
     return f"{compared.mean:{sign}{_form(results, task)}} ± {compared.spread:{_form(results, task)}}"
 
 
 def cost(values: Mapping[int, float]) -> str:
-    """Mean of a ratio, in two digits."""
+    """Return the mean of a ratio to two digits."""
     mean, _ = mean_and_spread(values)
     return f"{mean:.0f}" if mean >= 10 else f"{mean:.2g}"
 
 
 def percents(sparsities: Sequence[float]) -> str:
-    """Sparsities in a sentence."""
+    """Return sparsities as part of a sentence."""
     return join_names([f"{sparsity:.0%}" for sparsity in sparsities])
 
 
 def join_names(values: Sequence[Any]) -> str:
-    """Several things in a sentence."""
+    """Return names as part of a sentence."""
     *first, last = map(str, values)
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -237,10 +242,10 @@ def _of_the_longer_training(results: Results) -> str:
         shares.append(rise[0] / rise[1])
     if shares[1] <= shares[0]:
         return ""
-    return " The better a network uses its weights, the less of that can be made up for."
+    return " The better a network uses its weights, the less can be compensated for."
 
 
-def _said(results: Results, compared: Comparison, other: str) -> str:
+def _against(results: Results, compared: Comparison, other: str) -> str:
     return f"{_WORDS[compared.verdict]} {other} ({difference(results, _CNN, compared)} points)"
 
 

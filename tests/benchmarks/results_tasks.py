@@ -1,4 +1,4 @@
-"""The tasks of ``results.py``: data, networks and their training, all from packages that are installed anyway."""
+"""The tasks of ``results.py``: data, networks and training, all from packages that are installed anyway."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _PIECE = 64 * _CONTEXT
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on the test examples.
+    """The metric on the test examples.
 
     Args:
-        name: What it is called in text and pictures, with its unit.
-        of: From outputs and targets to a number.
+        name: Name in text and figures, with its unit.
+        of: Maps outputs and targets to a number.
         lower_is_better: Whether it is a loss.
-        points: What one unit of a difference is called.
+        points: Name of the unit of a difference.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class Data:
-    """Examples to train with, and others to test with."""
+    """Training and test examples."""
 
     train_inputs: Tensor
     train_targets: Tensor
@@ -54,25 +54,25 @@ class Data:
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, a network for it and how that is trained.
+    """A data set, a network for it and its training.
 
     Args:
         name: Short name, for the command line and for files.
-        title: What text and pictures call it.
-        layers: What the network is made of.
-        load: From a seed to the data.
-        network: From a seed to the untrained network.
-        loss: From outputs and targets to a scalar.
-        metric: What is measured.
-        optimizer: From parameters and learning rate to an optimizer.
+        title: Name in text and figures.
+        layers: Description of the layers.
+        load: Maps a seed to the data.
+        network: Maps a seed to the untrained network.
+        loss: Maps outputs and targets to a scalar.
+        metric: The metric on the test examples.
+        optimizer: Maps parameters and learning rate to an optimizer.
         epochs: Passes over the training examples for the dense network.
         learning_rate: Of the dense training.
         fine_tuning_rate: Learning rate of the training after pruning and during gradual pruning.
         batch_size: Examples per batch of training.
         sample_batch_size: Examples per gradient sample.
-        unit: What the test examples are called.
-        narrow: Weights that have no groups of four inputs, for N:M.
-        is_table: Whether it is one of the small tables.
+        unit: Name of the test examples.
+        narrow: Weights whose number of inputs is not divisible by four, left out of N:M.
+        is_table: Whether the data set is a small table.
     """
 
     name: str
@@ -94,13 +94,13 @@ class Task:
 
 
 class Batches:
-    """Batches for gradient samples: a new random order in every pass, counted.
+    """Batches for gradient samples, in a new random order in every pass, with a count of the examples.
 
     Args:
         data: The data.
         size: Examples per batch.
         seed: Seed of the order.
-        repeated: Whether each drawing gets the same batches.
+        repeated: Whether each call yields the same batches.
     """
 
     def __init__(self, data: Data, size: int, seed: int, *, repeated: bool = False) -> None:
@@ -122,7 +122,7 @@ class Batches:
 
 @dataclass
 class Bench:
-    """A task with one seed, of the split, the weights and the order of the batches: data and dense network."""
+    """The data and the dense network of a task for one seed of data split, weights and batch order."""
 
     task: Task
     seed: int
@@ -149,22 +149,22 @@ class Bench:
         return -(-len(self.data.train_inputs) // self.task.batch_size)
 
     def copy(self) -> nn.Module:
-        """The dense network once more."""
+        """Return a copy of the dense network."""
         return copy.deepcopy(self.dense)
 
     def sampler(self, batches: Batches, *, loss_scale: float = 1.0) -> GradSampler:
-        """What draws gradient samples from these batches."""
+        """Return a sampler that draws gradient samples from these batches."""
         return GradSampler(batches, lambda outputs, targets: loss_scale * self.task.loss(outputs, targets))
 
     def train(self, model: nn.Module, epochs: int, attach: Callable[[nn.Module, Any], object]) -> None:
-        """Train a network further, after ``attach`` has got it with its optimizer."""
+        """Fine-tune a network, after ``attach`` has been called with it and its optimizer."""
         optimizer = self.task.optimizer(model.parameters(), self.task.fine_tuning_rate)
         attach(model, optimizer)
         self._train(model, optimizer, epochs, self.seed + 1)
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> float:
-        """The metric on the test examples."""
+        """Return the metric on the test examples."""
         model.eval()
         outputs = torch.cat([model(part) for part in self.data.test_inputs.split(512)])
         model.train()

@@ -1,12 +1,12 @@
-"""The paper's recursion as a textbook would write it: the baseline of the benchmark, in NumPy and in PyTorch.
+"""A textbook implementation of the paper's recursion, the baseline of the benchmark, in NumPy and in PyTorch.
 
 For one block with gradients ``g_1 .. g_m`` and damping ``lambda``:
 
     v_i = F_{i-1}^-1 g_i = g_i / lambda - sum over j < i of (v_j . g_i) / (m + g_j . v_j) * v_j
     F^-1 x = x / lambda - sum over i of (v_i . x) / (m + g_i . v_i) * v_i
 
-Each new row reads all earlier rows again: matrix-vector work. For small blocks the same rank-one updates are applied
-to dense ``B x B`` inverses instead.
+Each new row reads all earlier rows again, so this is matrix-vector work. For small blocks the same rank-one updates are
+applied to dense ``B x B`` inverses instead.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def test_the_page_has_every_part_and_its_pictures(tmp_path: Path) -> None:
     headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
     assert headings == [
         "In short",
-        "One-shot, without training afterwards",
+        "One-shot, without fine-tuning",
         "One-shot, then fine-tuning",
         "Gradual, while training",
         "Settings, one at a time",
@@ -143,8 +143,8 @@ def test_the_page_has_every_part_and_its_pictures(tmp_path: Path) -> None:
 def test_what_is_ahead_is_said_to_help() -> None:
     helps, does_not = short(page(kept(tasks=OF_ACCURACY)))
 
-    assert "Digits, convolutional network, one-shot at 95%, without any training: 7.5 ± 0.5 points" in helps
-    assert "One-shot at 97% and two epochs of training: ahead of magnitude with two epochs" in helps
+    assert "Digits, convolutional network, one-shot at 95%, without fine-tuning: 7.5 ± 0.5 points" in helps
+    assert "One-shot at 97% and two epochs of fine-tuning: ahead of magnitude with two epochs" in helps
     assert "choose it there" not in does_not
 
 
@@ -154,8 +154,8 @@ def test_what_is_equal_or_behind_is_said_as_plainly() -> None:
     assert "Digits" not in helps
     assert "Digits, convolutional network, one-shot: equal to magnitude at 50%" in does_not
     assert "the recommended settings are behind *M-FAC as in the paper, 16 passes* at 50%" in does_not
-    assert "One-shot at 97% and two epochs of training: equal to magnitude with two epochs" in does_not
-    assert "Gradual, *M-FAC, recommended* beside magnitude with 16 epochs: equal at 90%" in does_not
+    assert "One-shot at 97% and two epochs of fine-tuning: equal to magnitude with two epochs" in does_not
+    assert "Gradual, *M-FAC, recommended* vs. magnitude with 16 epochs: equal at 90%" in does_not
 
 
 def test_of_a_loss_less_is_better() -> None:

@@ -101,7 +101,7 @@ def test_wrappers_are_looked_through_and_a_sampler_may_be_given(task):
     prune_one_shot(nn.DataParallel(model), GradSampler(task.batches, LOSS), sparsity=0.5, **FEW)
     prune_one_shot(twin, task.batches, LOSS, sparsity=0.5, **FEW)
     assert same(weights_of(model), weights_of(twin))
-    with pytest.raises(TypeError, match="the GradSampler has a loss of its own; omit loss_fn"):
+    with pytest.raises(TypeError, match="the GradSampler has its own loss; leave loss_fn out"):
         prune_one_shot(model, GradSampler(task.batches, LOSS), LOSS, sparsity=0.9)
 
 
