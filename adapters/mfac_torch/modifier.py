@@ -1,4 +1,4 @@
-"""The modifiers of a recipe as Python objects: what to prune or to set, when and how."""
+"""The modifiers of a recipe as Python objects."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ __all__ = [
 ]
 
 Settings = PruningSettings | TrainingSettings
-"""What a modifier carries: one entry of a loaded recipe."""
+"""The settings of a modifier: one entry of a loaded recipe."""
 
 
 class Modifier:
-    """One entry of a recipe. The subclasses carry the names that recipes use.
+    """One entry of a recipe. The subclasses have the names that recipes use.
 
     Args:
-        **recipe_keys: The keys and values that a recipe would give, such as ``final_sparsity=0.85``.
+        **recipe_keys: The keys and values of a recipe, such as ``final_sparsity=0.85``.
 
     Attributes:
-        settings: What the keys mean, checked.
+        settings: The settings that the keys stand for.
 
     Raises:
-        RecipeError: If a key is unknown, missing or out of range, as for a recipe.
+        RecipeError: If a key is unknown, missing or out of range.
     """
 
     settings: Settings
@@ -68,7 +68,7 @@ class Modifier:
         """Return the modifier with these settings.
 
         Args:
-            settings: The settings, in the terms of the code.
+            settings: The settings.
 
         Returns:
             The modifier.
@@ -79,12 +79,12 @@ class Modifier:
 
     @property
     def start_epoch(self) -> float:
-        """Epoch at which it begins."""
+        """Epoch at which the modifier begins."""
         return self.settings.start_epoch
 
     @property
     def end_epoch(self) -> float:
-        """Epoch at which it ends; -1.0, as recipes write it, if it has no end."""
+        """Epoch at which the modifier ends; -1.0, as in recipes, if it has no end."""
         end = getattr(self.settings, "end_epoch", math.inf)
         return -1.0 if end == math.inf else float(end)
 
@@ -117,7 +117,7 @@ class MFACPruningModifier(PruningModifier):
 
 
 class MFACGlobalPruningModifier(MFACPruningModifier):
-    """Prune by M-FAC, saliencies competing over all layers.
+    """Prune by M-FAC, with saliencies compared over all layers.
 
     Args:
         **recipe_keys: Those of :class:`MFACPruningModifier`.
@@ -172,15 +172,15 @@ class ConstantPruningModifier(PruningModifier):
     def from_sparse_model(model: nn.Module) -> list[ConstantPruningModifier]:
         """Return modifiers that hold the zeros of a pruned model, for transfer learning.
 
+        A weight counts as pruned if it has at least two axes, and more than 10% of it are zero, but not all; frozen
+        weights and those that no optimizer trains are included. To hold zeros of biases and normalization layers,
+        name them in ``params`` of a modifier of your own.
+
         Args:
             model: The model.
 
-        They hold frozen weights too, and those that no optimizer trains.
-
         Returns:
-            One modifier for each weight that was pruned, whatever its layer: it has at least two axes, and more than
-            10% of it are zero, but not all. Biases and weights of normalization layers are held where a modifier of
-            your own names them in ``params``.
+            One modifier for each pruned weight, whatever its layer.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -195,7 +195,7 @@ class ConstantPruningModifier(PruningModifier):
 
 
 class ACDCPruningModifier(PruningModifier):
-    """Alternate between compressed and decompressed phases, by magnitude.
+    """Alternate between compressed and decompressed phases (AC/DC), by magnitude.
 
     Args:
         **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``,
@@ -206,7 +206,7 @@ class ACDCPruningModifier(PruningModifier):
 
 
 class EpochRangeModifier(Modifier):
-    """Say how long to train; only ``max_epochs`` of the manager depends on it.
+    """Set how long to train; only ``max_epochs`` of the manager depends on it.
 
     Args:
         **recipe_keys: ``start_epoch``, ``end_epoch``.
@@ -226,7 +226,7 @@ class SetLearningRateModifier(Modifier):
 
 
 class LearningRateFunctionModifier(Modifier):
-    """Move the learning rate along a curve, optimizer step by optimizer step.
+    """Move the learning rate along a curve, after each optimizer step.
 
     Args:
         **recipe_keys: ``lr_func``, ``init_lr``, ``final_lr``, ``start_epoch``, ``end_epoch``, ``cycle_epochs``,
@@ -237,7 +237,7 @@ class LearningRateFunctionModifier(Modifier):
 
 
 class LearningRateModifier(Modifier):
-    """Move the learning rate as one of PyTorch's schedulers does, epoch by epoch.
+    """Change the learning rate after each epoch, as one of PyTorch's schedulers does.
 
     Args:
         **recipe_keys: ``lr_class``, ``lr_kwargs``, ``init_lr``, ``start_epoch``, ``end_epoch``.
@@ -288,12 +288,5 @@ _CLASSES: dict[str, type[Modifier]] = {
 
 
 def modifier_for(settings: Settings) -> Modifier:
-    """Return the modifier that carries these settings.
-
-    Args:
-        settings: One of a loaded recipe's ``modifiers``.
-
-    Returns:
-        The modifier.
-    """
+    """Return the modifier with these settings."""
     return _CLASSES[name_in_messages(settings)].from_settings(settings)

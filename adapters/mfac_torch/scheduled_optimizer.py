@@ -1,4 +1,4 @@
-"""The older way to attach a recipe, which training scripts still call."""
+"""``ScheduledOptimizer``: an older way to attach a recipe, which training scripts still use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ScheduledOptimizer(
         manager: The manager of the recipe.
         steps_per_epoch: Optimizer steps per epoch; a fraction is rounded up.
         loggers: As in ``modify``.
-        initialize_kwargs: Further arguments of ``modify`` by name, such as ``grad_sampler``.
+        initialize_kwargs: Further keyword arguments of ``modify``, such as ``grad_sampler``.
 
     Returns:
         The optimizer itself.
