@@ -367,7 +367,7 @@ class ScheduledModifierManager(ModifierList):
         """
         return self._attached("state_dict").state_dict(gradient_window=gradient_window, warn=warn)
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, *, rng: bool = False) -> None:
         """Go on from :meth:`state_dict`; call :meth:`modify` first.
 
         A state that was saved with other ``steps_per_epoch`` goes on at the same epoch, which the log says.
@@ -376,12 +376,14 @@ class ScheduledModifierManager(ModifierList):
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
             strict: Whether all of it must fit; otherwise modifiers whose state does not fit begin anew, with a warning
                 in the log.
+            rng: Whether to restore the random number generators of torch, Python and NumPy too. Pass True where a
+                resumed run is to shuffle and drop out as one that was not interrupted.
 
         Raises:
             RuntimeError: If no run is in progress.
             ValueError: If the state is broken, or does not belong to this recipe or model; nothing is changed then.
         """
-        self._attached("load_state_dict").resumption(state, strict=strict)()
+        self._attached("load_state_dict").resumption(state, strict=strict, rng=rng)()
 
     def save_checkpoint(
         self,
@@ -427,17 +429,18 @@ class ScheduledModifierManager(ModifierList):
         model: nn.Module | None = None,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         strict: bool = True,
+        rng: bool = False,
     ) -> dict[str, Any]:
         """Go on from a file of :meth:`save_checkpoint`; call :meth:`modify` first.
 
-        Model, optimizers, manager and random number generators go on together or, if something does not fit, not at
-        all. Where the file is damaged and the one before it is whole, that one is taken, with a warning in the log.
+        Model, optimizers and manager go on together or, if something does not fit, not at all. Where the file is damaged and the one before it is whole, that one is taken, with a warning in the log.
 
         Args:
             path: The file.
             model: As in :meth:`save_checkpoint`.
             optimizer: As in :meth:`save_checkpoint`.
             strict: As in :meth:`load_state_dict`.
+            rng: As in :meth:`load_state_dict`.
 
         Returns:
             The further entries that were saved.
@@ -451,7 +454,7 @@ class ScheduledModifierManager(ModifierList):
         to_load = self._attached_model(model)
         optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
         parts = read_checkpoint(path, ("model", "optimizers", "manager", "more"))
-        resume = session.resumption(parts["manager"], strict=strict)
+        resume = session.resumption(parts["manager"], strict=strict, rng=rng)
         with ExitStack() as undo:
             load_weights(to_load, parts["model"], undo)
             load_optimizers(optimizers, parts["optimizers"], undo)

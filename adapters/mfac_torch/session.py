@@ -127,13 +127,14 @@ class TrainingSession(Session[TorchPruning]):
             "random": random_state(),
         }
 
-    def resumption(self, state: Mapping[str, Any], *, strict: bool = True) -> Callable[[], None]:
+    def resumption(self, state: Mapping[str, Any], *, strict: bool, rng: bool) -> Callable[[], None]:
         """Check a whole state, and return a function that continues from it. Nothing is changed before it is called.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model; with another number of
                 steps per epoch it continues at the same epoch.
             strict: As in :meth:`Session.parsed`.
+            rng: Whether to restore the random number generators.
 
         Raises:
             ValueError: If the state is broken, or does not belong to this run.
@@ -150,7 +151,8 @@ class TrainingSession(Session[TorchPruning]):
             self.resume(parsed)
             if last is not None and last < len(self.optimizers) and self._last is None:
                 self._last = last
-            restore_random_state(state["random"])
+            if rng:
+                restore_random_state(state["random"])
 
         return resume
 

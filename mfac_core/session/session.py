@@ -118,14 +118,11 @@ class Session(Generic[P]):
 
     def prune_if_due(self) -> None:
         """Do the pruning steps that are due. An exception leaves each of them done completely, or not at all."""
-        for pruning in filter(lambda each: each.is_due(self.step), self.prunings):
-            # the update of one modifier must not move what another has pruned
-            others = (
-                each
-                for each in self.prunings
-                if each is not pruning and not each.sizes.keys().isdisjoint(pruning.sizes)
-            )
-            pruning.prune_if_due(self.step, combined_masks(each.masks for each in others))
+        for pruning in self.prunings:
+            if pruning.is_due(self.step):
+                # the update of one modifier must not move what another has pruned
+                others = combined_masks(each.masks for each in self.prunings if each is not pruning)
+                pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:
         """Warn of modifiers whose last pruning step is not done when training ends.

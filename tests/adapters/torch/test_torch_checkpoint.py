@@ -381,7 +381,7 @@ def test_a_state_with_any_one_fault_is_refused_and_changes_nothing(task):
     for whole in (None, 3, "x", [], {}, torch.zeros(3)):
         with pytest.raises(ValueError, match="state"):
             run.manager.load_state_dict(whole)
-    run.manager.load_state_dict(state)
+    run.manager.load_state_dict(state, rng=True)
     assert equal(run.manager.state_dict(), state)
 
 

@@ -80,7 +80,7 @@ class Trainer:
     def resume(self, path, order=("model", "optimizer", "manager")):
         checkpoint = torch.load(path, weights_only=True)
         for name in order:
-            getattr(self, name).load_state_dict(checkpoint[name])
+            getattr(self, name).load_state_dict(checkpoint[name], **({"rng": True} if name == "manager" else {}))
         self.step = checkpoint["step"]
 
 
@@ -201,8 +201,27 @@ def test_the_random_numbers_go_on_where_they_were(task):
     state = run.manager.state_dict()
     expected = numbers()
     numbers()
-    run.manager.load_state_dict(state)
+    run.manager.load_state_dict(state, rng=True)
     assert numbers() == expected
+
+
+def test_the_random_numbers_of_the_process_are_left_alone_unless_asked(task, tmp_path):
+    run = Trainer(task, task.recipe())
+    run.manager.save_checkpoint(tmp_path / "c.pt")
+    state = run.manager.state_dict()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    for load in (
+        lambda: run.manager.load_state_dict(state),
+        lambda: run.manager.load_checkpoint(tmp_path / "c.pt"),
+    ):
+        torch.manual_seed(5)
+        load()
+        assert torch.rand(1) == expected
+    run.manager.load_checkpoint(tmp_path / "c.pt", rng=True)
+    resumed = torch.rand(1)
+    run.manager.load_state_dict(state, rng=True)
+    assert torch.rand(1) == resumed
 
 
 def test_a_state_without_its_window_is_small_and_resumes_with_fresh_rows(task, tmp_path, caplog):

@@ -1,0 +1,180 @@
+"""The core's session does all that adapters share, shown with a framework of NumPy arrays."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from mfac_core import load_recipe
+from mfac_core.schedules.one_shot import one_shot_in_order
+from mfac_core.session.one_shot import prune_in_one_shot
+from mfac_core.session.plan_log import log_plan
+from mfac_core.session.session import Session, attached
+from tests.core.numpy_framework import EPOCHS, LOGGER, SHAPES, STEPS_PER_EPOCH, ArrayPruning, Model, session_of, train
+
+MFAC = """
+  - !MFACPruningModifier
+    params: [{params}]
+    final_sparsity: {final}
+    start_epoch: {start}
+    end_epoch: {end}
+    num_grads: 4
+    fisher_block_size: 10
+"""
+TWO = (
+    "modifiers:"
+    + MFAC.format(params="body", final=0.6, start=1, end=3)
+    + """
+  - !MagnitudePruningModifier {params: [body, head], final_sparsity: 0.5, start_epoch: 2, end_epoch: 3}
+"""
+)
+ACDC = "modifiers:\n  - !ACDCPruningModifier {params: [body], compression_sparsity: 0.5, end_epoch: 4}"
+
+
+def test_two_modifiers_prune_gradually_and_what_one_prunes_stays_zero(caplog):
+    caplog.set_level(logging.INFO)
+    model = Model()
+    session = session_of(TWO, model)
+    log_plan(LOGGER, session.prunings, [], STEPS_PER_EPOCH, sampled=False)
+    train(session, model, until=EPOCHS * STEPS_PER_EPOCH)
+    session.warn_of_unfinished("training ended")
+
+    assert [pruning.sparsity for pruning in session.prunings] == [0.6, pytest.approx(0.5, abs=0.2)]
+    assert not session.zeros().regrown
+    assert "MFACPruningModifier 1: 30 weights in 1 parameters (body)" in caplog.text
+    assert "(MFACPruningModifier 1: body)" in caplog.text and "(MagnitudePruningModifier 2: body, head)" in caplog.text
+    assert "training ended" not in caplog.text
+
+
+def test_a_modifier_that_begins_later_comes_later_and_each_final_sparsity_is_one():
+    recipe = """modifiers:
+  - !MagnitudePruningModifier {params: [body], final_sparsity: 0.5, start_epoch: 2, end_epoch: 3}
+  - !MagnitudePruningModifier {final_sparsity: {0.8: [body], 0.4: [head]}, start_epoch: 1, end_epoch: 2}
+"""
+    session = session_of(recipe, Model())
+
+    assert [(each.settings.start_epoch, each.settings.final_sparsity) for each in session.prunings] == [
+        (1.0, 0.8),
+        (1.0, 0.4),
+        (2.0, 0.5),
+    ]
+
+
+def test_an_update_leaves_zero_what_another_modifier_has_pruned():
+    model = Model()
+    (pruning,) = session_of(
+        "modifiers:" + MFAC.format(params="body", final=0.2, start=0, end=0), model, sampled=True
+    ).prunings
+    others = np.ones(SHAPES["body"], bool)
+    others[0] = False
+    pruning.prune_if_due(0, {"body": others})
+
+    assert not model.weights["body"][0].any()
+    assert np.count_nonzero(model.weights["body"][1:]) > 0.7 * model.weights["body"].size / 6 * 5
+
+
+def test_a_run_that_ends_early_is_named_with_its_modifier(caplog):
+    model = Model()
+    session = session_of(TWO, model)
+    train(session, model, until=2 * STEPS_PER_EPOCH)
+    session.warn_of_unfinished("training ended", "the data ended early")
+
+    assert "without the pruning step of epoch 3 (MFACPruningModifier 1: body)" in caplog.text
+    assert caplog.text.count("; the data ended early") == 2
+
+
+def test_samples_are_drawn_for_each_pruning_step_and_the_loss_is_measured(caplog):
+    caplog.set_level(logging.INFO)
+    model = Model()
+    session = session_of("modifiers:" + MFAC.format(params="body", final=0.6, start=0, end=1), model, sampled=True)
+    train(session, model, until=STEPS_PER_EPOCH)
+
+    assert session.zeros().sparsity == pytest.approx(0.6)
+    assert "4 gradient rows" in caplog.text and "measured loss change" in caplog.text
+
+
+@pytest.mark.parametrize("stop", [5, 13, 17])
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(stop):
+    whole, resumed = Model(), Model()
+    session = session_of(TWO, whole)
+    train(session, whole, until=stop)
+    state = session.state_dict()
+    for kind in ("weights", "momentum"):
+        setattr(resumed, kind, {name: array.copy() for name, array in getattr(whole, kind).items()})
+    later = session_of(TWO, resumed)
+    later.step = stop
+    later.resume(later.parsed(state))
+    for each, model in ((session, whole), (later, resumed)):
+        train(each, model, until=EPOCHS * STEPS_PER_EPOCH)
+
+    for name in SHAPES:
+        np.testing.assert_array_equal(whole.weights[name], resumed.weights[name])
+
+
+def test_a_state_is_checked_as_a_whole_before_anything_changes():
+    model = Model()
+    session = session_of(TWO, model)
+    train(session, model, until=15)
+    state, fresh = session.state_dict(), session_of(TWO, model)
+    state["prunings"][1]["pruning_steps_done"] = 99
+
+    with pytest.raises(ValueError, match="pruning_steps_done"):
+        fresh.resume(fresh.parsed(state))
+    assert fresh.zeros().pruned == 0
+
+
+@pytest.mark.parametrize("method", ["write", "apply"])
+@pytest.mark.parametrize("recipe", [TWO, ACDC])
+def test_a_pruning_step_that_fails_changes_nothing_and_its_retry_is_the_same(monkeypatch, method, recipe):
+    failing, other = Model(), Model()
+    sessions = [session_of(recipe, failing), session_of(recipe, other)]
+    original = getattr(ArrayPruning, method)
+
+    def interrupted(self, *args):
+        original(self, *args)
+        if self.model is failing and not interrupted.done:
+            interrupted.done = True
+            for name in self.names:
+                self.model.weights[name] += 1  # as if it was half done
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ArrayPruning, method, interrupted)
+    for until in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
+        interrupted.done = False
+        try:
+            train(sessions[0], failing, until)
+        except KeyboardInterrupt:
+            sessions[0].prune_if_due()
+        train(sessions[1], other, until)
+        for name in SHAPES:
+            np.testing.assert_array_equal(failing.weights[name], other.weights[name])
+            np.testing.assert_array_equal(failing.momentum[name], other.momentum[name])
+
+
+class NoStatistics:
+    layers = ()
+
+
+def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
+    model = Model()
+    before = {name: array.copy() for name, array in model.weights.items()}
+    groups = one_shot_in_order(load_recipe(TWO).pruning)
+
+    def run():
+        prunings = attached(
+            [at_once for _, at_once in groups], lambda each, name: ArrayPruning(each, model, sampled=True, name=name)
+        )
+        session = Session(prunings, logger=LOGGER)
+        prune_in_one_shot(session, groups, NoStatistics(), sampler=None, recalibrate_batchnorm=False, cure="")
+        return session
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArrayPruning, "pruned", lambda self, *_: 1 / (self.names == ["body"]))
+        with pytest.raises(ZeroDivisionError):
+            run()
+        for name in SHAPES:
+            np.testing.assert_array_equal(model.weights[name], before[name])
+    session = run()
+    assert session.prunings[0].sparsity == 0.6 and not session.zeros().regrown
