@@ -1,13 +1,14 @@
-"""The exceptions that a caller may want to tell apart."""
+"""The exceptions of the public interface."""
 
 __all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RecipeError", "SettingError"]
 
 
 class SettingError(ValueError):
-    """A setting has a value that its rule does not allow.
+    """A setting has a value that is not allowed.
 
-    Attributes:
-        field: Name of the setting, in the terms of the code (``num_gradients``).
+    Args:
+        field: Name of the setting in the code, such as ``num_gradients``.
+        message: The value, the rule, and the cure.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -20,12 +21,12 @@ class RecipeError(ValueError):
     """A recipe cannot be read; each message names file, line, key, rule and cure.
 
     Args:
-        *messages: One for each thing that is wrong, in the order of the recipe's lines.
+        *messages: One per error, in the order of the recipe's lines.
     """
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """One message for each thing that is wrong."""
+        """One message per error."""
         return self.args
 
     def __str__(self) -> str:
@@ -33,12 +34,12 @@ class RecipeError(ValueError):
 
 
 class DeviceError(ValueError):
-    """A listed device does not exist or cannot be used; the message lists those that can."""
+    """A device does not exist or cannot be used; the message lists those that can."""
 
 
 class MemoryBudgetError(MemoryError):
-    """A run would need more memory than there is; the message names settings that would fit."""
+    """A run needs more memory than is available; the message names settings that would fit."""
 
 
 class IllConditionedError(ArithmeticError):
-    """The damped Fisher of a block cannot be inverted accurately; the cure is more damping."""
+    """The damped Fisher of a block cannot be inverted accurately; increase the damping."""

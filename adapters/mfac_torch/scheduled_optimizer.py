@@ -1,4 +1,4 @@
-"""The older way to attach a recipe, which training scripts still call."""
+"""The older way to attach a recipe, for training scripts that call it."""
 
 from __future__ import annotations
 
@@ -34,5 +34,13 @@ def ScheduledOptimizer(
 
     Returns:
         The optimizer itself.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> manager = ScheduledModifierManager.from_yaml("- !EpochRangeModifier {end_epoch: 3.0}\\n")
+        >>> ScheduledOptimizer(optimizer, model, manager, steps_per_epoch=10) is optimizer
+        True
+        >>> manager.finalize(model)
     """
     return manager.modify(module, optimizer, steps_per_epoch, loggers=loggers, **(initialize_kwargs or {}))
