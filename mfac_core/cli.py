@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mfac_core.recipe import Recipe
-    from mfac_core.recipe.linting import ModifierPlan, Plan, ScheduleRow
+    from mfac_core.schedules.rows import ScheduleRow
+    from mfac_core.session.plan import ModifierPlan, Plan
     from mfac_core.settings.pruning import PruningSettings
 
 __all__ = ["app", "main"]
@@ -131,7 +132,8 @@ def check(
 ) -> None:
     """Read a recipe, and show its pruning steps and what looks wrong with it."""
     from mfac_core import RecipeError
-    from mfac_core.recipe.linting import describe, lint, notes
+    from mfac_core.recipe.linting import lint, notes
+    from mfac_core.session.plan import describe
 
     found: dict[str, Any] = {"recipe": _shown(recipe), "pruning_steps": [], "notes": [], "warnings": []}
     try:
@@ -181,12 +183,14 @@ def plan(
 ) -> None:
     """Show what a recipe will do to a model: which weights, when, and how much memory that takes."""
     from mfac_core import RecipeError
-    from mfac_core.recipe.linting import lint_model, named_groups
+    from mfac_core.recipe.naming import named_groups
+    from mfac_core.session.plan import plan_model
 
     found: dict[str, Any] = {
         "recipe": _shown(recipe),
         "modifiers": [],
         "window_bytes": 0,
+        "needed_bytes": 0,
         "notes": [],
         "warnings": [],
     }
@@ -203,7 +207,7 @@ def plan(
             loaded = _load(recipe, variables, skip_unsupported)
         parts = named_groups(loaded.pruning)
         matched = _weights(parts, weights) if shapes is None else _matched(parts, shapes, found)
-        scheduled = lint_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
+        scheduled = plan_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
     except RecipeError as error:
         _fail(*error.messages, found=reported)
     except OSError as error:
@@ -213,6 +217,7 @@ def plan(
         _fail(str(error), found=reported)
     found["modifiers"] = [_as_fields(modifier) for modifier in scheduled.modifiers]
     found["window_bytes"] = scheduled.window_bytes
+    found["needed_bytes"] = scheduled.needed_bytes
     found["warnings"] += scheduled.warnings
     if as_json:
         _print_json(found)
@@ -224,7 +229,7 @@ def plan(
         _show(found)
         say(
             f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}, "
-            f"{_bytes(scheduled.window_bytes)} for gradient windows"
+            f"{_bytes(scheduled.needed_bytes)} of memory"
         )
     _exit(found, strict)
 
@@ -367,7 +372,7 @@ def _weights_table(scheduled: Plan) -> Table:
             f"{len(modifier.weights):,}",
             f"{modifier.num_weights:,}",
             f"{rows:,} x {columns:,}" if rows else "-",
-            _bytes(modifier.window_bytes) if rows else "-",
+            _bytes(modifier.needed_bytes) if rows else "-",
         )
     return result
 
@@ -399,6 +404,7 @@ def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:
         "weights": modifier.num_weights,
         "parameters": dict(modifier.weights),
         "window": {"rows": rows, "columns": columns, "bytes": modifier.window_bytes},
+        "needed_bytes": modifier.needed_bytes,
         "pruning_steps": [row._asdict() for row in modifier.steps],
     }
 

@@ -1,4 +1,4 @@
-"""How much sparsity each layer bears: the loss measured with one layer pruned at a time."""
+"""How much sparsity each layer tolerates: the loss measured with one layer pruned at a time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -18,9 +19,7 @@ from mfac_core.errors import SettingError
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.one_shot import prune
-from mfac_core.pruners.memory import check_memory
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
-from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.settings.checks import (
     Damping,
     MaskType,
@@ -32,19 +31,16 @@ from mfac_core.settings.checks import (
     check_number,
     check_recomputations,
     checked_mask_type,
-    is_integer,
 )
-from mfac_core.settings.pruning import MFACSettings
 from mfac_core.terminal import console, plain_text
-from mfac_core.weight_names import join_names
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SPARSITIES", "Sensitivity", "check_num_batches", "check_rows_fit", "sensitivity", "stacked_rows"]
+__all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
-"""The sparsities at which each layer is measured where no others are given."""
+"""The sparsities at which each layer is measured by default."""
 
 Gradients = Array | Mapping[str, Array]
 """Gradient samples, one per row."""
@@ -65,9 +61,9 @@ class Sensitivity:
         sparsities: The sparsities, rising.
         measured: Name of each layer and, at each sparsity, the loss minus :attr:`dense_loss`; infinite from the
             sparsity on at which the loss was NaN or infinite, and negative where pruning made it smaller.
-        predicted: The same as M-FAC predicts it, ``1/2 dw^T F dw`` summed over the steps; infinite where a layer was
-            not pruned any further. This is in-sample: it is taken on the gradient samples that chose the update, and
-            most often far too small.
+        predicted: The increase that M-FAC predicts, ``1/2 dw^T F dw`` summed over the steps; infinite where a layer was
+            not pruned any further. The prediction is in-sample: it uses the gradient samples that chose the update, and
+            is usually far too small.
         num_weights: Name of each layer and its number of weights.
     """
 
@@ -128,7 +124,7 @@ class Sensitivity:
         return {sparsity: named for sparsity, named in names.items() if named}
 
     def table(self) -> Table:
-        """Set the increases out as a table, one row per layer, the predicted ones below the measured ones.
+        """Return the increases as a table, one row per layer, with the predicted ones below the measured ones.
 
         Returns:
             A table for :meth:`rich.console.Console.print`; ``str()`` of the result is the same as plain text.
@@ -139,8 +135,8 @@ class Sensitivity:
         """Draw the increases: one row per layer, one column per sparsity, measured on the left, predicted on the right.
 
         Args:
-            path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``. Its folder is made if
-                missing.
+            path: The file to write; its suffix selects the format, such as ``.png`` or ``.svg``. Its folder is created
+                if missing.
         """
         draw_increases(path, self.dense_loss, self.sparsities, self.measured, self.predicted, self.num_weights)
 
@@ -165,32 +161,32 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure how much the loss grows when one layer alone is pruned, to a number of rising sparsities.
 
-    Each layer is pruned by M-FAC as :func:`mfac_core.prune` does it, each time from what the sparsity before has left:
-    that loses less than to start from the dense weights each time. Where the gradient samples are the same throughout,
-    they fit less and less what is left, and high sparsities look worse than they are for pruning with fresh ones: pass
-    a function for fresh samples at each sparsity.
+    Each layer is pruned by :func:`mfac_core.prune`, from one sparsity to the next: that increases the loss less than to
+    start from the dense weights each time. If the gradient samples are the same throughout, they describe the remaining
+    weights less and less well, and high sparsities look worse than they are with fresh samples: pass a function that
+    draws them at each sparsity.
 
-    What several layers lose together is most often more than the sum of what each loses alone, and training makes up
-    for much of it: the numbers rank layers, and do not foresee the loss of a pruned model.
+    The increase for several layers together is usually more than the sum of their increases, and training recovers much
+    of it: the numbers rank layers, and do not predict the loss of a pruned model.
 
     Args:
         weights: A mapping from the name of each layer to its array, or one array; float32 or float64, NumPy or CuPy.
             Not modified.
-        loss: Returns the loss of weights, which it gets in the form of ``weights``: all of them, one layer pruned. It
-            is called once for the dense weights and at most once for each layer and sparsity.
-        gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns them fresh
-            at each sparsity. It gets the one layer that is pruned, as it is at that moment, in the form of
-            ``weights``, and returns rows for that layer; the other layers are dense meanwhile.
+        loss: Returns the loss of all weights, one layer of them pruned, given in the form of ``weights``. It is called
+            once for the dense weights and at most once for each layer and sparsity.
+        gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns fresh ones
+            at each sparsity. It gets the current weights of the layer that is pruned, in the form of ``weights``, and
+            returns rows for that layer; the other layers are dense.
         sparsities: The sparsities, rising, above 0 and below 1.
         block_size: As in :func:`mfac_core.prune`.
         damping: As in :func:`mfac_core.prune`.
         update: As in :func:`mfac_core.prune`.
-        num_recomputations: In how many parts each of the sparsities is reached from the one before, as in
-            :func:`mfac_core.prune`: ``auto`` where they lie far apart.
+        num_recomputations: In how many sub-steps each sparsity is reached from the one before, as in
+            :func:`mfac_core.prune`; ``auto`` is best if they lie far apart.
         mask_type: As in :func:`mfac_core.prune`; ``N:M`` leaves no sparsity above ``1 - N/M``.
         axes: As in :func:`mfac_core.prune`.
         devices: As in :func:`mfac_core.prune`.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The loss and its increases, measured and predicted.
@@ -246,37 +242,35 @@ def sensitivity(
     def loss_of(pruned: Mapping[str, Array]) -> float:
         return _checked_loss(loss({**named, **pruned} if isinstance(weights, Mapping) else {**named, **pruned}[_ARRAY]))
 
+    prune_layer = partial(
+        prune,
+        block_size=block_size,
+        damping=damping,
+        scope="layer",
+        mask_type=mask_type,
+        update=update,
+        num_recomputations=num_recomputations,
+        devices=devices,
+    )
     with _each_message_once(), _bar(1 + len(named) * len(levels), shown=progress) as advance:
         dense_loss = loss_of({})
         if not math.isfinite(dense_loss):
-            raise ValueError(f"the loss of the dense weights is {dense_loss}, so that no increase can be measured")
+            raise ValueError(f"the loss of the dense weights is {dense_loss}, so no increase can be measured")
         advance("")
         measured: dict[str, tuple[float, ...]] = {}
         predicted: dict[str, tuple[float, ...]] = {}
         for name, array in named.items():
-            now, masks = {name: array}, {name: device_of(array).asarray(np.ones(tuple(array.shape), bool))}
+            pruned, masks = {name: array}, {name: device_of(array).asarray(np.ones(tuple(array.shape), bool))}
+            own_axes = None if named_axes is None or name not in named_axes else {name: named_axes[name]}
             losses, increases = [dense_loss], [0.0]
             for level in levels:
-                result = prune(
-                    now,
-                    rows_of(name),
-                    sparsity=level,
-                    masks=masks,
-                    block_size=block_size,
-                    damping=damping,
-                    scope="layer",
-                    mask_type=mask_type,
-                    update=update,
-                    num_recomputations=num_recomputations,
-                    axes=None if named_axes is None or name not in named_axes else {name: named_axes[name]},
-                    devices=devices,
-                )
+                result = prune_layer(pruned, rows_of(name), sparsity=level, masks=masks, axes=own_axes)
                 has_changed = bool((result.masks[name] != masks[name]).any())
-                now, masks = dict(result.weights), dict(result.masks)
-                losses.append(loss_of(now) if has_changed else losses[-1])
+                pruned, masks = dict(result.weights), dict(result.masks)
+                losses.append(loss_of(pruned) if has_changed else losses[-1])
                 increases.append(increases[-1] + (result.predicted_loss_increase or 0.0))
                 advance(name)
-                if not math.isfinite(losses[-1]):  # neither are its gradients, most likely
+                if not math.isfinite(losses[-1]):  # its gradients are not finite either, most likely
                     _logger.warning(
                         "the loss is %s with %s pruned to %g: its increase counts as infinite from there on",
                         losses[-1],
@@ -289,78 +283,6 @@ def sensitivity(
             predicted[name] = _filled(increases[1:], len(levels))
     sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
     return Sensitivity(dense_loss, levels, measured, predicted, sizes)
-
-
-def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, Array]:
-    """Return gradient samples that come one by one as arrays with a row for each.
-
-    Args:
-        rows: Name and gradient of each layer, for each sample; they may be written over when the next is asked for.
-            Samples with NaN or Inf are left out, with a warning.
-        count: How many there are at most.
-
-    Returns:
-        Name and array of each layer, of shape ``(m, *shape)``, where the gradients are.
-
-    Raises:
-        ValueError: If there is no sample of finite numbers.
-
-    Example:
-        >>> stacked_rows(({"a": np.full(2, value)} for value in (1.0, 2.0)), 3)
-        {'a': array([[1., 1.],
-               [2., 2.]])}
-    """
-    stacked: dict[str, Array] = {}
-    taken = refused = 0
-    for row in rows:
-        for name, gradient in row.items():
-            if name not in stacked:
-                stacked[name] = device_of(gradient).zeros((count, *gradient.shape), gradient.dtype)
-            stacked[name][taken] = gradient
-        if all(bool(array_namespace(gradient).all(abs(gradient) < math.inf)) for gradient in row.values()):
-            taken += 1
-        else:
-            refused += 1
-    if not taken:
-        raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
-    if refused:
-        _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", join_names(stacked))
-    return {name: array[:taken] for name, array in stacked.items()}
-
-
-def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size: int | None, *, together: bool) -> None:
-    """Refuse gradient samples that would not fit into memory, before they are drawn.
-
-    Args:
-        weights: Name and array of each layer.
-        num_gradients: How many gradient samples are held at once.
-        block_size: Weights per Fisher block.
-        together: Whether those of all layers are held at once; otherwise those of one layer.
-
-    Raises:
-        SettingError: If ``num_gradients`` is not a positive integer.
-        MemoryBudgetError: If they would not fit; the message names how many would.
-    """
-    if not is_integer(num_gradients):
-        raise SettingError("num_gradients", f"{num_gradients!r} must be a positive integer, the same for all layers")
-    sizes = [math.prod(array.shape) for array in weights.values()]
-    settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
-    device = device_of(next(iter(weights.values())))
-    step = ScheduledStep(step=0, epoch=0.0, sparsity=0.5)
-    check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
-
-
-def check_num_batches(num_batches: int) -> None:
-    """Refuse a number of batches that is none.
-
-    Args:
-        num_batches: How many batches the loss is measured on.
-
-    Raises:
-        SettingError: If it is not a positive integer.
-    """
-    if not is_integer(num_batches) or num_batches < 1:
-        raise SettingError("num_batches", f"{num_batches!r} must be a positive integer")
 
 
 def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
@@ -390,7 +312,7 @@ def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
 def _rows_of(
     gradients: Gradients | Callable[[Any], Gradients], weights: Array | Mapping[str, Array], layout: WeightLayout
 ) -> Callable[[str], Gradients | Callable[[Mapping[str, Array]], Gradients]]:
-    # from the name of a layer to its rows, or to what gives them, in a form that prune takes for a mapping
+    """Return a function from the name of a layer to its rows, or to a function that draws them, as prune takes them."""
     if callable(gradients):
         draw = gradients
 
@@ -402,7 +324,7 @@ def _rows_of(
         if not isinstance(weights, Mapping):
             raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
         layout.check(gradients, "gradients", leading=next((tuple(rows.shape)[:1] for rows in gradients.values()), ()))
-        parts = {name: _in_rows(rows) for name, rows in gradients.items()}
+        by_layer = {name: _in_rows(rows) for name, rows in gradients.items()}
     else:
         device_of(gradients)
         rows = gradients if isinstance(weights, Mapping) else _in_rows(gradients)
@@ -411,12 +333,12 @@ def _rows_of(
                 f"gradients must have one row of {layout.num_weights} numbers per sample, "
                 f"got shape {tuple(gradients.shape)}"
             )
-        parts = {name: rows[:, start:stop] for name, (start, stop) in layout.segments.items()}
-    for name, part in parts.items():
-        xp = array_namespace(part)
-        if not bool(xp.all(xp.isfinite(part))):
+        by_layer = {name: rows[:, start:stop] for name, (start, stop) in layout.segments.items()}
+    for name, of_layer in by_layer.items():
+        xp = array_namespace(of_layer)
+        if not bool(xp.all(xp.isfinite(of_layer))):
             raise ValueError(f"the gradients of {name} hold NaN or Inf; leave these samples out")
-    return parts.__getitem__
+    return by_layer.__getitem__
 
 
 def _in_rows(gradients: Gradients) -> Any:
@@ -441,13 +363,13 @@ def _filled(increases: Iterable[float], length: int) -> tuple[float, ...]:
 
 @contextmanager
 def _each_message_once() -> Iterator[None]:
-    """Log each message once: what holds for the gradient samples would be said at every sparsity of every layer."""
-    said: set[str] = set()
+    """Log each message once: messages about the gradient samples would recur at every sparsity of every layer."""
+    logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        is_known = message in said
-        said.add(message)
+        is_known = message in logged
+        logged.add(message)
         return not is_known
 
     _logger.addFilter(is_new)

@@ -7,7 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, join_names, matching_names
 
-__all__ = ["is_adapter", "selection_warnings", "warn_once"]
+__all__ = ["is_adapter", "names_in_layers", "selection_warnings", "warn_once"]
+
+_logger = logging.getLogger("mfac_core")
 
 _STACKED_AXES = 3
 _MILLION = 1_000_000
@@ -42,6 +44,20 @@ def warn_once(logger: logging.Logger, warnings: Sequence[str], logged: set[str] 
             logger.warning("%s", warning)
         if logged is not None:
             logged.add(warning)
+
+
+def names_in_layers(params: Sequence[str], model: ModelNames, *, strict: bool) -> set[str]:
+    """Return the first names of the weights that entries match, where the name of a layer means all weights in it.
+
+    An entry that matches nothing is an error if ``strict``; otherwise a warning names it.
+    """
+    matched: set[str] = set()
+    for entry in params:
+        names = matching_names(entry, model, whole_layers=True, strict=strict)
+        if not names:
+            _logger.warning("params: %r matches no %s of the model and is left out", entry, model.kind)
+        matched.update(map(model.first, names))
+    return matched
 
 
 def selection_warnings(

@@ -149,17 +149,17 @@ def prune(
         if parts_left == parts:
             _warn_of_missing(source, damping, 1 if callable(gradients) else parts)
         wanted = substep_sparsity(reached, sparsity, parts_left, recomputation_spacing)
-        updated, chosen, part_increase, used_damping = mfac_step(
+        updated, chosen, substep_increase, used_damping = mfac_step(
             vector[kept],
             source,
-            partial(newly_pruned, kept=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),
         )
         vector[kept] = updated
         kept[kept] = ~chosen
-        increase += part_increase
+        increase += substep_increase or 0.0
         if is_reached(~kept, sparsity, layout.segments, scope, patterns):
             break
         reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)

@@ -1,19 +1,29 @@
-"""The batches that gradient samples come from, begun anew whenever they have run out."""
+"""The batches that gradient samples come from: drawn from a source that is restarted whenever it runs out."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 from mfac_core.errors import SettingError
+from mfac_core.left_out import warn_once
 from mfac_core.settings.checks import is_integer
 from mfac_core.weight_names import join_names
 
-__all__ = ["BatchSource", "HeldOut", "batches_of_one_pass", "batches_to_sample", "zero_in_all_samples"]
+__all__ = [
+    "BatchSource",
+    "HeldOut",
+    "Sampler",
+    "batches_of_one_pass",
+    "batches_to_sample",
+    "mean_loss",
+    "zero_in_all_samples",
+]
 
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
@@ -26,12 +36,12 @@ _logger = logging.getLogger("mfac_core")
 
 @dataclass
 class HeldOut:
-    """Batches that are drawn after those of the gradient samples.
+    """Batches drawn after those of the gradient samples, to measure the loss on.
 
     Args:
-        wanted: How many.
-        batches: Those that were drawn.
-        are_new: Whether they come from the one pass that the gradient samples come from, so that none of them gave one.
+        wanted: How many to draw.
+        batches: The batches drawn so far.
+        are_new: Whether they continue the only pass over the data, so that none of them has given a gradient sample.
     """
 
     wanted: int
@@ -39,30 +49,82 @@ class HeldOut:
     are_new: bool = True
 
 
+class Sampler:
+    """Draws batches; base class of the adapters' samplers, which compute gradients and losses of them.
+
+    Args:
+        source: The batches, or a function that makes them.
+    """
+
+    def __init__(self, source: BatchSource) -> None:
+        self._source = source
+        self._logged: set[str] = set()
+
+    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
+        """Draw batches as for gradient samples.
+
+        Data that end early are started again; an iterator, which cannot be restarted, gives the batches it has left.
+
+        Args:
+            count: How many batches to draw.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches, as the source yields them.
+
+        Raises:
+            TypeError: If there are options and the batches do not come from a callable that takes them.
+            ValueError: If there is no batch at all.
+        """
+        return list(batches_to_sample(self._source, count, options))
+
+    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
+        """Return the batches of one pass over the data.
+
+        Args:
+            at_most: The maximum number of batches; ``None`` for all, of data without a length the first 1,000.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The batches one by one, as the source yields them; errors are raised as by :meth:`batches`.
+        """
+        return batches_of_one_pass(self._source, at_most, options)
+
+    def _without_gaps(
+        self, samples: Iterable[Sequence[Any]], names: Sequence[str], count: int, zeros: Callable[[int], Any]
+    ) -> Iterator[list[Any]]:
+        """Yield samples, a gradient per name, with ``zeros(index)`` for ``None``; warn about gradients that stay zero.
+
+        Raises:
+            ValueError: If a sample has no gradient at all.
+        """
+        zero = list(range(len(names)))
+        for number, gradients in enumerate(samples, start=1):
+            if all(gradient is None for gradient in gradients):
+                raise ValueError(
+                    f"the loss of the sampled batches depends on none of the weights to prune: {', '.join(names)}"
+                )
+            zero = [index for index in zero if gradients[index] is None or not gradients[index].any()]
+            if number == count:  # before the last sample is yielded: the caller may not ask for another
+                warn_once(_logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
+            yield [zeros(index) if gradient is None else gradient for index, gradient in enumerate(gradients)]
+
+
 def batches_to_sample(
     source: BatchSource, count: int, options: Mapping[str, object] | None = None, held_out: HeldOut | None = None
 ) -> Iterator[Any]:
-    """Yield batches, as many as are asked for.
+    """Yield ``count`` batches; data that end early are started again.
 
-    When the batches have run out, they are begun anew, and a function is called anew; an iterator, which cannot begin
-    anew, yields what it had, with a warning.
-
-    Batches to hold out follow, as far as there are any. An iterator gives none: what it has are gradient samples.
+    A function is then called again; an iterator, which cannot be restarted, yields the batches it has left, with a
+    warning. It is an error if the source yields no batch at all, or if a function does not take the options.
 
     Args:
         source: The batches, or a function that makes them.
         count: How many to yield.
-        options: What the recipe gives as ``grad_sampler_kwargs``. A function gets them by name where it has these
-            arguments, otherwise as one dictionary.
-        held_out: Takes further batches, once all are yielded and one more is asked for.
-
-    Yields:
-        The batches.
-
-    Raises:
-        TypeError: If there are options and the source does not take them, or none and it needs some, or if the function
-            returns no batches.
-        ValueError: If the source yields no batch at all.
+        options: ``grad_sampler_kwargs`` of the recipe. A function gets them by name where it has these arguments,
+            otherwise as one dictionary.
+        held_out: Filled once all batches are yielded and one more is asked for; not from an iterator, whose batches are
+            all needed for gradient samples.
 
     Example:
         >>> list(batches_to_sample(["first", "second"], 3))
@@ -92,20 +154,7 @@ def batches_to_sample(
 def batches_of_one_pass(
     source: BatchSource, at_most: int | None = None, options: Mapping[str, object] | None = None
 ) -> Iterator[Any]:
-    """Yield the batches of one pass over the data.
-
-    Args:
-        source: The batches, or a function that makes them.
-        at_most: How many to yield at most; ``None`` for all, of data without a length the first 1,000.
-        options: As in :func:`batches_to_sample`.
-
-    Yields:
-        The batches.
-
-    Raises:
-        SettingError: If ``at_most`` is not a positive integer.
-        TypeError: As in :func:`batches_to_sample`.
-        ValueError: If the source yields no batch at all.
+    """Yield the batches of one pass over the data, at most ``at_most``; of data without a length the first 1,000.
 
     Example:
         >>> list(batches_of_one_pass(["first", "second"])), list(batches_of_one_pass(["first", "second"], 1))
@@ -116,34 +165,36 @@ def batches_of_one_pass(
             "num_batches", f"{at_most!r} must be a positive integer, or None for all batches of one pass over the data"
         )
     opened = _opened(source, options or {})
-    most = _MOST_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
+    limit = _MOST_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
     drawn = 0
-    for batch in islice(opened, most):
+    for batch in islice(opened, limit):
         yield batch
         drawn += 1
     if not drawn:
         raise ValueError(_no_batch(source))
-    if at_most is None and drawn == most:
+    if at_most is None and drawn == limit:
         _logger.info("the data have no length: one pass over them is taken to end after %d batches", drawn)
+
+
+def mean_loss(losses: Iterable[float]) -> float:
+    """Return the mean of the losses of batches; it is an error if there is no batch."""
+    values = list(losses)
+    if not values:
+        raise ValueError("there is no batch to evaluate the loss on; pass at least one")
+    return math.fsum(values) / len(values)
 
 
 def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     """Return the warning about weights whose gradient is zero in every sample.
 
-    Args:
-        names: The names of the weights.
-        num_weights: How many have a gradient; where it is zero for all of them, the gradient window is spoken of.
-
-    Returns:
-        One sentence, or none where there are no such weights.
+    None is needed where there are no such weights. Where all ``num_weights`` are, the gradient window warns.
     """
     if not names or len(names) == num_weights:
         return []
     return [
-        f"the gradient is zero in every gradient sample for {join_names(names)}, so that M-FAC prunes them as if "
-        "they had "
-        "no effect; exclude what the loss does not use. A part that is used in training mode only needs samples in "
-        "that mode, and a reentrant checkpoint needs an input that requires a gradient"
+        f"the gradient is zero in every gradient sample for {join_names(names)}, so that M-FAC prunes them as if they "
+        "had no effect; exclude weights that the loss does not use. A module that is used in training mode only "
+        "needs samples in that mode, and a reentrant checkpoint needs an input that requires a gradient"
     ]
 
 

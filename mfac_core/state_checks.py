@@ -1,4 +1,4 @@
-"""What a saved state must hold: each value is checked before any is used."""
+"""Checks of saved states: each value is checked before any is used."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ __all__ = ["check_keys", "checked_array", "checked_flag", "checked_integer", "re
 
 
 def refuse(name: str, value: object, rule: str) -> NoReturn:
-    """Refuse a value that no saved state can hold.
-
-    Args:
-        name: What the value is called in the state.
-        value: The value.
-        rule: What it must be.
-
-    Raises:
-        ValueError: Always.
+    """Raise ``ValueError`` for a value that no saved state can hold.
 
     Example:
         >>> refuse("position", 1.5, "an integer")
@@ -32,16 +24,7 @@ def refuse(name: str, value: object, rule: str) -> NoReturn:
 
 
 def check_keys(what: str, state: object, keys: Collection[str]) -> None:
-    """Refuse what is not a mapping with these keys.
-
-    Args:
-        what: Whose state it is, for the message (``"a pruner"``).
-        state: The state.
-        keys: The keys that it must have.
-
-    Raises:
-        ValueError: If it is none, or lacks a key.
-    """
+    """Refuse a state that is not a mapping or lacks one of the keys; ``what`` names its owner, such as ``a pruner``."""
     if not isinstance(state, Mapping):
         raise ValueError(
             f"this is not the state of {what}: a mapping is expected, and this is {_described(state)}; "
@@ -55,66 +38,30 @@ def check_keys(what: str, state: object, keys: Collection[str]) -> None:
 
 
 def checked_integer(name: str, value: object, at_least: int = 0, at_most: int | None = None) -> int:
-    """Return an integer of a state.
-
-    Args:
-        name: What it is called in the state.
-        value: An integer of Python or NumPy, or an integer array without dimensions.
-        at_least: The smallest value allowed.
-        at_most: The largest value allowed; ``None`` for any.
-
-    Returns:
-        The integer.
-
-    Raises:
-        ValueError: If it is none, or out of range.
+    """Return an integer of a state: one of Python or NumPy, or an integer array without dimensions.
 
     Example:
         >>> checked_integer("position", np.array(3), at_most=4)
         3
     """
-    plain = _plain(value)
-    if isinstance(plain, int) and not isinstance(plain, bool):
-        if at_least <= plain and (at_most is None or plain <= at_most):
-            return plain
+    number = _as_python(value)
+    if isinstance(number, int) and not isinstance(number, bool):
+        if at_least <= number and (at_most is None or number <= at_most):
+            return number
     rule = f"an integer of at least {at_least}" if at_most is None else f"an integer from {at_least} to {at_most}"
     refuse(name, value, rule)
 
 
 def checked_flag(name: str, value: object) -> bool:
-    """Return a boolean of a state.
-
-    Args:
-        name: What it is called in the state.
-        value: A boolean of Python or NumPy, or a boolean array without dimensions.
-
-    Returns:
-        The boolean.
-
-    Raises:
-        ValueError: If it is none.
-    """
-    plain = _plain(value)
-    if not isinstance(plain, bool):
+    """Return a boolean of a state: one of Python or NumPy, or a boolean array without dimensions."""
+    flag = _as_python(value)
+    if not isinstance(flag, bool):
         refuse(name, value, "true or false")
-    return plain
+    return flag
 
 
 def checked_array(name: str, value: object, dtype: Any, num_dimensions: int) -> npt.NDArray[Any]:
-    """Return an array of a state.
-
-    Args:
-        name: What it is called in the state.
-        value: A NumPy array of this dtype, finite.
-        dtype: Its dtype.
-        num_dimensions: How many dimensions it has.
-
-    Returns:
-        The array.
-
-    Raises:
-        ValueError: If it is none.
-    """
+    """Return an array of a state: a finite NumPy array with this dtype and number of dimensions."""
     wanted = np.dtype(dtype)
     if not isinstance(value, np.ndarray) or value.dtype != wanted or value.ndim != num_dimensions:
         refuse(name, value, f"a NumPy array of {wanted} with {num_dimensions} dimensions")
@@ -123,7 +70,7 @@ def checked_array(name: str, value: object, dtype: Any, num_dimensions: int) -> 
     return value
 
 
-def _plain(value: object) -> object:
+def _as_python(value: object) -> object:
     if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biu":
         return value.item()
     return value.item() if isinstance(value, np.bool_ | np.integer) else value

@@ -13,7 +13,7 @@ Read in this order:
 * ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
 * ``sampling``: gradient samples outside the training loop
 * ``batchnorm``: :func:`recalibrate_batchnorm`, moving statistics for the weights that there are now
-* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable bears
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable tolerates
 * ``assigning``: values into variables, into all of them or into none
 * ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
 * ``end_of_fit``: the moment when all callbacks are done

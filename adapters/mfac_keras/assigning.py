@@ -1,4 +1,4 @@
-"""Assign values to variables, to all of them or to none."""
+"""Assign values to variables: to all of them or to none."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ __all__ = ["assign_all", "assigned"]
 
 @contextmanager
 def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-    """Assign values to variables; when one cannot be assigned, or the block fails, all have again those before.
+    """Assign values to variables; if an assignment or the block fails, every variable gets its old value back.
 
-    Args:
-        values: Keras variables and what to assign to each. All values are made before the first is assigned.
+    All values are computed before the first is assigned.
 
     Example:
         >>> import keras
@@ -43,11 +42,7 @@ def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
 
 
 def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
-    """Assign values to variables, to all of them or to none.
-
-    Args:
-        values: As in :func:`assigned`.
-    """
+    """Assign values to variables, to all of them or to none."""
     with assigned(values):
         pass
 

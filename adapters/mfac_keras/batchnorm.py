@@ -1,11 +1,11 @@
-"""Moving statistics of batch normalization, estimated anew for the weights that a model has now."""
+"""Moving statistics of batch normalization, estimated anew for the current weights of a model."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
 from mfac_keras.assigning import assign_all
 from mfac_keras.conditions import check_built, check_model
 from mfac_keras.sampling import GradientSampler
@@ -28,28 +28,27 @@ Vector = npt.NDArray[np.float64]
 def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None = None) -> int:
     """Estimate the moving statistics of batch normalization anew, as the average over batches.
 
-    Pruning in one shot changes what comes into these layers, and their statistics remain those of before. While they
-    are estimated, these layers alone run as in training: dropout is not active. Momenta are as before afterwards.
+    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
+    layers run as in training: dropout is not active. Momenta are restored afterwards. After an exception, here or in
+    the model, the statistics are the old ones.
 
-    Left as they are: layers that no batch comes through, and frozen ones (``trainable=False``), which Keras runs in
+    Layers that no batch comes through do not change, nor do frozen ones (``trainable=False``), which Keras runs in
     inference mode in training too.
 
     Args:
-        model: A built Keras model; layers of models within it are found too.
+        model: A built Keras model; layers of nested models are included.
         dataset: Batches, as :func:`mfac_keras.prune_one_shot` takes them, or of inputs alone: ``x``, an array or a
             structure of arrays, or ``(x,)``. Batches as large as in training are best.
-        num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
+        num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
             data without a length.
 
     Returns:
         The number of layers whose statistics were estimated anew.
 
     Raises:
-        TypeError: If the model is none of Keras 3, or the dataset no source of batches.
-        ValueError: If the model is not built, there is no batch, one has another form, or an input of these layers is
-            not finite.
-
-    Whatever is raised, here or by the model, the statistics are as before.
+        TypeError: If the model is not a model of Keras 3, or the dataset is not a source of batches.
+        ValueError: If the model is not built, there is no batch, one has an unsupported form, or an input of these
+            layers is not finite.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.BatchNormalization()])
@@ -62,71 +61,41 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
     return MovingStatistics(model).estimate_anew(sampler, num_batches)
 
 
-class MovingStatistics:
-    """What the batch normalization layers of a model keep of their inputs.
-
-    Args:
-        model: The model, built.
-
-    Attributes:
-        layers: The layers whose statistics may be estimated anew, by path.
-        frozen: The paths of those that are frozen.
-    """
+class MovingStatistics(LayerStatistics):
+    """The moving statistics of the batch normalization layers of a built model, by path."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        every: dict[str, Any] = {}
+        layers: dict[str, Any] = {}
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization) and layer.built:
-                every[layer.path if layer.path not in every else f"{layer.path} ({len(every) + 1})"] = layer
-        self.frozen = [name for name, layer in every.items() if not layer.trainable]
-        self.layers = {name: layer for name, layer in every.items() if layer.trainable}
+                layers[layer.path if layer.path not in layers else f"{layer.path} ({len(layers) + 1})"] = layer
+        super().__init__(layers, [name for name, layer in layers.items() if not layer.trainable], _logger)
 
-    def estimate_anew(
-        self, sampler: GradientSampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
-    ) -> int:
-        """Estimate the statistics as the average over batches; an exception leaves them as they were.
-
-        Args:
-            sampler: Where the batches come from.
-            num_batches: As in :func:`recalibrate_batchnorm`.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The number of layers whose statistics were estimated anew.
-        """
-        if not self.layers:
-            _logger.info("%s", no_statistics_line(self.frozen))
-            return 0
-        statistics = BatchStatistics(self.layers)
-        before = self.copied()
-        try:
-            assign_all((variable, np.zeros(value.shape)) for variable, value in before)  # NaN would stay NaN
-            with self._measuring(statistics):
-                for batch in sampler.one_pass(num_batches, options):
-                    sampler.forward(self._model, batch)
-                    statistics.num_batches += 1
-        finally:
-            assign_all(before)
-        assign_all(
-            (variable, value)
-            for name, mean, variance in statistics.averages()
-            for variable, value in _statistics_of(self.layers[name], mean, variance)
-        )
-        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
-        return len(statistics.averages())
-
-    def copied(self) -> list[tuple[Any, Any]]:
-        """Return the variables that hold the statistics, with copies of their values."""
+    def _copies(self) -> list[tuple[Any, Any]]:
         return [
             (variable, np.array(variable.numpy(), copy=True))
             for layer in self.layers.values()
             for variable, _ in _statistics_of(layer, np.zeros(1), np.zeros(1))
         ]
 
+    def _restore(self, copies: list[tuple[Any, Any]]) -> None:
+        assign_all(copies)
+
+    def _write(self, statistics: BatchStatistics) -> None:
+        assign_all(
+            (variable, value)
+            for name, mean, variance in statistics.averages()
+            for variable, value in _statistics_of(self.layers[name], mean, variance)
+        )
+
+    def _measure(self, sampler: GradientSampler, batch: Any, statistics: BatchStatistics) -> None:
+        sampler.forward(self._model, batch)  # in which each layer adds what it has measured
+
     @contextmanager
     def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
-        """Let the layers run as in training, each call by itself, and the rest of the model not."""
+        # NaN would survive a momentum of 0, which multiplies the old statistics
+        assign_all((variable, np.zeros(value.shape)) for variable, value in self._copies())
         momenta = [(layer, layer.momentum, getattr(layer, "renorm", None)) for layer in self.layers.values()]
         try:
             for name, layer in self.layers.items():
@@ -145,7 +114,7 @@ class MovingStatistics:
 
 
 def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: BatchStatistics) -> Callable[..., Any]:
-    """Return the call of a layer as in training, after which its statistics are added to those of other batches."""
+    """Return the call of a layer in training mode, followed by adding its statistics to those of the other batches."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)
@@ -160,7 +129,7 @@ def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: Batch
 
 
 def _statistics_of(layer: Any, mean: Vector, variance: Vector) -> list[tuple[Any, Vector]]:
-    """Return the variables of a layer that hold statistics, with their values for a mean and a variance."""
+    """Return the variables of a layer that hold statistics, each with its value for a mean and a variance."""
     values = [(layer.moving_mean, mean), (layer.moving_variance, variance)]
     if getattr(layer, "moving_stddev", None) is not None:  # of batch renormalization
         deviation = np.sqrt(variance + layer.epsilon)

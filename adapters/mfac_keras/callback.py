@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import lint_model, modifier_names
+from mfac_core.recipe.naming import modifier_names
 from mfac_core.schedules.pruning import checked_steps_per_epoch
+from mfac_core.session.plan import plan_model
 from mfac_core.settings.pruning import PruningSettings
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, check_optimizer, check_trained, refuse_keras_2
@@ -404,7 +405,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         changes: TrainingChanges,
         steps_per_epoch: int,
     ) -> None:
-        plan = lint_model(
+        plan = plan_model(
             [*(pruning.settings for pruning in prunings), *others],
             [
                 {name: int(np.prod(variable.shape)) for name, variable in pruning.variables.items()}

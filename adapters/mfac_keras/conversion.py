@@ -1,4 +1,4 @@
-"""Tensors on a GPU to arrays of the core, which stay on that GPU where CuPy is installed."""
+"""Tensors on a GPU to arrays of the core, on the same GPU if CuPy is installed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,11 @@ _logger = logging.getLogger("mfac_keras")
 
 
 def gpu_array(tensor: Any, index: int, *, on_default_stream: bool) -> Array:
-    """Return a tensor on a GPU as an array that the core computes with.
+    """Return a float32 or float64 tensor on an NVIDIA GPU as a CuPy array, or as a NumPy array where CuPy is missing.
 
-    The core reads on CUDA's default stream, later than it is asked to. A framework that computes on streams of its own
-    does not wait for that before it uses the memory for something else, so from such a one a copy is taken.
-
-    Args:
-        tensor: A tensor of float32 or float64 on an NVIDIA GPU, of any backend; where it is not computed on the default
-            stream, exporting it without a stream waits for its values.
-        index: Which GPU.
-        on_default_stream: Whether the framework computes on CUDA's default stream, as torch does.
-
-    Returns:
-        A CuPy array, which shares the tensor's memory where the framework computes on the default stream; or a NumPy
-        copy where CuPy is not installed (logged once).
+    The array shares the tensor's memory if the framework computes on CUDA's default stream, as torch does. The core
+    reads on that stream, and asynchronously; a framework with streams of its own would not wait for it before it reuses
+    the memory, so its tensor is copied. Exporting the tensor without a stream waits for its values.
     """
     device = _array_device(index)
     if device is None:

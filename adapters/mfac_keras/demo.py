@@ -1,4 +1,4 @@
-"""The main job in Keras, end to end: train a network on real data, prune it by M-FAC and by magnitude, compare."""
+"""The demo in Keras: train a network on real data, prune it by M-FAC and by magnitude, compare."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import keras
 import numpy as np
 
 from mfac_core.demo import runs as demo_runs
+from mfac_core.demo.digits import DigitImages
 from mfac_core.demo.runs import (
     DENSE_EPOCHS,
     DENSE_LEARNING_RATE,
     PRUNING_LEARNING_RATE,
     SAMPLE_BATCH_SIZE,
     Demo,
-    DigitImages,
     Pruned,
     pruned,
 )
@@ -33,30 +33,16 @@ from mfac_keras.selection import select_variables
 
 __all__ = ["demo", "prune_gradually", "prune_in_one_shot", "run", "train_dense"]
 
-_SEEDS = 3  # one takes longer than in PyTorch
+_SEEDS = 3  # fewer than in PyTorch, because each takes longer
 
 
 def run(*, recipe: Path | None, output: Path, seed: int, seeds: int = _SEEDS) -> None:
-    """Run the comparison on the backend that Keras runs on, as :func:`mfac_core.demo.runs.run` says.
-
-    Args:
-        recipe: A recipe of gradual pruning; ``None`` compares one-shot pruning over several seeds.
-        output: Folder for the results; made if missing.
-        seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
-        seeds: Number of seeds of the one-shot comparison.
-    """
+    """Run the comparison on the backend that Keras runs on, see :func:`mfac_core.demo.runs.run`."""
     demo_runs.run(demo, recipe=recipe, output=output, seed=seed, seeds=seeds)
 
 
 def demo(seed: int) -> Demo:
-    """Return what Keras adds to the demo.
-
-    Args:
-        seed: Seed of the split, the weights, and the order of the batches.
-
-    Returns:
-        The network for digits, its training and its pruning.
-    """
+    """Return Keras' part of the demo for one seed."""
     digits = load_digits(seed)
     return Demo(
         framework="keras",
@@ -72,16 +58,7 @@ def demo(seed: int) -> Demo:
 
 
 def train_dense(digits: DigitImages, seed: int, advance: Callable[[int], None] = lambda epoch: None) -> Any:
-    """Return the network that all methods prune, trained without pruning.
-
-    Args:
-        digits: The data.
-        seed: Seed of the weights and of the order of the batches.
-        advance: Called with the number of completed epochs.
-
-    Returns:
-        The network.
-    """
+    """Return the network that all methods prune, trained without pruning."""
     model = make_network(seed)
     callbacks = [_advancing(advance)]
     train(model, digits, learning_rate=DENSE_LEARNING_RATE, epochs=DENSE_EPOCHS, seed=seed, callbacks=callbacks)
@@ -96,19 +73,7 @@ def prune_gradually(
     dense: Any,
     advance: Callable[[int], None] = lambda epoch: None,
 ) -> Pruned:
-    """Train a copy of a network further, for as many epochs as the recipe has, while it is pruned or its zeros held.
-
-    Args:
-        digits: The data.
-        seed: Seed of the order of the batches.
-        recipe: What prunes, or holds the zeros.
-        method: Name of the method, for the record.
-        dense: The trained network; stays as it is.
-        advance: Called with the number of completed epochs.
-
-    Returns:
-        The pruned network and its record.
-    """
+    """Train a copy of a network for the epochs of a recipe, which prunes it or holds its zeros."""
     started = time.perf_counter()
     model = copy_of(dense)
     pruning = MFACPruningCallback(recipe, verbose=0)
@@ -134,18 +99,7 @@ def prune_gradually(
 
 
 def prune_in_one_shot(digits: DigitImages, seed: int, recipe: Recipe, method: str, dense: Any) -> Pruned:
-    """Prune a copy of the dense network in one step, without training.
-
-    Args:
-        digits: The data.
-        seed: Seed of the gradient samples.
-        recipe: What prunes; its schedule is not used.
-        method: Name of the method, for the record.
-        dense: The trained network; stays as it is.
-
-    Returns:
-        The pruned network and its record.
-    """
+    """Prune a copy of the dense network in one step, without training; the recipe's schedule is not used."""
     started = time.perf_counter()
     model = copy_of(dense)
     random = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""A small convolutional network in Keras on scikit-learn's handwritten digits: the data, the model, its training."""
+"""A small convolutional network in Keras on handwritten digits: the data, the model and its training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.demo.runs import BATCH_SIZE, MOMENTUM, DigitImages
+from mfac_core.demo.digits import DigitImages
+from mfac_core.demo.runs import BATCH_SIZE, MOMENTUM
 
 __all__ = ["accuracy", "batches", "copy_of", "load_digits", "make_network", "train"]
 
@@ -18,74 +19,42 @@ Batch = tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]
 
 
 def load_digits(seed: int) -> DigitImages:
-    """Return the digits as a convolution takes them, with one channel behind height and width.
-
-    Args:
-        seed: Seed of the split.
-
-    Returns:
-        The data; images have the shape ``(n, 8, 8, 1)``.
-    """
-    digits = DigitImages.load(seed)
-    return digits._replace(
-        train_images=digits.train_images[..., np.newaxis], test_images=digits.test_images[..., np.newaxis]
-    )
+    """Return the digits, split by a seed with equal shares of each digit; images have the shape ``(n, 8, 8, 1)``."""
+    return DigitImages.load(seed, channel_axis=3)
 
 
 def batches(digits: DigitImages, random: np.random.Generator, size: int) -> Iterator[Batch]:
-    """Yield one pass over the training images in random order.
-
-    Args:
-        digits: The data.
-        random: Source of the order.
-        size: Images per batch.
-
-    Yields:
-        Images and labels of each batch.
-    """
+    """Yield images and labels of each batch of one pass over the training images in random order."""
     order = random.permutation(len(digits.train_labels))
     for start in range(0, len(order), size):
-        part = order[start : start + size]
-        yield digits.train_images[part], digits.train_labels[part]
+        indices = order[start : start + size]
+        yield digits.train_images[indices], digits.train_labels[indices]
 
 
 def make_network(seed: int) -> Any:
     """Return the untrained network: two convolutions and two dense layers, 9,168 prunable weights.
 
-    The weights are drawn as PyTorch draws them, because the initial scale tells in the accuracy at high sparsity.
-
-    Args:
-        seed: Seed of the weights.
-
-    Returns:
-        A Keras model.
+    The weights are drawn as PyTorch draws them: the initial scale affects the accuracy at high sparsity.
     """
     keras.utils.set_random_seed(seed)
     layers = keras.layers
     images = keras.Input([8, 8, 1])
     scores = images
     for layer in (
-        layers.Conv2D(16, 3, padding="same", activation="relu", name="conv_1", **_drawn_as_in_pytorch(fan_in=9)),
+        layers.Conv2D(16, 3, padding="same", activation="relu", name="conv_1", **_pytorch_initializers(fan_in=9)),
         layers.MaxPooling2D(2),
-        layers.Conv2D(32, 3, padding="same", activation="relu", name="conv_2", **_drawn_as_in_pytorch(fan_in=144)),
+        layers.Conv2D(32, 3, padding="same", activation="relu", name="conv_2", **_pytorch_initializers(fan_in=144)),
         layers.MaxPooling2D(2),
         layers.Flatten(),
-        layers.Dense(32, activation="relu", name="dense_1", **_drawn_as_in_pytorch(fan_in=128)),
-        layers.Dense(10, name="dense_2", **_drawn_as_in_pytorch(fan_in=32)),
+        layers.Dense(32, activation="relu", name="dense_1", **_pytorch_initializers(fan_in=128)),
+        layers.Dense(10, name="dense_2", **_pytorch_initializers(fan_in=32)),
     ):
         scores = layer(scores)
     return keras.Model(images, scores, name="digits")
 
 
 def copy_of(model: Any) -> Any:
-    """Return a copy of a network with weights of its own, not compiled.
-
-    Args:
-        model: The network.
-
-    Returns:
-        The copy.
-    """
+    """Return a copy of a network with weights of its own, not compiled."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     return copy
@@ -94,18 +63,9 @@ def copy_of(model: Any) -> Any:
 def train(
     model: Any, digits: DigitImages, *, learning_rate: float, epochs: int, seed: int, callbacks: Sequence[Any] = ()
 ) -> dict[str, list[float]]:
-    """Train with cross-entropy by stochastic gradient descent: the plain ``fit`` of any user.
+    """Train a network in place with cross-entropy by plain ``fit``; the seed orders the batches.
 
-    Args:
-        model: The network; trained in place.
-        digits: The data.
-        learning_rate: Learning rate.
-        epochs: Passes over the training images.
-        seed: Seed of the order of the batches.
-        callbacks: Callbacks of Keras.
-
-    Returns:
-        The history of the metrics, epoch by epoch; ``val_accuracy`` is the test accuracy.
+    Returns the metrics by epoch; ``val_accuracy`` is the test accuracy.
     """
     keras.utils.set_random_seed(seed)
     model.compile(keras.optimizers.SGD(learning_rate, momentum=MOMENTUM), _cross_entropy(), metrics=["accuracy"])
@@ -124,20 +84,12 @@ def train(
 
 
 def accuracy(model: Any, digits: DigitImages) -> float:
-    """Return the share of test images that the network names rightly.
-
-    Args:
-        model: The network.
-        digits: The data.
-
-    Returns:
-        A number in ``[0, 1]``.
-    """
+    """Return the share of test images that the network classifies correctly."""
     scores = keras.ops.convert_to_numpy(model(digits.test_images, training=False))
     return float((scores.argmax(axis=1) == digits.test_labels).mean())
 
 
-def _drawn_as_in_pytorch(fan_in: int) -> dict[str, Any]:
+def _pytorch_initializers(fan_in: int) -> dict[str, Any]:
     bound = 1 / math.sqrt(fan_in)
     return {
         "kernel_initializer": keras.initializers.RandomUniform(-bound, bound),

@@ -1,8 +1,8 @@
-"""Each variable in the form that its weight has in PyTorch, in which the core sees it.
+"""The layout that the weight of each variable has in PyTorch, in which the core sees it.
 
 PyTorch keeps the weights of a layer as (output, input, *window), Keras as (*window, input, output), and some layers
-differ again. Blocks of the Fisher, blocks and N:M groups of masks follow the order of the weights, so both frameworks
-have to show the core the same order, to prune the same weights.
+differ again. Fisher blocks, and the blocks and N:M groups of masks, follow the order of the weights: both frameworks
+prune the same weights only if they pass them to the core in the same order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 @dataclass(frozen=True)
 class PyTorchForm:
-    """How to show a variable as PyTorch's weight.
+    """How to turn a variable into PyTorch's weight, and back.
 
     Args:
         axes: Permutation of the variable's axes into PyTorch's order.
-        permuted_shape: Its shape then.
-        shape: Shape of PyTorch's weight, in which some of these axes are one.
+        permuted_shape: Shape of the permuted variable.
+        shape: Shape of PyTorch's weight, in which some of these axes are merged.
         core_axes: Permutation of PyTorch's axes to (output, *window, input), where it is not PyTorch's usual one; the
             axes of output and input alone for a stack of matrices.
     """
@@ -41,40 +41,21 @@ class PyTorchForm:
     core_axes: tuple[int, ...] | None = None
 
     def of(self, array: Array) -> Array:
-        """Return an array of the variable's shape in this form.
-
-        Args:
-            array: NumPy or CuPy.
-
-        Returns:
-            A view where possible.
-        """
+        """Return an array of the variable's shape in PyTorch's layout, as a view where possible."""
         return array.transpose(self.axes).reshape(self.shape)
 
     def back(self, array: Array) -> Array:
-        """Return an array in this form in the variable's shape.
-
-        Args:
-            array: NumPy or CuPy, of :attr:`shape`.
-
-        Returns:
-            A view where possible.
-        """
+        """Return an array in PyTorch's layout in the variable's own, as a view where possible."""
         inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return array.reshape(self.permuted_shape).transpose(inverse)
 
 
 def pytorch_forms(model: Any, variables: Mapping[str, Any]) -> dict[str, PyTorchForm]:
-    """Return the form of each variable.
+    """Return the PyTorch form of each variable, by name.
 
-    Args:
-        model: The model that the variables belong to.
-        variables: Name and variable.
-
-    Returns:
-        Name and form. Variables that PyTorch has in the same order (embeddings, biases), and those of your own layers
-        that have other names than Keras' kernels, stay as they are; of three or more axes, the last are the inputs and
-        the one before it the outputs.
+    Variables that PyTorch has in the same order (embeddings, biases), and those of custom layers whose names are not
+    those of Keras' kernels, stay as they are; of three or more axes, the last are the inputs and the one before it the
+    outputs.
 
     Example:
         >>> model = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Conv2D(4, 5)])

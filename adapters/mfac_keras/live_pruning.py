@@ -47,7 +47,7 @@ class LivePruning:
         sampler: Where gradient samples come from, unless the settings ask for those of training; ``None`` takes those
             of training.
         verbose: Whether to print a line for each pruning step.
-        name: Name of the modifier in the log, from :func:`mfac_core.recipe.linting.modifier_names`.
+        name: Name of the modifier in the log, from :func:`mfac_core.recipe.naming.modifier_names`.
         logged: Warnings about the selection that are in the log already, to which new ones are added.
 
     Attributes:

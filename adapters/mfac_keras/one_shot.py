@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import lint_one_shot, modifier_names
+from mfac_core.recipe.linting import lint_one_shot
+from mfac_core.recipe.naming import modifier_names
 from mfac_core.recipe.recommended import differs_line, recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line

@@ -1,21 +1,17 @@
-"""What an optimizer is made of: the optimizers inside it, and what they remember of each variable."""
+"""The optimizers inside an optimizer, and the state that each keeps for a variable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["average_of", "innermost", "remembered", "set_weight_decay", "trained_by"]
+__all__ = ["average_of", "innermost", "optimizer_state", "set_weight_decay", "trained_by"]
 
 
 def innermost(optimizer: Any) -> list[Any]:
     """Return the optimizers that update variables themselves.
 
-    Args:
-        optimizer: A Keras optimizer: plain, a ``LossScaleOptimizer``, a ``MultiOptimizer``, or one around another.
-
-    Returns:
-        The plain optimizers inside, or the optimizer itself.
+    These are inside a ``LossScaleOptimizer``, a ``MultiOptimizer`` or another wrapper; a plain optimizer is its own.
     """
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
@@ -25,29 +21,18 @@ def innermost(optimizer: Any) -> list[Any]:
 
 
 def trained_by(optimizer: Any) -> list[Any]:
-    """Return the variables that an innermost optimizer was built for.
-
-    Args:
-        optimizer: One of :func:`innermost`.
-
-    Returns:
-        The variables in its order; none before it is built.
-    """
+    """Return the variables that an innermost optimizer was built for, in its order; none before it is built."""
     return list(optimizer._trainable_variables)
 
 
-def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
-    """Yield what an innermost optimizer remembers of a variable: momentum, moments, averages, accumulated gradients.
+def optimizer_state(optimizer: Any, variable: Any) -> Iterator[Any]:
+    """Yield the state that an innermost, built optimizer keeps for a variable, as far as it has the variable's shape.
 
-    Args:
-        optimizer: One of :func:`innermost`, built.
-        variable: A variable that it trains.
-
-    Yields:
-        Optimizer variables of the variable's own shape.
+    These are momentum, moments, averages and accumulated gradients. Keras has no public access to them: optimizers keep
+    them as attributes, in lists in the order of the variables, or in dictionaries by path.
     """
-    place = _place(optimizer, variable)
-    if place is None:
+    index = _index(optimizer, variable)
+    if index is None:
         return
     count = len(trained_by(optimizer))
     slot: Any
@@ -55,7 +40,7 @@ def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
         if isinstance(value, dict):  # Muon of Keras 3.12
             slot = value.get(variable.path)
         elif name != "_variables" and isinstance(value, list | tuple) and len(value) == count:
-            slot = value[place]
+            slot = value[index]
         else:
             continue
         is_slot = slot is not None and slot is not variable and hasattr(slot, "assign")
@@ -64,31 +49,18 @@ def remembered(optimizer: Any, variable: Any) -> Iterator[Any]:
 
 
 def average_of(optimizer: Any, variable: Any) -> Any:
-    """Return the moving average that an innermost optimizer keeps of a variable.
-
-    Args:
-        optimizer: One of :func:`innermost`, built.
-        variable: A variable that it trains.
-
-    Returns:
-        The optimizer variable, or ``None`` where there is none.
-    """
-    place = _place(optimizer, variable)
+    """Return the moving average that an innermost, built optimizer keeps of a variable, or ``None``."""
+    index = _index(optimizer, variable)
     averages = getattr(optimizer, "_model_variables_moving_average", None) if optimizer.use_ema else None
-    return None if place is None or averages is None else averages[place]
+    return None if index is None or averages is None else averages[index]
 
 
 def set_weight_decay(optimizer: Any, value: float | None) -> None:
-    """Set the weight decay of an innermost optimizer; a compiled training step does not see it.
-
-    Args:
-        optimizer: One of :func:`innermost`.
-        value: The weight decay; ``None`` for none.
-    """
+    """Set the weight decay of an innermost optimizer, ``None`` for none; a compiled training step does not see it."""
     optimizer.weight_decay = value
     if hasattr(optimizer, "adam_weight_decay"):  # Muon trains some variables as Adam does
         optimizer.adam_weight_decay = value
 
 
-def _place(optimizer: Any, variable: Any) -> int | None:
-    return next((place for place, each in enumerate(trained_by(optimizer)) if each is variable), None)
+def _index(optimizer: Any, variable: Any) -> int | None:
+    return next((index for index, each in enumerate(trained_by(optimizer)) if each is variable), None)

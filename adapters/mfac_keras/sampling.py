@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,32 +10,29 @@ import keras
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import HeldOut, Sampler, batches_to_sample, mean_loss
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
-
-_logger = logging.getLogger("mfac_keras")
 
 _SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
 _BATCH_SIZE = 32
 
 
-class GradientSampler:
+class GradientSampler(Sampler):
     """Draws gradient samples: the gradients of a loss in inference mode, one per batch of a dataset.
 
-    The model is left as it was: weights, optimizer, metrics and normalization statistics do not change.
+    Sampling leaves weights, optimizer, metrics and normalization statistics unchanged.
 
     Args:
         dataset: Batches, each ``(x, y)`` or ``(x, y, sample_weight)``: a ``tf.data.Dataset``, a ``PyDataset``, a torch
-            ``DataLoader``, any other iterable, or a callable that returns one and gets what a recipe gives as
-            ``grad_sampler_kwargs``. A tuple of arrays is all the data at once, and is cut into batches of 32.
+            ``DataLoader``, any other iterable, or a callable that returns one and gets ``grad_sampler_kwargs`` of a
+            recipe. A tuple of arrays holds all the data, and is split into batches of 32.
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with, regularization included.
 
     Raises:
-        TypeError: If the dataset is neither iterable nor callable, or the loss is none.
+        TypeError: If the dataset is neither iterable nor callable, or the loss is not a loss.
     """
 
     def __init__(self, dataset: Any, loss: Any = None) -> None:
@@ -48,16 +43,15 @@ class GradientSampler:
             )
         if isinstance(loss, type):
             raise TypeError(f"loss is the class {loss.__name__}; make a loss of it: {loss.__name__}()")
-        is_no_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
-        if is_no_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
+        is_not_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
+        if is_not_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
             raise TypeError(
                 f"the dataset to sample gradients from is a {type(dataset).__name__}; pass batches (x, y), such as a "
                 "tf.data.Dataset or a PyDataset, and the loss after them"
             )
-        self._source = _batches_of(dataset)
-        self._logged: set[str] = set()
+        super().__init__(_batches_of(dataset))
         self._loss = None if loss is None else keras.losses.get(loss)
-        # compiled for which model, and the function
+        # the compiled evaluation of the loss, behind the model and the settings that it was compiled for
         self._evaluation: tuple[tuple[Any, ...], Callable[[Any], Any]] | None = None
 
     def gradients(
@@ -69,16 +63,14 @@ class GradientSampler:
         *,
         held_out: HeldOut | None = None,
     ) -> Iterator[list[Array]]:
-        """Yield gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+        """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
 
         Args:
             model: The model to evaluate.
             variables: The variables to differentiate by.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
-            held_out: Takes the batches that follow those of the samples, once all samples are drawn.
+            held_out: Filled with the batches that follow, once all samples are drawn.
 
         Yields:
             The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
@@ -86,77 +78,33 @@ class GradientSampler:
 
         Raises:
             TypeError: If there are options and the batches do not come from a callable that takes them.
-            ValueError: If there is no loss, no batch at all, a batch has another form, or the loss depends on none of
-                the variables.
+            ValueError: If there is no loss, no batch at all, a batch has an unsupported form, or the loss depends on
+                none of the variables.
         """
         self._check_has_loss(model)
         metrics = _values(model.metrics_variables)
-        zero = [*range(len(variables))]
-        drawn = 0
         batches = (_batch(each) for each in batches_to_sample(self._source, count, options, held_out))
+        samples = current_backend().loss_gradients(model, variables, self._loss_of(model), batches, _scale(model))
+        paths = [variable.path for variable in variables]
         try:
-            for gradients in current_backend().loss_gradients(
-                model, variables, self._loss_of(model), batches, _scale(model)
-            ):
-                if all(gradient is None for gradient in gradients):
-                    raise ValueError(
-                        "the loss of the sampled batches depends on none of the weights to prune: "
-                        f"{', '.join(variable.path for variable in variables)}"
-                    )
-                drawn += 1
-                zero = [place for place in zero if gradients[place] is None or not gradients[place].any()]
-                if drawn == count:  # before the last one is taken, after which nobody asks for another
-                    paths = [variables[place].path for place in zero]
-                    warn_once(_logger, zero_in_all_samples(paths, len(variables)), self._logged)
-                yield [
-                    np.zeros(tuple(variable.shape), np.float32) if gradient is None else gradient
-                    for gradient, variable in zip(gradients, variables, strict=True)
-                ]
+            yield from self._without_gaps(
+                samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32)
+            )
         finally:
             _put_back(metrics)
 
-    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
-        """Draw batches as for gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
-
-        Args:
-            count: How many batches to draw.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches, as the dataset gives them.
-
-        Raises:
-            TypeError: If there are options and the batches do not come from a callable that takes them.
-            ValueError: If there is no batch at all.
-        """
-        return list(batches_to_sample(self._source, count, options))
-
-    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
-        """Return the batches of one pass over the data.
-
-        Args:
-            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches one by one, as the dataset gives them; errors are raised as by :meth:`batches`.
-        """
-        return batches_of_one_pass(self._source, at_most, options)
-
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
-        """Return the mean loss of batches in inference mode; metrics are as before afterwards.
+        """Return the mean loss of batches in inference mode; metrics do not change.
 
         Args:
             model: The model to evaluate.
-            batches: Batches in a form that the dataset may give; each counts the same.
+            batches: Batches in a form that the dataset may yield; all have the same weight.
 
         Returns:
             The mean of the losses.
 
         Raises:
-            ValueError: If the model has no loss, there is no batch, or one has another form.
+            ValueError: If the model has no loss, there is no batch, or one has an unsupported form.
         """
         self._check_has_loss(model)
         compiled_with = (model, model._compile_loss, model.run_eagerly)
@@ -168,23 +116,21 @@ class GradientSampler:
             losses = [float(keras.ops.convert_to_numpy(evaluate(_batch(each)))) for each in batches]
         finally:
             _put_back(metrics)
-        if not losses:
-            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
-        return math.fsum(losses) / len(losses)
+        return mean_loss(losses)
 
     def forward(self, model: Any, batch: Any, *, training: bool = False) -> Any:
         """Run the model on one batch, without gradients.
 
         Args:
             model: The model to run.
-            batch: A batch in a form that the dataset may give, or inputs alone.
-            training: Whether it runs as in training, in which normalization statistics are updated.
+            batch: A batch in a form that the dataset may yield, or inputs alone.
+            training: Whether it runs as in training, which updates normalization statistics.
 
         Returns:
-            What the model returned.
+            The output of the model.
 
         Raises:
-            ValueError: If the batch has another form.
+            ValueError: If the batch has an unsupported form.
         """
         x = _inputs(batch)
         with current_backend().no_gradients():
@@ -216,34 +162,34 @@ def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 
 def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
-    for variable, value in values:  # some losses keep count of themselves
+    for variable, value in values:  # some losses have metrics of their own
         variable.assign(value)
 
 
 def _batches_of(dataset: Any) -> Any:
-    """Return the dataset as something that yields its batches once in each iteration, or the callable that it is."""
+    """Return the dataset as an iterable of batches that can be restarted, or as the callable that it is."""
     if isinstance(dataset, keras.utils.PyDataset):
-        return _Cut(dataset.__getitem__, lambda: range(dataset.num_batches))
+        return _IndexedBatches(dataset.__getitem__, lambda: range(dataset.num_batches))
     if isinstance(dataset, tuple | np.ndarray) or keras.ops.is_tensor(dataset):
-        return _Cut(
+        return _IndexedBatches(
             lambda start: keras.tree.map_structure(lambda array: array[start : start + _BATCH_SIZE], dataset),
             lambda: range(0, len(keras.tree.flatten(dataset)[0]), _BATCH_SIZE),
         )
     return dataset
 
 
-class _Cut:
-    """Batches that are made one by one from their places."""
+class _IndexedBatches:
+    """Batches that are made one by one from their indices."""
 
-    def __init__(self, batch_at: Callable[[int], Any], places: Callable[[], range]) -> None:
+    def __init__(self, batch_at: Callable[[int], Any], indices: Callable[[], range]) -> None:
         self._batch_at = batch_at
-        self._places = places
+        self._indices = indices
 
     def __iter__(self) -> Iterator[Any]:
-        return map(self._batch_at, self._places())
+        return map(self._batch_at, self._indices())
 
     def __len__(self) -> int:
-        return len(self._places())
+        return len(self._indices())
 
 
 def _batch(batch: Any) -> tuple[Any, Any, Any]:
@@ -261,7 +207,7 @@ def _batch(batch: Any) -> tuple[Any, Any, Any]:
 
 
 def _inputs(batch: Any) -> Any:
-    """Return the inputs of a batch, which needs no targets; what is no tuple or list is inputs, as in Keras."""
+    """Return the inputs of a batch without its targets; anything but a tuple or list is inputs, as in Keras."""
     if isinstance(batch, tuple | list):
         return _batch(batch if len(batch) != 1 else (batch[0], None))[0]
     return keras.tree.map_structure(_tensor, batch)

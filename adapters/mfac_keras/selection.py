@@ -10,9 +10,9 @@ from typing import Any
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import selection_warnings, warn_once
+from mfac_core.left_out import names_in_layers, selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
-from mfac_core.weight_names import ModelNames, join_names, layers_of_names, matching_names, selected_names
+from mfac_core.weight_names import ModelNames, join_names, layers_of_names, selected_names
 from mfac_keras.conditions import check_model
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]
@@ -94,27 +94,12 @@ def select_variables(
 def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
     """Return the variables that ``params`` matches, frozen or not, in the order of ``model.weights``.
 
-    Args:
-        model: A built Keras model.
-        params: As in :func:`select_variables`, but that a layer means all variables in it.
-        strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
-
-    Returns:
-        The variables by path.
-
-    Raises:
-        SettingError: If an entry matches nothing, and ``strict``.
+    A layer means all variables in it. An entry that matches nothing is an error if ``strict``, otherwise a warning.
     """
     named = _trainable_by_nature(model)
-    names = _names(model, named)
-    found: set[str] = set()
-    for entry in params:
-        with _hint_for_pytorch(entry):
-            matched = matching_names(entry, names, whole_layers=True, strict=strict)
-        if not matched:
-            _logger.warning("params: %r matches no variable of the model and is left out", entry)
-        found.update(matched)
-    return {name: variable for name, variable in named.items() if name in found}
+    with _hint_for_pytorch(*params):
+        matched = names_in_layers(params, _names(model, named), strict=strict)
+    return {name: variable for name, variable in named.items() if name in matched}
 
 
 def prunable_variables(model: Any) -> dict[str, Any]:
@@ -142,24 +127,13 @@ def prunable_variables(model: Any) -> dict[str, Any]:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return a model and all layers in it, at any depth.
-
-    Args:
-        model: A Keras model.
-
-    Returns:
-        Each layer once.
-    """
+    """Return a model and all layers in it, at any depth, each once."""
     return list(model._flatten_layers(include_self=True, recursive=True))
 
 
 @contextmanager
 def _hint_for_pytorch(*entries: str) -> Iterator[None]:
-    """Add to an error what names of PyTorch are called here.
-
-    Raises:
-        SettingError: The error that was raised inside, with the hint.
-    """
+    """Add a hint to an error about names that PyTorch uses."""
     try:
         yield
     except SettingError as error:

@@ -10,10 +10,10 @@ Read in this order:
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained
 * ``wrappers``: the model inside what holds it
-* ``selection``: which parameters ``params`` means
+* ``selection``, ``layout``: which parameters ``params`` means, and the order of their axes
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
 * ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the weights that there are now
-* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter bears
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter tolerates
 * ``masking``: pruned weights stay at exactly zero
 * ``optimizer_state``: what optimizers remember of pruned weights
 * ``outside_changes``: what others do to these weights between two steps

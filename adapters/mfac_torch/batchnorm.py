@@ -1,9 +1,9 @@
-"""Running statistics of batch normalization, estimated anew for the weights that a model has now."""
+"""Running statistics of batch normalization, estimated anew for the current weights of a model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from mfac_core.session.batch_statistics import BatchStatistics, estimated_anew_line, no_statistics_line
+from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
 from mfac_torch.sampling import GradSampler
 from mfac_torch.wrappers import unwrapped
 
@@ -26,29 +26,28 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | None = None) -> int:
     """Estimate the running statistics of batch normalization anew, as the average over batches.
 
-    Pruning in one shot changes what comes into these layers, and their statistics remain those of before. While they
-    are estimated, these layers alone are in training mode: dropout is not active. Training flags and momenta are as
-    before afterwards; ``num_batches_tracked`` is the number of batches.
+    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
+    layers are in training mode: dropout is not active. Training flags and momenta are restored afterwards;
+    ``num_batches_tracked`` is the number of batches. After an exception, here or in the model, the statistics are the
+    old ones.
 
-    Left as they are: layers without running statistics, those that no batch comes through, and, in a model that is in
-    training mode, frozen ones, which are not.
+    Layers without running statistics do not change, nor do layers that no batch comes through, nor frozen ones: layers
+    in evaluation mode in a model that is in training mode.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
         loader: Batches as :class:`GradSampler` takes them, such as a ``DataLoader``, or a :class:`GradSampler`. Batches
             as large as in training are best.
-        num_batches: How many batches to use at most; ``None`` for all of one pass over the data, or the first 1,000 of
+        num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
             data without a length.
 
     Returns:
         The number of layers whose statistics were estimated anew.
 
     Raises:
-        TypeError: If the model is no module, or the loader no source of batches.
-        ValueError: If there is no batch, one has another form, an input of these layers is not finite, or a lazy layer
-            has not seen any input yet.
-
-    Whatever is raised, here or by the model, the statistics are as before.
+        TypeError: If the model is not a module, or the loader is not a source of batches.
+        ValueError: If there is no batch, one has an unsupported form, an input of these layers is not finite, or a lazy
+            layer has not seen any input yet.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -61,82 +60,40 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
     return RunningStatistics(inside).estimate_anew(sampler, num_batches)
 
 
-class RunningStatistics:
-    """What the batch normalization layers of a model keep of their inputs.
+class RunningStatistics(LayerStatistics):
+    """The running statistics of the batch normalization layers of an unwrapped model.
 
-    Args:
-        model: The model, unwrapped.
-
-    Attributes:
-        layers: The layers that have running statistics which may be estimated anew, by name.
-        frozen: Names of those that are in evaluation mode in a model that is in training mode.
+    Layers in evaluation mode are frozen if the model is in training mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        every = {
+        layers = {
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, _BatchNorm) and all(getattr(layer, each) is not None for each in _BUFFERS)
         }
-        self.frozen = [name for name, layer in every.items() if model.training and not layer.training]
-        self.layers = {name: layer for name, layer in every.items() if name not in self.frozen}
+        frozen = [name for name, layer in layers.items() if model.training and not layer.training]
+        super().__init__(layers, frozen, _logger)
 
-    def estimate_anew(
-        self, sampler: GradSampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
-    ) -> int:
-        """Estimate the statistics as the average over batches; an exception leaves them as they were.
-
-        Args:
-            sampler: Where the batches come from.
-            num_batches: As in :func:`recalibrate_batchnorm`.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The number of layers whose statistics were estimated anew.
-
-        Raises:
-            ValueError: As in :func:`recalibrate_batchnorm`.
-        """
+    def _copies(self) -> dict[str, list[torch.Tensor]]:
         lazy = [name for name, layer in self.layers.items() if is_lazy(getattr(layer, _BUFFERS[0]))]
         if lazy:
             raise ValueError(
                 f"{', '.join(lazy)} has no statistics, because no input has come through yet; call the model on a "
                 "batch first"
             )
-        if not self.layers:
-            _logger.info("%s", no_statistics_line(self.frozen))
-            return 0
-        statistics = BatchStatistics(self.layers)
-        before = self.copied()
-        try:
-            with self._measuring():
-                for batch in sampler.one_pass(num_batches, options):
-                    self._measure(sampler, batch, statistics)
-            self.put_back(before)
-            for name, mean, variance in statistics.averages():
-                layer = self.layers[name]
-                for buffer, value in zip(_BUFFERS, (mean, variance, statistics.calls(name)), strict=True):
-                    getattr(layer, buffer).copy_(torch.as_tensor(value))
-        except BaseException:
-            self.put_back(before)
-            raise
-        _logger.info("%s", estimated_anew_line(statistics, self.frozen))
-        return len(statistics.averages())
-
-    def copied(self) -> dict[str, list[torch.Tensor]]:
-        """Return copies of the statistics by layer."""
         return {name: [getattr(layer, each).clone() for each in _BUFFERS] for name, layer in self.layers.items()}
 
-    def put_back(self, copied: Mapping[str, list[torch.Tensor]]) -> None:
-        """Give the statistics the values of copies.
-
-        Args:
-            copied: What :meth:`copied` returned.
-        """
-        for name, values in copied.items():
+    def _restore(self, copies: Mapping[str, Sequence[Any]]) -> None:
+        for name, values in copies.items():
             for buffer, value in zip(_BUFFERS, values, strict=True):
-                getattr(self.layers[name], buffer).copy_(value)
+                getattr(self.layers[name], buffer).copy_(torch.as_tensor(value))
+
+    def _write(self, statistics: BatchStatistics) -> None:
+        self._restore(
+            {name: (mean, variance, statistics.calls(name)) for name, mean, variance in statistics.averages()}
+        )
 
     def _measure(self, sampler: GradSampler, batch: Any, statistics: BatchStatistics) -> None:
         for layer in self.layers.values():
@@ -145,11 +102,9 @@ class RunningStatistics:
         for name, layer in self.layers.items():
             mean, variance, calls = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS)
             statistics.add(name, mean, variance, int(calls))
-        statistics.num_batches += 1
 
     @contextmanager
-    def _measuring(self) -> Iterator[None]:
-        """Put the layers in training mode, the rest of the model not; flags and momenta are as before afterwards."""
+    def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
         flags = [(module, module.training) for module in self._model.modules()]
         momenta = [(layer, layer.momentum) for layer in self.layers.values()]
         self._model.eval()
@@ -166,7 +121,7 @@ class RunningStatistics:
 
 
 class _WithoutLoss(GradSampler):
-    """Batches of which the model gets the inputs; the target too only where it cannot be called without."""
+    """Batches whose inputs go to the model; the target too, but only if the model cannot be called without it."""
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         is_input = isinstance(batch, torch.Tensor) or (isinstance(batch, tuple | list) and len(batch) == 1)

@@ -16,7 +16,7 @@ from mfac_core.errors import DeviceError, SettingError
 from mfac_core.weight_names import join_names
 
 __all__ = [
-    "check_plain",
+    "check_prunable",
     "state_to_arrays",
     "state_to_tensors",
     "to_array",
@@ -29,19 +29,10 @@ _logger = logging.getLogger("mfac_torch")
 
 
 def to_array(tensor: torch.Tensor) -> Array:
-    """Return the values of a tensor as an array that the core computes with.
+    """Return the values of a dense floating-point tensor as a NumPy array, or as a CuPy array if it is on a GPU.
 
-    Float32 and float64 tensors share their memory with the array where both libraries can reach it: in host memory
-    with NumPy, on an NVIDIA GPU with CuPy. Smaller float types are copied to float32.
-
-    Args:
-        tensor: A dense floating-point tensor of any shape, on any device.
-
-    Returns:
-        A NumPy array, or a CuPy array on the tensor's GPU where CuPy is installed. Treat it as read-only.
-
-    Raises:
-        TypeError: If the tensor is not a dense floating-point tensor with data.
+    The array shares the memory of float32 and float64 tensors in host memory, and on an NVIDIA GPU if CuPy is
+    installed; treat it as read-only. Smaller float types are copied to float32.
 
     Example:
         >>> to_array(torch.ones(2, dtype=torch.bfloat16))
@@ -60,36 +51,26 @@ def to_array(tensor: torch.Tensor) -> Array:
     return tensor.cpu().numpy()
 
 
-def check_plain(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights that cannot be pruned as they are stored.
-
-    Args:
-        tensors: Tensors by name.
-
-    Raises:
-        SettingError: If one is not a plain, dense, real floating-point tensor with values; the message names all.
-    """
-    strange: dict[str, list[str]] = {}
+def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights unless they are plain, dense, real floating-point tensors with values; the message names all."""
+    refused: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        found = _strange(tensor)
-        if found:
-            strange.setdefault(found, []).append(name)
-    if strange:
+        reason = _why_not_prunable(tensor)
+        if reason:
+            refused.setdefault(reason, []).append(name)
+    if refused:
         raise SettingError(
             "params",
             "only plain, dense, real floating-point weights can be pruned, and these are not: "
-            + "; ".join(f"{join_names(names)} ({found})" for found, names in strange.items()),
+            + "; ".join(f"{join_names(names)} ({reason})" for reason, names in refused.items()),
         )
 
 
 def wait_until_read(devices: Iterable[torch.device]) -> None:
-    """Wait until the core has read the tensors that it was given, where torch would not wait by itself.
+    """Wait until the core has read tensors on these devices, if torch computes on another stream than the core.
 
-    The core reads asynchronously on CUDA's default stream. Work that torch queues there comes after it; a loop that
-    trains on a stream of its own could write to the tensors again too early.
-
-    Args:
-        devices: Where the tensors are.
+    The core reads asynchronously on CUDA's default stream. Work that torch queues on that stream comes after it; a
+    training loop on a stream of its own could overwrite the tensors too early.
     """
     for index in {device.index for device in devices if device.type == "cuda"}:
         device = _array_device(index)
@@ -98,13 +79,9 @@ def wait_until_read(devices: Iterable[torch.device]) -> None:
 
 
 def to_tensor(array: Array) -> torch.Tensor:
-    """Return an array as a tensor of the same dtype on the array's device.
+    """Return an array as a tensor of the same dtype on the same device; treat it as read-only.
 
-    Args:
-        array: A NumPy or CuPy array of any shape.
-
-    Returns:
-        A tensor; it shares memory with the array unless the array is read-only. Treat it as read-only.
+    The tensor shares the memory of the array unless the array is read-only.
     """
     if isinstance(array, np.ndarray):
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
@@ -112,17 +89,7 @@ def to_tensor(array: Array) -> torch.Tensor:
 
 
 def write_back(tensor: torch.Tensor, array: Array) -> None:
-    """Write the values of an array into a tensor in place.
-
-    The tensor keeps its dtype, device, strides and ``requires_grad``; autograd does not record the change.
-
-    Args:
-        tensor: The tensor or parameter to overwrite.
-        array: A NumPy or CuPy array of the same shape.
-
-    Raises:
-        ValueError: If the shapes differ.
-    """
+    """Write the values of an array into a tensor of the same shape in place; autograd does not record the change."""
     if tuple(tensor.shape) != tuple(array.shape):
         raise ValueError(
             f"an array of shape {tuple(array.shape)} cannot be written into a tensor of shape {tuple(tensor.shape)}; "
@@ -133,14 +100,7 @@ def write_back(tensor: torch.Tensor, array: Array) -> None:
 
 
 def state_to_tensors(state: Any) -> Any:
-    """Return a state with tensors for its arrays, so that ``torch.load(weights_only=True)`` reads it.
-
-    Args:
-        state: Arrays, plain values, and dictionaries and lists of these.
-
-    Returns:
-        The same with a tensor for each array and a plain number for each NumPy number.
-    """
+    """Return a state with a tensor for each array, so that ``torch.load(weights_only=True)`` reads it."""
     if isinstance(state, Mapping):
         return {key: state_to_tensors(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -151,17 +111,7 @@ def state_to_tensors(state: Any) -> Any:
 
 
 def state_to_arrays(state: Any) -> Any:
-    """Return a state with arrays for its tensors: the way back from :func:`state_to_tensors`.
-
-    Args:
-        state: Tensors, plain values, and dictionaries and lists of these.
-
-    Returns:
-        The same with a NumPy array for each tensor.
-
-    Raises:
-        ValueError: If NumPy has nothing like a tensor of it: then :func:`state_to_tensors` did not make it.
-    """
+    """Return a state with a NumPy array for each tensor: the inverse of :func:`state_to_tensors`."""
     if isinstance(state, Mapping):
         return {key: state_to_arrays(value) for key, value in state.items()}
     if isinstance(state, list | tuple):
@@ -174,8 +124,8 @@ def state_to_arrays(state: Any) -> Any:
         raise ValueError(f"the state is broken: it holds a tensor of {state.dtype}; load another checkpoint") from error
 
 
-def _strange(tensor: torch.Tensor) -> str:
-    """Return what a tensor is that is not plain, and what to do about it; nothing for a plain one."""
+def _why_not_prunable(tensor: torch.Tensor) -> str:
+    """Return why a tensor cannot be pruned as it is stored, and what to do about it; empty if it can."""
     kind = type(tensor).__name__
     if kind == "DTensor":
         return "a DTensor, of a model that is distributed (fully_shard, FSDP2); prune before the model is distributed"

@@ -1,4 +1,4 @@
-"""A small convolutional network on scikit-learn's handwritten digits: the data, the model and its training."""
+"""A small convolutional network on handwritten digits: the data, the model and its training."""
 
 from __future__ import annotations
 
@@ -10,21 +10,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mfac_core.demo.runs import BATCH_SIZE, DigitImages
+from mfac_core.demo.digits import DigitImages
+from mfac_core.demo.runs import BATCH_SIZE
 
 __all__ = ["Digits", "accuracy", "make_network", "train"]
 
 
 @dataclass(frozen=True)
 class Digits:
-    """1,797 images of 8 x 8 pixels, three tenths of them for testing.
-
-    Args:
-        train_images: Shape ``(n, 1, 8, 8)``, float32 in ``[0, 1]``.
-        train_labels: Shape ``(n,)``, integers from 0 to 9.
-        test_images: Shape ``(k, 1, 8, 8)``.
-        test_labels: Shape ``(k,)``.
-    """
+    """Handwritten digits: images of shape ``(n, 1, 8, 8)``, float32 in ``[0, 1]``, and labels of shape ``(n,)``."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -33,16 +27,8 @@ class Digits:
 
     @classmethod
     def load(cls, seed: int) -> Self:
-        """Return the digits as scikit-learn carries them, split by a seed with equal shares of each digit.
-
-        Args:
-            seed: Seed of the split.
-
-        Returns:
-            The data.
-        """
-        train_images, train_labels, test_images, test_labels = map(torch.from_numpy, DigitImages.load(seed))
-        return cls(train_images.unsqueeze(1), train_labels, test_images.unsqueeze(1), test_labels)
+        """Return the digits, split by a seed with equal shares of each digit."""
+        return cls(*map(torch.from_numpy, DigitImages.load(seed, channel_axis=1)))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -50,28 +36,13 @@ class Digits:
         return -(-len(self.train_images) // BATCH_SIZE)
 
     def batches(self, generator: torch.Generator, size: int = BATCH_SIZE) -> list[tuple[Tensor, Tensor]]:
-        """Return one pass over the training images in random order.
-
-        Args:
-            generator: Source of the order.
-            size: Images per batch.
-
-        Returns:
-            Images and labels of each batch.
-        """
+        """Return images and labels of each batch of one pass over the training images in random order."""
         order = torch.randperm(len(self.train_images), generator=generator)
-        return [(self.train_images[part], self.train_labels[part]) for part in order.split(size)]
+        return [(self.train_images[indices], self.train_labels[indices]) for indices in order.split(size)]
 
 
 def make_network(seed: int) -> nn.Sequential:
-    """Return the untrained network: two convolutions and two linear layers, 9,168 prunable weights.
-
-    Args:
-        seed: Seed of the weights.
-
-    Returns:
-        The network.
-    """
+    """Return the untrained network: two convolutions and two linear layers, 9,168 prunable weights."""
     torch.manual_seed(seed)
     return nn.Sequential(
         OrderedDict(
@@ -98,16 +69,7 @@ def train(
     seed: int,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
-    """Train with cross-entropy: the plain loop of any user.
-
-    Args:
-        model: The network; trained in place.
-        optimizer: A PyTorch optimizer over its parameters.
-        digits: The data.
-        epochs: Passes over the training images.
-        seed: Seed of the order of the batches.
-        after_epoch: Called with the number of completed epochs.
-    """
+    """Train a network in place with cross-entropy, as a plain training loop does; the seed orders the batches."""
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         for images, labels in digits.batches(generator):
@@ -119,17 +81,9 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, digits: Digits) -> float:
-    """Return the share of test images that the network names rightly.
-
-    Args:
-        model: The network.
-        digits: The data.
-
-    Returns:
-        A number in ``[0, 1]``.
-    """
+    """Return the share of test images that the network classifies correctly."""
     was_training = model.training
     model.eval()
-    right = (model(digits.test_images).argmax(dim=1) == digits.test_labels).float().mean().item()
+    correct = (model(digits.test_images).argmax(dim=1) == digits.test_labels).float().mean().item()
     model.train(was_training)
-    return float(right)
+    return float(correct)

@@ -1,23 +1,23 @@
-"""How much sparsity each parameter of a model bears."""
+"""How much sparsity each parameter of a model tolerates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-import mfac_core
 from mfac_core import Sensitivity
-from mfac_core.backends import Array, device_of
-from mfac_core.layer_sensitivity import SPARSITIES, check_num_batches, check_rows_fit, stacked_rows
+from mfac_core.backends import Array
+from mfac_core.layer_sensitivity import SPARSITIES
+from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
-from mfac_torch.conversion import check_plain, to_array, wait_until_read, write_back
-from mfac_torch.sampling import GradSampler
-from mfac_torch.selection import select_parameters, weight_axes
+from mfac_torch.conversion import check_prunable, to_array, wait_until_read, write_back
+from mfac_torch.layout import weight_axes
+from mfac_torch.sampling import sampler_of
+from mfac_torch.selection import select_parameters
 from mfac_torch.wrappers import unwrapped
 
 __all__ = ["sensitivity"]
@@ -43,8 +43,8 @@ def sensitivity(
 ) -> Sensitivity:
     """Measure how much the loss grows when one parameter alone is pruned by M-FAC, to a number of rising sparsities.
 
-    The model is written to meanwhile, and is exactly as before afterwards, also after an exception. For what is
-    measured, and what it tells, see :func:`mfac_core.sensitivity`.
+    The weights of the model change during the measurement and are restored exactly, also after an exception. See
+    :func:`mfac_core.sensitivity` for the method and for what the numbers mean.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
@@ -52,23 +52,23 @@ def sensitivity(
         loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
             or that of the :class:`GradSampler`.
         params: Which parameters, see :func:`mfac_torch.select_parameters`; frozen ones are left out.
-        exclude: What is left out of it, in the same form.
+        exclude: Exceptions from ``params``, in the same form.
         sparsities: The sparsities, rising, above 0 and below 1.
         num_grads: Gradient samples for each pruning.
-        fresh_grads: Whether they are drawn anew for each parameter and sparsity, as the recommended one-shot pruning
-            does: ``num_grads`` backward passes each time. Otherwise they are drawn once, at the dense model, for all
-            parameters together: much faster, takes memory for all of them, and shows high sparsities worse than they
+        fresh_grads: Whether to draw new samples for each parameter and sparsity, as the recommended one-shot pruning
+            does: ``num_grads`` backward passes each time. Otherwise they are drawn once, from the dense model, for all
+            parameters together: much faster, but with memory for all of them, and high sparsities look worse than they
             are.
-        num_recomputations: In how many parts each of the sparsities is reached from the one before, each with gradient
-            samples of its own where these are fresh; ``auto`` where they lie far apart.
+        num_recomputations: In how many sub-steps each sparsity is reached from the one before, each with gradient
+            samples of its own if these are fresh; ``auto`` is best if the sparsities lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
-        held_out: Batches to draw these from, in the form of those of ``loader``, such as validation data; ``None``
+        held_out: Batches to draw them from, in the form of those of ``loader``, such as validation data; ``None``
             takes those of ``loader``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
         damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
             that diagonal.
         mask_type: Pattern of the zeros, as in a recipe; ``N:M`` leaves no sparsity above ``1 - N/M``.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+        progress: Whether to show a progress bar, on a terminal or in a notebook.
 
     Returns:
         The loss and its increases by parameter name; ``print()`` shows them as a table.
@@ -76,7 +76,7 @@ def sensitivity(
     Raises:
         SettingError: If a setting is out of range or does not fit the model.
         TypeError: If an argument is of the wrong kind.
-        ValueError: If a batch has another form, or the loss of the dense model is not finite.
+        ValueError: If a batch has an unsupported form, or the loss of the dense model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
         NotImplementedError: If training is distributed over several processes.
@@ -90,71 +90,29 @@ def sensitivity(
     """
     refuse_distributed()
     model = unwrapped(model)
-    sampler = _sampler(loader, loss_fn)
+    sampler = sampler_of(loader, loss_fn)
     parameters = select_parameters(model, params, exclude)
-    check_plain(parameters)
-    check_num_batches(num_batches)
-    with _put_back(parameters) as dense:
-        weights = {name: to_array(tensor) for name, tensor in dense.items()}
-        check_rows_fit(weights, num_grads, fisher_block_size, together=not fresh_grads)
-        batches = (sampler if held_out is None else _sampler(held_out)).batches(num_batches)
-        written = dict(weights)
+    check_prunable(parameters)
 
-        def write(changed: Mapping[str, Array]) -> None:
-            for name, array in changed.items():
-                if array is not written[name]:
-                    write_back(parameters[name], array)
-                    written[name] = array
+    def gradients(names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
+        for sample in sampler.gradients(model, {name: parameters[name] for name in names}, count):
+            yield {name: to_array(gradient) for name, gradient in sample.items()}
+            wait_until_read(gradient.device for gradient in sample.values())
 
-        def loss(pruned: Mapping[str, Array]) -> float:
-            write(pruned)
-            return sampler.loss(model, batches)
-
-        def fresh(layer: Mapping[str, Array]) -> dict[str, Array]:
-            write({**weights, **layer})
-            return _rows(model, {name: parameters[name] for name in layer}, sampler, num_grads)
-
-        return mfac_core.sensitivity(
-            weights,
-            loss,
-            fresh if fresh_grads else _rows(model, parameters, sampler, num_grads),
-            sparsities=sparsities,
-            block_size=fisher_block_size,
-            damping=damp,
-            num_recomputations=num_recomputations,
-            mask_type=mask_type,
-            axes=weight_axes(model, parameters),
-            devices=[device_of(next(iter(weights.values())))],
-            progress=progress,
-        )
-
-
-def _sampler(loader: Any, loss_fn: Any = None) -> GradSampler:
-    if not isinstance(loader, GradSampler):
-        return GradSampler(loader, loss_fn)
-    if loss_fn is not None:
-        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
-    return loader
-
-
-@contextmanager
-def _put_back(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, torch.Tensor]]:
-    """Give copies of the values of parameters to a block, and put these back after it."""
-    values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    try:
-        yield values
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(values[name])
-
-
-def _rows(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], sampler: GradSampler, count: int
-) -> dict[str, Array]:
-    def samples() -> Iterator[dict[str, Array]]:
-        for gradients in sampler.gradients(model, parameters, count):
-            yield {name: to_array(gradient) for name, gradient in gradients.items()}
-            wait_until_read(gradient.device for gradient in gradients.values())
-
-    return stacked_rows(samples(), count)
+    return model_sensitivity(
+        {name: to_array(parameter.detach().clone()) for name, parameter in parameters.items()},
+        write=lambda name, array: write_back(parameters[name], array),
+        gradients=gradients,
+        loss=partial(sampler.loss, model),
+        batches=(sampler if held_out is None else sampler_of(held_out)).batches,
+        axes=weight_axes(model, parameters),
+        sparsities=sparsities,
+        num_grads=num_grads,
+        fresh_grads=fresh_grads,
+        num_recomputations=num_recomputations,
+        num_batches=num_batches,
+        fisher_block_size=fisher_block_size,
+        damp=damp,
+        mask_type=mask_type,
+        progress=progress,
+    )

@@ -17,13 +17,21 @@ from mfac_core.pruners.step import PruneResult
 from mfac_core.sample_batches import HeldOut
 from mfac_core.session.live_pruning import LivePruning
 from mfac_core.settings.pruning import ConstantSettings, PruningSettings
-from mfac_torch.conversion import check_plain, state_to_arrays, state_to_tensors, to_array, wait_until_read, write_back
+from mfac_torch.conversion import (
+    check_prunable,
+    state_to_arrays,
+    state_to_tensors,
+    to_array,
+    wait_until_read,
+    write_back,
+)
+from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import forget, forget_all
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
-from mfac_torch.selection import select_parameters, weight_axes
+from mfac_torch.selection import select_parameters
 
 __all__ = ["TorchPruning"]
 
@@ -69,7 +77,7 @@ class TorchPruning(LivePruning):
         self.parameters = select_parameters(
             model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
         )
-        check_plain(self.parameters)
+        check_prunable(self.parameters)
         self._model = model
         self._optimizers = optimizers
         self._trained_by = [_trained_by(optimizer, self.parameters) for optimizer in optimizers]

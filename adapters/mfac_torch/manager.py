@@ -433,7 +433,8 @@ class ScheduledModifierManager(ModifierList):
     ) -> dict[str, Any]:
         """Go on from a file of :meth:`save_checkpoint`; call :meth:`modify` first.
 
-        Model, optimizers and manager go on together or, if something does not fit, not at all. Where the file is damaged and the one before it is whole, that one is taken, with a warning in the log.
+        Model, optimizers and manager go on together or, if something does not fit, not at all. Where the file is
+        damaged and the one before it is whole, that one is taken, with a warning in the log.
 
         Args:
             path: The file.

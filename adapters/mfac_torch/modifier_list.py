@@ -13,7 +13,7 @@ import yaml
 
 from mfac_core.files import write_file
 from mfac_core.recipe import load_recipe, recipe_text
-from mfac_core.recipe.linting import lint
+from mfac_core.recipe.linting import NO_PRUNING, lint
 from mfac_core.settings.training import LearningRateFunction, LearningRateSchedule, SetLearningRate
 from mfac_torch.modifier import EpochRangeModifier, Modifier, PruningModifier, Settings, modifier_for
 
@@ -98,7 +98,8 @@ class ModifierList:
         modifiers = cls(
             [*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], {**recipe.metadata, **(metadata or {})}
         )
-        modifiers._logged = lint(recipe, sampled=True)  # whether there is a sampler shows later
+        # whether there is a sampler, and modifiers of another recipe that prune, shows later
+        modifiers._logged = tuple(each for each in lint(recipe, sampled=True) if each != NO_PRUNING)
         for warning in modifiers._logged:
             _logger.warning("%s: %s", recipe.source, warning)
         return modifiers

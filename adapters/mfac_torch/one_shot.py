@@ -15,7 +15,7 @@ from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import MFACPruningModifier
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.sampling import GradSampler
+from mfac_torch.sampling import sampler_of
 
 __all__ = ["prune_one_shot"]
 
@@ -71,20 +71,12 @@ def prune_one_shot(
     _refuse_recipe(loader, loss_fn, sparsity, recipe_keys)
     keys = recommended_keys(recipe_keys, sparsity)
     manager = ScheduledModifierManager([MFACPruningModifier(**keys)])
-    sampler = _sampler(loader, loss_fn)
+    sampler = sampler_of(loader, loss_fn)
     line = recommended_line({**recipe_keys, "final_sparsity": keys["final_sparsity"]})
     if line:
         _logger.info("%s", line)
     manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)
     return manager.masks
-
-
-def _sampler(loader: Any, loss_fn: Any) -> GradSampler:
-    if not isinstance(loader, GradSampler):
-        return GradSampler(loader, loss_fn)
-    if loss_fn is not None:
-        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
-    return loader
 
 
 def _refuse_recipe(loader: Any, loss_fn: Any, sparsity: Any, keys: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
@@ -12,35 +11,34 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from mfac_core.left_out import warn_once
-from mfac_core.sample_batches import BatchSource, HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import BatchSource, HeldOut, Sampler, batches_to_sample, mean_loss
 
-__all__ = ["GradSampler"]
+__all__ = ["GradSampler", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 _logger = logging.getLogger("mfac_torch")
 
 
-class GradSampler:
+class GradSampler(Sampler):
     """Draws gradient samples: the gradients of a loss, one per batch of a data loader.
 
-    The model is left as it was: the training flag of each module, ``.grad`` and normalization statistics do not change.
+    Sampling leaves the training flags of the modules, ``.grad`` and normalization statistics unchanged.
 
     Args:
         data_loader_or_builder: Batches, each ``(inputs, targets)`` for ``model(inputs)``, ``(args, kwargs, target)``
             for ``model(*args, **kwargs)``, or a mapping for ``model(**batch)``, whose ``labels`` are the target of
-            ``loss_fn``; or a callable that returns an iterator of such batches. It is called anew for each drawing,
-            and when its batches have run out. What a recipe gives as ``grad_sampler_kwargs`` is passed to it: by name
-            where it has these arguments, otherwise as one dictionary.
+            ``loss_fn``; or a callable that returns an iterator of such batches. The callable is called each time that
+            samples are drawn, and again when its batches run out; ``grad_sampler_kwargs`` of a recipe are passed to it
+            by name if it has these arguments, otherwise as one dictionary.
             Tensors in host memory are moved to the device of the model.
-        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``output`` is what the model returned, or the first entry
-            of a tuple that the function does not take. ``None`` takes the loss that the model returns itself, called
-            with all of the batch: a scalar tensor, ``output.loss``, the first entry of a tuple, or the sum of a
+        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``output`` is the output of the model, or its first entry
+            if the function does not take a tuple. ``None`` uses the loss that the model itself returns when it is
+            called with the whole batch: a scalar tensor, ``output.loss``, the first entry of a tuple, or the sum of a
             dictionary of losses.
-        training: Whether the model is evaluated in training mode, as models that return losses in that mode only need
-            it; normalization statistics are put back after each sample. In a model that is in training mode already,
-            modules that are not (a frozen normalization layer) stay as they are.
+        training: Whether the model is evaluated in training mode, for models that return losses in that mode only;
+            normalization statistics are restored after each sample. In a model that is in training mode already,
+            modules that are not (a frozen normalization layer) stay in evaluation mode.
         progress: Whether to show a progress bar while sampling.
 
     Raises:
@@ -78,31 +76,30 @@ class GradSampler:
             )
         if loss_fn is not None and not callable(loss_fn):
             raise TypeError(
-                f"loss_fn is a {type(loss_fn).__name__}; pass a callable loss_fn(output, target), or none where the "
-                "model returns its loss"
+                f"loss_fn is a {type(loss_fn).__name__}; pass a callable loss_fn(output, target), or None if the model "
+                "returns its loss"
             )
         if isinstance(loss_fn, type):
             raise TypeError(f"loss_fn is the class {loss_fn.__name__}; make a loss of it: {loss_fn.__name__}()")
-        self._source = data_loader_or_builder
+        super().__init__(data_loader_or_builder)
         self._loss_fn = loss_fn
         self._training = training
         self._progress = progress
         self._takes_first_entry = False
-        self._logged: set[str] = set()
 
     @classmethod
     def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
         """Return a sampler from a sampler or from the older dictionary form.
 
         Args:
-            sampler: A :class:`GradSampler`, or ``{"data_loader_builder": ..., "loss_function": ...}``; ``loss_fn`` is
-                taken for ``loss_function`` too, which may be left out where the model returns its loss.
+            sampler: A :class:`GradSampler`, or ``{"data_loader_builder": ..., "loss_function": ...}``. The second key
+                may be called ``loss_fn``, and is optional if the model returns its loss.
 
         Returns:
-            The sampler itself, or one made from the dictionary.
+            The sampler itself, or one built from the dictionary.
 
         Raises:
-            TypeError: If it is neither; the message names what is wrong.
+            TypeError: If it is neither.
         """
         if isinstance(sampler, GradSampler):
             return sampler
@@ -125,26 +122,24 @@ class GradSampler:
         *,
         held_out: HeldOut | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
+        """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
 
         Args:
             model: The model to evaluate, unwrapped.
             parameters: The parameters to differentiate by, by name.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
-            held_out: Takes the batches that follow those of the samples, once all samples are drawn.
+            held_out: Filled with the batches that follow, once all samples are drawn.
 
         Yields:
             The gradient of one batch's loss by parameter name, each of its parameter's shape; zeros for a parameter
             that the loss does not depend on.
 
         Raises:
-            ValueError: If there is no batch at all, a batch has another form, the loss is not a scalar that depends
-                on the parameters, or inference mode is on.
-            TypeError: If the batches do not come from a callable that takes the options, or the model does not take
-                them.
+            ValueError: If there is no batch at all, a batch has an unsupported form, the loss is not a scalar that
+                depends on the parameters, or inference mode is on.
+            TypeError: If there are options and the batches do not come from a callable that takes them, or the model
+                does not take the batches.
         """
         if torch.is_inference_mode_enabled():
             raise ValueError(
@@ -152,61 +147,26 @@ class GradSampler:
                 "of it, or under torch.no_grad()"
             )
         batches = batches_to_sample(self._source, count, options, held_out)
-        zero = dict.fromkeys(parameters)
+        samples = (self._gradient(model, parameters, batch) for batch in batches)
+        tensors = list(parameters.values())
+        rows = self._without_gaps(samples, list(parameters), count, lambda index: torch.zeros_like(tensors[index]))
         with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
-            for number, batch in enumerate(batches, start=1):
-                gradients = self._gradient(model, parameters, batch)
-                zero = {name: None for name in zero if (each := gradients[name]) is None or not each.any()}
-                if number == count:  # before the last one is taken, after which nobody asks for another
-                    warn_once(_logger, zero_in_all_samples(zero, len(parameters)), self._logged)
-                yield {
-                    name: torch.zeros_like(parameters[name]) if gradient is None else gradient
-                    for name, gradient in gradients.items()
-                }
+            for row in rows:
+                yield dict(zip(parameters, row, strict=True))
                 advance()
 
-    def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
-        """Draw batches as for gradient samples.
-
-        When the data end early they are started again; an iterator, which cannot be, yields what it had.
-
-        Args:
-            count: How many batches to draw.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches, as the data loader gives them.
-
-        Raises:
-            ValueError: If there is no batch at all.
-            TypeError: If the batches do not come from a callable that takes the options.
-        """
-        return list(batches_to_sample(self._source, count, options))
-
-    def one_pass(self, at_most: int | None = None, options: Mapping[str, object] | None = None) -> Iterator[Any]:
-        """Return the batches of one pass over the data.
-
-        Args:
-            at_most: How many at most; ``None`` for all, of data without a length the first 1,000.
-            options: Passed to the callable that makes the batches.
-
-        Returns:
-            The batches one by one, as the data loader gives them; errors are raised as by :meth:`batches`.
-        """
-        return batches_of_one_pass(self._source, at_most, options)
-
     def loss(self, model: nn.Module, batches: Iterable[Any]) -> float:
-        """Return the mean loss of batches, in the mode of the gradient samples; no gradients arrive in the model.
+        """Return the mean loss of batches, in the mode of the gradient samples, without gradients in the model.
 
         Args:
             model: The model to evaluate, unwrapped.
-            batches: Batches in a form that the data loader may give; each counts the same.
+            batches: Batches in a form that the data loader may yield; all have the same weight.
 
         Returns:
             The mean of the losses.
 
         Raises:
-            ValueError: If there is no batch, one has another form, or the loss is not a scalar.
+            ValueError: If there is no batch, one has an unsupported form, or the loss is not a scalar.
             TypeError: If the model does not take the batches.
 
         Example:
@@ -222,22 +182,20 @@ class GradSampler:
                 loss = self._loss_of(model(*args, **kwargs), target)
                 _check_scalar(loss)
                 losses.append(float(loss.detach()))
-        if not losses:
-            raise ValueError("there is no batch to evaluate the loss on; pass at least one")
-        return math.fsum(losses) / len(losses)
+        return mean_loss(losses)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
-        """Run the model on one batch, without gradients, in the mode that it is in.
+        """Run the model on one batch in its current mode, without gradients.
 
         Args:
             model: The model to run, unwrapped.
-            batch: A batch in a form that the data loader may give.
+            batch: A batch in a form that the data loader may yield.
 
         Returns:
-            What the model returned.
+            The output of the model.
 
         Raises:
-            ValueError: If the batch has another form.
+            ValueError: If the batch has an unsupported form.
             TypeError: If the model does not take it.
         """
         args, kwargs, _ = self._call_of(model, batch)
@@ -251,7 +209,7 @@ class GradSampler:
 
     def _gradient(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> list[torch.Tensor | None]:
         args, kwargs, target = self._call_of(model, batch)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
@@ -262,14 +220,9 @@ class GradSampler:
         ):
             loss = self._loss_of(model(*args, **kwargs), target)
             _check_loss(loss)
-            # Not torch.autograd.grad, which sees nothing of a block that is evaluated again in its own backward pass.
+            # Not torch.autograd.grad: it misses what a reentrant checkpoint evaluates again in its own backward pass.
             loss.backward()
-            gradients = {name: parameter.grad for name, parameter in parameters.items()}
-        if all(gradient is None for gradient in gradients.values()):
-            raise ValueError(
-                f"the loss of the GradSampler depends on none of the weights to prune: {', '.join(parameters)}"
-            )
-        return gradients
+            return [parameter.grad for parameter in parameters.values()]
 
     def _loss_of(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:
@@ -291,21 +244,28 @@ class GradSampler:
             except Exception:
                 raise error from None
             self._takes_first_entry = True
-            _logger.info("loss_fn of the GradSampler does not take the tuple that the model returns: it gets its first")
+            _logger.info(
+                "loss_fn of the GradSampler does not take the tuple that the model returns; it gets the first entry"
+            )
             return loss
 
 
-def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return what to call the model with, and the target of the loss; without one, the model gets it all.
+def sampler_of(loader: Any, loss_fn: Any = None) -> GradSampler:
+    """Return a sampler of batches, or the sampler itself, which brings its own loss."""
+    if not isinstance(loader, GradSampler):
+        return GradSampler(loader, loss_fn)
+    if loss_fn is not None:
+        raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
+    return loader
 
-    Raises:
-        ValueError: If the batch has another form, or no target.
-    """
+
+def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Return the arguments of the model and the target of the loss; without a target, the model gets all of a batch."""
     if isinstance(batch, Mapping):
         if with_target and "labels" not in batch:
             raise ValueError(
                 f"the data loader of the GradSampler yields a {type(batch).__name__} of {', '.join(map(str, batch))}, "
-                "which has no labels for loss_fn; add them under that name, or pass no loss_fn where the model returns "
+                "which has no labels for loss_fn; add them under that name, or pass no loss_fn if the model returns "
                 "its loss"
             )
         kwargs = {str(key): value for key, value in batch.items() if not (with_target and key == "labels")}
@@ -322,11 +282,7 @@ def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[st
 
 
 def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, has_loss: bool) -> None:
-    """Refuse a batch that the model cannot be called with.
-
-    Raises:
-        TypeError: If it cannot; the message says why the model is called so.
-    """
+    """Refuse a batch that the model cannot be called with."""
     try:
         inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError as error:
@@ -341,11 +297,7 @@ def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def _own_loss(output: Any) -> Any:
-    """Return the loss that a model returned by itself.
-
-    Raises:
-        ValueError: If there is none in it.
-    """
+    """Return the loss that is part of the output of a model."""
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, tuple | list) and output and _is_scalar(output[0]):
@@ -357,7 +309,7 @@ def _own_loss(output: Any) -> Any:
         return sum(output.values())
     raise ValueError(
         f"there is no loss in what the model returned for the GradSampler ({_described(output)}); put the labels into "
-        "the batches, pass loss_fn, or pass training=True where the model returns losses in training mode only"
+        "the batches, pass loss_fn, or pass training=True if the model returns losses in training mode only"
     )
 
 
@@ -376,7 +328,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
-    # What the user has placed on another device already stays there. The user's own tensor gets no gradient.
+    # Tensors that the user has placed on another device stay there. A detached copy keeps gradients out of the user's.
     if isinstance(value, torch.Tensor):
         moved = value.detach().to(device) if value.device.type == "cpu" else value.detach()
         return moved.requires_grad_(value.requires_grad)
@@ -389,7 +341,7 @@ def _to_device(value: Any, device: torch.device) -> Any:
 
 @contextmanager
 def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Evaluate a model in a mode; flags and buffers (normalization statistics) are as before afterwards."""
+    """Put a model in a mode for a block; afterwards restore flags and buffers (normalization statistics)."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -411,7 +363,7 @@ def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextmanager
 def _without_gradients(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Set ``.grad`` aside, and what is hooked to its arrival: an optimizer that steps inside the backward pass."""
+    """Remove ``.grad`` for a block, and hooks on its accumulation: optimizers that step inside the backward pass."""
     before = []
     for leaf in leaves:
         hooks = leaf._post_accumulate_grad_hooks or {}
@@ -421,9 +373,9 @@ def _without_gradients(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
     try:
         yield
     finally:
-        for leaf, gradient, hooks, hooked in before:
+        for leaf, gradient, hooks, removed in before:
             leaf.grad = gradient
-            hooks.update(hooked)
+            hooks.update(removed)
 
 
 @contextmanager

@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import is_adapter, selection_warnings, warn_once
+from mfac_core.left_out import is_adapter, names_in_layers, selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
@@ -24,12 +24,12 @@ from mfac_core.weight_names import (
     ModelNames,
     join_names,
     layers_of_names,
-    matching_names,
     selected_names,
 )
+from mfac_torch.layout import is_transposed_linear, own_parameters
 from mfac_torch.wrappers import unwrapped
 
-__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters", "weight_axes"]
+__all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters"]
 
 _PRUNED_ON_PURPOSE = 0.1
 """A weight with more zeros than this fraction was pruned; fewer may be chance."""
@@ -90,24 +90,10 @@ def select_parameters(
 def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool = True) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` matches, frozen or not, in the order of ``model.named_parameters()``.
 
-    Args:
-        model: The model to look into.
-        params: As in :func:`select_parameters`, but that the name of a layer means all parameters in it.
-        strict: Whether an entry that matches nothing is an error; otherwise it is left out with a log line.
-
-    Returns:
-        The parameters by name, a tied one once.
-
-    Raises:
-        SettingError: If an entry matches nothing, and ``strict``.
+    The name of a layer means all parameters in it. An entry that matches nothing is an error if ``strict``, otherwise a
+    warning.
     """
-    names = _names(model)
-    matched: set[str] = set()
-    for entry in params:
-        found = matching_names(entry, names, whole_layers=True, strict=strict)
-        if not found:
-            _logger.info("%r matches no parameter of the model and is left out", entry)
-        matched.update(map(names.first, found))
+    matched = names_in_layers(params, _names(model), strict=strict)
     return {name: parameter for name, parameter in model.named_parameters() if name in matched}
 
 
@@ -202,87 +188,8 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
     return found
 
 
-def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Return how weights lie that do not lie as PyTorch's (output, input, kernel...).
-
-    A parameter of three or more axes that belongs to no convolution is taken for a stack of matrices (output, input),
-    such as those of fused experts; (input, output) where its module says ``is_transposed``, as experts of transformers
-    do.
-
-    Args:
-        model: The model.
-        names: Names of parameters to look at.
-
-    Returns:
-        By name, the permutation of a weight's axes into (output, kernel..., input), the two axes (output, input) of a
-        stack of matrices, or nothing where layers share the weight that read it differently.
-
-    Example:
-        >>> weight_axes(nn.ConvTranspose2d(2, 4, 3), ["weight", "bias"])
-        {'weight': (1, 2, 3, 0)}
-    """
-    known: dict[int, set[tuple[int, ...]]] = {}
-    for module in model.modules():
-        for parameter, axes in _axes_in(module):
-            known.setdefault(id(parameter), set()).add(axes)
-    found: dict[str, tuple[int, ...]] = {}
-    wanted = set(names)
-    for name, parameter in model.named_parameters():
-        if name not in wanted or parameter.ndim < 2:  # noqa: PLR2004
-            continue
-        usual = (0, *range(2, parameter.ndim), 1)
-        stacked = (parameter.ndim - 2, parameter.ndim - 1)
-        layouts = known.get(id(parameter), {usual if parameter.ndim == 2 else stacked})  # noqa: PLR2004
-        if layouts != {usual}:
-            found[name] = next(iter(layouts)) if len(layouts) == 1 else ()
-    return found
-
-
-def _axes_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]]:
-    """Yield parameters whose layout the kind of a module tells, and the permutation of their axes."""
-    if _is_convolution(module):
-        is_turned = isinstance(module, _ConvTransposeNd) or getattr(module, "transposed", False) is True
-        for parameter in module.parameters():  # those that a weight is computed from, too
-            if _has_kernel(parameter, module):
-                axes = range(parameter.ndim)
-                yield parameter, (*axes[1:], 0) if is_turned else (0, *axes[2:], 1)
-    elif _is_transposed_linear(module):
-        yield from ((parameter, (1, 0)) for parameter in module.parameters() if parameter.ndim == 2)  # noqa: PLR2004
-    elif isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
-        yield from ((parameter, (0, 1)) for parameter in _own(module) if parameter.ndim == 2)  # noqa: PLR2004
-    elif isinstance(module, nn.Bilinear):
-        yield from ((parameter, (0, 1, 2)) for parameter in _own(module) if parameter.ndim == 3)  # noqa: PLR2004
-    elif getattr(module, "is_transposed", False) is True:
-        yield from ((parameter, (2, 1)) for parameter in _own(module) if parameter.ndim == 3)  # noqa: PLR2004
-
-
-def _own(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module._parameters.values() if parameter is not None]
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) or any(_has_kernel(parameter, module) for parameter in _own(module))
-
-
-def _has_kernel(parameter: nn.Parameter, module: nn.Module) -> bool:
-    """Return whether the last axes of a parameter are the kernel that its module has, of PyTorch or not."""
-    size = getattr(module, "kernel_size", None)
-    if is_lazy(parameter) or parameter.ndim < 3 or not isinstance(size, int | tuple):  # noqa: PLR2004
-        return False
-    window = tuple(parameter.shape[2:])
-    return window == ((size,) * len(window) if isinstance(size, int) else size)
-
-
-def _is_transposed_linear(module: nn.Module) -> bool:
-    # Conv1D of transformers, a linear layer whose weight is (in, out). Its package is not imported for this.
-    if isinstance(module, _ConvNd) or not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
-        return False
-    weight = module._parameters.get("weight")
-    return weight is None or weight.ndim == 2  # noqa: PLR2004
-
-
 def _is_prunable_layer(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | _ConvNd) or _is_transposed_linear(module)
+    return isinstance(module, nn.Linear | _ConvNd) or is_transposed_linear(module)
 
 
 def _prunable_ids(model: nn.Module) -> set[int]:
@@ -298,7 +205,10 @@ def _names(model: nn.Module, *, with_frozen: bool = False) -> ModelNames:
         first.setdefault(id(parameter), name)
     prunable = _prunable_ids(model)
     normalization = {
-        id(parameter) for module in model.modules() if isinstance(module, _NORMALIZATION) for parameter in _own(module)
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, _NORMALIZATION)
+        for parameter in own_parameters(module)
     }
     packed = {
         id(module.in_proj_weight)

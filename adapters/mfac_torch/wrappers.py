@@ -1,4 +1,4 @@
-"""Models without the wrappers that trainers put around them."""
+"""The model inside the wrappers that trainers put around it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from torch import nn
 __all__ = ["unwrapped"]
 
 _INSIDE = ("_orig_mod", "_original_module")
-"""What ``torch.compile`` and Lightning's Fabric call the model that they wrap."""
+"""The names under which ``torch.compile`` and Lightning's Fabric keep the wrapped model."""
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model that wrappers (``DataParallel``, ``torch.compile``, Lightning's Fabric) hold.
-
-    Args:
-        module: A model, wrapped or not.
-
-    Returns:
-        The model itself.
-
-    Raises:
-        TypeError: If it is no module.
-    """
+    """Return the model inside wrappers (``DataParallel``, ``torch.compile``, Lightning's Fabric), if there are any."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"the model is a {type(module).__name__}; pass a torch.nn.Module")
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):

@@ -11,7 +11,7 @@ from torch import nn
 
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.weight_names import join_names
-from mfac_torch.conversion import check_plain, to_array
+from mfac_torch.conversion import check_prunable, to_array
 from mfac_torch.wrappers import unwrapped
 
 __all__ = ["HasMasks", "Masks", "apply_masks", "zeros_of"]
@@ -74,7 +74,7 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
     if not isinstance(given, Mapping):
         raise TypeError(f"masks is a {type(masks).__name__}; pass masks by parameter name, or the manager")
     matched = _matched(given, tensors)
-    check_plain({name: tensors[name] for name in matched.values()})
+    check_prunable({name: tensors[name] for name in matched.values()})
     changed = 0
     with torch.no_grad():
         for name, mask in given.items():

@@ -1,4 +1,9 @@
-"""The contract of an array backend: it answers where arrays live, never what is computed."""
+"""The contract of an array backend: it answers where arrays live, never what is computed.
+
+To add an array library, implement :class:`Backend` in a module of its own, for which ``numpy_backend.py`` is the
+shortest example, and list it in ``selection.py``. The section "Adding an array library" of ``docs/design.md`` names
+every step.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Backend", "Device", "array_namespace", "check_float"]
+__all__ = ["Array", "Backend", "Device", "array_library", "array_namespace", "check_float"]
 
 Array = Any
 """A NumPy or CuPy array, or any other array that follows the array API standard."""
@@ -86,97 +91,69 @@ class Device:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def is_host(self) -> bool:
+        """Whether arrays of this device are NumPy arrays in host memory."""
+        return self.backend.name == "numpy"
+
     def asarray(self, x: Array, dtype: Any = None) -> Array:
-        """Return ``x`` on this device.
-
-        Args:
-            x: An array of the backend's library, or a NumPy array.
-            dtype: Wanted dtype; ``None`` keeps that of ``x``.
-
-        Returns:
-            The array on this device; ``x`` itself when nothing has to change.
-        """
+        """Return ``x`` (an array of the backend's library, or NumPy) on this device; no copy where none is needed."""
         return self.backend.asarray(x, self.name, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return zeros on this device.
-
-        Args:
-            shape: Shape of the array.
-            dtype: NumPy dtype of the array.
-
-        Returns:
-            The new array.
-        """
+        """Return a new array of zeros on this device, of a NumPy dtype."""
         return self.backend.zeros(shape, self.name, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
-        """Return an array of this device in host memory.
-
-        Args:
-            x: An array on this device.
-
-        Returns:
-            A NumPy array; no copy where none is needed.
-        """
+        """Return an array of this device in host memory; no copy where none is needed."""
         return self.backend.to_numpy(x)
 
     def move(self, x: Array, to: Device) -> Array:
-        """Return an array of this device on another one, ready to be used there.
-
-        Args:
-            x: An array on this device.
-            to: The device where it is wanted.
-
-        Returns:
-            The array on ``to``; ``x`` itself when nothing has to change.
-        """
+        """Return an array of this device on another one, ready for use there; no copy where none is needed."""
         if self == to:
             return x
         if self.backend is not to.backend:
             return to.asarray(self.to_numpy(x))
-        # one device's queue knows nothing of the other's
+        # the queues of the two devices are not ordered: wait for the array, and then for its copy
         self.backend.synchronize(self.name)
         moved = to.asarray(x)
         to.backend.synchronize(to.name)
         return moved
 
 
+def array_library(x: Array) -> str:
+    """Return the name of the package that an array comes from, such as ``numpy`` or ``cupy``.
+
+    Code that treats one library differently asks here.
+    """
+    return "numpy" if isinstance(x, np.ndarray | np.generic) else type(x).__module__.partition(".")[0]
+
+
 def array_namespace(x: Array) -> Any:
-    """Return the module whose functions work on ``x``.
-
-    Args:
-        x: A NumPy or CuPy array, or one that follows the array API standard.
-
-    Returns:
-        ``numpy``, ``cupy`` or the array's own namespace.
+    """Return the module whose functions work on ``x``: ``numpy``, ``cupy`` or the namespace that the array names.
 
     Raises:
-        TypeError: If ``x`` is not such an array.
+        TypeError: If ``x`` is neither a NumPy or CuPy array nor one of the array API standard.
 
     Example:
         >>> array_namespace(np.zeros(2)).__name__
         'numpy'
     """
-    if isinstance(x, np.ndarray | np.generic):
+    library = array_library(x)
+    if library == "numpy":
         return np
     if hasattr(x, "__array_namespace__"):
         return x.__array_namespace__()
-    library = type(x).__module__.partition(".")[0]
-    if library == "cupy":
+    if library == "cupy":  # without that method before version 14
         return sys.modules[library]
     raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first")
 
 
 def check_float(name: str, x: Array) -> None:
-    """Refuse an array that is neither float32 nor float64.
-
-    Args:
-        name: What it is, for the message.
-        x: The array.
+    """Raise an error if the array called ``name`` is neither float32 nor float64.
 
     Raises:
-        ValueError: If it has another dtype.
+        ValueError: If the dtype is another one.
 
     Example:
         >>> check_float("gradients", np.zeros(2, np.int64))

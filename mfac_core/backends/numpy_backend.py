@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends.base import Array
-from mfac_core.backends.kernels import spare_threads
+from mfac_core.backends.threads import spare_threads
 
 __all__ = ["NumpyBackend"]
 

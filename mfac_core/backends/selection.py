@@ -6,9 +6,7 @@ import importlib.util
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
-from mfac_core.backends.base import Array, Backend, Device
+from mfac_core.backends.base import Array, Backend, Device, array_library
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import DeviceError
 
@@ -85,10 +83,11 @@ def device_of(x: Array) -> Device:
     Raises:
         TypeError: If ``x`` is an array of neither library.
     """
-    if isinstance(x, np.ndarray):
-        return resolve_device("cpu")
-    if type(x).__module__.partition(".")[0] == "cupy":
-        return resolve_device(f"cuda:{x.device.id}")
+    match array_library(x):
+        case "numpy":
+            return resolve_device("cpu")
+        case "cupy":
+            return resolve_device(f"cuda:{x.device.id}")
     raise TypeError(
         f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first, "
         "such as with numpy.asarray"

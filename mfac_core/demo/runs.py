@@ -1,4 +1,4 @@
-"""What the demos of all frameworks share: the data, the methods to compare, and the runs from recipe to report."""
+"""The runs of the demo, the same for all frameworks: the methods to compare, from recipe to report."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core import terminal
 from mfac_core.backends import resolve_devices
@@ -41,7 +40,6 @@ __all__ = [
     "SEEDS",
     "SPARSITIES",
     "Demo",
-    "DigitImages",
     "Pruned",
     "by_method",
     "compare_gradual",
@@ -74,50 +72,9 @@ _WHY_MORE_EPOCHS = (
 _OTHER_DIGITS = "Another processor gives other digits; the means should come back, within their intervals."
 
 
-class DigitImages(NamedTuple):
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, three tenths of them for testing.
-
-    Attributes:
-        train_images: Shape ``(n, 8, 8)``, float32 in ``[0, 1]``.
-        train_labels: Shape ``(n,)``, integers from 0 to 9.
-        test_images: Shape ``(k, 8, 8)``.
-        test_labels: Shape ``(k,)``.
-    """
-
-    train_images: npt.NDArray[np.float32]
-    train_labels: npt.NDArray[np.int64]
-    test_images: npt.NDArray[np.float32]
-    test_labels: npt.NDArray[np.int64]
-
-    @classmethod
-    def load(cls, seed: int) -> DigitImages:
-        """Return the digits, split by a seed with equal shares of each digit.
-
-        Args:
-            seed: Seed of the split.
-
-        Returns:
-            The data.
-        """
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        pixels, labels = load_digits(return_X_y=True)
-        images = (pixels / 16).astype(np.float32).reshape(-1, 8, 8)
-        parts = train_test_split(images, labels, test_size=0.3, random_state=seed, stratify=labels)
-        train_images, test_images, train_labels, test_labels = parts
-        return cls(train_images, train_labels, test_images, test_labels)
-
-
 @dataclass(frozen=True)
 class Pruned:
-    """One pruned network.
-
-    Args:
-        record: What was measured.
-        model: The network of the framework, plain.
-        masks: Name and mask of each pruned weight; True keeps.
-    """
+    """One pruned network of a framework, its record, and name and mask of each pruned weight (True keeps)."""
 
     record: report.RunRecord
     model: Any
@@ -126,17 +83,16 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Demo:
-    """What a framework adds to the demo: the network for digits, its training and its pruning, for one seed.
+    """What a framework adds to the demo: a network for digits, its training and its pruning, for one seed.
 
     Args:
         framework: Name of the framework.
-        versions: Name and version of what the network runs on.
+        versions: Name and version of the packages that the network runs on.
         check_params: Refuses ``params`` and ``exclude`` of a recipe that match nothing in the network.
         train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called after
-            each epoch, with the number of completed ones.
-        train_by_recipe: Trains a copy of a network further, for as many epochs as the recipe has, while the recipe
-            prunes it or holds its zeros. Takes the recipe, the name of the method, the network, and what is called
-            after each epoch.
+            each epoch with the number of completed epochs.
+        train_by_recipe: Trains a copy of a network for the epochs of a recipe that prunes it or holds its zeros. Takes
+            the recipe, the name of the method, the network, and a function to call after each epoch.
         prune_in_one_shot: Prunes a copy of the dense network in one step, without training. Takes the recipe, the name
             of the method, and the dense network.
         num_test_images: How many images the test accuracy is measured on.
@@ -159,10 +115,10 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
     """Run the comparison, print its table, and write network, masks, numbers and picture.
 
     Args:
-        demo: Returns what the framework adds, for a seed.
-        recipe: A recipe of gradual pruning to run beside magnitude with the same schedule; ``None`` compares one-shot
-            pruning over several seeds.
-        output: Folder for the results; made if missing.
+        demo: Returns the framework's part of the demo for a seed.
+        recipe: A recipe of gradual pruning to compare with magnitude pruning on the same schedule; ``None`` compares
+            one-shot pruning over several seeds.
+        output: Folder for the results; created if missing.
         seed: The first seed of the split, the weights, the order of the batches and the gradient samples.
         seeds: Number of seeds of the one-shot comparison; a recipe runs with one.
 
@@ -191,15 +147,9 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
 def compare_over_seeds(
     demo: Callable[[int], Demo], seeds: Sequence[int], *, console: Console | None = None
 ) -> list[Pruned]:
-    """Prune in one shot by M-FAC and by magnitude, then train what is left with its zeros held, for each seed.
+    """For each seed, prune in one shot by both methods, then train the networks with their zeros held.
 
-    Args:
-        demo: Returns what the framework adds, for a seed.
-        seeds: The seeds.
-        console: Where progress bars are shown; ``None`` shows none.
-
-    Returns:
-        For each seed, sparsity and method: the network without training, and after each number of epochs.
+    Returns for each seed, sparsity and method the network without training and after each number of epochs.
     """
     one_shot = load_recipe(recipe_path(ONE_SHOT))
     training = {epochs: load_recipe(recipe_path(FINE_TUNING), {"epochs": epochs}) for epochs in EPOCHS_AFTER}
@@ -227,16 +177,7 @@ def compare_over_seeds(
 
 
 def compare_gradual(demo: Demo, recipe: Recipe, *, console: Console | None = None) -> list[Pruned]:
-    """Train a network once, then prune copies of it while they are trained further, by M-FAC and by magnitude.
-
-    Args:
-        demo: What the framework adds.
-        recipe: What prunes.
-        console: Where progress bars are shown; ``None`` shows none.
-
-    Returns:
-        M-FAC, magnitude.
-    """
+    """Train a network, then prune copies of it during further training: by M-FAC, and by magnitude."""
     results = []
     with _progress(console) as progress:
         dense = demo.train_dense(_bar(progress, "training the dense network", DENSE_EPOCHS))
@@ -247,15 +188,7 @@ def compare_gradual(demo: Demo, recipe: Recipe, *, console: Console | None = Non
 
 
 def by_method(modifiers: Iterable[Settings], method: str) -> tuple[Settings, ...]:
-    """Return a recipe's modifiers for M-FAC, or for magnitude with the same schedule, masks and scope.
-
-    Args:
-        modifiers: The settings of a recipe for M-FAC.
-        method: One of :data:`METHODS`.
-
-    Returns:
-        The settings of the method.
-    """
+    """Return a recipe's modifiers for M-FAC, or for magnitude with the same schedule, masks and scope."""
     if method == "M-FAC":
         return tuple(modifiers)
     names = [field.name for field in dataclasses.fields(GradualSettings)]
@@ -285,9 +218,6 @@ def pruned(
         accuracies: Test accuracy of the dense network, and of the pruned one.
         started: When the run began, by :func:`time.perf_counter`.
         history: ``(epoch, accuracy, sparsity)`` after each epoch.
-
-    Returns:
-        Both.
     """
     record = report.RunRecord(
         method=method,
@@ -303,14 +233,7 @@ def pruned(
 
 
 def recipe_path(name: str) -> Path:
-    """Return the path of one of the project's recipes.
-
-    Args:
-        name: File name of the recipe.
-
-    Returns:
-        Its path in the installed package, or in the source tree.
-    """
+    """Return the path of one of the project's recipes, in the installed package or in the source tree."""
     installed = Path(__file__).parents[1] / "demo_recipes" / name
     return installed if installed.exists() else Path(__file__).parents[2] / "recipes" / name
 
@@ -339,8 +262,8 @@ def _checked(recipe: Path, demo: Demo) -> Recipe:
             f"{recipe}: this recipe prunes nothing gradually; add an item such as `- !MFACPruningModifier`"
         )
     for settings in gradual.pruning:
-        for part in settings.by_final_sparsity():
-            demo.check_params(part.params, part.exclude)
+        for of_one_sparsity in settings.by_final_sparsity():
+            demo.check_params(of_one_sparsity.params, of_one_sparsity.exclude)
         if isinstance(settings, MFACSettings) and settings.devices != ("auto",):
             resolve_devices(settings.devices)
     return gradual

@@ -1,4 +1,4 @@
-"""All blocks over the listed devices: each worker takes group after group, streamed through its device."""
+"""All blocks on the chosen devices: each worker takes group after group, streamed through its device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import numpy.typing as npt
 from mfac_core.backends import Array, Device, array_namespace, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
-from mfac_core.fisher.factors import Factor, Precise, cache_parts, evaluate, factor
+from mfac_core.fisher.factors import Factor, InFloat64, cache_slices, evaluate, factor
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping
 
 __all__ = ["BlockwiseFisher", "GradientSource"]
 
-KEPT_FRACTION = 0.25
-"""Share of a device's free memory that factors kept from the first pass to the second may take; and no more than
-half of what the gradients take."""
+RETAINED_FRACTION = 0.25
+"""Share of a device's free memory that factors retained between the two passes may take. They never take more than half
+of the memory of the gradients."""
 
 _LEAST_COLUMNS = 32
 
@@ -36,12 +36,12 @@ class GradientSource(Protocol):
     """Gradient samples that can be read block by block: a window, or plain arrays.
 
     Attributes:
-        slabs: How the columns are stored.
+        stored_groups: The blocks, in the groups in which they are stored.
         num_weights: Columns ``d``.
         dtype: dtype of the rows.
     """
 
-    slabs: tuple[BlockGroup, ...]
+    stored_groups: tuple[BlockGroup, ...]
     num_weights: int
     dtype: np.dtype[Any]
 
@@ -56,27 +56,27 @@ class GradientSource(Protocol):
 class BlockwiseFisher:
     """The damped Fisher of a gradient source, computed group by group on several devices.
 
-    Vectors of ``d`` numbers live on one of them, the home. A pruning step makes two passes over the groups. The second
-    would have to factor each group again, which costs as much as the first, so factors of the size of the number of
-    gradients are kept in between, as far as :data:`KEPT_FRACTION` allows; the rest is made again.
-    Factors of the size of a block are always made again: kept, they would be as large as all dense inverses.
+    Vectors of ``d`` numbers live on the first device, the home. A pruning step makes two passes over the groups. To
+    factor each group again in the second pass would cost as much as the first, so factors of size ``m x m`` are
+    retained for it, within :data:`RETAINED_FRACTION`; the others are computed again. Factors of the size of a block are
+    always computed again: together they would be as large as all dense inverses.
 
     Args:
         source: The gradient samples.
         damping: Added to the diagonal of the empirical Fisher, positive; ``auto`` measures the gradients first.
         devices: Where the groups are computed; the first is the home.
-        keep: Whether factors are kept for one more use, ``always`` (for repeated products) or ``never``.
+        keep: Whether factors are retained for one more use (``once``), for all uses (``always``) or ``never``.
 
     Attributes:
-        unit: Power of two near the dampings that were measured, 1 for a number. In this unit float32 holds the diagonal
-            and what follows from it, whatever the scale of the gradients is.
+        unit: Power of two near the measured dampings; 1 if the damping is a number. In this unit float32 can represent
+            the diagonal and what follows from it, whatever the scale of the gradients.
         damping_range: The smallest and the largest damping of a block.
 
     Raises:
         DeviceError: If a device does not exist.
-        MemoryBudgetError: If one block fits on none of the devices.
-        ValueError: If gradients are measured and a row of them holds NaN or Inf.
-        IllConditionedError: If they are measured and too large for it.
+        MemoryBudgetError: If no device has memory for a single block.
+        ValueError: If gradients are measured and one of their rows holds NaN or Inf.
+        IllConditionedError: If gradients are measured and their squares overflow float64.
     """
 
     def __init__(
@@ -99,20 +99,22 @@ class BlockwiseFisher:
             )
             for name, device in self._devices.items()
         }
-        dealt = assign(source.slabs, shares, num_gradients=source.count, itemsize=source.dtype.itemsize)
-        self._dealt: dict[str, range] = {}
+        assigned = assign(source.stored_groups, shares, num_gradients=source.count, itemsize=source.dtype.itemsize)
+        self._assigned: dict[str, range] = {}
         self.groups: tuple[BlockGroup, ...] = ()
-        for name, groups in dealt.items():
+        for name, groups in assigned.items():
             if not groups:
-                _logger.info("device %s has no room for a block, or there are too few: it computes nothing", name)
-            self._dealt[name] = range(len(self.groups), len(self.groups) + len(groups))
+                _logger.info("device %s computes nothing: it has no memory for a block, or there are too few", name)
+            self._assigned[name] = range(len(self.groups), len(self.groups) + len(groups))
             self.groups += groups
-        # which blocks needed float64; known once the diagonal of their group has been computed
-        self._precise: list[Precise | None] = [None] * len(self.groups)
-        self._kept: dict[int, Factor] = {}
-        self._keep_mode = keep
+        # which blocks of each group need float64; None until its diagonal has been computed
+        self._in_float64: list[InFloat64 | None] = [None] * len(self.groups)
+        self._retained: dict[int, Factor] = {}
+        self._keep = keep
         most = float("inf") if keep == "always" else total / 2 / len(shares)
-        self._room = {name: int(min(KEPT_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()}
+        self._room = {
+            name: int(min(RETAINED_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()
+        }
         self._lock = Lock()
         self._is_measured = damping == "auto"
         if damping == "auto":
@@ -127,7 +129,7 @@ class BlockwiseFisher:
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a group cannot be inverted, or the dtype of the gradients cannot hold the result.
+            IllConditionedError: If a block cannot be inverted, or the dtype of the gradients cannot hold the result.
         """
         out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
@@ -154,107 +156,74 @@ class BlockwiseFisher:
         at_once = max(self.source.count, _LEAST_COLUMNS)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
-            made = self.factor(index, device, chunks)
+            factored = self.factor(index, device, chunks)
             damping = self.damping(index, device)[:, None, None]
             for first in range(0, columns.shape[1], at_once):
                 some = slice(first, min(first + at_once, columns.shape[1]))
                 right = self.take(columns[:, some], index, device)
-                parts = [
-                    made.part(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
-                    for blocks in cache_parts(chunks)
+                products = [
+                    factored.of_blocks(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
+                    for blocks in cache_slices(chunks)
                 ]
-                product = array_namespace(right).concat(parts, axis=0)
+                product = array_namespace(right).concat(products, axis=0)
                 self.put(results[:, some], index, device, product / xp.asarray(damping, dtype=product.dtype))
 
         self.run(task)
         return out
 
     def damping(self, index: int, device: Device) -> Array:
-        """Return the damping of each block of a group.
-
-        Args:
-            index: Which group.
-            device: Where it is wanted.
-
-        Returns:
-            Shape ``(n,)``, float64.
-        """
+        """Return the damping of each block of the group ``index``, shape ``(n,)``, float64, on ``device``."""
         if self._is_measured:
             return device.asarray(self._dampings[index], np.float64)
+        # one number for all blocks needs no copy from the host
         return device.zeros((self.groups[index].count,), np.float64) + float(self._dampings[index][0])
 
     def scale(self, index: int, device: Device) -> Array:
-        """Return :attr:`unit` over the damping of each block of a group.
-
-        Args:
-            index: Which group.
-            device: Where it is wanted.
-
-        Returns:
-            Shape ``(n,)``, float64.
-        """
+        """Return :attr:`unit` over the damping of each block of a group, shape ``(n,)``, float64, on ``device``."""
         return self.unit / self.damping(index, device)
 
     def take(self, x: Array, index: int, device: Device) -> Array:
-        """Return a group's part of a vector, or of several.
+        """Return the entries of a group on ``device``, by block.
 
         Args:
             x: Shape ``(d,)`` or ``(d, k)``, on the home device.
             index: Which group.
-            device: Where the part is wanted.
+            device: Where the entries are wanted.
 
         Returns:
-            Shape ``(n, B)`` or ``(n, B, k)``, on ``device``.
+            Shape ``(n, B)`` or ``(n, B, k)``.
         """
         group = self.groups[index]
-        part = self.home.move(x[group.start : group.stop, ...], device)
-        return array_namespace(part).reshape(part, (group.count, group.width, *x.shape[1:]))
+        values = self.home.move(x[group.start : group.stop, ...], device)
+        return array_namespace(values).reshape(values, (group.count, group.width, *x.shape[1:]))
 
-    def put(self, out: Array, index: int, device: Device, part: Array) -> None:
-        """Write a group's part of a vector, or of several.
-
-        Args:
-            out: Shape ``(d,)`` or ``(d, k)``, on the home device.
-            index: Which group.
-            device: Where the part is.
-            part: Shape ``(n, B)`` or ``(n, B, k)``.
-        """
+    def put(self, out: Array, index: int, device: Device, values: Array) -> None:
+        """Write the entries of a group: ``values`` of shape ``(n, B)`` or ``(n, B, k)`` on ``device`` into ``out``."""
         group = self.groups[index]
-        part = device.move(part, self.home)
+        values = device.move(values, self.home)
         with self.home.backend.on(self.home.name):
-            out[group.start : group.stop, ...] = array_namespace(part).reshape(part, (-1, *out.shape[1:]))
+            out[group.start : group.stop, ...] = array_namespace(values).reshape(values, (-1, *out.shape[1:]))
 
     def factor(self, index: int, device: Device, chunks: list[Array]) -> Factor:
-        """Return the factor of a group: the one that was kept, or made again.
-
-        Args:
-            index: Which group.
-            device: Where it is computed.
-            chunks: Its gradients.
-
-        Returns:
-            The factor.
+        """Return the factor of a group of gradients: the retained one, or computed on ``device``.
 
         Raises:
             ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If the group cannot be inverted.
+            IllConditionedError: If a block cannot be inverted.
         """
-        kept = self._kept.get(index) if self._keep_mode == "always" else self._drop(index, device)
-        if kept is not None:
-            return kept
-        precise = self._precise[index]
-        if precise is None:
+        retained = self._retained.get(index) if self._keep == "always" else self._take_retained(index, device)
+        if retained is not None:
+            return retained
+        in_float64 = self._in_float64[index]
+        if in_float64 is None:
             return self._evaluate(index, device, chunks)[0]
-        made = factor(chunks, self.damping(index, device), precise)
-        if self._keep_mode == "always":
-            self._keep(index, device, made)
-        return made
+        factored = factor(chunks, self.damping(index, device), in_float64)
+        if self._keep == "always":
+            self._retain(index, device, factored)
+        return factored
 
-    def refuse_unheld(self, diagonal: Array) -> None:
-        """Refuse an inverse diagonal that its dtype cannot hold.
-
-        Args:
-            diagonal: Part of it, or all.
+    def check_range(self, diagonal: Array) -> None:
+        """Raise an error if entries of an inverse diagonal have left the range of their dtype.
 
         Raises:
             IllConditionedError: If an entry is not positive and finite.
@@ -264,21 +233,21 @@ class BlockwiseFisher:
             cure = "scale the gradients" if self._is_measured else "choose a damping closer to 1"
             raise IllConditionedError(
                 f"damping {damping_text(*self.damping_range)} gives an inverse Fisher that {self.source.dtype} cannot "
-                f"hold; {cure}, or float64 gradients"
+                f"hold; {cure}, or use float64 gradients"
             )
 
     def run(self, task: Callable[[int, Device, list[Array]], None], groups: Iterable[int] | None = None) -> None:
-        """Run ``task(index, device, chunks)`` for groups, each on the device that it was dealt to.
+        """Run ``task(index, device, chunks)`` for each group on the device that it is assigned to.
 
         Args:
-            task: What to do; called from several threads.
+            task: Called from several threads.
             groups: Which groups; ``None`` means all.
         """
         wanted = None if groups is None else set(groups)
         self.home.backend.synchronize(self.home.name)
         with ExitStack() as stack:
             jobs = []
-            for name, indices in self._dealt.items():
+            for name, indices in self._assigned.items():
                 device = self._devices[name]
                 queue = deque(index for index in indices if wanted is None or index in wanted)
                 workers = stack.enter_context(device.backend.workers(name, len(queue)))
@@ -298,7 +267,7 @@ class BlockwiseFisher:
             while queue:
                 try:
                     index = queue.popleft()
-                except IndexError:  # another worker took the last one
+                except IndexError:  # another worker has taken the last one
                     return
                 taken.append(index)
                 yield partial(self.source.chunks, self.groups[index])
@@ -309,17 +278,12 @@ class BlockwiseFisher:
                     for chunks in items:
                         task(taken.popleft(), device, chunks)
             except BaseException:
-                queue.clear()  # the others stop after the group at hand
+                queue.clear()  # the other workers stop after the group at hand
                 raise
             device.backend.synchronize(device.name)
 
     def _measured(self) -> tuple[list[npt.NDArray[np.float64]], float]:
-        """Return the dampings of the blocks of each group, and their unit.
-
-        Raises:
-            ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If the gradients are too large to be measured.
-        """
+        """Return the dampings of the blocks of each group, and their unit."""
         means: list[Array] = [None] * len(self.groups)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
@@ -327,44 +291,46 @@ class BlockwiseFisher:
 
         self.run(task)
         if not all(np.isfinite(mean).all() for mean in means):
-            self._refuse_bad_rows()
+            self._check_rows()
             raise IllConditionedError(
-                "damping auto cannot be measured: the squares of the gradients are too large for float64; scale the "
-                "gradients down"
+                "damping auto cannot be measured: the squares of the gradients overflow float64; scale the gradients "
+                "down"
             )
         return dampings(means, [group.width for group in self.groups])
 
     def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
         try:
-            made, share = evaluate(chunks, self.damping(index, device))
+            factored, damped = evaluate(chunks, self.damping(index, device))
         except IllConditionedError:
-            self._refuse_bad_rows()
+            self._check_rows()
             raise
-        xp = array_namespace(share)
-        with np.errstate(over="ignore"):  # refused below
-            scale = xp.asarray(self.scale(index, device), dtype=share.dtype)
-            diagonal = xp.asarray(share * scale[:, None], dtype=chunks[0].dtype)
-        self.refuse_unheld(diagonal)
-        self._precise[index] = made.precise
-        self._keep(index, device, made)
-        return made, diagonal
+        xp = array_namespace(damped)
+        with np.errstate(over="ignore"):  # check_range raises an error of its own
+            scale = xp.asarray(self.scale(index, device), dtype=damped.dtype)
+            diagonal = xp.asarray(damped * scale[:, None], dtype=chunks[0].dtype)
+        self.check_range(diagonal)
+        self._in_float64[index] = factored.in_float64
+        self._retain(index, device, factored)
+        return factored, diagonal
 
-    def _keep(self, index: int, device: Device, made: Factor) -> None:
-        if self._keep_mode == "never" or (self._keep_mode == "once" and self.groups[index].width <= self.source.count):
+    def _retain(self, index: int, device: Device, factored: Factor) -> None:
+        is_block_sized = self.groups[index].width <= self.source.count
+        if self._keep == "never" or (self._keep == "once" and is_block_sized):
             return
         with self._lock:
-            if index not in self._kept and made.num_bytes <= self._room[device.name]:
-                self._room[device.name] -= made.num_bytes
-                self._kept[index] = made
+            if index not in self._retained and factored.num_bytes <= self._room[device.name]:
+                self._room[device.name] -= factored.num_bytes
+                self._retained[index] = factored
 
-    def _drop(self, index: int, device: Device) -> Factor | None:
+    def _take_retained(self, index: int, device: Device) -> Factor | None:
         with self._lock:
-            kept = self._kept.pop(index, None)
-            if kept is not None:
-                self._room[device.name] += kept.num_bytes
-            return kept
+            retained = self._retained.pop(index, None)
+            if retained is not None:
+                self._room[device.name] += retained.num_bytes
+            return retained
 
-    def _refuse_bad_rows(self) -> None:
+    def _check_rows(self) -> None:
+        """Raise an error that names the rows with NaN or Inf, if there are any."""
         bad: set[int] = set()
         for group in self.groups:
             for chunk in self.source.chunks(group):

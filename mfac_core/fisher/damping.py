@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import column_sums_of_squares, split_for_threads, spread
+from mfac_core.backends.threads import split_for_threads, spread
+from mfac_core.fisher.kernels import column_sums_of_squares
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 

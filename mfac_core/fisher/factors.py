@@ -8,32 +8,44 @@ that holds some columns of the blocks, and the chunks of a group together hold a
 The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used where it is smaller.
 Results are those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` whatever the scale of the gradients is.
 
+Error estimates. An entry of ``S`` is rounded relative to the norms of its two samples: the computed matrix is ``S + E``
+with ``|E_ij|`` of the order of ``eps sqrt(S_ii S_jj)``, and its Cholesky factor adds an error of the same form (Higham,
+theorem 10.5). To first order the dual form then evaluates ``g^T S^-1 g``, for a column ``g`` of ``G``, with the error
+``y^T E y``, ``y = S^-1 g``. If the signs of ``E_ij`` are independent, this has the size ``eps sum_i S_ii y_i^2``. With
+``x = L^-1 g``, ``y`` is ``L^-T x``. The estimate replaces ``L^-T`` by its diagonal, so that the sum is at most
+``max_i (S_ii / L_ii^2) |x|^2``. Here ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are projected
+out.
+
+In the primal form ``[F^-1]_qq`` has the error ``z^T E z``, ``z = F^-1 e_q``. By Cauchy-Schwarz
+``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each of its terms, relative to ``[F^-1]_qq``, is at most
+``eps max_i F_ii [F^-1]_ii``. Both amplifications are relative to the matrix scaled to a unit diagonal: a few large
+gradient samples, or a few columns with large gradients, do no harm.
+
+The factors 4 and 8 in the code stand for the number of such errors that add up; :data:`RELATIVE_ERROR` compares the
+estimate with true errors.
+
 References:
     Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order Information.
+    Higham (2002), Accuracy and Stability of Numerical Algorithms, 2nd edition.
     Woodbury (1950), Inverting modified matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, overload
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import (
-    column_sums_of_squares,
-    lower_gram,
-    matmul,
-    split_columns,
-    split_for_threads,
-    spread,
-)
+from mfac_core.backends.threads import split_columns, split_for_threads, spread
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
-from mfac_core.fisher.triangular import cholesky, diagonals
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
+from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
 
-__all__ = ["Factor", "Precise", "cache_parts", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
+__all__ = ["Factor", "InFloat64", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
 RELATIVE_ERROR = 1e-5
 """Estimated relative rounding error of ``diag(F^-1)`` above which float32 blocks are evaluated in float64.
@@ -46,26 +58,25 @@ LARGEST_ERROR = 1e-4
 """Estimated relative error above which a block is refused even in float64."""
 
 CANCELLED = 1e-4
-"""Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel."""
+"""Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel. The difference has
+lost at most four of sixteen digits where it is used."""
 
 REFINEMENTS = 2
-"""Steps that refine a solve with a float32 factor to float64; each gains about five digits."""
+"""Steps that refine a solve with a float32 factor to float64; each gains about five digits (Higham, chapter 12)."""
 
 CACHE_BYTES = 2 * 2**20
-"""Gradients that are worked on at once on the CPU, so that what is made of them stays in the cache."""
+"""Gradients that are worked on at once on the CPU, so that intermediate results stay in its cache."""
 
-Precise = Array | bool
-"""Which blocks of a group need float64: all, none, or those where a mask of shape ``(n,)`` is true."""
+InFloat64 = Array | bool
+"""Which blocks of a group are computed in float64: all, none, or those where a mask of shape ``(n,)`` is true."""
 
 
 class Factor(Protocol):
-    """The factored Fisher of one group; the gradients themselves are passed in again where they are needed.
+    """The factored Fisher of one group. Methods that need the gradients take them again, as ``chunks``."""
 
-    Attributes:
-        precise: Which blocks were factored in float64.
-    """
-
-    precise: Precise
+    @property
+    def in_float64(self) -> InFloat64:
+        """Which blocks were factored in float64."""
 
     @property
     def num_bytes(self) -> int:
@@ -74,14 +85,14 @@ class Factor(Protocol):
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         """Return ``damping F^-1 x`` for ``x`` of shape ``(n, B, k)``, in the dtype of ``x``.
 
-        A float64 ``x`` is answered in float64 by a float32 factor too: its solves are refined. That matters where ``x``
-        is close to a combination of the gradients, of which ``F^-1`` leaves a small part.
+        For a float64 ``x`` the solves with a float32 factor are refined to float64. That matters where ``x`` is close
+        to a combination of the gradients, of which ``F^-1`` leaves little.
         """
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``; shape ``(n, B)``, in the dtype of ``c``."""
 
-    def part(self, blocks: slice) -> Factor:
+    def of_blocks(self, blocks: slice) -> Factor:
         """Return the factor of some of the blocks."""
 
 
@@ -90,31 +101,32 @@ def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, A
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
-        damping: Added to the diagonal of the empirical Fisher, positive: that of each block, shape ``(n,)``, float64,
-            or one number for all.
+        damping: Added to the diagonal of the empirical Fisher, positive: one number, or one for each block, shape
+            ``(n,)``, float64.
 
     Returns:
-        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``; in float64 where a block needed it.
+        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``; in float64 if a block needs it.
 
     Raises:
         IllConditionedError: If a Fisher cannot be inverted even in float64.
     """
     xp = array_namespace(chunks[0])
     damping = _of_each_block(damping, chunks)
-    precise: Precise = True
-    # overflow is found by looking at the result, and cured by float64 or refused
+    in_float64: InFloat64 = True
+    # overflow shows in the results, which are then computed in float64 or refused
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        tried = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
-        if tried is not None:
-            precise = ~((tried[2] <= RELATIVE_ERROR) & (damping >= _least_damping(chunks)))
-            if not bool(xp.any(precise)):
-                return tried[:2]
-            if bool(xp.all(precise)):
-                precise, tried = True, None
+        attempt = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
+        if attempt is not None:
+            in_float64 = ~((attempt[2] <= RELATIVE_ERROR) & (damping >= _least_damping(chunks)))
+            if not bool(xp.any(in_float64)):
+                return attempt[:2]
+            if bool(xp.all(in_float64)):
+                in_float64, attempt = True, None
         try:
-            doubtful, damping = (chunks, damping) if precise is True else _take_of_both(chunks, damping, precise)
-            exact = _form(chunks)(doubtful, damping, xp.float64)
-            refined, error = exact.diagonal(doubtful)
+            if in_float64 is not True:
+                chunks, damping = _select_blocks(chunks, damping, in_float64)
+            exact = _form(chunks).of(chunks, damping, xp.float64)
+            refined, error = exact.diagonal(chunks)
             is_accurate = bool(xp.all(error <= LARGEST_ERROR))
         except np.linalg.LinAlgError:
             is_accurate = False
@@ -124,43 +136,28 @@ def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, A
             f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large beside "
             "it, or too alike; choose a larger damping"
         )
-    if tried is None:
+    if attempt is None:
         return exact, refined
-    return _MixedFactor(tried[0], exact, precise), _choose(precise, xp.asarray(tried[1], dtype=xp.float64), refined)
+    diagonal = _merge(in_float64, xp.asarray(attempt[1], dtype=xp.float64), refined)
+    return _MixedFactor(attempt[0], exact, in_float64), diagonal
 
 
-def factor(chunks: Sequence[Array], damping: Array | float, precise: Precise) -> Factor:
-    """Factor the Fisher of one group of blocks again.
-
-    Args:
-        chunks: The same gradients as in :func:`evaluate`.
-        damping: The same as there.
-        precise: Which blocks need float64, as :func:`evaluate` has found.
-
-    Returns:
-        The factor.
-    """
+def factor(chunks: Sequence[Array], damping: Array | float, in_float64: InFloat64) -> Factor:
+    """Factor the Fisher of one group of blocks again, given what :func:`evaluate` has found to need float64."""
     xp = array_namespace(chunks[0])
     damping = _of_each_block(damping, chunks)
     form = _form(chunks)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if isinstance(precise, bool):
-            return form(chunks, damping, xp.float64 if precise else chunks[0].dtype)
-        base = form(chunks, damping, chunks[0].dtype)
-        return _MixedFactor(base, form(*_take_of_both(chunks, damping, precise), xp.float64), precise)
+        if isinstance(in_float64, bool):
+            return form.of(chunks, damping, xp.float64 if in_float64 else chunks[0].dtype)
+        base = form.of(chunks, damping, chunks[0].dtype)
+        return _MixedFactor(base, form.of(*_select_blocks(chunks, damping, in_float64), xp.float64), in_float64)
 
 
-def cache_parts(chunks: Sequence[Array]) -> list[slice]:
-    """Return the blocks of a group in pieces that stay in a CPU's cache; elsewhere all of them at once.
-
-    Args:
-        chunks: Gradients, each of shape ``(n, m, width)``.
-
-    Returns:
-        Slices of the first axis.
-    """
+def cache_slices(chunks: Sequence[Array]) -> list[slice]:
+    """Return slices of blocks whose gradients fit the cache of a CPU; on other devices one slice of all blocks."""
     count, rows, _ = chunks[0].shape
-    if array_namespace(chunks[0]) is not np:
+    if not runs_on_cpu(chunks[0]):
         return [slice(0, count)]
     block = sum(rows * chunk.shape[-1] * chunk.dtype.itemsize for chunk in chunks)
     at_once = max(1, CACHE_BYTES // block)
@@ -173,121 +170,138 @@ def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: Array | float) 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``.
         x: Shape ``(n, B)``, same device; its products with the gradients are computed in its dtype.
-        damping: Added to the diagonal of the empirical Fisher: that of each block, shape ``(n,)``, or one number.
+        damping: Added to the diagonal of the empirical Fisher: one number, or one for each block, shape ``(n,)``.
 
     Returns:
         Shape ``(n,)``, float64.
     """
     xp = array_namespace(x)
-    # float32 can hold the products where it cannot hold their squares
+    # the squares of the products may leave the range of float32, also where the products do not
     rows, x = (xp.asarray(each, dtype=xp.float64) for each in (gradients_times(chunks, x), x))
     return 0.5 * (damping * xp.sum(x * x, axis=-1) + xp.sum(rows * rows, axis=-1) / rows.shape[-1])
 
 
 def gradients_times(chunks: Sequence[Array], x: Array) -> Array:
-    """Return ``G x`` of each block.
-
-    Args:
-        chunks: Gradients, each of shape ``(n, m, width)``.
-        x: Shape ``(n, B)``, same device; its dtype is computed in.
-
-    Returns:
-        Shape ``(n, m)``.
-    """
+    """Return ``G x`` of each block, shape ``(n, m)``, for ``x`` of shape ``(n, B)``, computed in the dtype of ``x``."""
     return _rows_times(chunks, x[..., None])[..., 0]
 
 
+@dataclass(frozen=True)
 class _DualFactor:
-    """Factors ``S``, of the size of the number of gradients."""
+    """The Cholesky factor of ``S``, of the size of the number of gradients.
 
-    def __init__(self, chunks: Sequence[Array], damping: Array | float, dtype: Any) -> None:
-        xp = array_namespace(chunks[0])
-        gram = _over_parts(chunks, dtype, _gram)
-        self._shift = chunks[0].shape[-2] * _of_each_block(damping, chunks)
-        shift = xp.asarray(self._shift, dtype=dtype)
-        self._norms = diagonals(gram) + shift[:, None]
-        _refuse_overflow(self._norms)
-        self._factor = cholesky(gram, shift)
-        self.precise: Precise = dtype == xp.float64
-        self._dtype = dtype
-        # S is rounded relative to the norms of its own rows, so that a few large samples do no harm
-        self._amplification = xp.max(self._norms / self._factor.pivots, axis=-1)
+    Args:
+        lower: ``L``.
+        norms: Diagonal of ``S``, the squared norm of each sample plus the shift; shape ``(n, m)``.
+        shift: ``m damping`` of each block, shape ``(n,)``, float64.
+        dtype: dtype of the factor.
+    """
+
+    lower: TriangularFactor
+    norms: Array
+    shift: Array
+    dtype: Any
+
+    @classmethod
+    def of(cls, chunks: Sequence[Array], damping: Array, dtype: Any) -> _DualFactor:
+        """Factor ``S`` of each block in a dtype."""
+        gram = _over_cache_slices(chunks, dtype, _gram)
+        shift = chunks[0].shape[-2] * damping
+        in_dtype = array_namespace(gram).asarray(shift, dtype=dtype)
+        norms = diagonals(gram) + in_dtype[:, None]
+        _check_overflow(norms)
+        return cls(cholesky(gram, in_dtype), norms, shift, dtype)
+
+    @property
+    def in_float64(self) -> InFloat64:
+        return bool(self.dtype == array_namespace(self.shift).float64)
 
     @property
     def num_bytes(self) -> int:
-        return self._factor.num_bytes
+        return self.lower.num_bytes
 
     def needs_float64(self, width: int) -> bool:
         """Return whether no block is likely to be accurate enough: a heuristic, to save the solve.
 
-        The column sums of ``W * W`` are taken for as large as they can be on average, ``rows / width``. A wrong guess
-        costs time and no digits: what is hopeless is evaluated in float64, and the rest has its error estimated.
+        The column sums of ``W * W`` are taken for their largest possible mean, ``rows / width``: over all columns they
+        add up to ``trace(G^T S^-1 G) = trace(S^-1 G G^T)``, which is below ``rows``. A wrong guess costs time and no
+        digits: the block is evaluated in float64, or its error is estimated from the solve.
         """
-        xp = array_namespace(self._amplification)
-        rows = self._factor.pivots.shape[-1]
-        error = float(xp.finfo(self._dtype).eps) * self._amplification * (rows / width)
+        xp = array_namespace(self.norms)
+        rows = self.norms.shape[-1]
+        error = float(xp.finfo(self.dtype).eps) * self._amplification() * (rows / width)
         return not bool(xp.any(error <= RELATIVE_ERROR))
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
         """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
 
-        def one_minus_sums(part: Sequence[Array], blocks: slice) -> Array:
-            lower = self._factor.part(blocks)
-            sums = [total for chunk in part for total in spread(lower.column_sums, _cache_columns(chunk))]
+        def one_minus_sums(converted: Iterable[Array], blocks: slice) -> Array:
+            lower = self.lower.of_blocks(blocks)
+            sums = [total for chunk in converted for total in spread(lower.column_sums, _cache_columns(chunk))]
             return 1 - _concat(sums, axis=-1)
 
-        remainder = _over_parts(chunks, self._dtype, one_minus_sums)
+        remainder = _over_cache_slices(chunks, self.dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
         restored = xp.zeros_like(smallest)
-        if self.precise and bool(xp.any(smallest < CANCELLED)):
+        if self.in_float64 and bool(xp.any(smallest < CANCELLED)):
             smallest, restored = self._restore_cancelled(chunks, remainder)
-        # rounding of S, amplified by the solve, and rounding of the sums, both relative to what 1 - sum leaves
-        epsilon = float(xp.finfo(self._dtype).eps)
-        error = epsilon * (4 * self._amplification + 8) * (1 - smallest) / smallest
+        # |x|^2 = 1 - remainder: rounding of S, amplified by the solve, and rounding of the sum of squares itself,
+        # both relative to the remainder; (1 - r) / r is largest for the smallest
+        epsilon = float(xp.finfo(self.dtype).eps)
+        error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
         error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
-        if self.precise and not bool(xp.all(error <= LARGEST_ERROR)):
-            # the bound is far too high where samples repeat: look at the solves themselves before refusing
+        if self.in_float64 and not bool(xp.all(error <= LARGEST_ERROR)):
+            # the estimate is far too high where samples repeat: measure the solves themselves before refusing
             error = epsilon * self._error_of_solves(chunks, remainder)
         return remainder, error + epsilon * restored
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
-        right = xp.asarray(x, dtype=xp.float64) if self.precise else x
+        right = xp.asarray(x, dtype=xp.float64) if self.in_float64 else x
+        # Woodbury: damping F^-1 x = x - G^T S^-1 G x
         rows = _rows_times(chunks, right)
         solved = self._solve(rows)
-        if right.dtype != self._dtype:
+        if right.dtype != self.dtype:
+            # iterative refinement, with residuals in float64
             for _ in range(REFINEMENTS):
                 product = _rows_times(chunks, _columns_times(chunks, solved))
-                product += self._shift[:, None, None] * solved
+                product += self.shift[:, None, None] * solved
                 solved = solved + self._solve(rows - product)
         return xp.asarray(right - _columns_times(chunks, solved), dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self._dtype)
+        right = xp.asarray(coefficients, dtype=self.dtype)
+        # (m damping I + G^T G)^-1 G^T = G^T S^-1: no difference, in which digits could cancel
         return xp.asarray(_columns_times(chunks, self._solve(right[..., None]))[..., 0], dtype=coefficients.dtype)
 
-    def part(self, blocks: slice) -> _DualFactor:
-        part: _DualFactor = object.__new__(_DualFactor)
-        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks), "_shift": self._shift[blocks]}
-        return part
+    def of_blocks(self, blocks: slice) -> _DualFactor:
+        lower, norms, shift = self.lower.of_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
+        return replace(self, lower=lower, norms=norms, shift=shift)
+
+    def _amplification(self) -> Array:
+        """Return how much rounding of ``S`` grows in a solve: the largest ``S_ii / L_ii^2`` of each block."""
+        return array_namespace(self.norms).max(self.norms / self.lower.pivots, axis=-1)
 
     def _solve(self, rows: Array) -> Array:
         """Return ``S^-1 rows`` for rows of shape ``(n, m, k)``, in their dtype."""
         xp = array_namespace(rows)
-        right = xp.asarray(rows, dtype=self._dtype)
-        return xp.asarray(self._factor.solve_transposed(self._factor.solve(right)), dtype=rows.dtype)
+        right = xp.asarray(rows, dtype=self.dtype)
+        return xp.asarray(self.lower.solve_transposed(self.lower.solve(right)), dtype=rows.dtype)
 
     def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> tuple[Array, Array]:
-        """Evaluate again in place each ``1 - sum`` that has cancelled.
+        """Evaluate each ``1 - sum`` that has cancelled again, in place.
 
-        For the cancelled columns ``D`` and the others ``R``, the block inverse of ``F`` gives without cancellation
+        For the cancelled columns ``D`` and the others ``R``, ``[F^-1]_DD`` is the inverse of the Schur complement
+        ``F_DD - F_DR F_RR^-1 F_RD``. With ``I - G_R (m damping I + G_R^T G_R)^-1 G_R^T = m damping S_R^-1`` this is
 
-            damping [F^-1]_DD = (I + G_D^T S_R^-1 G_D)^-1,    S_R = m damping I + G_R G_R^T.
+            damping [F^-1]_DD = (I + G_D^T S_R^-1 G_D)^-1,    S_R = m damping I + G_R G_R^T,
+
+        a sum of positive terms, in which nothing cancels.
 
         Returns:
-            For each block the smallest that has not cancelled, and how much rounding is amplified in those that had.
+            For each block the smallest that has not cancelled, and how much rounding is amplified in those that have.
         """
         xp = array_namespace(remainder)
         cancelled = remainder < CANCELLED
@@ -302,47 +316,65 @@ class _DualFactor:
             columns = xp.nonzero(cancelled[block, :])[0]
             others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
             gram = lower_gram(others)
-            shift = self._shift[block : block + 1]
+            shift = self.shift[block : block + 1]
             solved = cholesky(gram, shift).solve(xp.take(gradients, columns, axis=-1))
             inner = matmul(xp.matrix_transpose(solved), solved)
             norms = diagonals(inner) + 1
+            # diag((C C^T)^-1) are the column sums of squares of C^-1
             values = column_sums_of_squares(cholesky(inner, 1.0).inverse())
+            # the estimate of the primal form
             amplified[block] = 8 * xp.max(norms * values)
             for position in range(columns.shape[0]):
                 remainder[block, int(columns[position])] = values[0, position]
         return smallest, amplified
 
     def _error_of_solves(self, chunks: Sequence[Array], remainder: Array) -> Array:
+        """Return the largest relative error in units of eps, from ``sum_i S_ii y_i^2`` of each column not cancelled."""
         xp = array_namespace(remainder)
 
-        def amplified(part: Sequence[Array], blocks: slice) -> Array:
-            lower = self._factor.part(blocks)
-            norms = self._norms[blocks, :, None]
-            solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in part]
+        def amplified(converted: Iterable[Array], blocks: slice) -> Array:
+            lower = self.lower.of_blocks(blocks)
+            norms = self.norms[blocks, :, None]
+            solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in converted]
             return _concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
 
-        error = (4 * _over_parts(chunks, self._dtype, amplified) + 8) / remainder
+        error = (4 * _over_cache_slices(chunks, self.dtype, amplified) + 8) / remainder
         return xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error), axis=-1)
 
 
+@dataclass(frozen=True)
 class _PrimalFactor:
-    """Factors ``F`` itself, of the size of a block."""
+    """The Cholesky factor of ``F`` itself, of the size of a block.
 
-    def __init__(self, chunks: Sequence[Array], damping: Array | float, dtype: Any) -> None:
+    Args:
+        lower: The factor, float64.
+        norms: Diagonal of ``F``, shape ``(n, B)``.
+        damping: That of each block, shape ``(n,)``, float64.
+        dtype: dtype in which ``F`` was computed.
+    """
+
+    lower: TriangularFactor
+    norms: Array
+    damping: Array
+    dtype: Any
+
+    @classmethod
+    def of(cls, chunks: Sequence[Array], damping: Array, dtype: Any) -> _PrimalFactor:
+        """Factor ``F`` of each block, computed in a dtype."""
         xp = array_namespace(chunks[0])
-        fisher = _over_parts(chunks, dtype, _primal_product)
-        self._damping = _of_each_block(damping, chunks)
-        norms = diagonals(fisher) + xp.asarray(self._damping, dtype=dtype)[:, None]
-        _refuse_overflow(norms)
-        # the factor is small where float32 is tried at all, and keeps the digits that the product has
-        self._factor = cholesky(xp.asarray(fisher, dtype=xp.float64), self._damping)
-        self._norms = norms
-        self.precise: Precise = dtype == xp.float64
-        self._dtype = dtype
+        fisher = _over_cache_slices(chunks, dtype, _primal_product)
+        norms = diagonals(fisher) + xp.asarray(damping, dtype=dtype)[:, None]
+        _check_overflow(norms)
+        # where float32 is tried the factor is much smaller than the product; in float64 it adds no error to that of F
+        return cls(cholesky(xp.asarray(fisher, dtype=xp.float64), damping), norms, damping, dtype)
+
+    @property
+    def in_float64(self) -> InFloat64:
+        return bool(self.dtype == array_namespace(self.damping).float64)
 
     @property
     def num_bytes(self) -> int:
-        return self._factor.num_bytes
+        return self.lower.num_bytes
 
     def needs_float64(self, width: int) -> bool:
         """Return False: the solve is the smaller part here."""
@@ -351,74 +383,80 @@ class _PrimalFactor:
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
         """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
-        diagonal = column_sums_of_squares(self._factor.inverse())
-        share = diagonal * self._damping[:, None]
-        # the exact value is at most 1; only the last digits of the sum can exceed it
-        share = xp.where((share > 1) & (share < 1 + 1e-9), xp.ones_like(share), share)
-        usable = xp.all((share > 0) & (share <= 1 + 1e-6), axis=-1)
-        # F is rounded relative to its own diagonal, so that a few large columns do no harm
-        error = float(xp.finfo(self._dtype).eps) * 8 * xp.max(self._norms * diagonal, axis=-1)
+        # F^-1 = L^-T L^-1
+        diagonal = column_sums_of_squares(self.lower.inverse())
+        damped = diagonal * self.damping[:, None]
+        # the exact value is at most 1: only rounding of the sum can exceed it
+        damped = xp.where((damped > 1) & (damped < 1 + 1e-9), xp.ones_like(damped), damped)
+        usable = xp.all((damped > 0) & (damped <= 1 + 1e-6), axis=-1)
+        error = float(xp.finfo(self.dtype).eps) * 8 * xp.max(self.norms * diagonal, axis=-1)
         error = xp.where(usable, error, xp.full_like(error, float("inf")))
-        return xp.asarray(share, dtype=self._dtype), error
+        return xp.asarray(damped, dtype=self.dtype), error
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
         right = xp.asarray(x, dtype=xp.float64)
         out = self._solve(right)
-        if x.dtype != self._dtype and not self.precise:
+        if x.dtype != self.dtype and not self.in_float64:
+            # iterative refinement: F was rounded to float32, the residuals are computed from the gradients
             for _ in range(REFINEMENTS):
                 product = _columns_times(chunks, _rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
-                product += self._damping[:, None, None] * out
+                product += self.damping[:, None, None] * out
                 out = out + self._solve(right - product)
-        return xp.asarray(self._damping[:, None, None] * out, dtype=x.dtype)
+        return xp.asarray(self.damping[:, None, None] * out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self._dtype)
+        right = xp.asarray(coefficients, dtype=self.dtype)
         product = _columns_times(chunks, right[..., None]) / coefficients.shape[-1]
         return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64))[..., 0], dtype=coefficients.dtype)
 
-    def part(self, blocks: slice) -> _PrimalFactor:
-        part: _PrimalFactor = object.__new__(_PrimalFactor)
-        part.__dict__ = {**self.__dict__, "_factor": self._factor.part(blocks), "_damping": self._damping[blocks]}
-        return part
+    def of_blocks(self, blocks: slice) -> _PrimalFactor:
+        lower, norms, damping = self.lower.of_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
+        return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _solve(self, right: Array) -> Array:
-        return self._factor.solve_transposed(self._factor.solve(right))
+        return self.lower.solve_transposed(self.lower.solve(right))
 
 
+@dataclass(frozen=True)
 class _MixedFactor:
-    """Some blocks of the group in float32 and some in float64."""
+    """The factor of a group in which some blocks need float64.
 
-    def __init__(self, base: _DualFactor | _PrimalFactor, exact: _DualFactor | _PrimalFactor, precise: Array) -> None:
-        self.precise: Precise = precise
-        self._mask = precise
-        self._base = base
-        self._exact = exact
+    Args:
+        base: All blocks, in float32.
+        exact: The blocks that need it, in float64.
+        in_float64: Which blocks these are, shape ``(n,)``.
+    """
+
+    base: _DualFactor | _PrimalFactor
+    exact: _DualFactor | _PrimalFactor
+    in_float64: Array
 
     @property
     def num_bytes(self) -> int:
-        return self._base.num_bytes + self._exact.num_bytes
+        return self.base.num_bytes + self.exact.num_bytes
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        refined = self._exact.apply(_take(chunks, self._mask), _take([x], self._mask)[0])
-        return _choose(self._mask, self._base.apply(chunks, x), refined)
+        refined = self.exact.apply(_select(chunks, self.in_float64), _select([x], self.in_float64)[0])
+        return _merge(self.in_float64, self.base.apply(chunks, x), refined)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
-        taken = _take([coefficients], self._mask)[0]
-        refined = self._exact.apply_to_rows(_take(chunks, self._mask), taken)
-        return _choose(self._mask, self._base.apply_to_rows(chunks, coefficients), refined)
+        selected = _select([coefficients], self.in_float64)[0]
+        refined = self.exact.apply_to_rows(_select(chunks, self.in_float64), selected)
+        return _merge(self.in_float64, self.base.apply_to_rows(chunks, coefficients), refined)
 
-    def part(self, blocks: slice) -> Factor:
-        xp = array_namespace(self._mask)
-        first, count = (int(xp.count_nonzero(self._mask[part])) for part in (slice(0, blocks.start), blocks))
+    def of_blocks(self, blocks: slice) -> Factor:
+        # `exact` holds its blocks without gaps: count those before and within the slice
+        xp = array_namespace(self.in_float64)
+        first, count = (int(xp.count_nonzero(self.in_float64[some])) for some in (slice(0, blocks.start), blocks))
         if not count:
-            return self._base.part(blocks)
-        exact = self._exact.part(slice(first, first + count))
+            return self.base.of_blocks(blocks)
+        exact = self.exact.of_blocks(slice(first, first + count))
         if count == blocks.stop - blocks.start:
             return exact
-        return _MixedFactor(self._base.part(blocks), exact, self._mask[blocks])
+        return _MixedFactor(self.base.of_blocks(blocks), exact, self.in_float64[blocks])
 
 
 _Form = type[_DualFactor] | type[_PrimalFactor]
@@ -429,26 +467,30 @@ def _form(chunks: Sequence[Array]) -> _Form:
 
 
 def _try_in_float32(chunks: Sequence[Array], damping: Array) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
-    """Return factor, diagonal and estimated errors; ``None`` where float64 is needed for sure, or as quick."""
+    """Return factor, diagonal and estimated errors; ``None`` if float64 is needed for sure, or as fast."""
     form, width = _form(chunks), _width(chunks)
     if form is _PrimalFactor and 4 * width > chunks[0].shape[-2]:
         return None  # the product, which float32 would speed up, is the smaller part
     try:
-        made = form(chunks, damping, chunks[0].dtype)
+        factored = form.of(chunks, damping, chunks[0].dtype)
     except np.linalg.LinAlgError:
         return None
-    return None if made.needs_float64(width) else (made, *made.diagonal(chunks))
+    return None if factored.needs_float64(width) else (factored, *factored.diagonal(chunks))
 
 
 def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
-    """Return the damping of each block, shape ``(n,)``, float64."""
+    """Return the damping of each block in float64, shape ``(n,)``, on the device of the chunks."""
     xp = array_namespace(chunks[0])
+    # computed from a chunk, because new arrays would need the device by name
     first = chunks[0][:, 0, 0]
     return xp.zeros_like(first, dtype=xp.float64) + damping
 
 
 def _least_damping(chunks: Sequence[Array]) -> float:
-    """Return the damping below which the squares of gradients that suit it may be too small for their dtype."""
+    """Return the damping below which squares of gradients that matter beside it may be too small for their dtype.
+
+    Beside the damping only squares above ``eps damping`` matter, and they must be normal numbers.
+    """
     limits = array_namespace(chunks[0]).finfo(chunks[0].dtype)
     return float(limits.smallest_normal) / float(limits.eps)
 
@@ -457,52 +499,38 @@ def _width(chunks: Sequence[Array]) -> int:
     return sum(int(chunk.shape[-1]) for chunk in chunks)
 
 
-def _over_parts(chunks: Sequence[Array], dtype: Any, function: Callable[[Sequence[Array], slice], Array]) -> Array:
-    """Return what ``function(part of the chunks in dtype, blocks)`` gives for parts that stay in the cache, joined."""
-    results = [function(_Converted(chunks, blocks, dtype), blocks) for blocks in cache_parts(chunks)]
+def _over_cache_slices(
+    chunks: Sequence[Array], dtype: Any, function: Callable[[Iterable[Array], slice], Array]
+) -> Array:
+    """Return ``function(chunks of some blocks in dtype, these blocks)`` for blocks that fit the cache, joined."""
+    xp = array_namespace(chunks[0])
+    results = []
+    for blocks in cache_slices(chunks):
+        # a generator, so that one converted chunk is in memory at a time
+        converted = (xp.asarray(chunk[blocks, :, :], dtype=dtype) for chunk in chunks)
+        results.append(function(converted, blocks))
     return _concat(results, axis=0)
 
 
 def _cache_columns(chunk: Array) -> list[Array]:
     """Return the columns of a chunk in pieces that stay in a CPU's cache; elsewhere all of them at once."""
     count, rows, width = chunk.shape
-    if array_namespace(chunk) is not np:
+    if not runs_on_cpu(chunk):
         return [chunk]
     at_once = max(1, CACHE_BYTES // (count * rows * chunk.dtype.itemsize))
     return split_columns(chunk, -(-width // at_once))
 
 
-class _Converted(Sequence[Array]):
-    """Some blocks of some chunks in another dtype, each made when it is asked for."""
-
-    def __init__(self, chunks: Sequence[Array], blocks: slice, dtype: Any) -> None:
-        self._chunks = chunks
-        self._blocks = blocks
-        self._dtype = dtype
-
-    def __len__(self) -> int:
-        return len(self._chunks)
-
-    @overload
-    def __getitem__(self, index: int) -> Array: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Array]: ...
-    def __getitem__(self, index: int | slice) -> Array | Sequence[Array]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        chunk = self._chunks[index]
-        return array_namespace(chunk).asarray(chunk[self._blocks, :, :], dtype=self._dtype)
-
-
-def _gram(chunks: Sequence[Array], blocks: slice) -> Array:
+def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
     total = None
+    # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
         for product in spread(lower_gram, split_for_threads(chunk)):
             total = product if total is None else total + product
     return total
 
 
-def _primal_product(chunks: Sequence[Array], blocks: slice) -> Array:
+def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:
     gradients = _concat(list(chunks), axis=-1)
     product = matmul(array_namespace(gradients).matrix_transpose(gradients), gradients)
     product /= gradients.shape[-2]
@@ -530,29 +558,31 @@ def _columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
     return _concat(products, axis=-2)
 
 
-def _take(chunks: Sequence[Array], mask: Array) -> list[Array]:
+def _select(arrays: Sequence[Array], mask: Array) -> list[Array]:
+    """Return the blocks of each array where the mask is true."""
     xp = array_namespace(mask)
     indices = xp.nonzero(mask)[0]
-    return [xp.take(chunk, indices, axis=0) for chunk in chunks]
+    return [xp.take(array, indices, axis=0) for array in arrays]
 
 
-def _take_of_both(chunks: Sequence[Array], damping: Array, mask: Array) -> tuple[list[Array], Array]:
-    *taken, dampings = _take([*chunks, damping], mask)
-    return taken, dampings
+def _select_blocks(chunks: Sequence[Array], damping: Array, mask: Array) -> tuple[list[Array], Array]:
+    *selected, dampings = _select([*chunks, damping], mask)
+    return selected, dampings
 
 
-def _choose(mask: Array, others: Array, chosen: Array) -> Array:
-    """Return ``others`` with its rows where ``mask`` is true replaced, in order, by the rows of ``chosen``."""
+def _merge(mask: Array, others: Array, selected: Array) -> Array:
+    """Return ``others`` with its blocks where ``mask`` is true replaced, in order, by those of ``selected``."""
     xp = array_namespace(mask)
+    # by index, because the array API standard has no assignment through a mask
     rank = xp.cumulative_sum(xp.astype(mask, xp.int64)) - 1
     ordinal = xp.cumulative_sum(xp.ones_like(rank)) - 1
-    return xp.take(xp.concat([others, chosen], axis=0), xp.where(mask, others.shape[0] + rank, ordinal), axis=0)
+    return xp.take(xp.concat([others, selected], axis=0), xp.where(mask, others.shape[0] + rank, ordinal), axis=0)
 
 
-def _concat(parts: list[Array], axis: int) -> Array:
-    return parts[0] if len(parts) == 1 else array_namespace(parts[0]).concat(parts, axis=axis)
+def _concat(arrays: list[Array], axis: int) -> Array:
+    return arrays[0] if len(arrays) == 1 else array_namespace(arrays[0]).concat(arrays, axis=axis)
 
 
-def _refuse_overflow(x: Array) -> None:
+def _check_overflow(x: Array) -> None:
     if not np.isfinite(float(array_namespace(x).max(x))):
         raise np.linalg.LinAlgError("the products of the gradients overflow")

@@ -103,10 +103,10 @@ class InverseFisher:
         fisher = self._fisher
         diagonal = fisher.diagonal()
         if fisher.unit != 1:
-            with np.errstate(over="ignore"):  # refused below
+            with np.errstate(over="ignore"):  # check_range raises an error of its own
                 exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
                 diagonal = fisher.home.asarray(exact, fisher.source.dtype)
-            fisher.refuse_unheld(diagonal)
+            fisher.check_range(diagonal)
         return fisher.home.move(diagonal, self._home)
 
     def apply(self, x: Array) -> Array:

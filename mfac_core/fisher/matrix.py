@@ -17,8 +17,8 @@ class GradientMatrix:
     """Gradient samples in the caller's own arrays; nothing is copied but the block at hand.
 
     Args:
-        parts: Arrays of shape ``(m, columns)`` that stand side by side, float32 or float64, all on one device.
-        kept: Which of all columns take part, in host memory; ``None`` means all.
+        arrays: Arrays of shape ``(m, columns)`` side by side, float32 or float64, all on one device.
+        mask: Which of all columns take part, in host memory; ``None`` means all.
         block_size: Weights per Fisher block; ``None`` means one block.
 
     Raises:
@@ -26,34 +26,30 @@ class GradientMatrix:
     """
 
     def __init__(
-        self, parts: Sequence[Array], kept: npt.NDArray[np.bool_] | None = None, *, block_size: int | None
+        self, arrays: Sequence[Array], mask: npt.NDArray[np.bool_] | None = None, *, block_size: int | None
     ) -> None:
-        for part in parts:
-            check_float("gradients", part)
-        self._parts = list(parts)
-        self._device = device_of(parts[0])
-        self._starts = np.concatenate([[0], np.cumsum([part.shape[1] for part in parts])])
-        self._kept = None if kept is None or bool(kept.all()) else np.flatnonzero(kept)
-        self.dtype = np.dtype(parts[0].dtype)
-        self.count = int(parts[0].shape[0])
-        self.num_weights = int(self._starts[-1]) if self._kept is None else len(self._kept)
-        # nothing is stored here, so that a slab may be as large as the arrays
-        self.slabs = partition(
+        for array in arrays:
+            check_float("gradients", array)
+        self._arrays = list(arrays)
+        self._device = device_of(arrays[0])
+        self._starts = np.concatenate([[0], np.cumsum([array.shape[1] for array in arrays])])
+        self._indices = None if mask is None or bool(mask.all()) else np.flatnonzero(mask)
+        self.dtype = np.dtype(arrays[0].dtype)
+        self.count = int(arrays[0].shape[0])
+        self.num_weights = int(self._starts[-1]) if self._indices is None else len(self._indices)
+        # nothing is allocated here, so a group may be as large as all arrays
+        self.stored_groups = partition(
             self.num_weights,
             block_size,
             num_gradients=self.count,
             itemsize=self.dtype.itemsize,
-            slab_bytes=max(1, self.num_weights * self.count * self.dtype.itemsize),
+            group_bytes=max(1, self.num_weights * self.count * self.dtype.itemsize),
         )
 
     def chunks(self, group: BlockGroup) -> list[Array]:
-        """Return the rows of one group.
+        """Return the rows of a group of consecutive blocks of one of the :attr:`stored_groups`.
 
-        Args:
-            group: Consecutive blocks of one of the :attr:`slabs`.
-
-        Returns:
-            For each chunk an array of shape ``(count, m, width)``; a view where the columns lie side by side.
+        Each chunk has shape ``(count, m, width)``: a view if its columns are adjacent in one array.
         """
         with self._device.backend.on(self._device.name):
             chunks = []
@@ -65,18 +61,19 @@ class GradientMatrix:
             return chunks
 
     def _columns(self, start: int, stop: int) -> Array:
-        if self._kept is None:
+        """Return the columns ``[start, stop)`` of those that take part, shape ``(m, stop - start)``."""
+        if self._indices is None:
             first, last = start, stop
         else:
-            wanted = self._kept[start:stop]
+            wanted = self._indices[start:stop]
             first, last = int(wanted[0]), int(wanted[-1]) + 1
         pieces = []
-        for part, offset, end in zip(self._parts, self._starts[:-1], self._starts[1:], strict=True):
+        for array, offset, end in zip(self._arrays, self._starts[:-1], self._starts[1:], strict=True):
             low, high = max(first, int(offset)), min(last, int(end))
             if low >= high:
                 continue
-            piece = part[:, low - offset : high - offset]
-            if self._kept is not None:
+            piece = array[:, low - offset : high - offset]
+            if self._indices is not None:
                 inside = wanted[(wanted >= low) & (wanted < high)] - low
                 piece = array_namespace(piece).take(piece, self._device.asarray(inside), axis=1)
             pieces.append(piece)

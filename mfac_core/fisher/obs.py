@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, kernels
+from mfac_core.backends import Array, Device, array_namespace
+from mfac_core.fisher import kernels
 from mfac_core.fisher.blockwise import BlockwiseFisher
-from mfac_core.fisher.factors import cache_parts, evaluate, fisher_quadratic, gradients_times
+from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, gradients_times
 
 __all__ = ["independent_update", "joint_update", "saliency"]
 
@@ -67,23 +68,24 @@ def independent_update(
         fisher: The Fisher over the unpruned weights.
         weights: Unpruned weights, shape ``(d,)``, on the home device of the Fisher. Not modified.
         newly_pruned: Which of them are pruned now, shape ``(d,)``, same device.
-        inverse_diagonal: What ``fisher.diagonal()`` returns, shape ``(d,)``, same device.
+        inverse_diagonal: The result of ``fisher.diagonal()``, shape ``(d,)``, same device.
 
     Returns:
         The change of each weight, shape ``(d,)``, and the predicted loss increase.
     """
     xp = array_namespace(weights)
-    shares = xp.where(newly_pruned, weights / inverse_diagonal, xp.zeros_like(weights))
+    # the sum over Q is one product of F^-1 with these coefficients
+    coefficients = xp.where(newly_pruned, weights / inverse_diagonal, xp.zeros_like(weights))
 
     def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
-        made = fisher.factor(index, device, chunks)
-        share = fisher.take(shares, index, device)
-        share = share * xp.asarray(fisher.scale(index, device), dtype=share.dtype)[:, None]
-        for blocks in cache_parts(chunks):
-            part, factored = [chunk[blocks, :, :] for chunk in chunks], made.part(blocks)
-            yield _Update(
-                blocks, part, -factored.apply(part, share[blocks, :, None])[..., 0], factored.precise is not False
-            )
+        factor = fisher.factor(index, device, chunks)
+        right = fisher.take(coefficients, index, device)
+        # the diagonal is in units of `fisher.unit`, and the factor applies damping F^-1
+        right = right * xp.asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
+        for blocks in cache_slices(chunks):
+            of_blocks, factored = [chunk[blocks, :, :] for chunk in chunks], factor.of_blocks(blocks)
+            change = -factored.apply(of_blocks, right[blocks, :, None])[..., 0]
+            yield _Update(blocks, of_blocks, change, factored.in_float64 is not False)
 
     return _change(fisher, weights, newly_pruned, updates)
 
@@ -106,27 +108,28 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
 
     def updates(index: int, device: Device, chunks: list[Array]) -> Iterator[_Update]:
         pruned = fisher.take(pruned_weights, index, device)
-        kept = ~fisher.take(newly_pruned, index, device)
-        damping = fisher.damping(index, device)  # that of the whole block: the kept columns are a part of the same F
-        for blocks in cache_parts(chunks):
-            part = [chunk[blocks, :, :] for chunk in chunks]
-            restricted = _zero_columns(part, kept[blocks, :])
+        mask = ~fisher.take(newly_pruned, index, device)
+        damping = fisher.damping(index, device)  # of the whole block: F_KK is a submatrix of the same F
+        for blocks in cache_slices(chunks):
+            of_blocks = [chunk[blocks, :, :] for chunk in chunks]
+            # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
+            restricted = _zero_columns(of_blocks, mask[blocks, :])
             factored, _ = evaluate(restricted, damping[blocks])
-            precise = factored.precise is not False
-            rows = gradients_times(part, _in_precision(pruned[blocks, :], precise))
-            yield _Update(blocks, part, factored.apply_to_rows(restricted, rows), precise)
+            in_float64 = factored.in_float64 is not False
+            rows = gradients_times(of_blocks, _in_precision(pruned[blocks, :], in_float64))
+            yield _Update(blocks, of_blocks, factored.apply_to_rows(restricted, rows), in_float64)
 
     return _change(fisher, weights, newly_pruned, updates)
 
 
 @dataclass(frozen=True)
 class _Update:
-    """The change of the kept weights of some blocks of a group, and whether their Fisher needed float64."""
+    """The change of the remaining weights of some blocks of a group, and whether a Fisher of theirs needs float64."""
 
     blocks: slice
     chunks: list[Array]
     change: Array
-    precise: bool
+    in_float64: bool
 
 
 def _change(
@@ -135,6 +138,7 @@ def _change(
     newly_pruned: Array,
     updates: Callable[[int, Device, list[Array]], Iterator[_Update]],
 ) -> tuple[Array, float]:
+    """Return the changes of all blocks, and the predicted loss increase, ``1/2 dw^T F dw`` of the change as rounded."""
     out = fisher.home.zeros((fisher.source.num_weights,), fisher.source.dtype)
     increases = np.zeros(len(fisher.groups))
 
@@ -145,29 +149,32 @@ def _change(
         damping = fisher.damping(index, device)
         changes = []
         for update in updates(index, device, chunks):
-            kept_change = xp.asarray(update.change, dtype=negated.dtype)
-            change = xp.where(pruned[update.blocks, :], negated[update.blocks, :], kept_change)
-            quadratic = fisher_quadratic(update.chunks, _in_precision(change, update.precise), damping[update.blocks])
+            of_remaining = xp.asarray(update.change, dtype=negated.dtype)
+            change = xp.where(pruned[update.blocks, :], negated[update.blocks, :], of_remaining)
+            precise = _in_precision(change, update.in_float64)
+            quadratic = fisher_quadratic(update.chunks, precise, damping[update.blocks])
             increases[index] += float(xp.sum(quadratic))
             changes.append(change)
         fisher.put(out, index, device, changes[0] if len(changes) == 1 else xp.concat(changes, axis=0))
 
+    # F is block-diagonal: groups without newly pruned weights do not change
     chosen = fisher.home.to_numpy(newly_pruned)
     fisher.run(task, [i for i, group in enumerate(fisher.groups) if chosen[group.start : group.stop].any()])
     return out, float(increases.sum())
 
 
-def _in_precision(x: Array, precise: bool) -> Array:
+def _in_precision(x: Array, in_float64: bool) -> Array:
     xp = array_namespace(x)
-    return xp.asarray(x, dtype=xp.float64) if precise else x
+    return xp.asarray(x, dtype=xp.float64) if in_float64 else x
 
 
-def _zero_columns(chunks: list[Array], kept: Array) -> list[Array]:
+def _zero_columns(chunks: list[Array], mask: Array) -> list[Array]:
+    """Return the chunks with zeros in the columns where ``mask``, of shape ``(n, B)``, is false."""
     zeroed = []
     start = 0
     for chunk in chunks:
         xp = array_namespace(chunk)
-        columns = kept[:, None, start : start + chunk.shape[-1]]
+        columns = mask[:, None, start : start + chunk.shape[-1]]
         zeroed.append(xp.where(columns, chunk, xp.zeros_like(chunk)))
         start += chunk.shape[-1]
     return zeroed

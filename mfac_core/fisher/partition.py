@@ -1,8 +1,8 @@
-"""How ``d`` weights are cut into Fisher blocks and dealt to devices: pure integers, no arrays.
+"""Partitions ``d`` weights into Fisher blocks and assigns these to devices: pure integers, no arrays.
 
-A *group* is what one kernel call works on: several small blocks of equal width side by side, or one block,
-which is cut into *chunks* of columns when it is large. A *slab* is a group of the size in which a window is stored;
-each device gets it in groups of the size that suits the device.
+A *group* is what one kernel call works on: several small blocks of equal width side by side, or one block, which is
+split into *chunks* of columns if it is large. A window stores its columns in *stored groups*, each chunk in contiguous
+memory; each device works through them in groups of the size that suits it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BlockGroup:
     Args:
         start: First column of the group.
         count: Number of blocks.
-        chunk_widths: Columns of each chunk; more than one only when ``count`` is 1.
+        chunk_widths: Columns of each chunk; more than one only if ``count`` is 1.
     """
 
     start: int
@@ -52,16 +52,8 @@ class BlockGroup:
             start += self.count * width
         return tuple(bounds)
 
-    def part(self, first: int, count: int) -> BlockGroup:
-        """Return some of these blocks.
-
-        Args:
-            first: The first of them, counted from 0.
-            count: How many.
-
-        Returns:
-            Their group.
-        """
+    def subgroup(self, first: int, count: int) -> BlockGroup:
+        """Return ``count`` of these blocks, from the one with index ``first`` on."""
         return BlockGroup(self.start + first * self.width, count, self.chunk_widths)
 
 
@@ -72,7 +64,7 @@ class DeviceShare:
     Args:
         speed: Operations per second, or any number in proportion to it.
         group_bytes: Gradients that one kernel call should work on.
-        free_bytes: Free memory; ``None`` where it is not known.
+        free_bytes: Free memory; ``None`` if unknown.
     """
 
     speed: float
@@ -86,24 +78,24 @@ def partition(
     *,
     num_gradients: int,
     itemsize: int,
-    slab_bytes: int,
+    group_bytes: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[BlockGroup, ...]:
-    """Cut the columns ``[0, num_weights)`` into blocks, and gather these into slabs.
+    """Partition the columns ``[0, num_weights)`` into blocks, and collect these in groups for storage.
 
     Args:
         num_weights: Number of columns ``d``.
         block_size: Columns per block; the last block may be shorter. ``None`` means one block.
-        num_gradients: Rows ``m`` of the gradient window, for the size of a slab in bytes.
+        num_gradients: Rows ``m`` of the gradient window.
         itemsize: Bytes per number.
-        slab_bytes: Blocks are gathered until a slab reaches this size.
-        chunk_bytes: A block larger than this is cut into chunks.
+        group_bytes: Size that a group of several blocks does not exceed.
+        chunk_bytes: A block larger than this is split into chunks.
 
     Returns:
-        Slabs that tile the columns in order; empty when there are no columns.
+        Groups that tile the columns in order; empty if there are no columns.
 
     Example:
-        >>> [(g.start, g.stop, g.count) for g in partition(10, 4, num_gradients=2, itemsize=4, slab_bytes=1000)]
+        >>> [(g.start, g.stop, g.count) for g in partition(10, 4, num_gradients=2, itemsize=4, group_bytes=1000)]
         [(0, 8, 2), (8, 10, 1)]
     """
     width = num_weights if block_size is None else min(block_size, num_weights)
@@ -112,7 +104,7 @@ def partition(
     whole, rest = divmod(num_weights, width)
     column_bytes = max(num_gradients, 1) * itemsize
     chunks = _chunk_widths(width, max(1, chunk_bytes // column_bytes))
-    per_group = max(1, slab_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
+    per_group = max(1, group_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
     groups = [BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)]
     if rest:
         groups.append(BlockGroup(whole * width, 1, _chunk_widths(rest, max(1, chunk_bytes // column_bytes))))
@@ -120,34 +112,33 @@ def partition(
 
 
 def assign(
-    slabs: Sequence[BlockGroup], shares: Mapping[str, DeviceShare], *, num_gradients: int, itemsize: int
+    stored_groups: Sequence[BlockGroup], shares: Mapping[str, DeviceShare], *, num_gradients: int, itemsize: int
 ) -> dict[str, tuple[BlockGroup, ...]]:
-    """Deal blocks to devices in proportion to their speed, in groups that fit each device.
+    """Assign blocks to devices in proportion to their speed, in groups that fit each device.
 
     Args:
-        slabs: What has to be computed, in order.
+        stored_groups: The blocks, in order, in the groups in which they are stored.
         shares: Name and share of each device.
         num_gradients: Rows of the gradient window.
         itemsize: Bytes per number.
 
     Returns:
-        For each device its groups, consecutive and in order; none for a device that has no room for a single block
-        while another has.
+        The groups of each device, consecutive and in order; empty for a device without memory for a single block.
 
     Raises:
-        MemoryBudgetError: If no device has room for a single block.
+        MemoryBudgetError: If no device has memory for a single block.
 
     Example:
-        >>> slabs = partition(60, 10, num_gradients=2, itemsize=4, slab_bytes=1000)
+        >>> stored_groups = partition(60, 10, num_gradients=2, itemsize=4, group_bytes=1000)
         >>> shares = {"cuda:0": DeviceShare(2.0, 300), "cuda:1": DeviceShare(1.0, 300)}
-        >>> dealt = assign(slabs, shares, num_gradients=2, itemsize=4)
-        >>> {name: [(g.start, g.stop) for g in groups] for name, groups in dealt.items()}
+        >>> assigned = assign(stored_groups, shares, num_gradients=2, itemsize=4)
+        >>> {name: [(g.start, g.stop) for g in groups] for name, groups in assigned.items()}
         {'cuda:0': [(0, 20), (20, 40)], 'cuda:1': [(40, 60)]}
     """
-    dealt: dict[str, list[BlockGroup]] = {name: [] for name in shares}
-    if not slabs:
-        return {name: () for name in dealt}
-    needed = max(working_bytes(slab.part(0, 1), num_gradients, itemsize) for slab in slabs)
+    assigned: dict[str, list[BlockGroup]] = {name: [] for name in shares}
+    if not stored_groups:
+        return {name: () for name in assigned}
+    needed = max(working_bytes(group.subgroup(0, 1), num_gradients, itemsize) for group in stored_groups)
     able = {name: share for name, share in shares.items() if share.free_bytes is None or share.free_bytes >= needed}
     if not able:
         most = max(share.free_bytes or 0 for share in shares.values())
@@ -155,43 +146,44 @@ def assign(
             f"device {', '.join(shares)}: one block needs {needed:,} bytes of working memory and {most:,} are free; "
             "choose a smaller block_size or fewer num_gradients"
         )
-    bounds = _bounds(slabs[-1].stop, able)
+    # each device gets the blocks whose middle column lies before its bound and after that of the device before
+    bounds = _bounds(stored_groups[-1].stop, able)
     names = list(able)
     current = 0
-    for slab in slabs:
+    for stored in stored_groups:
         first = 0
-        while first < slab.count:
-            while current < len(names) - 1 and slab.start + (first + 0.5) * slab.width >= bounds[current]:
+        while first < stored.count:
+            while current < len(names) - 1 and stored.start + (first + 0.5) * stored.width >= bounds[current]:
                 current += 1
             share = able[names[current]]
-            left = slab.count - first
+            left = stored.count - first
             if current < len(names) - 1:
-                left = min(left, math.ceil((bounds[current] - slab.start) / slab.width - 0.5) - first)
-            group = slab.part(first, min(left, _blocks_at_once(slab, share, num_gradients, itemsize)))
-            dealt[names[current]].append(group)
+                left = min(left, math.ceil((bounds[current] - stored.start) / stored.width - 0.5) - first)
+            group = stored.subgroup(first, min(left, _blocks_at_once(stored, share, num_gradients, itemsize)))
+            assigned[names[current]].append(group)
             first += group.count
-    return {name: tuple(groups) for name, groups in dealt.items()}
+    return {name: tuple(groups) for name, groups in assigned.items()}
 
 
 def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
-    """Return the memory that computing one group takes, beside the window.
+    """Return the memory that the computation of one group takes, beside the window.
+
+    That is a chunk and its solved copy, and some float64 matrices of the size of the factor.
 
     Args:
         group: The group.
         num_gradients: Rows ``m`` of the gradient window.
         itemsize: Bytes per number of the window.
-
-    Returns:
-        Bytes: the chunk and its solved copy, and the factor in float64 with room to make it, and its inverse where it
-        has the size of a block.
     """
     chunk = group.count * num_gradients * max(group.chunk_widths) * itemsize
     small = min(num_gradients, group.width)
+    # for the factor and what it is computed from; the primal form computes its whole inverse as well
     copies = 3 if num_gradients < group.width else 8
     return 2 * chunk + copies * 8 * group.count * small * small
 
 
 def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
+    """Return for each device one past its last column, in proportion to the speeds."""
     total = sum(share.speed for share in shares.values())
     bounds, reached = [], 0.0
     for share in shares.values():
@@ -200,15 +192,17 @@ def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
     return bounds
 
 
-def _blocks_at_once(slab: BlockGroup, share: DeviceShare, num_gradients: int, itemsize: int) -> int:
-    working = working_bytes(slab.part(0, 1), num_gradients, itemsize)
-    count = share.group_bytes // (working // 2)  # half of the working memory, or more, is the factor where it is large
+def _blocks_at_once(stored: BlockGroup, share: DeviceShare, num_gradients: int, itemsize: int) -> int:
+    working = working_bytes(stored.subgroup(0, 1), num_gradients, itemsize)
+    # the gradients are half of the working memory, or less where the factor is large
+    count = share.group_bytes // (working // 2)
     if share.free_bytes is not None:
         count = min(count, share.free_bytes // working)
     return max(1, count)
 
 
 def _chunk_widths(width: int, widest: int) -> tuple[int, ...]:
-    pieces = -(-width // widest)
-    small, larger = divmod(width, pieces)
-    return (small + 1,) * larger + (small,) * (pieces - larger)
+    """Return the widths of as few chunks as possible, which differ by at most one column."""
+    count = -(-width // widest)
+    small, larger = divmod(width, count)
+    return (small + 1,) * larger + (small,) * (count - larger)

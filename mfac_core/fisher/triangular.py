@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
+from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
 
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 
@@ -37,7 +37,7 @@ class TriangularFactor:
         itemsize = array_namespace(self.pivots).finfo(self.pivots.dtype).bits // 8
         return int(itemsize * sum(math.prod(x.shape) for x in (*self.left, *self.inverses)))
 
-    def part(self, blocks: slice) -> TriangularFactor:
+    def of_blocks(self, blocks: slice) -> TriangularFactor:
         """Return the factors of some of the matrices, as views."""
         return TriangularFactor(
             [x[blocks, :, :] for x in self.left], [x[blocks, :, :] for x in self.inverses], self.pivots[blocks, :]

@@ -1,7 +1,7 @@
 """The ``m`` most recent gradient samples over the unpruned weights, stored block by block.
 
-Each chunk of a slab of blocks is one contiguous array of shape ``(count, m, width)``, so that a pruning step reads
-every block as one piece, and many small blocks in one call.
+Each chunk of a stored group is one contiguous array of shape ``(count, m, width)``, so that a pruning step reads every
+block as one piece, and many small blocks in one call.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["GradientWindow"]
 
 
 class GradientWindow:
-    """A ring of gradient samples.
+    """A ring buffer of gradient samples.
 
     Args:
         num_weights: Number of unpruned weights ``d``.
-        num_gradients: Rows ``m`` that are kept; a further row replaces the oldest.
+        num_gradients: Rows ``m`` that the window holds; a further row replaces the oldest.
         block_size: Weights per Fisher block; ``None`` means one block.
-        device: Where the rows are kept, a name or a device.
-        feeds: Devices that the rows will be computed on: rows in host memory are stored so that copies there are fast.
+        device: Where the rows are stored, a name or a device.
+        feeds: Devices that compute with the rows: rows in host memory are stored so that copies to them are fast.
         dtype: dtype of the rows.
 
     Example:
@@ -55,28 +55,28 @@ class GradientWindow:
         self.block_size = block_size
         self.device = resolve_device(device)
         self.dtype = np.dtype(dtype)
-        # both change in one assignment each, so that an interruption leaves whole rows only
+        # each of these changes in a single assignment, so that an interruption leaves whole rows only
         self._pushed = 0  # rows since the window was empty
-        self._rebuilt_with = 0  # rows that came from another window
-        self._overwritten: int | None = None  # the value of `_pushed` at which a row was begun over the oldest
+        self._rebuilt_with = 0  # rows taken over from another window
+        self._overwritten: int | None = None  # the value of `_pushed` when a row was begun over the oldest
         self._feeds = tuple(feeds)
-        self._slab_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
-        self.slabs = self._cut(num_weights, num_gradients)
-        self._storage = [self._allocate(slab, num_gradients) for slab in self.slabs]
+        self._group_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
+        self.stored_groups = self._partition(num_weights, num_gradients)
+        self._storage = [self._allocate(group, num_gradients) for group in self.stored_groups]
 
     @property
     def count(self) -> int:
-        """Rows that are stored. One whose writing was interrupted does not count, nor the oldest that was under it."""
+        """Stored rows. A row whose writing was interrupted does not count, nor does the oldest row under it."""
         return min(self._pushed, self.num_gradients) - (self._torn is not None)
 
     @property
     def is_full(self) -> bool:
-        """Whether the window holds as many rows as it keeps."""
+        """Whether the window holds all the rows that it has room for."""
         return self.count == self.num_gradients
 
     @property
     def num_fresh(self) -> int:
-        """Rows of the window that have come since it was rebuilt from another."""
+        """Rows of the window that were pushed since it was rebuilt from another."""
         return min(self._pushed - self._rebuilt_with, self.num_gradients)
 
     @property
@@ -84,59 +84,50 @@ class GradientWindow:
         """Memory of the rows in bytes."""
         return self.num_weights * self.num_gradients * int(self.dtype.itemsize)
 
-    def push(self, *parts: Array) -> None:
+    def push(self, *vectors: Array) -> None:
         """Store one gradient sample; a full window drops its oldest.
 
         Args:
-            parts: The sample as one array of shape ``(d,)``, or as several that make it up one after the other, which
-                need not be concatenated then; float32 or float64, on the window's device or in host memory. Copied.
+            vectors: The sample as one vector of shape ``(d,)``, or as consecutive vectors, which need not be
+                concatenated then; float32 or float64, on the window's device or in host memory. Copied.
 
         Raises:
-            ValueError: If there are not ``d`` numbers in all, or a part has another dtype.
+            ValueError: If there are not ``d`` numbers in total, or a vector has another dtype.
         """
-        for part in parts:
-            check_float("gradients", part)
-        if any(part.ndim != 1 for part in parts) or sum(part.shape[0] for part in parts) != self.num_weights:
-            raise ValueError(
-                f"a gradient sample of this window has shape ({self.num_weights},), got "
-                f"{' and '.join(str(tuple(part.shape)) for part in parts)}"
-            )
+        for vector in vectors:
+            check_float("gradients", vector)
+        shapes = [tuple(vector.shape) for vector in vectors]
+        if any(len(shape) != 1 for shape in shapes) or sum(shape[0] for shape in shapes) != self.num_weights:
+            got = " and ".join(map(str, shapes))
+            raise ValueError(f"a gradient sample of this window has shape ({self.num_weights},), got {got}")
         with self.device.backend.on(self.device.name):
-            here = [self.device.asarray(part, self.dtype) for part in parts]
+            here = [self.device.asarray(vector, self.dtype) for vector in vectors]
             self._overwritten = self._pushed if self._pushed >= self.num_gradients else None
             first = 0
-            for part in here:
-                self._write(first, part)
-                first += part.shape[0]
+            for vector in here:
+                self._write(first, vector)
+                first += vector.shape[0]
         self._pushed += 1
 
     def chunks(self, group: BlockGroup) -> list[Array]:
-        """Return the rows stored so far of one group.
+        """Return the stored rows of a group of consecutive blocks of one of the :attr:`stored_groups`.
 
-        Args:
-            group: Consecutive blocks of one of the :attr:`slabs`.
-
-        Returns:
-            For each chunk an array of shape ``(count, rows, width)``: views, in ring order; copies after an interrupted
-            :meth:`push`.
+        Each chunk has shape ``(count, rows, width)``: a view, in ring order; a copy after an interrupted :meth:`push`.
         """
-        index = bisect_right(self.slabs, group.start, key=lambda slab: slab.start) - 1
-        first = (group.start - self.slabs[index].start) // group.width
+        index = bisect_right(self.stored_groups, group.start, key=lambda stored: stored.start) - 1
+        first = (group.start - self.stored_groups[index].start) // group.width
         return [self._rows(chunk[first : first + group.count, :, :]) for chunk in self._storage[index]]
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Drop all rows."""
         self._pushed = self._rebuilt_with = 0
 
-    def rebuilt(self, kept: npt.NDArray[np.bool_], num_gradients: int) -> GradientWindow:
-        """Return a window with fewer columns and another number of rows. This one is not changed.
+    def rebuilt(self, mask: npt.NDArray[np.bool_], num_gradients: int) -> GradientWindow:
+        """Return a window on the same device with fewer columns and room for another number of rows.
 
         Args:
-            kept: Which columns stay, shape ``(d,)``, in host memory.
-            num_gradients: Rows kept from then on; the most recent ones are in it.
-
-        Returns:
-            The new window, on the same device.
+            mask: Which columns the new window has, shape ``(d,)``, in host memory.
+            num_gradients: Rows that it has room for; it starts with the most recent rows of this window.
 
         Example:
             >>> window = GradientWindow(3, 2, block_size=None)
@@ -146,7 +137,7 @@ class GradientWindow:
         """
         rows = self._chronological()[-num_gradients:]
         window = GradientWindow(
-            int(np.count_nonzero(kept)),
+            int(np.count_nonzero(mask)),
             num_gradients,
             block_size=self.block_size,
             device=self.device,
@@ -154,14 +145,15 @@ class GradientWindow:
             dtype=self.dtype,
         )
         with self.device.backend.on(self.device.name):
-            pieces = self._pieces(kept, rows)
-            left: Array | None = None
-            for slab, chunks in zip(window.slabs, window._storage, strict=True):
-                for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
-                    columns, left = _take_columns(pieces, left, stop - start)
+            # chunk by chunk, so that no more than a few chunks are held beside the two windows
+            pieces = self._columns(mask, rows)
+            rest: Array | None = None
+            for group, chunks in zip(window.stored_groups, window._storage, strict=True):
+                for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+                    columns, rest = _take_columns(pieces, rest, stop - start)
                     xp = array_namespace(columns)
                     chunk[:, : len(rows), :] = xp.permute_dims(
-                        xp.reshape(columns, (len(rows), slab.count, chunk.shape[2])), (1, 0, 2)
+                        xp.reshape(columns, (len(rows), group.count, chunk.shape[2])), (1, 0, 2)
                     )
         window._pushed = window._rebuilt_with = len(rows)
         return window
@@ -169,28 +161,25 @@ class GradientWindow:
     def to_rows(self) -> npt.NDArray[Any]:
         """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""
         rows = np.empty((self.count, self.num_weights), self.dtype)
-        for slab, chunks in zip(self.slabs, self._storage, strict=True):
-            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
-                part = self.device.to_numpy(self._rows(chunk))
-                rows[:, start:stop] = part.transpose(1, 0, 2).reshape(self.count, stop - start)
+        for group, chunks in zip(self.stored_groups, self._storage, strict=True):
+            for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
+                stored = self.device.to_numpy(self._rows(chunk))
+                rows[:, start:stop] = stored.transpose(1, 0, 2).reshape(self.count, stop - start)
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows and the position of the ring."""
+        """Return the rows and the position in the ring."""
         rows = self.to_rows()
         if self._torn is None:
             return {"rows": rows, "position": self._pushed % self.num_gradients}
-        # from the oldest on, so that the next row comes after them
+        # oldest first, so that the next row follows the last one
         return {"rows": np.roll(rows, -self._torn, axis=0), "position": self.count}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what is not the state of a window like this one. Nothing is changed.
-
-        Args:
-            state: What :meth:`state_dict` returned.
+        """Check that a state is that of a window like this one. Nothing is changed.
 
         Raises:
-            ValueError: If rows or position are broken or do not fit this window.
+            ValueError: If rows or position are invalid or do not fit this window.
         """
         check_keys("a gradient window", state, ("rows", "position"))
         rows = checked_array("rows of the gradient window", state["rows"], self.dtype, 2)
@@ -199,7 +188,7 @@ class GradientWindow:
                 f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
                 f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
             )
-        # until the window is full, the next row comes after the others
+        # until the window is full, the next row follows the others
         full = len(rows) == self.num_gradients
         if not full and checked_integer("position in the gradient window", state["position"]) < len(rows):
             raise ValueError(
@@ -210,10 +199,7 @@ class GradientWindow:
         checked_integer("position in the gradient window", state["position"], *bounds)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take rows and position from :meth:`state_dict`.
-
-        Args:
-            state: What :meth:`state_dict` returned, of a window with as many columns and rows.
+        """Restore rows and position from what :meth:`state_dict` returned.
 
         Raises:
             ValueError: As in :meth:`check_state`; nothing is changed then.
@@ -228,7 +214,7 @@ class GradientWindow:
 
     @property
     def _torn(self) -> int | None:
-        """The place of a row that holds a part of another, after an interrupted :meth:`push` into a full window."""
+        """The index of a row that is half overwritten, after an interrupted :meth:`push` into a full window."""
         return self._pushed % self.num_gradients if self._pushed == self._overwritten else None
 
     def _rows(self, chunk: Array) -> Array:
@@ -238,45 +224,46 @@ class GradientWindow:
             return chunk[:, : self.count, :]
         return array_namespace(chunk).concat([chunk[:, :torn, :], chunk[:, torn + 1 :, :]], axis=1)
 
-    def _write(self, first: int, part: Array) -> None:
-        """Write a part of the next row, from column ``first`` on."""
+    def _write(self, first: int, values: Array) -> None:
+        """Write consecutive columns of the next row, from column ``first`` on."""
         position = self._pushed % self.num_gradients
-        last = first + part.shape[0]
-        begin = max(bisect_right(self.slabs, first, key=lambda slab: slab.start) - 1, 0)
-        for slab, chunks in zip(self.slabs[begin:], self._storage[begin:], strict=True):
-            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
+        last = first + values.shape[0]
+        begin = max(bisect_right(self.stored_groups, first, key=lambda stored: stored.start) - 1, 0)
+        for group, chunks in zip(self.stored_groups[begin:], self._storage[begin:], strict=True):
+            for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
                 if start >= last:
                     return
                 if first < stop:
-                    here = part[max(start, first) - first : min(stop, last) - first]
+                    here = values[max(start, first) - first : min(stop, last) - first]
                     _write_blocks(chunk, position, max(first - start, 0), here)
 
-    def _cut(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
+    def _partition(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
         return partition(
             num_weights,
             self.block_size,
             num_gradients=num_gradients,
             itemsize=self.dtype.itemsize,
-            slab_bytes=self._slab_bytes,
+            group_bytes=self._group_bytes,
         )
 
-    def _allocate(self, slab: BlockGroup, num_gradients: int) -> list[Array]:
-        shapes = [(slab.count, num_gradients, width) for width in slab.chunk_widths]
-        if self.device.backend.name == "numpy" and self._feeds:
+    def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
+        shapes = [(group.count, num_gradients, width) for width in group.chunk_widths]
+        if self.device.is_host and self._feeds:
             return [self._feeds[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
 
     def _chronological(self) -> npt.NDArray[np.intp]:
+        """Return the indices of the stored rows, oldest first."""
         oldest = max(self._pushed - self.num_gradients, 0) + (self._torn is not None)
         return np.arange(oldest, self._pushed) % self.num_gradients
 
-    def _pieces(self, kept: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
-        """Yield the kept columns of chunk after chunk, shape ``(rows, columns)``."""
-        for slab, chunks in zip(self.slabs, self._storage, strict=True):
-            for (start, stop), chunk in zip(slab.chunk_bounds, chunks, strict=True):
+    def _columns(self, mask: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp]) -> Iterator[Array]:
+        """Yield the columns of each chunk in which the mask is true, shape ``(rows, columns)``."""
+        for group, chunks in zip(self.stored_groups, self._storage, strict=True):
+            for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
                 xp = array_namespace(chunk)
                 wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], stop - start))
-                columns = self.device.asarray(np.flatnonzero(kept[start:stop]))
+                columns = self.device.asarray(np.flatnonzero(mask[start:stop]))
                 yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)
 
 
@@ -297,13 +284,13 @@ def _write_blocks(chunk: Array, position: int, first: int, values: Array) -> Non
         chunk[block + whole, position, :rest] = values[whole * width :]
 
 
-def _take_columns(pieces: Iterator[Array], left: Array | None, count: int) -> tuple[Array, Array]:
-    """Return the next ``count`` columns of the pieces, and what is left of the last piece."""
-    parts = [] if left is None else [left]
-    have = sum(part.shape[1] for part in parts)
+def _take_columns(pieces: Iterator[Array], rest: Array | None, count: int) -> tuple[Array, Array]:
+    """Return the next ``count`` columns of ``rest`` and then of the pieces, and the rest of the last piece."""
+    taken = [] if rest is None else [rest]
+    have = sum(piece.shape[1] for piece in taken)
     while have < count:
-        parts.append(next(pieces))
-        have += parts[-1].shape[1]
-    xp = array_namespace(parts[0])
-    columns = parts[0] if len(parts) == 1 else xp.concat(parts, axis=1)
+        taken.append(next(pieces))
+        have += taken[-1].shape[1]
+    xp = array_namespace(taken[0])
+    columns = taken[0] if len(taken) == 1 else xp.concat(taken, axis=1)
     return columns[:, :count], columns[:, count:]

@@ -160,11 +160,11 @@ class _Seen:
 def _pieces(source: GradientSource) -> Iterator[tuple[Array, bool]]:
     """Yield columns as arrays of shape ``(n, m, width)``, and whether they begin a block; whole blocks where small."""
     at_once = max(1, _NUMBERS_AT_ONCE // source.count)
-    for slab in source.slabs:
-        blocks = max(1, at_once // slab.width)
-        for first in range(0, slab.count, blocks):
+    for group in source.stored_groups:
+        blocks = max(1, at_once // group.width)
+        for first in range(0, group.count, blocks):
             begins_block = True
-            for chunk in source.chunks(slab.part(first, min(blocks, slab.count - first))):
+            for chunk in source.chunks(group.subgroup(first, min(blocks, group.count - first))):
                 width = chunk.shape[2]
                 for start in range(0, width, at_once):
                     yield chunk[:, :, start : min(start + at_once, width)], begins_block

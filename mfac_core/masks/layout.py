@@ -135,7 +135,7 @@ class WeightLayout:
             indices = np.flatnonzero(kept[start:stop])
             if len(indices) == stop - start:
                 found[name] = None
-            elif device.backend.name == "numpy":
+            elif device.is_host:
                 found[name] = indices  # quicker than a mask: the length is known, and the pattern of no concern
             else:  # the length of what a mask selects would have to be waited for
                 found[name] = device.asarray(indices.astype(np.int32))

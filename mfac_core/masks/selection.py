@@ -29,7 +29,7 @@ Mask = npt.NDArray[np.bool_]
 
 def newly_pruned(
     saliencies: Array,
-    kept: Mask,
+    mask: Mask,
     sparsity: Sparsity,
     segments: Mapping[str, tuple[int, int]],
     scope: Scope,
@@ -48,7 +48,7 @@ def newly_pruned(
 
     Args:
         saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
-        kept: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
+        mask: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
         sparsity: Pruned fraction to reach, in ``[0, 1]``; one per layer only where the scope is ``layer``.
         segments: First and one-past-last position of each layer among the ``n`` weights.
         scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
@@ -73,13 +73,13 @@ def newly_pruned(
         [False, False, True, True]
     """
     if patterns is not None:
-        return _newly_pruned_groups(saliencies, kept, sparsity, segments, scope, patterns)
+        return _newly_pruned_groups(saliencies, mask, sparsity, segments, scope, patterns)
     if scope == "global":
-        segments = {"all": (0, len(kept))}
+        segments = {"all": (0, len(mask))}
     chosen = []
     position = 0
     for name, (start, stop) in segments.items():
-        unpruned = int(np.count_nonzero(kept[start:stop]))
+        unpruned = int(np.count_nonzero(mask[start:stop]))
         already = (stop - start) - unpruned
         part = saliencies[position : position + unpruned]
         chosen.append(least_salient(part, round((stop - start) * of_layer(sparsity, name)) - already))
@@ -205,13 +205,13 @@ def reaches(
     most = {name: pattern.most_pruned for name, pattern in (patterns or {}).items()}
 
     def within_layers(sparsity: Sparsity) -> tuple[Sparsity, int]:
-        reached, kept = {}, 0
+        reached, num_kept = {}, 0
         for name, size in sizes.items():
             total = len(of_groups[name]) if name in of_groups else size
             pruned = min(round(total * of_layer(sparsity, name)), most.get(name, size))
             reached[name] = pruned / total if total else 0.0
-            kept += size - (int(np.sort(of_groups[name])[:pruned].sum()) if name in of_groups else pruned)
-        return reached, kept
+            num_kept += size - (int(np.sort(of_groups[name])[:pruned].sum()) if name in of_groups else pruned)
+        return reached, num_kept
 
     def over_all(sparsity: Sparsity) -> tuple[Sparsity, int]:
         total = sum(sizes.values())
@@ -251,70 +251,70 @@ def out_of_reach(sparsity: float, scope: Scope, patterns: Mapping[str, MaskPatte
 
 def _newly_pruned_groups(
     saliencies: Array,
-    kept: Mask,
+    mask: Mask,
     sparsity: Sparsity,
     segments: Mapping[str, tuple[int, int]],
     scope: Scope,
     patterns: Mapping[str, MaskPattern],
 ) -> Array:
     device = device_of(saliencies)
-    values = np.zeros(len(kept))
-    values[kept] = device.to_numpy(saliencies)
+    values = np.zeros(len(mask))
+    values[mask] = device.to_numpy(saliencies)
     if np.isnan(values).any():
         raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
-    chosen = np.zeros(len(kept), bool)
+    chosen = np.zeros(len(mask), bool)
     if scope == "layer":
         for name, (start, stop) in segments.items():
             here = slice(start, stop)
-            chosen[here] = _choose(values[here], kept[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
+            chosen[here] = _choose(values[here], mask[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
     else:
         in_order = [patterns[name] for name in segments]
-        chosen = _choose(values, kept, in_order, of_layer(sparsity, "all"), by_groups=False)
-    return device.asarray(chosen[kept])
+        chosen = _choose(values, mask, in_order, of_layer(sparsity, "all"), by_groups=False)
+    return device.asarray(chosen[mask])
 
 
-def _choose(values: Vector, kept: Mask, patterns: Sequence[MaskPattern], sparsity: float, *, by_groups: bool) -> Mask:
+def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsity: float, *, by_groups: bool) -> Mask:
     # the arrays of the patterns stand one after the other
-    if not len(kept):
+    if not len(mask):
         return np.zeros(0, bool)
     kept_of_each = patterns[0].kept_of_each  # the same for all arrays, as all have one mask type
     if kept_of_each is None:
         firsts = np.cumsum([0, *(pattern.num_groups for pattern in patterns)])
         groups = [pattern.groups() + first for pattern, first in zip(patterns, firsts, strict=False)]
-        return _choose_groups(values, kept, np.concatenate(groups), sparsity, by_groups=by_groups)
+        return _choose_groups(values, mask, np.concatenate(groups), sparsity, by_groups=by_groups)
     firsts = np.cumsum([0, *(math.prod(pattern.shape) for pattern in patterns)])
     members = [
         np.where(found < 0, -1, found + first)
         for found, first in zip((pattern.members() for pattern in patterns), firsts, strict=False)
     ]
-    return _choose_n_of_m(values, kept, np.concatenate(members), sparsity, kept_of_each)
+    return _choose_n_of_m(values, mask, np.concatenate(members), sparsity, kept_of_each)
 
 
-def _choose_groups(values: Vector, kept: Mask, groups: Vector, sparsity: float, *, by_groups: bool) -> Mask:
+def _choose_groups(values: Vector, mask: Mask, groups: Vector, sparsity: float, *, by_groups: bool) -> Mask:
     sizes = np.bincount(groups)
     means = np.bincount(groups, weights=values) / sizes
-    pruned_already = np.bincount(groups, weights=kept) == 0
+    pruned_already = np.bincount(groups, weights=mask) == 0
     means[pruned_already] = -1.0
     order = np.argsort(means, kind="stable")
     if by_groups:
         count = round(len(sizes) * sparsity)
     else:
-        missed = np.abs(np.cumsum([0, *sizes[order]]) - len(kept) * sparsity)
+        missed = np.abs(np.cumsum([0, *sizes[order]]) - len(mask) * sparsity)
         count = int(np.argmin(missed))
     pruned = np.zeros(len(sizes), bool)
     pruned[order[:count]] = True
     return np.asarray(pruned[groups])
 
 
-def _choose_n_of_m(values: Vector, kept: Mask, members: Vector, sparsity: float, kept_of_each: int) -> Mask:
-    ranked = np.where(kept, values, -1.0)[members]
+def _choose_n_of_m(values: Vector, mask: Mask, members: Vector, sparsity: float, kept_of_each: int) -> Mask:
+    ranked = np.where(mask, values, -1.0)[members]
     ranked[members < 0] = -2.0  # inputs that are lacking go first, then those that are pruned already
     first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - kept_of_each]
     candidates = np.take_along_axis(members, first, axis=1)
     candidates = np.sort(candidates[candidates >= 0])
-    candidates = candidates[kept[candidates]]
-    wanted = round(len(kept) * sparsity) - int(np.count_nonzero(~kept))
-    chosen = np.zeros(len(kept), bool)
+    candidates = candidates[mask[candidates]]
+    wanted = round(len(mask) * sparsity) - int(np.count_nonzero(~mask))
+    chosen = np.zeros(len(mask), bool)
     chosen[candidates] = least_salient(values[candidates], min(wanted, len(candidates)))
     return chosen
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
-from mfac_core.masks.selection import newly_pruned
-from mfac_core.pruners.base import Outcome, Pruner, Vector
+from mfac_core.masks.patterns import snap_to_n_of_m
+from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
 from mfac_core.pruners.step import magnitude_step
 from mfac_core.settings.pruning import ACDCSettings
 
@@ -19,9 +19,9 @@ __all__ = ["ACDCPruner"]
 class ACDCPruner(Pruner):
     """Compressed phases hold the masks of the largest weights; in decompressed phases all weights train, from zero on.
 
-    For the phases see :func:`mfac_core.schedules.pruning.pruning_schedule`; for the arguments :class:`GradualPruner`.
-    A decompressed phase that follows a compressed one asks for the optimizer to be reset, where the settings do: what
-    it remembers of the weights that come back is stale.
+    For the phases see :func:`mfac_core.schedules.pruning.pruning_schedule`; for the arguments :class:`Pruner`.
+    With ``reset_momentum``, a decompressed phase that follows a compressed one asks for a reset of the optimizer, whose
+    state of the weights that come back is stale.
 
     Example:
         >>> settings = ACDCSettings(compression_sparsity=0.5, end_epoch=2)
@@ -44,23 +44,17 @@ class ACDCPruner(Pruner):
         masks: Mapping[str, Array] | None = None,
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
-        self._patterns = mask_patterns(settings.mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
         self._sparsity = snap_to_n_of_m(settings.mask_type, settings.compression_sparsity)
-        self._warn_of_unreachable(self._sparsity, settings.scope, settings.mask_type, self._patterns)
+        self._warn_of_unreachable(self._sparsity)
 
-    def _prune(self, weights: Vector, index: int) -> Outcome:
+    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
         if not self.schedule[index].sparsity:
             was_compressed = self._done > 0 and self.schedule[self._done - 1].sparsity > 0
             return Outcome(
-                np.where(self._kept, weights, np.zeros_like(weights)),
-                np.ones_like(self._kept),
+                np.where(self._mask, weights, np.zeros_like(weights)),
+                np.ones_like(self._mask),
                 resets_optimizer=self.settings.reset_momentum and was_compressed,
             )
-
-        def select(magnitudes: Array) -> Array:
-            return newly_pruned(
-                magnitudes, self._kept, self._sparsity, self.layout.segments, self.settings.scope, self._patterns
-            )
-
-        return Outcome.of_unpruned(self._kept, *magnitude_step(weights[self._kept], select))
+        select = partial(self._newly_pruned, sparsity=self._sparsity)
+        return Outcome.of_unpruned(self._mask, magnitude_step(weights[self._mask], select))

@@ -8,26 +8,26 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import WeightLayout
-from mfac_core.masks.patterns import MaskPattern
-from mfac_core.masks.selection import out_of_reach
-from mfac_core.pruners.step import PruneResult
+from mfac_core.masks.patterns import mask_patterns
+from mfac_core.masks.selection import newly_pruned, out_of_reach
+from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
+from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.checks import MaskType, Scope
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
-__all__ = ["Outcome", "Progress", "Pruner"]
+__all__ = ["Mask", "Outcome", "Progress", "Pruner", "Vector"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -35,85 +35,74 @@ Vector = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 _NEARLY_ALL = 0.99
-"""From this sparsity on, a layer that ends without any weight is what was asked for."""
+"""From this sparsity on, the settings ask for layers without any weight: no warning."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one pruning step, or one part of it, makes of all weights in scope.
+    """The weights and the mask after a pruning step or sub-step; for the other fields see :class:`PruneResult`.
 
     Args:
-        weights: Shape ``(n,)``, pruned ones exactly 0.
-        kept: Which of them are unpruned now, shape ``(n,)``.
+        weights: All weights in scope, shape ``(n,)``, pruned ones exactly 0.
+        mask: Which of them are unpruned now, shape ``(n,)``.
         predicted_loss_increase: As in ``PruneResult``.
         resets_optimizer: As in ``PruneResult``.
         damping: As in ``PruneResult``.
     """
 
     weights: Vector
-    kept: Mask
+    mask: Mask
     predicted_loss_increase: float | None = None
     resets_optimizer: bool = False
     damping: tuple[float, float] | None = None
 
     @classmethod
-    def of_unpruned(
-        cls,
-        kept: Mask,
-        weights: Vector,
-        newly_pruned: Mask,
-        predicted_loss_increase: float | None = None,
-        damping: tuple[float, float] | None = None,
-    ) -> Outcome:
-        """Return the outcome of a pruning step that looked at the unpruned weights alone.
-
-        Args:
-            kept: Which of all weights were unpruned before, shape ``(n,)`` with ``d`` true entries.
-            weights: The updated unpruned weights, newly pruned ones exactly 0, shape ``(d,)``.
-            newly_pruned: Which of them are pruned now, shape ``(d,)``.
-            predicted_loss_increase: As in ``PruneResult``.
-            damping: As in ``PruneResult``.
-
-        Returns:
-            The outcome over all weights.
-        """
-        kept_now = kept.copy()
-        kept_now[kept] = ~newly_pruned
-        weights_now = np.zeros(kept.shape, weights.dtype)
-        weights_now[kept] = weights
-        return cls(weights_now, kept_now, predicted_loss_increase, damping=damping)
+    def of_unpruned(cls, mask: Mask, unpruned: UnprunedOutcome) -> Outcome:
+        """Return the outcome over all weights, from the mask before and what became of the unpruned weights."""
+        mask_now = mask.copy()
+        mask_now[mask] = ~unpruned.newly_pruned
+        weights_now = np.zeros(mask.shape, unpruned.weights.dtype)
+        weights_now[mask] = unpruned.weights
+        return cls(weights_now, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a pruner has come: a pruning step replaces all of it in one assignment, or nothing.
+    """All that pruning steps and loaded states change, replaced in one assignment: an exception leaves it whole.
 
     Args:
-        kept: Which of all weights are unpruned, shape ``(n,)``; never written to.
-        done: Pruning steps of the schedule that are done or passed over.
+        mask: Which of all weights are unpruned, shape ``(n,)``; never written to.
+        schedule: The pruning steps of the run.
+        initial_sparsity: The sparsity that the schedule starts from where it is measured from the weights.
+        done: Pruning steps of the schedule that are done or skipped.
     """
 
-    kept: Mask
+    mask: Mask
+    schedule: tuple[ScheduledStep, ...]
+    initial_sparsity: Sparsity | None = None
     done: int = 0
 
 
 class Pruner(ABC):
-    """What all pruners share. After each :meth:`prune` the masks of its result are to be held, until the next.
+    """What all pruners share. Hold the masks of the result of each :meth:`prune` until the next.
 
-    ``step`` always counts completed optimizer steps. A pruning step is a change of masks: of :class:`ConstantPruner`
-    and :class:`ACDCPruner` also one that lets weights go.
+    ``step`` always counts completed optimizer steps. A pruning step is a change of masks; :class:`ConstantPruner`
+    and :class:`ACDCPruner` also have pruning steps that release masks.
 
     Args:
         settings: What to prune and when.
-        weights: Name and array of each weight, in order; not kept. Those that ``params`` of the settings names are in
+        weights: Name and array of each weight, in order; not stored. Those that ``params`` of the settings names are in
             scope; the others are left as they are, wherever arrays by name are given.
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
+        axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays whose layout is not
+            PyTorch's (output, input, kernel...); see :mod:`mfac_core.masks.patterns`.
 
     Raises:
-        TypeError: If ``weights`` is no mapping from name to array.
-        ValueError: If there are no weights, or the masks do not fit them.
-        SettingError: If an entry of ``params`` names none of the weights.
+        TypeError: If ``weights`` is not a mapping from name to array.
+        ValueError: If there are no weights, or masks or axes do not fit them.
+        SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit the shape of an
+            array, or ``final_sparsity`` is a mapping.
     """
 
     def __init__(
@@ -123,6 +112,7 @@ class Pruner(ABC):
         *,
         steps_per_epoch: int,
         masks: Mapping[str, Array] | None = None,
+        axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if not isinstance(weights, Mapping):
             raise TypeError(
@@ -131,29 +121,38 @@ class Pruner(ABC):
             )
         self.settings = settings
         self._steps_per_epoch = steps_per_epoch
-        self.schedule: tuple[ScheduledStep, ...] = pruning_schedule(settings, steps_per_epoch)
         shapes = {name: tuple(array.shape) for name, array in weights.items()}
         named = _selected(settings, shapes)
-        self._left_out = frozenset(weights).difference(named)
+        self._out_of_scope = frozenset(weights).difference(named)
         self.layout = WeightLayout({name: shape for name, shape in shapes.items() if name in named})
         if masks is None:
-            kept = np.ones(self.layout.num_weights, bool)
+            mask = np.ones(self.layout.num_weights, bool)
         else:
             masks = self._in_scope(masks)
             self.layout.check(masks, "masks")
-            kept = self.layout.flatten(masks).astype(bool)
-        self._progress = Progress(kept)
+            mask = self.layout.flatten(masks).astype(bool)
+        # constant masks choose no weights: their settings have neither scope nor mask type
+        self._scope: Scope = getattr(settings, "scope", "layer")
+        self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
+        self._patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        initial = self._measured_sparsity(weights, mask)
+        self._progress = Progress(mask, self._schedule_at(steps_per_epoch, initial), initial)
         self._warned_empty: set[str] = set()
+
+    @property
+    def schedule(self) -> tuple[ScheduledStep, ...]:
+        """The pruning steps of the run."""
+        return self._progress.schedule
 
     @property
     def masks(self) -> dict[str, Mask]:
         """Name and mask of each weight; True keeps. Copies."""
-        return self.layout.unflatten(self._kept.copy())
+        return self.layout.unflatten(self._mask.copy())
 
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        return _sparsity_of(self._kept)
+        return _pruned_fraction(self._mask)
 
     @property
     def is_finished(self) -> bool:
@@ -162,7 +161,7 @@ class Pruner(ABC):
 
     @property
     def is_released(self) -> bool:
-        """Whether the masks are not to be held any more: the run is over, and does not leave them."""
+        """Whether masks have been released: the run has finished and ``leave_enabled`` is false."""
         return self.is_finished and not self.settings.leave_enabled
 
     @property
@@ -172,7 +171,7 @@ class Pruner(ABC):
 
     @property
     def is_inside_step(self) -> bool:
-        """Whether a part of the next pruning step is done."""
+        """Whether some sub-steps of the next pruning step are done."""
         return False
 
     @property
@@ -186,7 +185,7 @@ class Pruner(ABC):
         return 0
 
     def needs_gradients(self, step: int) -> bool:
-        """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted.
+        """Return whether the pruner needs the gradient that arrives after ``step`` completed optimizer steps.
 
         Args:
             step: Completed optimizer steps.
@@ -199,7 +198,7 @@ class Pruner(ABC):
     def uses_gradients(self, step: int) -> bool:
         """Return whether the pruning step that is due draws on gradient samples.
 
-        Where they are sampled at each pruning step, ask this before drawing any.
+        Where samples are drawn at each pruning step, ask this first.
 
         Args:
             step: Completed optimizer steps.
@@ -227,28 +226,28 @@ class Pruner(ABC):
             step: Completed optimizer steps.
 
         Returns:
-            True from the planned step on until :meth:`prune` has done it.
+            True from the scheduled step on until :meth:`prune` has done it.
         """
         return self._latest(step) >= self._done
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
         """Do the pruning step that is due; an exception leaves the pruner as it was.
 
-        Use :meth:`pruning` where something may still go wrong when the weights are put to use.
+        Use :meth:`pruning` where writing the weights back may fail.
 
         Args:
             weights: Name and array of each weight, float32 or float64. Not modified; those that are not in scope may
                 be left out.
-            step: Completed optimizer steps: the latest pruning step planned up to here is done, and earlier ones
-                are passed over. ``None`` does the next one of the schedule.
+            step: Completed optimizer steps: the latest pruning step scheduled up to here is done, and earlier ones
+                are skipped. ``None`` does the next one of the schedule.
 
         Returns:
             The new weights, on the devices of ``weights``, those that are not in scope as they were given; and the new
-            masks of those in scope, in host memory: they are to be held unless :attr:`is_released`.
+            masks of those in scope, in host memory. Hold them unless :attr:`is_released`.
 
         Raises:
-            ValueError: If all pruning steps are done, none is planned up to ``step``, the weights do not fit or hold
-                NaN or Inf, or there is no gradient sample where one is needed.
+            ValueError: If all pruning steps are done, none is scheduled up to ``step``, the weights do not fit or hold
+                NaN or Inf, or a gradient sample is needed and none is stored.
             IllConditionedError: If a block of the Fisher cannot be inverted accurately.
         """
         with self.pruning(weights, step) as result:
@@ -256,7 +255,7 @@ class Pruner(ABC):
 
     @contextmanager
     def pruning(self, weights: Mapping[str, Array], step: int | None = None) -> Iterator[PruneResult]:
-        """Do the pruning step that is due, once the block of the ``with`` statement has put its result to use.
+        """Do the pruning step that is due, and commit it when the block of the ``with`` statement ends.
 
         Masks, progress and gradients of the pruner change in one assignment when the block ends. An exception before
         or inside it leaves all of them as they were, and the same pruning step can be done again, with the same result.
@@ -291,37 +290,33 @@ class Pruner(ABC):
             raise ValueError(
                 f"no pruning step is due at step {step}; the next is at step {self.schedule[self._done].step}"
             )
-        others, weights = weights, self._in_scope(weights)
+        given, weights = weights, self._in_scope(weights)
         self.layout.check(weights, "weights")
         for name, array in weights.items():
             check_float(f"weights[{name!r}]", array)
         vector = self.layout.flatten(weights)
+        before = self._mask
         self.layout.check_finite(
             vector,
-            self._kept,
+            before,
             "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
-        before = self._kept
-        outcome = self._prune(vector, index)
-        self._warn_of_empty(vector, outcome.kept, self.schedule[index])
-        after = self._after(outcome.kept, index)
+        is_zero = vector == 0
+        outcome = self._prune(vector, is_zero, index)
+        self._warn_of_empty(before & ~is_zero, outcome.mask, self.schedule[index])
+        after = self._after(outcome.mask, index)
+        pruned = self.layout.unflatten_like(outcome.weights, weights)
         yield PruneResult(
-            weights={
-                **others,
-                **{
-                    name: device_of(weights[name]).asarray(array)
-                    for name, array in self.layout.unflatten_like(outcome.weights, weights).items()
-                },
-            },
-            masks=self.layout.unflatten(outcome.kept.copy()),
-            sparsity=_sparsity_of(outcome.kept),
+            weights={**given, **{name: device_of(weights[name]).asarray(array) for name, array in pruned.items()}},
+            masks=self.layout.unflatten(outcome.mask.copy()),
+            sparsity=_pruned_fraction(outcome.mask),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
             completes_step=after.done > index,
             damping=outcome.damping,
         )
-        if self._kept is not before:
+        if self._mask is not before:
             raise RuntimeError(
                 "the pruner was used for another pruning step, or loaded a state, inside the block of pruning(); "
                 "end the block first"
@@ -329,7 +324,7 @@ class Pruner(ABC):
         self._progress = after
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs: arrays and plain numbers only."""
+        """Return all that a resumed run needs, as arrays and numbers only."""
         return {
             "method": type(self).__name__,
             "steps_per_epoch": self._steps_per_epoch,
@@ -339,95 +334,97 @@ class Pruner(ABC):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse what is not a whole and fitting state. Nothing is changed.
+        """Refuse a state that is broken or belongs to another run. The pruner does not change.
 
         Arrays must be NumPy arrays of the dtype that :meth:`state_dict` gives them. Numbers may be those of Python or
-        NumPy, or arrays without dimensions. How sparse the masks are is not held against the schedule.
+        NumPy, or arrays without dimensions. The sparsity of the masks is not compared with the schedule.
 
         Args:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it is broken, or belongs to another recipe or model; the message names what.
+            ValueError: If it is broken, or belongs to another recipe or model; the message names what differs.
         """
-        self._loaded(state)
+        self._parsed(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a pruner with the same settings and weights.
+        """Resume from :meth:`state_dict` of a pruner with the same settings and weights.
 
-        The state may be one of another number of steps per epoch: it goes on at the same epoch.
+        Its run may have had another number of steps per epoch: this one resumes at the same epoch.
 
         Args:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: As in :meth:`check_state`; nothing is changed then.
+            ValueError: As in :meth:`check_state`; the pruner does not change then.
         """
-        vars(self).update(vars(self._loaded(state)))
+        self._progress = self._parsed(state)
 
-    def _loaded(self, state: Mapping[str, Any]) -> Self:
-        """Return a pruner like this one that has taken a state, which may be refused. This one is not changed."""
+    def _parsed(self, state: Mapping[str, Any]) -> Progress:
+        """Return the progress that a state holds, or raise ``ValueError``."""
         check_keys("a pruner", state, ("method", "schedule", "pruning_steps_done", "masks"))
         own = type(self).__name__
         if not isinstance(state["method"], str):
             refuse("method", state["method"], "the name of a pruner")
         if state["method"] != own:
-            self._refuse_as_strange(
-                [f"it has another method or schedule of pruning ({state['method']}, and here {own})"]
-            )
-        loaded = copy(self)
-        loaded._take(state)
-        return loaded
-
-    def _take(self, state: Mapping[str, Any]) -> None:
-        """Check a state of this method and take it. One that is refused may be half taken: this runs on a copy."""
+            self._refuse_foreign([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
+        initial = self._parsed_initial_sparsity(state)
         check_keys("a pruner (its masks)", state["masks"], ())
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
         if saved.shape[1] != 2:
             refuse("schedule", saved, "steps and sparsities, in two columns")
-        scheduled = self._schedule_of(state)
-        strange = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(scheduled))]
-        if strange:
-            self._refuse_as_strange(strange)
+        scheduled = self._schedule_at(self._saved_steps_per_epoch(state), initial)
+        differences = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(scheduled))]
+        if differences:
+            self._refuse_foreign(differences)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
         done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(scheduled))
-        if done and scheduled != self.schedule:
-            done = bisect_right(self.schedule, scheduled[done - 1].epoch, key=lambda each: each.epoch)
-        self._progress = Progress(self.layout.flatten(state["masks"]), done)
+        schedule = self._schedule_at(self._steps_per_epoch, initial)
+        if done and scheduled != schedule:
+            done = bisect_right(schedule, scheduled[done - 1].epoch, key=lambda each: each.epoch)
+        return Progress(self.layout.flatten(state["masks"]), schedule, initial, done)
 
-    def _schedule_of(self, state: Mapping[str, Any]) -> tuple[ScheduledStep, ...]:
-        """Return the schedule of these settings at the steps per epoch of a state."""
-        own = self._steps_per_epoch
-        saved = checked_integer("steps_per_epoch", state.get("steps_per_epoch", own), at_least=1, at_most=sys.maxsize)
-        return self.schedule if saved == own else self._schedule_at(saved)
+    def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
+        """Return the sparsity that the schedule starts from, where the settings leave it to the weights."""
+        return None
 
-    def _schedule_at(self, steps_per_epoch: int) -> tuple[ScheduledStep, ...]:
-        """Return the schedule at a number of steps per epoch."""
+    def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
+        """Return the sparsity that the schedule of a state starts from; by default that of this run."""
+        return self._progress.initial_sparsity
+
+    def _schedule_at(self, steps_per_epoch: int, initial: Sparsity | None) -> tuple[ScheduledStep, ...]:
+        """Return the schedule at a number of steps per epoch, for what :meth:`_measured_sparsity` has returned."""
         return pruning_schedule(self.settings, steps_per_epoch)
 
-    def _warn_of_unreachable(
-        self, sparsity: float, scope: Scope, mask_type: MaskType, patterns: Mapping[str, MaskPattern] | None
-    ) -> None:
-        limited = out_of_reach(sparsity, scope, patterns)
+    def _saved_steps_per_epoch(self, state: Mapping[str, Any]) -> int:
+        saved = state.get("steps_per_epoch", self._steps_per_epoch)
+        return checked_integer("steps_per_epoch", saved, at_least=1, at_most=sys.maxsize)
+
+    def _newly_pruned(self, saliencies: Array, sparsity: Sparsity) -> Array:
+        """Choose which of the unpruned weights are pruned so that a sparsity is reached."""
+        return newly_pruned(saliencies, self._mask, sparsity, self.layout.segments, self._scope, self._patterns)
+
+    def _warn_of_unreachable(self, sparsity: float) -> None:
+        limited = out_of_reach(sparsity, self._scope, self._patterns)
         if limited:
             _logger.warning(
                 "mask_type %s does not divide the inputs of %s: the sparsity there ends below %g; take what has too "
                 "few inputs out of params",
-                mask_type,
+                self._mask_type,
                 ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
             )
 
     @staticmethod
-    def _refuse_as_strange(differences: Sequence[str]) -> NoReturn:
+    def _refuse_foreign(differences: Sequence[str]) -> NoReturn:
         raise ValueError(
             f"the state belongs to another recipe or model: {'; '.join(differences)}. "
             "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
         )
 
     def _other_weights(self, masks: Mapping[str, Array]) -> Iterator[str]:
-        """Yield what differs between the weights of a state and these."""
+        """Yield how the weights of a state differ from those in scope."""
         lacking = [name for name in self.layout.shapes if name not in masks]
         if lacking:
             yield f"it has no mask for {join_names(lacking)}"
@@ -440,20 +437,21 @@ class Pruner(ABC):
                 return
 
     def _other_schedule(self, saved: Vector, scheduled: Vector) -> Iterator[str]:
-        """Yield what differs between the pruning steps of a state and those planned."""
+        """Yield how the pruning steps of a state differ from those scheduled here."""
         if not self._is_same_schedule(saved, scheduled):
             yield f"it has another method or schedule of pruning ({_first_difference(saved, scheduled)})"
 
-    def _warn_of_empty(self, weights: Vector, kept: Mask, scheduled: ScheduledStep) -> None:
-        """Warn once of each array that this pruning step leaves without a single weight."""
-        within_layers = getattr(self.settings, "scope", "layer") == "layer"
-        if within_layers and scheduled.sparsity >= _NEARLY_ALL:
+    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+        return np.array_equal(saved, scheduled)
+
+    def _warn_of_empty(self, alive: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
+        """Warn once of each array whose last weights this pruning step prunes."""
+        if self._scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
             return
-        alive = self._kept & (weights != 0)
         emptied = [
             name
             for name, (start, stop) in self.layout.segments.items()
-            if name not in self._warned_empty and not kept[start:stop].any() and alive[start:stop].any()
+            if name not in self._warned_empty and not mask[start:stop].any() and alive[start:stop].any()
         ]
         self._warned_empty.update(emptied)
         if emptied:
@@ -462,45 +460,45 @@ class Pruner(ABC):
                 "%stake it out of params, or prune less",
                 scheduled.epoch,
                 join_names(emptied),
-                "" if within_layers else "prune within layers (global_sparsity: false in a recipe), ",
+                "" if self._scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
-    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
-        return np.array_equal(saved, scheduled)
-
     def _latest(self, step: int) -> int:
-        """Return the index of the latest pruning step planned up to ``step``; -1 when there is none."""
+        """Return the index of the latest pruning step scheduled up to ``step``; -1 for none."""
         return bisect_right(self.schedule, step, key=lambda scheduled: scheduled.step) - 1
 
     def _in_scope(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return arrays by name without those of the weights that ``params`` leaves out."""
-        if not self._left_out or not isinstance(arrays, Mapping):
+        """Return arrays by name without the weights that ``params`` leaves out."""
+        if not self._out_of_scope or not isinstance(arrays, Mapping):
             return arrays
-        return {name: array for name, array in arrays.items() if name not in self._left_out}
+        return {name: array for name, array in arrays.items() if name not in self._out_of_scope}
 
     @property
-    def _kept(self) -> Mask:
-        return self._progress.kept
+    def _mask(self) -> Mask:
+        return self._progress.mask
 
     @property
     def _done(self) -> int:
         return self._progress.done
 
-    def _after(self, kept: Mask, index: int) -> Progress:
-        """Return the progress once the pruning step with this index has left these weights. Nothing is changed."""
-        return Progress(kept, index + 1)
+    def _after(self, mask: Mask, index: int) -> Progress:
+        """Return the progress once the pruning step with this index has left this mask. The pruner does not change."""
+        return Progress(mask, self.schedule, self._progress.initial_sparsity, index + 1)
 
     @abstractmethod
-    def _prune(self, weights: Vector, index: int) -> Outcome:
-        """Return what the pruning step with this index makes of all weights. Nothing is changed."""
+    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+        """Return the outcome of the pruning step with this index. The pruner does not change.
+
+        ``weights`` are all weights in scope; ``is_zero`` says which of them are 0, whether pruned or not.
+        """
 
 
-def _sparsity_of(kept: Mask) -> float:
-    return int(np.count_nonzero(~kept)) / len(kept)
+def _pruned_fraction(mask: Mask) -> float:
+    return int(np.count_nonzero(~mask)) / len(mask)
 
 
 def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
-    """Return the names of those arrays that settings mean; the keywords mean all of them, whatever they are called."""
+    """Return the names of the arrays in scope; the keywords mean all arrays, whatever their names are."""
     if not settings.exclude and set(settings.params) <= {ALL, ALL_PRUNABLE}:
         return shapes.keys()
     names = ModelNames(shapes=shapes, prunable=shapes.keys(), layers=layers_of_names(shapes), kind="weight")

@@ -1,4 +1,4 @@
-"""Bytes before the run: what a pruning run will take at most, checked against what is free."""
+"""Bytes before the run: how much memory gradient windows will take, checked against what is free."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, num_substeps, of_layer, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 
-__all__ = ["WINDOW_ITEMSIZE", "MasksToCome", "check_memory", "choose_window_device", "peak_window", "window_bytes"]
+__all__ = [
+    "WINDOW_ITEMSIZE",
+    "MasksToCome",
+    "check_memory",
+    "choose_window_device",
+    "needed_bytes",
+    "peak_window",
+    "window_bytes",
+]
 
 WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
 
 WORKING_GROUPS = 6
-"""Groups of blocks that a GPU needs room for beside the window: the group, what is made of it, kept factors."""
+"""Groups of blocks for which a GPU needs room beside the window: the group, its intermediate arrays, kept factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
-"""The sparsity of each pruning step, and what becomes of one, as :func:`mfac_core.masks.selection.reaches` tells it."""
+"""The masks that a schedule leads to: the sparsity that each pruning step aims at, and a function that returns the
+sparsity then reached and the number of weights left, from :func:`mfac_core.masks.selection.reaches`."""
 
 _logger = logging.getLogger("mfac_core")
 
@@ -32,24 +41,15 @@ _logger = logging.getLogger("mfac_core")
 def peak_window(
     settings: MFACSettings, num_weights: int, schedule: Sequence[ScheduledStep], masks: MasksToCome | None = None
 ) -> tuple[int, int]:
-    """Return rows and columns of the largest gradient window of a run.
-
-    Args:
-        settings: What is pruned and how.
-        num_weights: Number of weights in scope ``n``.
-        schedule: The planned pruning steps.
-        masks: What they will make of the masks; ``None`` where there are none yet: then sparsities are those planned.
-
-    Returns:
-        Rows ``m`` and columns ``d`` of the window with the most numbers.
+    """Return rows and columns of the largest gradient window of a run; without ``masks``, by scheduled sparsities.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
         >>> peak_window(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)])
         (512, 500)
     """
-    chains = _chains(settings, num_weights, schedule, masks, skips=False)
-    return max((window for chain in chains for window in chain), key=_size)
+    sequences = _window_sequences(settings, num_weights, schedule, masks, skips=False)
+    return max((window for windows in sequences for window in windows), key=_size)
 
 
 def window_bytes(
@@ -60,17 +60,9 @@ def window_bytes(
     *,
     live_gradients: bool = True,
 ) -> int:
-    """Return the bytes that gradient windows of a run take at most.
+    """Return the largest number of bytes that gradient windows take at one time.
 
-    Args:
-        settings: What is pruned and how.
-        num_weights: Number of weights in scope.
-        schedule: The planned pruning steps.
-        masks: As in :func:`peak_window`.
-        live_gradients: Whether rows outlive a pruning step: then the next window is made beside the one before.
-
-    Returns:
-        The bytes of the largest window, or of the two largest that stand side by side.
+    With live gradients rows outlive a pruning step, so the next window is made beside the one before.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -79,30 +71,40 @@ def window_bytes(
         (256000, 384000)
     """
     largest = 0
-    for chain in _chains(settings, num_weights, schedule, masks, skips=live_gradients):
-        windows = [_size(window) for window in chain]
-        together = [_size(one) + _size(other) for one, other in pairwise(chain) if one != other and live_gradients]
-        largest = max(largest, *windows, *together)
+    for windows in _window_sequences(settings, num_weights, schedule, masks, skips=live_gradients):
+        both = [_size(one) + _size(other) for one, other in pairwise(windows) if one != other and live_gradients]
+        largest = max(largest, *map(_size, windows), *both)
     return largest * WINDOW_ITEMSIZE
 
 
-def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
-    """Return where the gradient window is kept.
+def needed_bytes(
+    settings: MFACSettings,
+    num_weights: int,
+    schedule: Sequence[ScheduledStep],
+    masks: MasksToCome | None = None,
+    *,
+    live_gradients: bool = True,
+) -> int:
+    """Return the bytes that a run needs on the device of its gradient window.
 
-    Args:
-        wanted: The name of a device, or ``"auto"`` for the first GPU with room for the window, else host memory.
-        devices: Where the blocks are computed.
-        num_bytes: Bytes that gradient windows of the run take at most.
-
-    Returns:
-        The device.
-
-    Raises:
-        DeviceError: If the wanted device does not exist.
+    The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
+    window is made beside the one before.
     """
+    rows, columns = peak_window(settings, num_weights, schedule, masks)
+    block_size = settings.block_size or max(columns, 1)
+    # all blocks but the last are alike: one of them and the last tell the largest
+    distinct = min(columns, block_size + columns % block_size)
+    blocks = partition(distinct, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
+    working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
+    windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
+    return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
+
+
+def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
+    """Return the wanted device; for ``auto`` the first GPU with room for :func:`window_bytes`, else host memory."""
     if wanted != "auto":
         return resolve_device(wanted)
-    elsewhere = [device for device in devices if device.backend.name != "numpy"]
+    elsewhere = [device for device in devices if not device.is_host]
     for device in elsewhere:
         free = device.backend.free_bytes(device.name)
         room = WORKING_GROUPS * device.backend.group_bytes(device.name, num_bytes)
@@ -110,8 +112,8 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
             return device
     if elsewhere:
         _logger.warning(
-            "the gradient window (%s bytes) has no room on %s: it is kept in host memory and copied there block by "
-            "block at each pruning step",
+            "the gradient window (%s bytes) does not fit on %s: it stays in host memory and is copied block by block "
+            "at each pruning step",
             f"{num_bytes:,}",
             ", ".join(map(str, elsewhere)),
         )
@@ -127,32 +129,10 @@ def check_memory(
     *,
     live_gradients: bool = True,
 ) -> int:
-    """Refuse a run that would not fit, before it starts.
-
-    Most is taken either while blocks are computed, beside the largest window, or after a pruning step, while the next
-    window is made beside the one before.
-
-    Args:
-        settings: What is pruned and how.
-        device: Where the gradient window is kept.
-        num_weights: Number of weights in scope.
-        schedule: The planned pruning steps.
-        masks: As in :func:`peak_window`.
-        live_gradients: As in :func:`window_bytes`.
-
-    Returns:
-        The bytes that the run takes at most on the device of the gradient window.
-
-    Raises:
-        MemoryBudgetError: If they exceed what is free; the message names both, and settings that would fit.
-    """
+    """Return :func:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
 
     def bytes_for(settings: MFACSettings) -> int:
-        rows, columns = peak_window(settings, num_weights, schedule, masks)
-        blocks = partition(columns, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, slab_bytes=1)
-        working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
-        windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
-        return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
+        return needed_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
 
     needed = bytes_for(settings)
     free = device.backend.free_bytes(device.name)
@@ -165,15 +145,16 @@ def check_memory(
     cure = (
         f"num_gradients of at most {fitting} would fit"
         if fitting > 0
-        else "choose a smaller block_size, or fewer weights in params, or a machine with more memory"
+        else "choose a smaller block_size, fewer weights in params, or a machine with more memory"
     )
     raise MemoryBudgetError(
         f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights, "
-        f"and room to work in or for the window that follows a pruning step), and {free:,} are free; {cure}"
+        "and room for computation or for the window that follows a pruning step), but only "
+        f"{free:,} are free; {cure}"
     )
 
 
-def _chains(
+def _window_sequences(
     settings: MFACSettings,
     num_weights: int,
     schedule: Sequence[ScheduledStep],
@@ -181,30 +162,32 @@ def _chains(
     *,
     skips: bool,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Yield rows and columns of windows that follow each other: from each pruning step on to the window after it.
+    """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
 
-    Where a pruning step may have to wait for rows, the next one may pass it over: these windows are yielded, too.
+    With ``skips``, also for each pruning step that is done in place of the one before: one that waits for rows is
+    passed over when the next falls due.
     """
     sparsities, reaches = masks or (
         [scheduled.sparsity for scheduled in schedule],
         lambda sparsity: (sparsity, num_weights - round(num_weights * of_layer(sparsity, ""))),
     )
-    # a window is as large as the sparsity reached by the pruning step before demands
+    # the sparsity reached before a pruning step determines the rows of its window
     before = [0.0, *(scheduled.sparsity for scheduled in schedule)]
     rows = [num_gradients_at(settings.num_gradients, sparsity) for sparsity in before]
     reached, columns = reaches(0.0)
     for index in range(len(schedule)):
         for to in range(index, min(index + 1 + skips, len(schedule))):
-            now, left = reached, columns
-            chain = [(rows[index], left)]
-            for parts_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
-                wanted = substep_sparsity(now, sparsities[to], parts_left, settings.recomputation_spacing)
-                now, kept = reaches(wanted)
-                left = min(left, kept)
-                chain.append((rows[to] if parts_left > 1 else rows[to + 1], left))
+            now, unpruned = reached, columns
+            windows = [(rows[index], unpruned)]
+            for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
+                wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
+                now, left = reaches(wanted)
+                unpruned = min(unpruned, left)
+                windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
             if to == index:
-                after = now, left
-            yield chain[:-1] if to == len(schedule) - 1 else chain  # no window follows the last pruning step
+                after = now, unpruned
+            # no window follows the last pruning step
+            yield windows[:-1] if to == len(schedule) - 1 else windows
         reached, columns = after
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,26 +15,27 @@ from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import independent_update, joint_update, saliency
 from mfac_core.settings.checks import Damping, Update
 
-__all__ = ["PruneResult", "Selection", "magnitude_step", "mfac_step"]
+__all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
 
 Vector = npt.NDArray[Any]
 Selection = Callable[[Array], Array]
-"""From the saliencies of the unpruned weights to which of them are pruned now, a boolean array on the same device."""
+"""Chooses the newly pruned weights by the saliencies of the unpruned ones: a boolean array on the same device."""
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What a pruning step leaves.
+    """The result of a pruning step, or of one of its sub-steps.
 
     Args:
-        weights: The updated weights in the form that they were given: one array or a mapping; pruned ones exactly 0.
+        weights: The updated weights in the form in which they were given: one array or a mapping; pruned ones are
+            exactly 0.
         masks: Booleans of the same form and shapes; True keeps.
         sparsity: Pruned fraction of all weights in scope.
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
             of the loss. It is in-sample: measured on the gradient samples that chose the update, which it suits best.
             The loss on other data grows by more, often by tens of times, so compare such numbers with each other only.
-        resets_optimizer: Whether the optimizer is to forget what it remembers of all these weights.
-        completes_step: Whether the pruning step is done with it, and not a part of one that others follow.
+        resets_optimizer: Whether the state that the optimizer has of these weights is stale and should be reset.
+        completes_step: Whether the pruning step is complete; False after a sub-step that others follow.
         measured_loss_change: By how much the loss has grown over the pruning step, on batches beside the gradient
             samples; ``None`` where it was not measured.
         damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
@@ -51,6 +52,22 @@ class PruneResult:
     damping: tuple[float, float] | None = None
 
 
+class UnprunedOutcome(NamedTuple):
+    """What becomes of the ``d`` weights that were unpruned before a pruning step or sub-step.
+
+    Attributes:
+        weights: The updated weights, newly pruned ones exactly 0, shape ``(d,)``.
+        newly_pruned: Which of them are pruned now, shape ``(d,)``.
+        predicted_loss_increase: As in :class:`PruneResult`.
+        damping: As in :class:`PruneResult`.
+    """
+
+    weights: Vector
+    newly_pruned: npt.NDArray[np.bool_]
+    predicted_loss_increase: float | None = None
+    damping: tuple[float, float] | None = None
+
+
 def mfac_step(
     weights: Vector,
     source: GradientSource,
@@ -59,7 +76,7 @@ def mfac_step(
     damping: Damping,
     update: Update,
     devices: Sequence[str | Device] | str | Device,
-) -> tuple[Vector, npt.NDArray[np.bool_], float, tuple[float, float]]:
+) -> UnprunedOutcome:
     """Prune by M-FAC saliency and compensate with the OBS update.
 
     Args:
@@ -69,10 +86,6 @@ def mfac_step(
         damping: Added to the diagonal of the empirical Fisher, or ``auto``.
         update: ``independent`` or ``joint``.
         devices: Where the blocks are computed.
-
-    Returns:
-        The updated weights, which of them are newly pruned, the predicted loss increase, and the smallest and the
-        largest damping of a block.
     """
     fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
     with fisher.home.backend.on(fisher.home.name):
@@ -89,21 +102,13 @@ def mfac_step(
         pruned = fisher.home.to_numpy(chosen)
         updated = (weights + fisher.home.to_numpy(change * scale)).astype(weights.dtype, copy=False)
     updated[pruned] = 0
-    return updated, pruned, increase * scale * scale, fisher.damping_range
+    return UnprunedOutcome(updated, pruned, increase * scale * scale, fisher.damping_range)
 
 
-def magnitude_step(weights: Vector, select: Selection) -> tuple[Vector, npt.NDArray[np.bool_]]:
-    """Prune the smallest weights; the others stay as they are.
-
-    Args:
-        weights: Unpruned weights, shape ``(d,)``, in host memory. Not modified.
-        select: Chooses the newly pruned from the magnitudes.
-
-    Returns:
-        The weights with zeros, and which of them are newly pruned.
-    """
+def magnitude_step(weights: Vector, select: Selection) -> UnprunedOutcome:
+    """Prune the smallest of the unpruned weights, chosen by their magnitudes; the others stay as they are."""
     chosen = select(np.abs(weights))
-    return np.where(chosen, np.zeros_like(weights), weights), chosen
+    return UnprunedOutcome(np.where(chosen, np.zeros_like(weights), weights), chosen)
 
 
 def _power_of_two(x: Array) -> float:

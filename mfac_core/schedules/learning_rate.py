@@ -11,22 +11,16 @@ from mfac_core.settings.training import LearningRateFunction, LearningRateSchedu
 
 __all__ = ["learning_rate_at"]
 
-# Epochs: an epoch that is a step divided by the steps per epoch may miss a border by rounding.
+# in epochs: an epoch computed as a step divided by the steps per epoch may miss a border by rounding
 _NOISE = 1e-9
 
 
 def learning_rate_at(
     settings: SetLearningRate | LearningRateFunction | LearningRateSchedule, epoch: float
 ) -> float | None:
-    """Return the learning rate that settings ask for.
+    """Return the learning rate that settings ask for at an epoch; ``None`` before ``start_epoch``.
 
-    Args:
-        settings: How the learning rate goes.
-        epoch: Completed epochs, fractions allowed, finite.
-
-    Returns:
-        The learning rate; ``None`` before ``start_epoch``. From ``end_epoch`` on it stays: at the ``final`` of a
-        function, and at what a schedule had reached before.
+    From ``end_epoch`` on it stays: at the ``final`` of a function, and at the last value of a schedule.
 
     Example:
         >>> warm_up = LearningRateFunction(function="linear", initial=0.0, final=0.1, end_epoch=4.0)
@@ -70,7 +64,7 @@ def _of_schedule(settings: LearningRateSchedule, elapsed: float) -> float:
         case "StepLR":
             return settings.initial * gamma ** _periods(elapsed, options["step_size"], ended)
         case "MultiStepLR":
-            # All milestones lie before the end.
+            # all milestones lie before the end
             passed = bisect_right(options["milestones"], settings.start_epoch + elapsed + _NOISE)
             return float(settings.initial * gamma**passed)
         case "ExponentialLR":
@@ -80,7 +74,7 @@ def _of_schedule(settings: LearningRateSchedule, elapsed: float) -> float:
 
 
 def _periods(elapsed: float, period: float, ended: bool) -> int:
-    """Return how many periods are over; one that is over exactly at the end of the schedule is not counted."""
+    """Return how many periods have passed, without one that ends exactly at the end of the schedule."""
     if ended:
         return max(0, math.ceil(elapsed / period - _NOISE) - 1)
     return math.floor(elapsed / period + _NOISE)

@@ -1,4 +1,4 @@
-"""What a gradual run becomes where all of it is done in one pruning step."""
+"""From the settings of a gradual run to those that do all of it in one pruning step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mfac_core.settings.pruning import (
 __all__ = ["one_shot", "one_shot_in_order"]
 
 _FINE = 1_000_000
-"""Steps per epoch so many that no two pruning steps of a schedule become one."""
+"""So many steps per epoch that no two pruning steps of a schedule fall together."""
 
 
 def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
@@ -33,10 +33,10 @@ def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[Pruning
         epoch: Completed epochs; infinity for the end.
 
     Returns:
-        The settings, one for each final sparsity; none where nothing is pruned at that epoch.
+        One for each final sparsity; an empty list if nothing is pruned at that epoch.
 
     Raises:
-        SettingError: If the sparsity at that epoch depends on what is zero in the weights.
+        SettingError: If the sparsity at that epoch depends on the zeros of the weights.
 
     Example:
         >>> settings = MagnitudeSettings(final_sparsity=0.8, start_epoch=2, end_epoch=10, update_frequency=4)
@@ -53,18 +53,10 @@ def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[Pruning
 def one_shot_in_order(
     settings: Iterable[PruningSettings], epoch: float = math.inf
 ) -> list[tuple[PruningSettings, PruningSettings]]:
-    """Return what several modifiers prune in one shot, in the order in which they begin: one sees the zeros before it.
+    """Return what several modifiers prune in one shot, in the order in which they begin: later ones see earlier zeros.
 
-    Args:
-        settings: Settings of a gradual run, one for each modifier.
-        epoch: Completed epochs; infinity for the end.
-
-    Returns:
-        The settings of :func:`one_shot`, each after the gradual ones that it comes from. Those say whether two
-        modifiers prune at the same time, or the one after the other.
-
-    Raises:
-        SettingError: If the sparsity at that epoch depends on what is zero in the weights.
+    Each pair holds the settings of the gradual run, which show whether two modifiers prune at the same time or one
+    after the other, and those of :func:`one_shot`.
     """
     in_order = sorted(settings, key=lambda each: each.start_epoch)
     return [(gradual, at_once) for gradual in in_order for at_once in one_shot(gradual, epoch)]
@@ -74,7 +66,7 @@ def _sparsity_at(settings: PruningSettings, epoch: float) -> float:
     is_measured = isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM
     if is_measured and settings.start_epoch <= epoch < settings.end_epoch:
         raise SettingError(
-            "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number for it"
+            "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number instead"
         )
     past = [scheduled.sparsity for scheduled in pruning_schedule(settings, _FINE) if scheduled.epoch <= epoch]
     return past[-1] if past else 0.0

@@ -17,7 +17,7 @@ from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSetting
 __all__ = ["ScheduledStep", "interpolate", "num_gradients_at", "pruning_epochs", "pruning_schedule", "sparsity_at"]
 
 _MOST_PRUNING_STEPS = 1_000_000
-# Part of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end.
+# fraction of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end
 _NOISE = 1e-6
 
 
@@ -26,7 +26,7 @@ class ScheduledStep(NamedTuple):
 
     Attributes:
         step: Completed optimizer steps at which it is due.
-        epoch: The epoch it was planned for, as the settings name it.
+        epoch: Its epoch, as the settings name it.
         sparsity: Pruned fraction of the weights in scope once it is done.
     """
 
@@ -39,14 +39,11 @@ def interpolate(fraction: float, kind: Interpolation) -> float:
     """Return the shape of a sparsity curve: how far sparsity has come when a ``fraction`` of the time has passed.
 
     Args:
-        fraction: Passed part of the time from first to last pruning step; clamped into ``[0, 1]``.
+        fraction: Passed fraction of the time from first to last pruning step; clamped into ``[0, 1]``.
         kind: ``linear`` (x), ``cubic`` (1 - (1 - x)^3) or ``inverse_cubic`` (1 - (1 - x)^(1/3)).
 
     Returns:
         A number in ``[0, 1]``: exactly 0.0 at the start and exactly 1.0 at the end.
-
-    Raises:
-        SettingError: If ``kind`` is none of the three.
 
     Example:
         >>> interpolate(0.5, "linear"), interpolate(0.5, "cubic")
@@ -67,14 +64,7 @@ def interpolate(fraction: float, kind: Interpolation) -> float:
 def sparsity_at(fraction: float, *, initial: float, final: float, interpolation: Interpolation) -> float:
     """Return the sparsity when a ``fraction`` of the time from first to last pruning step has passed.
 
-    Args:
-        fraction: Passed part of the time; clamped into ``[0, 1]``.
-        initial: Sparsity at the first pruning step.
-        final: Sparsity at the last pruning step, at least ``initial``.
-        interpolation: Shape of the curve between the two, see :func:`interpolate`.
-
-    Returns:
-        A sparsity that never falls as ``fraction`` grows; ``initial`` and ``final`` themselves at the two ends.
+    It never falls as ``fraction`` grows, and is exactly ``initial`` and ``final`` at the two ends.
 
     Example:
         >>> sparsity_at(0.5, initial=0.1, final=0.9, interpolation="linear")
@@ -88,17 +78,7 @@ def sparsity_at(fraction: float, *, initial: float, final: float, interpolation:
 
 
 def checked_steps_per_epoch(value: object) -> int:
-    """Return the length of an epoch, or refuse what is none.
-
-    Args:
-        value: What is given as ``steps_per_epoch``.
-
-    Returns:
-        The value.
-
-    Raises:
-        SettingError: If it is not a positive integer.
-    """
+    """Return the optimizer steps per epoch, or refuse a value that is not a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(
             "steps_per_epoch", f"{value!r} must be a positive integer, such as len(loader) for one step per batch"
@@ -109,14 +89,16 @@ def checked_steps_per_epoch(value: object) -> int:
 def pruning_schedule(
     settings: PruningSettings, steps_per_epoch: int, *, sparsities: tuple[float, float] | None = None
 ) -> tuple[ScheduledStep, ...]:
-    """Return the pruning steps of a whole run as exact optimizer steps.
+    """Return the pruning steps of a whole run as exact optimizer steps, in rising order.
 
-    The step of a planned epoch is ``round(epoch * steps_per_epoch)``; of planned epochs that fall on the same optimizer
-    step only one is left: the first, except that the last of a run, and the latest phase of AC/DC, win.
+    A pruning step of an epoch is due at the optimizer step ``round(epoch * steps_per_epoch)``. Of epochs that fall on
+    the same optimizer step only one counts: the first, except that the last of a run, and the latest phase of AC/DC,
+    win.
 
-    * Gradual pruning: the step of ``end_epoch`` is always among them and has exactly the final sparsity.
+    * Gradual pruning: the step of ``end_epoch`` is always among them and has exactly the final sparsity. Sparsity never
+      falls.
     * AC/DC: a phase begins every ``update_frequency`` from ``start_epoch`` on: a decompressed one (sparsity 0) first,
-      then a compressed one, and so on. A decompressed phase is not begun where none is left to follow it, so that the
+      then a compressed one, and so on. A decompressed phase begins only if a compressed one follows it, so that the
       run ends compressed, and the step of ``end_epoch`` is always a compressed one.
     * Constant: masks are taken at ``start_epoch`` and, unless ``end_epoch`` is infinite, released there (sparsity 0).
 
@@ -124,10 +106,10 @@ def pruning_schedule(
         settings: Start, end, frequency and sparsities of the run.
         steps_per_epoch: Optimizer steps per epoch, at least 1.
         sparsities: First and last sparsity, measured from the weights, in place of those of the settings; ``None``
-            where there are no weights yet: then ``__FROM_PARAM__`` and the sparsity that ``Constant`` holds are 0.
+            if there are no weights yet: then ``__FROM_PARAM__`` and the sparsity that ``Constant`` holds are 0.
 
     Returns:
-        The pruning steps in rising order of ``step``; with gradual pruning sparsity never falls.
+        The pruning steps.
 
     Raises:
         SettingError: If ``steps_per_epoch`` is not a positive integer, or the settings ask for more than a million
@@ -136,10 +118,10 @@ def pruning_schedule(
 
     Example:
         >>> settings = GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=2.0, update_frequency=0.5)
-        >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
+        >>> [tuple(scheduled) for scheduled in pruning_schedule(settings, steps_per_epoch=10)]
         [(10, 1.0, 0.0), (15, 1.5, 0.7000000000000001), (20, 2.0, 0.8)]
         >>> settings = ACDCSettings(compression_sparsity=0.9, end_epoch=5.0)
-        >>> [tuple(planned) for planned in pruning_schedule(settings, steps_per_epoch=10)]
+        >>> [tuple(scheduled) for scheduled in pruning_schedule(settings, steps_per_epoch=10)]
         [(0, 0.0, 0.0), (10, 1.0, 0.9), (20, 2.0, 0.0), (30, 3.0, 0.9), (50, 5.0, 0.9)]
     """
     checked_steps_per_epoch(steps_per_epoch)
@@ -160,17 +142,9 @@ def pruning_schedule(
 
 
 def pruning_epochs(settings: PruningSettings) -> tuple[float, ...]:
-    """Return the epochs at which pruning steps are due: every ``update_frequency`` from the start, and the end.
+    """Return the epochs at which pruning steps are due: ``start_epoch``, every ``update_frequency``, and ``end_epoch``.
 
-    Args:
-        settings: Start, end and frequency of the run.
-
-    Returns:
-        Rising epochs; the first is ``start_epoch``, the last is ``end_epoch`` (only one if the two are equal, or if
-        the end is infinite).
-
-    Raises:
-        SettingError: If there would be more than a million.
+    There is one epoch only if the two are equal, or the end is infinite. More than a million are refused.
 
     Example:
         >>> pruning_epochs(GradualSettings(final_sparsity=0.8, start_epoch=1.0, end_epoch=4.0, update_frequency=2.0))
@@ -201,7 +175,7 @@ def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) 
     """Return how many rows the gradient window holds once a sparsity is reached.
 
     The comparison is exact: a layer of 1001 weights that was pruned "to 0.5" has reached 500/1001 = 0.4995, which is
-    below the threshold 0.5. Callers that mean the planned sparsity ask with the planned one.
+    below the threshold 0.5. Callers that mean the scheduled sparsity pass the scheduled one.
 
     Args:
         num_gradients: Sparsity threshold -> rows that hold from that sparsity on, with the key 0.0; an integer holds
@@ -210,9 +184,6 @@ def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) 
 
     Returns:
         The rows of the largest threshold that is not above ``sparsity``.
-
-    Raises:
-        SettingError: If every threshold is above ``sparsity``.
 
     Example:
         >>> num_gradients_at({0.0: 256, 0.5: 512}, 0.49), num_gradients_at({0.0: 256, 0.5: 512}, 0.5)
@@ -233,7 +204,7 @@ def _gradual(
 ) -> tuple[ScheduledStep, ...]:
     if sparsities is None:
         initial = 0.0 if settings.initial_sparsity == FROM_PARAM else float(settings.initial_sparsity)
-        sparsities = (initial, _one_final_sparsity(settings))
+        sparsities = (initial, one_final_sparsity(settings))
     first = round(settings.start_epoch * steps_per_epoch)
     last = round(settings.end_epoch * steps_per_epoch)
     *before_end, end = pruning_epochs(settings)
@@ -257,11 +228,11 @@ def _gradual(
     return (*between, ScheduledStep(last, end, sparsities[1]))
 
 
-def _one_final_sparsity(settings: GradualSettings) -> float:
+def one_final_sparsity(settings: GradualSettings) -> float:
     if isinstance(settings.final_sparsity, Mapping):
         raise SettingError(
             "final_sparsity",
-            f"{dict(settings.final_sparsity)} is one run per entry; "
+            f"{dict(settings.final_sparsity)} describes one run per entry; "
             "take each of settings.by_final_sparsity() on its own",
         )
     return settings.final_sparsity

@@ -1,7 +1,7 @@
-"""A pruning step in several parts: how many there are, how far each goes, and when it is done.
+"""The sub-steps of a pruning step: how many there are, how far each goes, and when it is due.
 
-Each part has a Fisher of its own over what remains (a recomputation). With geometric spacing each leaves the same
-fraction of the weights that it finds, as the authors of M-FAC do it. With linear spacing each removes the same number,
+Each sub-step has a Fisher of its own over the remaining weights (a recomputation). With geometric spacing each leaves
+the same fraction of the weights that it finds, as in the M-FAC paper. With linear spacing each removes the same number,
 so that the last ones remove most of what is left: the last of eight on the way to 98 % removes 86 % of it, where the
 quadratic model of the loss does not hold.
 """
@@ -20,29 +20,26 @@ Sparsity = float | Mapping[str, float]
 """Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
 
 MOST_REMOVED = 0.22
-"""The largest fraction of what is left that one part removes where the number of parts is ``auto``."""
+"""The largest fraction of what is left that one sub-step removes if the number of sub-steps is ``auto``."""
 
 _NOISE = 1e-9
 
 
 def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputations) -> int:
-    """Return in how many parts a pruning step is done.
+    """Return the number of sub-steps of a pruning step; exactly 1 if the sparsity is reached already.
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` returns it.
         wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
-            :data:`MOST_REMOVED` of what is left, in no layer.
-
-    Returns:
-        At least 1; exactly 1 where the sparsity is reached.
+            :data:`MOST_REMOVED` of what is left, in any layer.
 
     Example:
         >>> [num_substeps(0.0, sparsity, "auto") for sparsity in (0.0, 0.2, 0.9, 0.95, 0.98)]
         [1, 1, 10, 13, 16]
     """
     ways = [(now, of_layer(wanted, name)) for name, now in _by_name(reached).items()]
-    # a layer that keeps nothing has been all zeros from the beginning: these go in any number of parts
+    # a layer that keeps nothing has been all zeros from the beginning: these are pruned in any number of sub-steps
     left = [(1 - final) / (1 - now) for now, final in ways if now < final < 1]
     if not left:
         return 1
@@ -52,23 +49,23 @@ def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomp
 
 
 @overload
-def substep_sparsity(reached: float, wanted: float, parts_left: int, spacing: Spacing) -> float: ...
+def substep_sparsity(reached: float, wanted: float, substeps_left: int, spacing: Spacing) -> float: ...
 @overload
-def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity: ...
-def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spacing: Spacing) -> Sparsity:
-    """Return the sparsity that the next part of a pruning step reaches.
+def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity: ...
+def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity:
+    """Return the sparsity that the next sub-step of a pruning step reaches.
 
-    With ``k`` parts left, the kept fraction goes from ``a`` to ``b`` by the factor ``(b / a) ** (1 / k)`` in each
-    (geometric), or by ``(a - b) / k`` less in each (linear).
+    With ``k`` sub-steps left, each takes the unpruned fraction from ``a`` towards ``b`` by the factor
+    ``(b / a) ** (1 / k)`` (geometric), or reduces it by ``(a - b) / k`` (linear).
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` gives it.
+        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` returns it.
         wanted: Sparsity of the pruning step, below 1.
-        parts_left: Parts to go, the next one included.
+        substeps_left: Sub-steps to go, the next one included.
         spacing: ``geometric`` or ``linear``.
 
     Returns:
-        A sparsity for :func:`mfac_core.masks.selection.newly_pruned`; exactly ``wanted`` with one part left, and where
+        A sparsity for :func:`mfac_core.masks.selection.newly_pruned`; exactly ``wanted`` for the last sub-step, and if
         it is reached already.
 
     Example:
@@ -77,62 +74,51 @@ def substep_sparsity(reached: Sparsity, wanted: Sparsity, parts_left: int, spaci
         >>> [round(substep_sparsity(0.0, 0.75, 2, spacing), 3) for spacing in ("geometric", "linear")]
         [0.5, 0.375]
     """
-    if parts_left == 1:
+    if substeps_left == 1:
         return wanted
 
-    def nextof_layer(now: float, final: float) -> float:
+    def of_next(now: float, final: float) -> float:
         if now >= final:
             return final
         if spacing == "linear":
-            return now + (final - now) / parts_left
-        return 1 - (1 - now) * math.pow((1 - final) / (1 - now), 1 / parts_left)
+            return now + (final - now) / substeps_left
+        return 1 - (1 - now) * math.pow((1 - final) / (1 - now), 1 / substeps_left)
 
     if isinstance(reached, Mapping):
-        return {name: nextof_layer(now, of_layer(wanted, name)) for name, now in reached.items()}
-    return nextof_layer(reached, of_layer(wanted, _ALL))
+        return {name: of_next(now, of_layer(wanted, name)) for name, now in reached.items()}
+    return of_next(reached, of_layer(wanted, _ALL))
 
 
-def substep_due(scheduled: int, before: int | None, part: int, parts: int, num_gradients: int) -> int:
-    """Return the optimizer step at which a part of a pruning step is due, where gradients are those of training.
+def substep_due(scheduled: int, before: int | None, substep: int, substeps: int, num_gradients: int) -> int:
+    """Return the optimizer step at which a sub-step is due, with gradients of training.
 
-    The last part is due at the planned step. The others come before it, each ``num_gradients`` steps before the next,
-    so that each has a window of fresh rows; closer where the pruning step before leaves no room for that. The first
-    pruning step does not begin before its time: all its parts are due at once.
+    The last sub-step is due at the scheduled step. The others come before it, each ``num_gradients`` steps before the
+    next, so that each has a window of fresh rows; closer if the pruning step before leaves no room for that. The first
+    pruning step does not begin early: all its sub-steps are due at once.
 
     Args:
-        scheduled: The step that the pruning step is planned for.
+        scheduled: The step at which the pruning step is scheduled.
         before: That of the pruning step before; ``None`` for the first.
-        part: Which part, from 0 on.
-        parts: How many there are.
+        substep: Which sub-step, from 0 on.
+        substeps: How many there are.
         num_gradients: Rows of the gradient window.
 
-    Returns:
-        Completed optimizer steps.
-
     Example:
-        >>> [substep_due(100, 40, part, 3, num_gradients=16) for part in range(3)]
+        >>> [substep_due(100, 40, substep, 3, num_gradients=16) for substep in range(3)]
         [68, 84, 100]
-        >>> [substep_due(100, 40, part, 3, num_gradients=64) for part in range(3)]
+        >>> [substep_due(100, 40, substep, 3, num_gradients=64) for substep in range(3)]
         [60, 80, 100]
     """
     if before is None:
         return scheduled
-    return scheduled - (parts - 1 - part) * min(num_gradients, (scheduled - before) // parts)
+    return scheduled - (substeps - 1 - substep) * min(num_gradients, (scheduled - before) // substeps)
 
 
 _ALL = "all"
 
 
 def of_layer(sparsity: Sparsity, name: str) -> float:
-    """Return the sparsity of one layer.
-
-    Args:
-        sparsity: One number, or one per layer.
-        name: Name of the layer.
-
-    Returns:
-        Its sparsity.
-    """
+    """Return the sparsity of one layer."""
     return sparsity[name] if isinstance(sparsity, Mapping) else sparsity
 
 

@@ -1,4 +1,4 @@
-"""When a recipe changes training beside pruning, and to what: pure functions of the training step."""
+"""When a recipe changes learning rate, weight decay and trainable parameters, and to what, as functions of the step."""
 
 from __future__ import annotations
 
@@ -38,27 +38,12 @@ class OptionChange(NamedTuple):
     param_groups: tuple[int, ...] | None
 
     def concerns(self, group: int) -> bool:
-        """Return whether a parameter group gets the value.
-
-        Args:
-            group: Index of the group.
-
-        Returns:
-            Whether it does.
-        """
+        """Return whether a parameter group gets the value."""
         return self.param_groups is None or group in self.param_groups
 
 
 def check_param_groups(settings: OptionSettings, count: int) -> None:
-    """Refuse ``param_groups`` that name a group that is not there.
-
-    Args:
-        settings: Settings of one modifier.
-        count: Number of parameter groups.
-
-    Raises:
-        SettingError: If there is such an index.
-    """
+    """Refuse ``param_groups`` with an index that the optimizer, which has ``count`` groups, lacks."""
     for group in _param_groups(settings) or ():
         if group >= count:
             raise SettingError(
@@ -70,8 +55,8 @@ def check_param_groups(settings: OptionSettings, count: int) -> None:
 class OptionsSchedule:
     """The learning rates and weight decays of a recipe.
 
-    A value is due once, and along a curve at each step from its start to its end and a last time there; at all other
-    times what somebody else set stays.
+    A value is due once; a curve at each step from its start to its end and a last time there. At all other times a
+    value that other code has set stays.
 
     Args:
         settings: The settings of all modifiers that do not prune.
@@ -90,13 +75,9 @@ class OptionsSchedule:
         self._is_done = [False] * len(self.settings)
 
     def due(self, step: int) -> Iterator[OptionChange]:
-        """Yield what to set for the optimizer step that comes after ``step`` completed ones; each is yielded once.
+        """Yield what to set for the optimizer step after ``step`` completed ones, in order of effect.
 
-        Args:
-            step: Completed optimizer steps; must not go back.
-
-        Yields:
-            The changes, in the order in which they take effect.
+        Each change is yielded once; ``step`` must not go back.
         """
         for index, each in enumerate(self.settings):
             if self._is_done[index] or step < _step_of(each.start_epoch, self._steps_per_epoch):
@@ -109,34 +90,20 @@ class OptionsSchedule:
                 yield OptionChange(_option_of(each), value, _param_groups(each))
 
     def options_of(self, group: int) -> list[str]:
-        """Return the options that will be set in a parameter group.
-
-        Args:
-            group: Index of the group.
-
-        Returns:
-            ``learning_rate``, ``weight_decay``, both or none.
-        """
+        """Return which of ``learning_rate`` and ``weight_decay`` will be set in a parameter group."""
         concerned = [each for each in self.settings if group in (_param_groups(each) or (group,))]
         return sorted({_option_of(each) for each in concerned})
 
     def state_dict(self) -> list[bool]:
-        """Return which settings are done with."""
+        """Return which settings have taken effect for the last time."""
         return list(self._is_done)
 
     def check_state(self, state: Sequence[bool]) -> None:
-        """Refuse the state of another recipe.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If it is no list of booleans, or has another length.
-        """
+        """Raise ``ValueError`` for the state of another recipe."""
         if not isinstance(state, list | tuple):
-            refuse("what is done of learning rate and weight decay", state, "a list of booleans")
+            refuse("progress of learning rate and weight decay", state, "a list of booleans")
         for each in state:
-            checked_flag("what is done of learning rate and weight decay", each)
+            checked_flag("progress of learning rate and weight decay", each)
         if len(state) != len(self._is_done):
             raise ValueError(
                 f"the state holds {len(state)} modifiers of learning rate and weight decay, this recipe has "
@@ -144,14 +111,7 @@ class OptionsSchedule:
             )
 
     def load_state_dict(self, state: Sequence[bool]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: As in :meth:`check_state`; nothing is changed then.
-        """
+        """Resume from :meth:`state_dict`; a state that :meth:`check_state` refuses changes nothing."""
         self.check_state(state)
         self._is_done = [bool(done) for done in state]
 
@@ -170,13 +130,9 @@ class TrainableSchedule:
         self._steps_per_epoch = steps_per_epoch
 
     def active(self, step: int) -> tuple[bool, ...]:
-        """Return which settings hold for the time after ``step`` completed optimizer steps; a later one counts more.
+        """Return for each of :attr:`settings` whether it holds after ``step`` completed optimizer steps.
 
-        Args:
-            step: Completed optimizer steps.
-
-        Returns:
-            One for each of :attr:`settings`.
+        Later settings win.
         """
         return tuple(
             _step_of(each.start_epoch, self._steps_per_epoch) <= step < _step_of(each.end_epoch, self._steps_per_epoch)

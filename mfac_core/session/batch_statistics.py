@@ -1,24 +1,36 @@
-"""Statistics that batch normalization keeps of its inputs, estimated anew after pruning."""
+"""The running statistics of batch normalization, estimated anew after pruning."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.sample_batches import Sampler
 from mfac_core.weight_names import join_names
 
-__all__ = ["ENOUGH_BATCHES", "BatchStatistics", "estimated_anew_line", "no_statistics_line", "stale_statistics_line"]
+__all__ = [
+    "ENOUGH_BATCHES",
+    "BatchStatistics",
+    "LayerStatistics",
+    "estimated_anew_line",
+    "no_statistics_line",
+    "stale_statistics_line",
+]
 
 ENOUGH_BATCHES = 256
-"""How many batches one-shot pruning uses at most."""
+"""The maximum number of batches that one-shot pruning uses."""
 
 Vector = npt.NDArray[np.float64]
 
 
 class BatchStatistics:
-    """Means and variances of the inputs of batch normalization layers: the average over batches.
+    """Means and variances of the inputs of batch normalization layers, averaged over batches.
 
     Args:
         layers: Names of the layers.
@@ -45,24 +57,11 @@ class BatchStatistics:
         return [name for name, calls in self._calls.items() if not calls]
 
     def calls(self, layer: str) -> int:
-        """Return how many batches have come through a layer.
-
-        Args:
-            layer: Its name.
-
-        Returns:
-            Their number; a layer that is called twice for each batch counts each twice.
-        """
+        """Return how often a layer has been called: twice per batch for a layer that the model uses twice."""
         return self._calls[layer]
 
     def add(self, layer: str, mean: npt.ArrayLike, variance: npt.ArrayLike, calls: int = 1) -> None:
-        """Add what a layer has measured.
-
-        Args:
-            layer: Its name.
-            mean: The mean of each channel.
-            variance: The variance of each channel.
-            calls: Of how many calls these are the average; nothing is added where it is 0.
+        """Add the mean and the variance of each channel, averaged over a number of calls, which may be 0.
 
         Raises:
             ValueError: If a number is not finite.
@@ -80,25 +79,87 @@ class BatchStatistics:
         self._calls[layer] += calls
 
     def averages(self) -> list[tuple[str, Vector, Vector]]:
-        """Return the averages.
-
-        Returns:
-            Name, mean and variance of each layer that a batch has come through.
-        """
+        """Return name, mean and variance of each layer that a batch has come through."""
         return [
             (name, mean / self._calls[name], variance / self._calls[name])
             for name, (mean, variance) in self._sums.items()
         ]
 
 
-def no_statistics_line(frozen: Collection[str] = ()) -> str:
-    """Return in one line that a model has no statistics to estimate anew.
+class LayerStatistics(ABC):
+    """The running statistics that a model's batch normalization layers keep of their inputs.
+
+    An adapter says how its framework runs these layers and where they store their statistics.
 
     Args:
-        frozen: Names of layers whose statistics are frozen.
+        layers: Name and layer, those that are frozen included.
+        frozen: Names of the layers to leave as they are.
+        logger: Where to log what was estimated.
 
-    Returns:
-        The line.
+    Attributes:
+        layers: The layers whose statistics may be estimated anew, by name.
+        frozen: Names of the frozen ones.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], frozen: Collection[str], logger: logging.Logger) -> None:
+        self.layers = {name: layer for name, layer in layers.items() if name not in frozen}
+        self.frozen = frozen
+        self._logger = logger
+
+    def estimate_anew(
+        self, sampler: Sampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
+    ) -> int:
+        """Estimate the statistics as the average over the batches of one pass; an exception leaves them as they were.
+
+        Args:
+            sampler: Where the batches come from.
+            num_batches: The maximum number of batches; ``None`` for all of the pass.
+            options: Passed to the callable that makes the batches.
+
+        Returns:
+            The number of layers whose statistics were estimated anew.
+        """
+        if not self.layers:
+            self._logger.info("%s", no_statistics_line(self.frozen))
+            return 0
+        statistics = BatchStatistics(self.layers)
+        before = self._copies()
+        try:
+            with self._measuring(statistics):
+                for batch in sampler.one_pass(num_batches, options):
+                    self._measure(sampler, batch, statistics)
+                    statistics.num_batches += 1
+            self._restore(before)  # of layers that no batch has come through, too
+            self._write(statistics)
+        except BaseException:
+            self._restore(before)
+            raise
+        self._logger.info("%s", estimated_anew_line(statistics, self.frozen))
+        return len(statistics.averages())
+
+    @abstractmethod
+    def _copies(self) -> Any:
+        """Return copies of the statistics."""
+
+    @abstractmethod
+    def _restore(self, copies: Any) -> None:
+        """Write copies of the statistics back."""
+
+    @abstractmethod
+    def _measuring(self, statistics: BatchStatistics) -> AbstractContextManager[None]:
+        """Put the layers, and nothing else in the model, in training mode for a block."""
+
+    @abstractmethod
+    def _measure(self, sampler: Any, batch: Any, statistics: BatchStatistics) -> None:
+        """Run the model on a batch, and add what its layers have measured."""
+
+    @abstractmethod
+    def _write(self, statistics: BatchStatistics) -> None:
+        """Write the averages into the layers."""
+
+
+def no_statistics_line(frozen: Collection[str] = ()) -> str:
+    """Return the log line of a model that has no statistics to estimate anew.
 
     Example:
         >>> no_statistics_line()
@@ -111,14 +172,7 @@ def no_statistics_line(frozen: Collection[str] = ()) -> str:
 
 
 def estimated_anew_line(statistics: BatchStatistics, frozen: Collection[str] = ()) -> str:
-    """Return in one line what was estimated anew.
-
-    Args:
-        statistics: What was measured.
-        frozen: Names of layers whose statistics are frozen.
-
-    Returns:
-        The line.
+    """Return the log line about the statistics that were estimated anew.
 
     Example:
         >>> statistics = BatchStatistics(["norm", "unused"])
@@ -134,14 +188,7 @@ def estimated_anew_line(statistics: BatchStatistics, frozen: Collection[str] = (
 
 
 def stale_statistics_line(layers: Collection[str], cure: str) -> str:
-    """Return the warning that pruning has left statistics as they were.
-
-    Args:
-        layers: Names of the layers that have such statistics.
-        cure: The call that estimates them anew.
-
-    Returns:
-        The line.
+    """Return the warning that pruning has left the statistics of layers as they were, with the call that cures it.
 
     Example:
         >>> stale_statistics_line(["norm"], "recalibrate(model)").partition(", ")[0]
@@ -150,8 +197,7 @@ def stale_statistics_line(layers: Collection[str], cure: str) -> str:
     has = "has" if len(layers) == 1 else "have"
     return (
         f"{_counted(len(layers), 'batch normalization layer')} ({join_names(layers)}) still {has} the statistics of "
-        "the "
-        f"weights before pruning, which can cost accuracy; {cure} estimates them anew"
+        f"the weights before pruning, which can cost accuracy; {cure} estimates them anew"
     )
 
 

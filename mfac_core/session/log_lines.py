@@ -16,7 +16,7 @@ def scope_in_line(modifier: str, names: Iterable[str]) -> str:
     """Return which modifier and which weights a line is about.
 
     Args:
-        modifier: Name of the modifier, from :func:`mfac_core.recipe.linting.modifier_names`.
+        modifier: Name of the modifier, from :func:`mfac_core.recipe.naming.modifier_names`.
         names: Names of the weights in its scope.
 
     Returns:
@@ -46,7 +46,7 @@ def pruning_step_line(
     Args:
         result: What it has left.
         settings: What its modifier says.
-        modifier: Name of its modifier, from :func:`mfac_core.recipe.linting.modifier_names`.
+        modifier: Name of its modifier, from :func:`mfac_core.recipe.naming.modifier_names`.
         names: Names of the weights in scope.
         step: Completed training steps.
         steps_per_epoch: Training steps per epoch.
@@ -97,7 +97,7 @@ def unfinished_line(
 
     Args:
         what: What has happened, such as ``fit ended``.
-        modifier: Its name, from :func:`mfac_core.recipe.linting.modifier_names`.
+        modifier: Its name, from :func:`mfac_core.recipe.naming.modifier_names`.
         names: Names of the weights in its scope.
         epoch: Completed epochs.
         due: Epoch of the pruning step.

@@ -1,4 +1,4 @@
-"""What a pruning step does to the loss, measured on a few batches beside those of the gradient samples."""
+"""The change of the loss over a pruning step, measured on a few batches that gave no gradient samples."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ __all__ = ["LossMeasurement"]
 _logger = logging.getLogger("mfac_core")
 
 NUM_HELD_OUT = 16
-"""Batches that the loss is measured on, and no more than there are gradient samples."""
+"""The maximum number of batches to measure the loss on; never more than there are gradient samples."""
 
 
 class LossMeasurement:
-    """The measurement of one pruning step: the loss of the same batches before it and after.
+    """The measurement of one pruning step: the loss of the same batches before and after it.
 
-    The batches come with the gradient samples of the first part of the step, and are held until the measurement is
-    forgotten.
+    The batches are drawn together with the gradient samples of the first sub-step.
 
     Args:
-        loss: Gives the mean loss of batches with the weights as they are; ``None`` where there are no batches.
+        loss: Returns the mean loss of batches for the weights that the model has now; ``None`` if there are no batches.
 
     Example:
         >>> import numpy as np
@@ -47,16 +46,12 @@ class LossMeasurement:
         self._loss = loss
         self._held_out: HeldOut | None = None
         self._before: float | None = None
-        self._num_parts = 0
+        self._num_substeps = 0
 
     def held_out(self, pruner: MFACPruner) -> HeldOut | None:
-        """Return what takes batches from the source of the gradient samples.
+        """Return a new holder for the batches to measure on, to be filled when gradient samples are drawn.
 
-        Args:
-            pruner: For which they are drawn.
-
-        Returns:
-            It, or ``None`` where the pruning step has begun already: it is measured as a whole, or not at all.
+        ``None`` inside a pruning step that has begun already: it is measured as a whole, or not at all.
         """
         if pruner.is_inside_step:
             return None
@@ -64,26 +59,22 @@ class LossMeasurement:
         return self._held_out
 
     def begin(self) -> None:
-        """Measure the loss before the weights change, once, where there are batches."""
-        self._num_parts += 1
+        """Measure the loss before the first sub-step changes the weights, if there are batches."""
+        self._num_substeps += 1
         if self._before is None and self._loss and self._held_out and self._held_out.batches:
             self._before = self._loss(self._held_out.batches)
 
     def end(self, result: PruneResult) -> PruneResult:
-        """Measure the loss once the weights have changed, where the pruning step is done with that.
+        """Return the result of a sub-step, whose weights are in the model, with the change of the loss.
 
-        Args:
-            result: What the part at hand leaves; its weights are in the model.
-
-        Returns:
-            The result, with the change of the loss where it was measured; a loss that is no finite number is a warning.
+        The change is measured only after the last sub-step; a loss that is not finite is a warning.
         """
         if self._before is None or not self._loss or not self._held_out or not result.completes_step:
             return result
         after = self._loss(self._held_out.batches)
         if not math.isfinite(self._before) or not math.isfinite(after):
             _logger.warning(
-                "the loss was %.3g before the pruning step and is %.3g after it, on %s, so that its change is not "
+                "the loss was %.3g before the pruning step and is %.3g after it, on %s, so its change is not "
                 "measured; look for NaN and for batches without examples in the data, and for NaN in the weights",
                 self._before,
                 after,
@@ -94,11 +85,11 @@ class LossMeasurement:
 
     @property
     def where(self) -> str:
-        """What it rests on: how many batches, held out if none of them can have given a sample; and of which parts."""
+        """The batches that the loss is measured on, called held out if none can have given a gradient sample."""
         if self._held_out is None:
             return ""
-        # each further part draws anew, and from data that are shuffled it may draw the same examples
-        is_apart = self._held_out.are_new and self._num_parts == 1
+        # every sub-step draws new samples, and from shuffled data these may be the same examples
+        is_apart = self._held_out.are_new and self._num_substeps == 1
         count = len(self._held_out.batches)
-        what = f"{count} {'held-out ' if is_apart else ''}batch{'' if count == 1 else 'es'}"
-        return what if self._num_parts == 1 else f"{what}, over all {self._num_parts} parts"
+        batches = f"{count} {'held-out ' if is_apart else ''}batch{'' if count == 1 else 'es'}"
+        return batches if self._num_substeps == 1 else f"{batches}, over all {self._num_substeps} sub-steps"

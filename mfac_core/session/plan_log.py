@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Container, Sequence
 
-from mfac_core.recipe.linting import lint_model
 from mfac_core.session.live_pruning import LivePruning
+from mfac_core.session.plan import plan_model
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 
@@ -36,7 +36,7 @@ def log_plan(
         trainable: The parameters that each modifier freezes or unfreezes.
         logged: Warnings that the log has already.
     """
-    plan = lint_model(
+    plan = plan_model(
         [*(pruning.settings for pruning in prunings), *others],
         [pruning.sizes for pruning in prunings],
         steps_per_epoch,

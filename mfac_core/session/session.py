@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners import Pruner
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.linting import modifier_names
+from mfac_core.recipe.naming import modifier_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse

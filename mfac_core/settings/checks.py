@@ -1,4 +1,4 @@
-"""Which values settings may have, and the checks that refuse others."""
+"""The values that settings may have, and the functions that check them and raise ``SettingError``."""
 
 from __future__ import annotations
 
@@ -48,14 +48,7 @@ _N_OF_M = re.compile(r"(?P<n>[1-9][0-9]*):(?P<m>[1-9][0-9]*)")
 
 
 def check_block_size(block_size: object) -> None:
-    """Refuse a block size that is neither a positive integer nor ``None``.
-
-    Args:
-        block_size: The value to check.
-
-    Raises:
-        SettingError: If it is neither.
-    """
+    """Refuse a block size that is neither a positive integer nor ``None``."""
     if block_size is not None and (not is_integer(block_size) or block_size < 1):
         raise SettingError(
             "block_size", f"{block_size!r} must be a positive integer, or null (None) for one block of all weights"
@@ -63,46 +56,24 @@ def check_block_size(block_size: object) -> None:
 
 
 def check_damping(damping: object) -> None:
-    """Refuse a damping that is neither a positive number nor ``auto``.
-
-    Args:
-        damping: The value to check.
-
-    Raises:
-        SettingError: If it is neither.
-    """
+    """Refuse a damping that is neither a positive number nor ``auto``."""
     if not (isinstance(damping, str) and damping == "auto"):
         check_number("damping", damping, 'damping > 0, or "auto"', lambda x: x > 0)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of the choices.
-
-    Args:
-        name: Name of the setting.
-        value: The value to check.
-        choices: The allowed values.
-
-    Raises:
-        SettingError: If ``value`` is none of them.
-    """
+    """Refuse a value that is not one of the choices."""
     if value not in choices:
         raise SettingError(name, f"{value!r} is not one of {', '.join(choices)}")
 
 
 def checked_mask_type(mask_type: object, final_sparsities: Sequence[float] = ()) -> MaskType:
-    """Return a mask type in its one spelling.
+    """Return a mask type in its canonical spelling; a block shape as a tuple.
 
     Args:
         mask_type: ``unstructured``, ``channel``, ``filter``, ``block4`` (or ``block``), ``N:M`` (``tensorrt`` is
             ``2:4``), or two numbers of outputs and inputs, of which -1 means all.
         final_sparsities: The sparsities to reach, which ``N:M`` must allow.
-
-    Returns:
-        The mask type; a block shape as a tuple.
-
-    Raises:
-        SettingError: If it is none of these, or ``N:M`` can never have that sparsity.
 
     Example:
         >>> checked_mask_type("tensorrt", [0.5]), checked_mask_type([1, 4])
@@ -120,7 +91,7 @@ def checked_mask_type(mask_type: object, final_sparsities: Sequence[float] = ())
             if final > most + 0.01:
                 raise SettingError(
                     "mask_type",
-                    f"{mask_type} leaves at most a sparsity of {most:g}, and {final:g} is to be reached; "
+                    f"{mask_type} allows a sparsity of at most {most:g}, but the final sparsity is {final:g}; "
                     "lower that, or keep fewer weights of each group",
                 )
         return str(mask_type)
@@ -135,17 +106,7 @@ def checked_mask_type(mask_type: object, final_sparsities: Sequence[float] = ())
 
 
 def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
-    """Refuse a value that is not a finite number or breaks a rule.
-
-    Args:
-        name: Name of the setting.
-        value: The value to check.
-        rule: The rule in words, for the message.
-        holds: Whether a number obeys it.
-
-    Raises:
-        SettingError: If it does not.
-    """
+    """Refuse a value that is not a finite number, or for which ``holds`` is false; ``rule`` is the rule in words."""
     try:
         finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer that no float can hold
@@ -157,16 +118,7 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
 
 
 def check_recomputations(num_recomputations: object, spacing: object) -> None:
-    """Refuse a number of recomputations that is none, or does not go with its spacing.
-
-    Args:
-        num_recomputations: What is given as the number.
-        spacing: What is given as the spacing.
-
-    Raises:
-        SettingError: If the number is neither a positive integer nor ``auto``, the spacing is unknown, or the two do
-            not go together.
-    """
+    """Refuse a number of recomputations that is not a positive integer or ``auto``, or does not suit the spacing."""
     if num_recomputations != "auto" and (not is_integer(num_recomputations) or num_recomputations < 1):
         raise SettingError(
             "num_recomputations",
@@ -182,30 +134,12 @@ def check_recomputations(num_recomputations: object, spacing: object) -> None:
 
 
 def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a value is an integer, of Python or of NumPy, and no boolean.
-
-    Args:
-        value: Any value.
-
-    Returns:
-        Whether it is.
-    """
+    """Return whether a value is an integer of Python or NumPy; booleans are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def checked_params(params: object, name: str = "params") -> tuple[str, ...]:
-    """Return names of weights as a tuple.
-
-    Args:
-        params: A name, or a list of names.
-        name: Name of the setting, for messages.
-
-    Returns:
-        The names; there may be none of what is excluded.
-
-    Raises:
-        SettingError: If it is neither, a name is empty, or what follows ``re:`` is not a regular expression.
-    """
+    """Return a name or a list of names as a tuple; only ``exclude`` may be empty. ``re:`` begins a pattern."""
     names = (params,) if isinstance(params, str) else params
     may_be_empty = name == "exclude"
     if (
@@ -234,17 +168,7 @@ def _check_pattern(pattern: str, name: str) -> None:
 
 
 def checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ...]]:
-    """Return the names of each final sparsity as tuples.
-
-    Args:
-        groups: Final sparsity -> a name, or a list of names.
-
-    Returns:
-        The names by final sparsity.
-
-    Raises:
-        SettingError: If there is none, or names are not as in :func:`checked_params`.
-    """
+    """Return the names of each final sparsity as tuples."""
     if not groups:
         raise SettingError("final_sparsity", "{} is empty; write a sparsity, or sparsities with lists of names")
     try:
@@ -254,16 +178,9 @@ def checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ...
 
 
 def checked_num_gradients(value: object) -> Mapping[float, int]:
-    """Return the rows of the gradient window by the sparsity from which on they hold.
+    """Return the rows of the gradient window by the sparsity from which on they hold, in rising order.
 
-    Args:
-        value: An integer, or a mapping from sparsity to integers.
-
-    Returns:
-        The mapping, in rising order of sparsity, with the key 0.0.
-
-    Raises:
-        SettingError: If it is neither, or lacks the key 0.0.
+    An integer holds from 0.0 on; a mapping must have that key.
     """
     rule = "must be a positive integer, or a mapping from sparsity to positive integers with the key 0.0"
     if is_integer(value):

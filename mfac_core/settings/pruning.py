@@ -1,11 +1,11 @@
-"""What to prune, when and how: frozen settings in the field's terms, checked when they are made."""
+"""What to prune, when and how: frozen settings in the field's terms, checked on construction."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Self, get_args
+from typing import ClassVar, Self, get_args
 
 from mfac_core.errors import SettingError
 from mfac_core.settings.checks import (
@@ -45,7 +45,7 @@ FROM_PARAM = "__FROM_PARAM__"
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSettings(NamesItsFields):
-    """What every modifier that holds masks has: the weights, and the time.
+    """The settings that all kinds of pruning share: which weights, and when.
 
     Args:
         end_epoch: Epoch of the last pruning step, ``>= start_epoch``.
@@ -53,9 +53,9 @@ class PruningSettings(NamesItsFields):
         params: Which weights to prune: names of weights or of layers, ``re:`` patterns, ``__ALL__`` or
             ``__ALL_PRUNABLE__``. Of plain arrays the last two mean all that are given.
         exclude: Which of them to leave out, written in the same way.
-        leave_enabled: Whether masks go on being held after ``end_epoch``.
-        written_as: Name of the modifier in the recipe that says this, by which messages call it; empty where there is
-            none. Settings that differ in it alone are equal.
+        leave_enabled: Whether masks are held after ``end_epoch``, too.
+        written_as: Name of the modifier in the recipe, for messages; empty without a recipe. It does not count when
+            settings are compared.
 
     Raises:
         SettingError: If a value breaks its rule; the message names the setting, the value and the rule.
@@ -68,9 +68,11 @@ class PruningSettings(NamesItsFields):
     leave_enabled: bool = True
     written_as: str = field(default="", repr=False, compare=False)
 
+    _may_be_endless: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         check_number("start_epoch", self.start_epoch, "start_epoch >= 0", lambda x: x >= 0)
-        if self.end_epoch != math.inf or not isinstance(self, ConstantSettings):
+        if self.end_epoch != math.inf or not self._may_be_endless:
             check_number("end_epoch", self.end_epoch, "end_epoch >= 0", lambda x: x >= 0)
         if self.end_epoch < self.start_epoch:
             raise SettingError(
@@ -84,13 +86,9 @@ class PruningSettings(NamesItsFields):
         object.__setattr__(self, "exclude", checked_params(self.exclude, "exclude"))
 
     def of_selected(self, names: Collection[str]) -> Self:
-        """Return these settings for weights that have been selected by ``params`` and ``exclude`` already.
+        """Return these settings for weights that ``params`` and ``exclude`` have selected already: all of these names.
 
-        Args:
-            names: The names of the weights.
-
-        Returns:
-            Settings that mean all of them, in which ``params`` still shows those that it had by their exact names.
+        Names that ``params`` has exactly stay in it: they tell which weights to hold if they are zero throughout.
         """
         by_name = tuple(name for name in self.params if name in names)
         return replace(self, params=(*by_name, "__ALL__"), exclude=())
@@ -99,7 +97,7 @@ class PruningSettings(NamesItsFields):
         """Return the settings of each group of weights that has a final sparsity of its own.
 
         Returns:
-            These settings alone, unless ``final_sparsity`` is a mapping: then one of each of its entries, with the
+            These settings alone, unless ``final_sparsity`` is a mapping: then one for each of its entries, with the
             entry's sparsity as ``final_sparsity`` and its names as ``params``.
         """
         return (self,)
@@ -107,13 +105,13 @@ class PruningSettings(NamesItsFields):
 
 @dataclass(frozen=True, kw_only=True)
 class GradualSettings(PruningSettings):
-    """Schedule and mask of one gradual pruning run.
+    """Schedule and mask of a gradual pruning run. Also takes the arguments of :class:`PruningSettings`.
 
-    Args (beside those of :class:`PruningSettings`):
+    Args:
         final_sparsity: Pruned fraction of the weights in scope at ``end_epoch``, in ``(0, 1)``; or a mapping from such
             fractions to names of weights, in place of ``params``.
         initial_sparsity: Pruned fraction at ``start_epoch``, in ``[0, 1)``, at most ``final_sparsity``; or
-            :data:`FROM_PARAM` for the zeros that are there.
+            :data:`FROM_PARAM` for the sparsity that the weights have.
         update_frequency: Epochs between pruning steps, ``> 0``.
         interpolation: How sparsity goes from initial to final: ``linear``, ``cubic`` or ``inverse_cubic``.
         scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights in scope.
@@ -134,7 +132,7 @@ class GradualSettings(PruningSettings):
             if self.params != PruningSettings.params:
                 raise SettingError(
                     "params",
-                    f"{list(self.params)} stands beside a final_sparsity that names weights itself; "
+                    f"{list(self.params)} conflicts with final_sparsity, which names weights itself; "
                     "remove params, or write final_sparsity as a number",
                 )
         finals = list(self.final_sparsity) if isinstance(self.final_sparsity, Mapping) else [self.final_sparsity]
@@ -185,7 +183,9 @@ class MagnitudeSettings(GradualSettings):
 class MFACSettings(GradualSettings):
     """Pruning by M-FAC: OBS saliencies and weight updates from a window of recent gradients.
 
-    Args (beside those of :class:`GradualSettings`):
+    Also takes the arguments of :class:`GradualSettings` and :class:`PruningSettings`.
+
+    Args:
         num_gradients: Rows of the gradient window: an integer, or a mapping from sparsity to rows that
             holds from that sparsity on; a mapping must have the key 0.
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
@@ -196,12 +196,12 @@ class MFACSettings(GradualSettings):
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
             GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
-        num_recomputations: In how many parts a pruning step is done, each by a Fisher of its own over what remains;
-            ``auto`` takes as many that none removes more than about a fifth of what is left.
-        recomputation_spacing: How the parts share the way: ``geometric`` shrinks what is left by equal factors,
+        num_recomputations: Number of sub-steps of a pruning step, each by a Fisher of its own over the remaining
+            weights; ``auto`` takes as many that none removes more than about a fifth of what is left.
+        recomputation_spacing: How far each sub-step goes: ``geometric`` shrinks what is left by equal factors,
             ``linear`` removes equally many weights in each.
-        gradient_origin: ``auto`` takes gradient samples from the sampler where there is one, and those of training
-            otherwise; ``training`` takes those of training in any case.
+        gradient_origin: ``auto`` takes gradient samples from the sampler if there is one, and those of training
+            otherwise; ``training`` always takes those of training.
         sampler_options: Keyword arguments for the function that makes the sampler's batches.
     """
 
@@ -233,7 +233,7 @@ class MFACSettings(GradualSettings):
                 "devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]'
             )
         if "auto" in devices and len(devices) > 1:
-            raise SettingError("devices", f"{list(devices)} holds auto beside others; write auto alone, or names only")
+            raise SettingError("devices", f"{list(devices)} mixes auto with names; write auto alone, or names only")
         if len(set(devices)) != len(devices):
             raise SettingError("devices", f"{list(devices)} names a device twice; list each device once")
         object.__setattr__(self, "devices", devices)
@@ -248,25 +248,32 @@ class MFACSettings(GradualSettings):
 class ConstantSettings(PruningSettings):
     """Hold the zeros that the weights have at ``start_epoch``; nothing more is pruned.
 
-    Args (beside those of :class:`PruningSettings`):
+    Also takes the arguments of :class:`PruningSettings`.
+
+    Args:
         end_epoch: Epoch at which the masks are released, unless ``leave_enabled``; infinity holds them to the end.
+        leave_enabled: As in :class:`PruningSettings`.
     """
 
     end_epoch: float = math.inf
     leave_enabled: bool = False
+
+    _may_be_endless: ClassVar[bool] = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class ACDCSettings(PruningSettings):
     """Alternating compressed and decompressed training (AC/DC), by magnitude.
 
-    Args (beside those of :class:`PruningSettings`):
+    Also takes the arguments of :class:`PruningSettings`.
+
+    Args:
         compression_sparsity: Pruned fraction in the compressed phases, in ``(0, 1)``.
         update_frequency: Epochs per phase, ``> 0``.
         scope: Where magnitudes compete.
         mask_type: Pattern of the zeros, see :data:`MaskType`.
-        reset_momentum: Whether the optimizer forgets what it remembers when weights come back: at the beginning of
-            each decompressed phase but the first.
+        reset_momentum: Whether the state of the optimizer is reset when weights come back, at the beginning of each
+            decompressed phase but the first.
 
     References:
         Peste et al. (2021), AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks.

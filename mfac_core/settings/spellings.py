@@ -1,4 +1,4 @@
-"""Settings refuse a recipe's spelling of a field with the field's own name."""
+"""From recipe keys to fields of settings, and errors that suggest the right field."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ RECIPE_SPELLINGS = {
     "init_lr": "initial",
     "final_lr": "final",
 }
-"""Recipe key -> field of the settings, where the two differ."""
+"""Recipe key -> field of the settings, for the keys that differ."""
 
 
 class NamesItsFields:
-    """A dataclass that says which field is meant by a keyword that it does not have.
+    """A dataclass whose error for an unknown keyword suggests the field that is probably meant.
 
     Raises:
-        TypeError: If a keyword is no field; the message names the one that is meant, or all.
+        TypeError: If a keyword is not a field; the message suggests one, or lists all.
 
     Example:
         >>> from dataclasses import dataclass
@@ -49,11 +49,7 @@ class NamesItsFields:
     """
 
     def __new__(cls, *args: Any, **values: Any) -> Self:
-        """Refuse a keyword that is no field.
-
-        Raises:
-            TypeError: If there is one.
-        """
+        """Refuse a keyword that is not a field."""
         known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]  # a dataclass
         for name in values:
             if name not in known:

@@ -1,4 +1,4 @@
-"""What else a recipe says about training: how long, at which learning rate, with which weight decay."""
+"""What a recipe changes in training beside pruning: its length, learning rate, weight decay, trainable parameters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 LearningRateCurve = Literal["linear", "cosine", "cyclic_linear"]
 ScheduleKind = Literal["StepLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingWarmRestarts"]
 
-# Kind -> the options that it needs, and all that it takes.
+# kind -> required options, allowed options
 _SCHEDULE_OPTIONS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "StepLR": (("step_size",), ("step_size", "gamma")),
     "MultiStepLR": (("milestones",), ("milestones", "gamma")),
@@ -121,7 +121,7 @@ class LearningRateSchedule(NamesItsFields):
             (whole epochs), ``eta_min``.
         initial: Learning rate at ``start_epoch``, in ``(0, 1]``.
         start_epoch: Epoch at which it begins, ``>= 0``.
-        end_epoch: Epoch from which on the learning rate stays as it was before; infinity for never.
+        end_epoch: Epoch from which on the learning rate stays constant; infinity for never.
 
     Raises:
         SettingError: If a value breaks its rule.
@@ -169,10 +169,10 @@ class TrainableParams(NamesItsFields):
 
     Args:
         params: Names of the parameters: exact names, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
-        trainable: Whether they are trained meanwhile.
+        trainable: Whether they are trained in these epochs.
         strict: Whether a name that matches nothing is an error.
         start_epoch: Epoch at which it begins, ``>= 0``.
-        end_epoch: Epoch at which what was before is restored; infinity for never.
+        end_epoch: Epoch at which the previous state is restored; infinity for never.
 
     Raises:
         SettingError: If a value breaks its rule.
@@ -196,7 +196,7 @@ class TrainableParams(NamesItsFields):
 TrainingSettings = (
     EpochRange | SetLearningRate | LearningRateFunction | LearningRateSchedule | SetWeightDecay | TrainableParams
 )
-"""What a modifier that does not prune carries."""
+"""The settings of a modifier that does not prune."""
 
 
 def _check_epochs(start: float, end: float) -> None:
@@ -208,12 +208,15 @@ def _check_epochs(start: float, end: float) -> None:
 def _checked_param_groups(groups: object) -> tuple[int, ...] | None:
     if groups is None:
         return None
-    join_names = isinstance(groups, list | tuple) and len(groups) > 0
-    if not join_names or not all(is_integer(index) and index >= 0 for index in groups):  # type: ignore[attr-defined]
+    if (
+        not isinstance(groups, list | tuple)
+        or not groups
+        or not all(is_integer(index) and index >= 0 for index in groups)
+    ):
         raise SettingError(
             "param_groups", f"{groups!r} must be a list of indices of parameter groups, such as [0], or null for all"
         )
-    return tuple(int(index) for index in groups)  # type: ignore[attr-defined]
+    return tuple(int(index) for index in groups)
 
 
 def _checked_options(schedule: LearningRateSchedule) -> dict[str, object]:
@@ -223,7 +226,7 @@ def _checked_options(schedule: LearningRateSchedule) -> dict[str, object]:
         raise SettingError("options", f"{options!r} must be a mapping with {', '.join(required)}")
     for name in options:
         if name not in known:
-            raise SettingError("options", f"{schedule.kind} has no {name!r}; what it takes is {', '.join(known)}")
+            raise SettingError("options", f"{schedule.kind} has no option {name!r}; its options are {', '.join(known)}")
     for name in required:
         if name not in options:
             raise SettingError("options", f"{name} is missing; {schedule.kind} needs it")

@@ -34,9 +34,9 @@ from machine import YOURS_WILL_DIFFER, commit
 
 import mfac_core
 from mfac_core.backends import Array, resolve_device
-from mfac_core.backends.kernels import matmul
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import evaluate, fisher_quadratic
+from mfac_core.fisher.kernels import matmul
 from mfac_core.fisher.obs import saliency
 from mfac_core.fisher.triangular import cholesky
 from mfac_core.fisher.window import GradientWindow
@@ -335,7 +335,7 @@ def _measure(
         except Exception as error:  # such as a PyTorch without CUDA; the rest of the row is still useful
             failed = _named(error)
     name, per_weight = textbook.get(key, (failed, float("nan")))
-    chunks = [chunk for slab in window.slabs for chunk in window.chunks(slab)]
+    chunks = [chunk for group in window.stored_groups for chunk in window.chunks(group)]
     is_pinned = shape.place == "host" and all(map(machine.is_page_locked, chunks))
     place = "pinned host" if is_pinned else shape.place
     return Measurement(place, push, steps, diagonal, (name, per_weight * shape.d), memory)
@@ -377,14 +377,14 @@ def _textbook(machine: Machine, window: GradientWindow) -> tuple[str, float]:
     import torch
 
     torch.set_float32_matmul_precision("highest")
-    slab = window.slabs[0]
-    count = max(1, min(slab.count, TEXTBOOK_BYTES // (4 * window.count * slab.width)))
-    chunks = [machine.device.asarray(chunk[:count, :, :]) for chunk in window.chunks(slab)]
+    group = window.stored_groups[0]
+    count = max(1, min(group.count, TEXTBOOK_BYTES // (4 * window.count * group.width)))
+    chunks = [machine.device.asarray(chunk[:count, :, :]) for chunk in window.chunks(group)]
     blocks = torch.from_dlpack(machine.xp.concatenate(chunks, axis=-1) if len(chunks) > 1 else chunks[0])
     functions = (textbook.batched_torch, textbook.single_block_torch)
     seconds = {function.__name__: _seconds_per_block(machine, function, blocks) for function in functions}
     name = min(seconds, key=seconds.__getitem__)
-    return name.replace("_", " "), seconds[name] / slab.width
+    return name.replace("_", " "), seconds[name] / group.width
 
 
 def _seconds_per_block(machine: Machine, function: Callable[[Any, float], Any], blocks: Any) -> float:
@@ -476,7 +476,7 @@ def _profile(machine: Machine, shape: Shape, repeat: int) -> list[str]:
         ("whole step", median(lambda: _step(machine, window, host_weights)), 1, 0, 0),
     ]
     whole = rows[-1][1]
-    precise = "all" if factor.precise is True else "none" if factor.precise is False else "some"
+    precise = "all" if factor.in_float64 is True else "none" if factor.in_float64 is False else "some"
     return [
         f"{shape}: {group.count} blocks in the first of {len(groups)} groups, {precise} of them in float64; median of "
         f"{repeat} after a warm-up, in seconds. The operations are those that are needed, not those that are done.",

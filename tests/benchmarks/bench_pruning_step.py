@@ -99,7 +99,7 @@ def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
     """Return seconds and memory of one shape if the second pass factors every block again."""
     from mfac_core.fisher import blockwise
 
-    blockwise.KEPT_FRACTION = 0.0
+    blockwise.RETAINED_FRACTION = 0.0
     window, weights = _problem(m, width, d)
     before = _resident()
     seconds = [_timed(lambda: _step(window, weights))]
@@ -153,10 +153,8 @@ def _parts(window, weights) -> dict[str, float]:
 
 def _some_blocks(window) -> np.ndarray:
     """Return up to 32 of the first blocks of a window, shape ``(n, m, B)``."""
-    from mfac_core.fisher.partition import BlockGroup
-
-    slab = window.slabs[0]
-    chunks = window.chunks(BlockGroup(slab.start, min(slab.count, 32), slab.chunk_widths))
+    group = window.stored_groups[0]
+    chunks = window.chunks(group.subgroup(0, min(group.count, 32)))
     return np.concatenate(chunks, axis=-1)
 
 

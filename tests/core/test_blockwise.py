@@ -10,8 +10,8 @@ import pytest
 
 import mfac_core
 from mfac_core.backends import Device
-from mfac_core.backends.kernels import spare_threads, spread
 from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.backends.threads import spare_threads, spread
 from mfac_core.fisher import blockwise, factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
@@ -58,17 +58,19 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
         chunks = [device.asarray(chunk) for chunk in chunks]
     made, diagonal = factors.evaluate(chunks, DAMPING)
     host = np.asarray if device is None else device.to_numpy
-    assert host(made.precise).tolist() == [False, True, False, False, False, True]
+    assert host(made.in_float64).tolist() == [False, True, False, False, False, True]
     exact = reference.exact_inverse(rows, DAMPING, width)
     np.testing.assert_allclose(host(diagonal).reshape(-1) / DAMPING, np.diag(exact), rtol=1e-4)
     x = np.random.default_rng(1).standard_normal((BLOCKS, width)).astype(np.float32)
     given = x if device is None else device.asarray(x)
     wanted = exact @ x.reshape(-1)
-    for again in (made, factors.factor(chunks, DAMPING, made.precise)):
+    for again in (made, factors.factor(chunks, DAMPING, made.in_float64)):
         found = host(again.apply(chunks, given[..., None])).reshape(-1) / DAMPING
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
-            found = host(again.part(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[..., 0]
+            found = host(again.of_blocks(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[
+                ..., 0
+            ]
             within = wanted.reshape(BLOCKS, width)[part]
             np.testing.assert_allclose(found / DAMPING, within, rtol=0, atol=1e-4 * np.abs(within).max())
 
@@ -90,14 +92,14 @@ def test_a_hopeless_try_in_float32_ends_before_its_solve(monkeypatch):
     original = factors._DualFactor.diagonal
 
     def counting(self, chunks):
-        solved.append(self.precise)
+        solved.append(self.in_float64)
         return original(self, chunks)
 
     monkeypatch.setattr(factors._DualFactor, "diagonal", counting)
     rows = np.random.default_rng(0).standard_normal((M, B)).astype(np.float32)
     factors.evaluate([rows[None]], DAMPING)
     alike = [(rows[:1] + 1e-3 * rows)[None]]
-    factors._DualFactor(alike, 1e-5, np.float32)  # can be factored in float32
+    factors._DualFactor.of(alike, np.full(1, 1e-5), np.float32)  # can be factored in float32
     factors.evaluate(alike, 1e-5)
     assert solved == [False, True]
 
@@ -127,7 +129,7 @@ def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypat
     kept, once = steps_with(RoomyBackend(), monkeypatch, rows, 2 * B)
     working = mfac_core.fisher.partition.working_bytes(mfac_core.fisher.partition.BlockGroup(0, 1, (2 * B,)), M, 4)
     for backend in (RoomyBackend(None), RoomyBackend(BLOCKS * working)):
-        monkeypatch.setattr(blockwise, "KEPT_FRACTION", 1e-6)
+        monkeypatch.setattr(blockwise, "RETAINED_FRACTION", 1e-6)
         again, twice = steps_with(backend, monkeypatch, rows, 2 * B)
         assert (once, twice) == (1, 2)
         for left, right in zip(again, kept, strict=True):
@@ -144,7 +146,7 @@ def test_no_factor_is_kept_where_none_is_asked_for():
     source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"), keep="never")
     fisher.diagonal()
-    assert not fisher._kept
+    assert not fisher._retained
 
 
 def test_kept_factors_are_given_back_when_they_have_been_used():
@@ -154,7 +156,7 @@ def test_kept_factors_are_given_back_when_they_have_been_used():
     fisher.diagonal()
     assert fisher._room["cpu"] < room["cpu"]
     fisher.apply(np.ones(BLOCKS * 2 * B, np.float32))
-    assert fisher._room == room and not fisher._kept
+    assert fisher._room == room and not fisher._retained
 
 
 def test_kept_factors_take_no_more_than_half_of_the_window():
@@ -162,7 +164,7 @@ def test_kept_factors_take_no_more_than_half_of_the_window():
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(10**12), "cpu"))
     assert fisher._room["cpu"] == M * BLOCKS * B * 4 // 2
     fisher.diagonal()
-    assert not fisher._kept
+    assert not fisher._retained
 
 
 def test_devices_share_what_kept_factors_may_take():
@@ -188,12 +190,12 @@ def test_repeated_products_factor_once(monkeypatch):
     assert len(made) == count
 
 
-def test_groups_of_a_window_are_parts_of_its_slabs():
+def test_groups_of_a_window_are_subgroups_of_its_stored_groups():
     window = GradientWindow(BLOCKS * B + 7, M, block_size=B, device=Device(RoomyBackend(), "cpu"))
     rows = np.concatenate([gradients_of_both_kinds(), np.ones((M, 7), np.float32)], axis=1)
     for row in rows:
         window.push(row)
-    assert [slab.count for slab in window.slabs] == [BLOCKS, 1]
+    assert [group.count for group in window.stored_groups] == [BLOCKS, 1]
     devices = strict_devices(3, StrictBackend(group_bytes=1))
     fisher = BlockwiseFisher(window, damping=DAMPING, devices=devices)
     assert len(fisher.groups) == BLOCKS + 1
@@ -319,7 +321,7 @@ def test_repeated_products_with_narrow_blocks_factor_once(monkeypatch):
 def test_the_error_of_solves_is_that_of_each_block_also_where_the_cache_holds_one(monkeypatch):
     monkeypatch.setattr(factors, "CACHE_BYTES", 1)
     chunks = [chunk.astype(np.float64) for chunk in chunks_of(gradients_of_both_kinds())]
-    made = factors._DualFactor(chunks, DAMPING, np.float64)
+    made = factors._DualFactor.of(chunks, np.full(BLOCKS, DAMPING), np.float64)
     shifted = chunks[0] @ chunks[0].transpose(0, 2, 1) + M * DAMPING * np.eye(M)
     norms = np.einsum("nii->ni", shifted)[:, :, None]
     wanted = (4 * norms * np.linalg.solve(shifted, chunks[0]) ** 2).sum(axis=1) + 8

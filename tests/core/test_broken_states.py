@@ -166,7 +166,7 @@ def test_a_check_changes_nothing(method):
         ({"initial_sparsities": np.array([0.1])}, "it holds 1 initial sparsities, and this run has 0"),
         (
             {"pruning_steps_done": 4, "parts_done": 1, "parts": 3},
-            "1 of 3 parts into a pruning step, .* with 0 pruning steps to do",
+            "1 of 3 sub-steps into a pruning step, .* with 0 pruning steps to do",
         ),
         (
             {"window": {"rows": np.zeros((4, 20), np.float32), "position": 0}},

@@ -113,7 +113,9 @@ def test_check_prints_the_warnings_and_counts_them(write_recipe: Callable[[str],
 def test_check_of_a_recipe_that_prunes_nothing_shows_no_table(write_recipe: Callable[[str], Path]) -> None:
     path = write_recipe("training_modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0.0\n    end_epoch: 5.0\n")
 
-    assert mfac("check", path).stdout == f"{path}: 0 pruning steps, 0 warnings\n"
+    assert mfac("check", path).stdout == (
+        f"warning: the recipe has no pruning modifier: nothing is pruned\n{path}: 0 pruning steps, 1 warning\n"
+    )
 
 
 def test_check_reports_a_wrong_value_with_its_line_on_stderr_and_exits_2(write_recipe: Callable[[str], Path]) -> None:
@@ -205,11 +207,14 @@ def test_plan_counts_weights_steps_and_bytes(write_recipe: Callable[[str], Path]
     result = mfac("plan", write_recipe(RECIPE), "--weights", "1000000", "--steps-per-epoch", "200")
 
     assert result.exit_code == 0
-    assert ["MFACPruningModifier", "1", "1,000,000", "64", "x", "1,000,000", "256.0", "MB"] in [
+    assert ["MFACPruningModifier", "1", "1,000,000", "64", "x", "1,000,000", "499.2", "MB"] in [
         line.split() for line in result.stdout.splitlines()
     ]
     assert table_rows(result.stdout)[1] == ["MFACPruningModifier", "2", "400", "75.00%", "64"]
-    assert result.stdout.endswith("3 pruning steps, 0 warnings, 256.0 MB for gradient windows\n")
+    assert result.stdout.endswith("3 pruning steps, 0 warnings, 499.2 MB of memory\n")
+    # gradients of training need the next window of 64 x 950,000 beside that of 64 x 1,000,000; sampled ones do not
+    sampled = mfac("plan", write_recipe(RECIPE), "--weights", "1000000", "--steps-per-epoch", "200", "--sampled")
+    assert sampled.stdout.endswith("0 warnings, 258.2 MB of memory\n")
 
 
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
@@ -574,11 +579,21 @@ def test_plan_as_json(write_recipe: Callable[[str], Path], tmp_path: Path) -> No
     result = mfac("plan", write_recipe(RECIPE), "--shapes", tmp_path / "model.json", "--steps-per-epoch", 99, "--json")
 
     found = json.loads(result.stdout)
-    assert list(found) == ["version", "recipe", "modifiers", "window_bytes", "notes", "warnings", "errors"]
+    assert list(found) == [
+        "version",
+        "recipe",
+        "modifiers",
+        "window_bytes",
+        "needed_bytes",
+        "notes",
+        "warnings",
+        "errors",
+    ]
     (modifier,) = found["modifiers"]
     assert modifier["parameters"] == {"a.weight": 200}
     assert modifier["window"] == {"rows": 64, "columns": 200, "bytes": 51200}
     assert found["window_bytes"] == 51200
+    assert found["needed_bytes"] == modifier["needed_bytes"] == 51200 + 2 * (2 * 51200 + 3 * 8 * 64 * 64)
     assert [step["step"] for step in modifier["pruning_steps"]] == [99, 198, 297]
 
 

@@ -46,7 +46,7 @@ SHAPES = {
 
 
 class OneGroup(NumpyBackend):
-    """Host memory with all blocks of a slab in one group."""
+    """Host memory with all blocks of a stored group in one group."""
 
     def group_bytes(self, device, total):
         return 10**9
@@ -156,16 +156,16 @@ def test_each_part_of_a_pruning_step_measures_anew(update):
 
 
 class ChunkedMatrix(GradientMatrix):
-    """Gradients whose one block is cut into several chunks."""
+    """Gradients whose one block is split into several chunks."""
 
     def __init__(self, gradients: np.ndarray, chunk_bytes: int) -> None:
         super().__init__([gradients], block_size=None)
-        self.slabs = partition(
+        self.stored_groups = partition(
             self.num_weights,
             None,
             num_gradients=self.count,
             itemsize=self.dtype.itemsize,
-            slab_bytes=1,
+            group_bytes=1,
             chunk_bytes=chunk_bytes,
         )
 
@@ -177,7 +177,7 @@ class ChunkedMatrix(GradientMatrix):
 def test_one_block_of_several_chunks_has_one_damping(m, d, devices, update, dtype):
     weights, gradients = numbered_weights(d, dtype), uneven_gradients(m, d, dtype)
     source = ChunkedMatrix(gradients, chunk_bytes=m * 5 * gradients.itemsize)
-    assert len(source.slabs[0].chunk_widths) > 2
+    assert len(source.stored_groups[0].chunk_widths) > 2
     pruned = np.arange(d) % 2 == 0
     device = DEVICES[devices]()
 

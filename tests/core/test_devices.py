@@ -71,7 +71,7 @@ def test_pruning_on_virtual_devices_equals_the_cpu(m, block_size, update, count,
 
 
 @COUNTS
-def test_blocks_are_dealt_over_all_devices(count):
+def test_blocks_are_assigned_to_all_devices(count):
     backend = StrictBackend()
     gradients = make_gradients(4, 60)
     mfac_core.inverse_fisher(gradients, block_size=5, damping=1e-2, devices=strict_devices(count, backend)).diagonal()

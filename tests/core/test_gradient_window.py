@@ -22,18 +22,20 @@ PUSHES = st.integers(0, 25)
 few = settings(max_examples=60, deadline=None)
 
 
-@pytest.fixture(params=["whole blocks", "cut to pieces"], autouse=True)
-def cutting(request, monkeypatch):
-    """Run each test also with slabs of few blocks and blocks of several chunks, which otherwise take megabytes."""
-    if request.param == "cut to pieces":
-        monkeypatch.setattr("mfac_core.fisher.window.partition", _cut_to_pieces)
-        monkeypatch.setattr("mfac_core.fisher.matrix.partition", _cut_to_pieces)
+@pytest.fixture(params=["whole blocks", "small pieces"], autouse=True)
+def pieces(request, monkeypatch):
+    """Run each test also with groups of few blocks and blocks of several chunks, which otherwise take megabytes."""
+    if request.param == "small pieces":
+        monkeypatch.setattr("mfac_core.fisher.window.partition", _split_into_small_pieces)
+        monkeypatch.setattr("mfac_core.fisher.matrix.partition", _split_into_small_pieces)
 
 
-def _cut_to_pieces(num_weights, block_size, *, num_gradients, itemsize, slab_bytes) -> tuple[BlockGroup, ...]:
+def _split_into_small_pieces(
+    num_weights, block_size, *, num_gradients, itemsize, group_bytes
+) -> tuple[BlockGroup, ...]:
     row = num_gradients * itemsize
     width = num_weights if block_size is None else block_size
-    small = {"chunk_bytes": 4 * row, "slab_bytes": 1} if width > 4 else {"slab_bytes": 8 * row}
+    small = {"chunk_bytes": 4 * row, "group_bytes": 1} if width > 4 else {"group_bytes": 8 * row}
     return partition(num_weights, block_size, num_gradients=num_gradients, itemsize=itemsize, **small)
 
 
@@ -58,7 +60,7 @@ def in_order(rows: np.ndarray) -> np.ndarray:
 
 def through_chunks(window: GradientWindow | GradientMatrix) -> np.ndarray:
     rows = np.full((window.count, window.num_weights), np.nan)
-    for group in window.slabs:
+    for group in window.stored_groups:
         for (start, stop), chunk in zip(group.chunk_bounds, window.chunks(group), strict=True):
             assert chunk.shape == (group.count, window.count, (stop - start) // group.count)
             for block in range(group.count):
@@ -94,7 +96,7 @@ def test_rebuilding_equals_slicing_the_dense_matrix(d, m, block_size, pushes, ro
     window = window.rebuilt(kept, rows)
     stay = min(pushes, m, rows)
     assert (window.num_weights, window.num_gradients, window.count) == (int(kept.sum()), rows, stay)
-    assert [group.stop for group in window.slabs][-1:] == [window.num_weights] * bool(window.slabs)
+    assert [group.stop for group in window.stored_groups][-1:] == [window.num_weights] * bool(window.stored_groups)
     expected = last(pushes, min(m, rows), d)[:, kept]
     np.testing.assert_array_equal(in_order(window.to_rows()), expected)
     np.testing.assert_array_equal(through_chunks(window), window.to_rows())
@@ -148,7 +150,7 @@ def test_rows_are_kept_in_the_windows_dtype(dtype):
     window = GradientWindow(3, 2, block_size=None, dtype=dtype)
     window.push(np.arange(3, dtype=np.float64))
     assert window.to_rows().dtype == dtype
-    assert window.chunks(window.slabs[0])[0].dtype == dtype
+    assert window.chunks(window.stored_groups[0])[0].dtype == dtype
     assert window.num_bytes == 2 * 3 * np.dtype(dtype).itemsize
 
 
@@ -168,7 +170,7 @@ def test_a_state_of_another_window_is_refused(shape):
 def test_a_window_whose_weights_are_all_pruned_is_empty():
     window = filled(4, 3, 2, 2)
     window = window.rebuilt(np.zeros(4, dtype=bool), 5)
-    assert (window.num_weights, window.slabs, window.num_bytes) == (0, (), 0)
+    assert (window.num_weights, window.stored_groups, window.num_bytes) == (0, (), 0)
     window.push(np.zeros(0, np.float32))
 
 
@@ -182,7 +184,7 @@ def test_a_window_on_another_device_holds_the_same(d, m, block_size, pushes, row
     window = window.rebuilt(kept, rows)
     expected = expected.rebuilt(kept, rows)
     np.testing.assert_array_equal(window.to_rows(), expected.to_rows())
-    assert all(str(chunk.device).count("device2") for slab in window.slabs for chunk in window.chunks(slab))
+    assert all(str(chunk.device).count("device2") for group in window.stored_groups for chunk in window.chunks(group))
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float16, np.bool_, np.complex64])

@@ -28,6 +28,7 @@ from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.pruners import Pruner
+from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.memory import window_bytes
 from mfac_core.schedules.pruning import ScheduledStep
 
@@ -245,7 +246,7 @@ def test_an_observation_that_is_interrupted_at_any_line_can_be_repeated(rows_bef
         if equal(pruner.state_dict(), expected):  # it came when the row was stored
             whole += 1
             continue
-        found = [] if pruner._window is None else pruner._window.to_rows()[:, 30:41]
+        found = [] if pruner._collector.window is None else pruner._collector.window.to_rows()[:, 30:41]
         assert len(found) == pruner.num_rows
         assert all(any(np.array_equal(row, each) for each in stored) for row in found), f"at line {line}"
         if len(found) < len(stored):  # the oldest had begun to be written over
@@ -287,7 +288,7 @@ def test_a_window_that_cannot_be_made_leaves_no_trace(exception, monkeypatch):
     pruner = make("mfac")
     before = copy.deepcopy(pruner.state_dict())
     with monkeypatch.context() as patch:
-        patch.setattr(MFACPruner, "_new_window", raises(exception))
+        patch.setattr(GradientCollector, "_new_window", raises(exception))
         with pytest.raises(exception):
             pruner.observe(gradient_at(0))
         np.testing.assert_equal(pruner.state_dict(), before)
@@ -323,7 +324,7 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     before = copy.deepcopy(pruner.state_dict())
     zeros = NumpyBackend.zeros
     with monkeypatch.context() as patch:  # the first chunk of the new window is made, and the second is not
-        patch.setattr("mfac_core.fisher.window.partition", cut_into_blocks)
+        patch.setattr("mfac_core.fisher.window.partition", each_block_alone)
         patch.setattr(NumpyBackend, "zeros", raises(MemoryError, 4, zeros))
         with pytest.raises(MemoryError):
             pruner.prune(weights)
@@ -331,8 +332,8 @@ def test_memory_that_ends_at_the_window_that_follows_loses_nothing(monkeypatch):
     assert pruner.observe(gradient_at(8))
 
 
-def cut_into_blocks(num_weights: int, block_size: int | None, **options: Any) -> Any:
-    return mfac_core.fisher.partition.partition(num_weights, block_size, **{**options, "slab_bytes": 1})
+def each_block_alone(num_weights: int, block_size: int | None, **options: Any) -> Any:
+    return mfac_core.fisher.partition.partition(num_weights, block_size, **{**options, "group_bytes": 1})
 
 
 def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before(monkeypatch):

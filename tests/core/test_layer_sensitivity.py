@@ -15,7 +15,8 @@ from rich.console import Console
 
 import mfac_core
 from mfac_core import MemoryBudgetError, Sensitivity, SettingError, sensitivity
-from mfac_core.layer_sensitivity import SPARSITIES, check_rows_fit, stacked_rows
+from mfac_core.layer_sensitivity import SPARSITIES
+from mfac_core.session.layer_sensitivity import check_rows_fit, stacked_rows
 from tests import reference
 from tests.core.strict_backend import StrictBackend, strict_devices
 
@@ -374,7 +375,7 @@ def test_sparsities_that_do_not_rise_between_0_and_1_are_refused(sparsities, mes
         (dict(damping=-1.0), SettingError, "damping"),
         (dict(block_size=0), SettingError, "block_size"),
         (dict(num_recomputations=0), SettingError, "num_recomputations"),
-        (dict(mask_type="2:4"), SettingError, "2:4 leaves at most a sparsity of 0.5, and 0.6 is to be reached"),
+        (dict(mask_type="2:4"), SettingError, "2:4 allows a sparsity of at most 0.5, but the final sparsity is 0.6"),
         (dict(mask_type=(1, 5)), SettingError, "do not divide 'first'"),
         (dict(axes={"fourth": (1, 0)}), ValueError, "axes names fourth"),
         (dict(weights={}), ValueError, "there are no weights"),

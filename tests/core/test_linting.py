@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 
-from mfac_core.errors import SettingError
+from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_core.errors import MemoryBudgetError, SettingError
+from mfac_core.pruners import make_pruner
 from mfac_core.pruners.memory import peak_window
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
-from mfac_core.recipe.linting import Plan, describe, lint, lint_model, lint_one_shot, notes
+from mfac_core.recipe.linting import lint, lint_one_shot, notes
 from mfac_core.schedules.pruning import pruning_schedule
+from mfac_core.session.plan import Plan, describe, plan_model
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -120,7 +126,8 @@ class TestEndOfTraining:
 
     def test_masks_that_are_held_have_no_end_to_reach(self):
         assert lint(recipe(EpochRange(end_epoch=5.0), ConstantSettings(end_epoch=9.0), ConstantSettings())) == (
-            "ConstantPruningModifier 1 and ConstantPruningModifier 2 prune the same params (__ALL_PRUNABLE__); give "
+            "ConstantPruningModifier 1 and ConstantPruningModifier 2 cover the same params (__ALL_PRUNABLE__) at the "
+            "same time, and ConstantPruningModifier 1 only holds zeros; let one begin when the other ends, or give "
             "each weight to one modifier",
         )
 
@@ -224,7 +231,7 @@ class TestDescribe:
 
 class TestLayersInOnePass:
     WARNING = (
-        "MFACPruningModifier: goes from sparsity 0 to 0.8 in one pass within each layer, which most often is less "
+        "MFACPruningModifier: goes from sparsity 0 to 0.8 in one pass within each layer, which is usually less "
         "accurate than global magnitude pruning; write global_sparsity: true and num_recomputations: auto (and update: "
         "joint, damp: auto), or prune in smaller steps"
     )
@@ -233,7 +240,7 @@ class TestLayersInOnePass:
     def test_a_large_step_within_layers_is_named(self, changes):
         settings = mfac(scope="layer", num_gradients=1, **changes)
         assert lint(recipe(settings)) == (self.WARNING,)
-        assert lint_model([settings], [{"a": 10, "b": 10}], 100).warnings == (self.WARNING,)
+        assert plan_model([settings], [{"a": 10, "b": 10}], 100).warnings == (self.WARNING,)
         assert lint_one_shot([(settings, settings)], [["a", "b"]]) == (self.WARNING,)
 
     @pytest.mark.parametrize(
@@ -254,7 +261,7 @@ class TestLayersInOnePass:
 
     def test_a_single_layer_has_nothing_to_share(self):
         settings = mfac(scope="layer", num_gradients=1, end_epoch=2.0)
-        assert lint_model([settings], [{"a": 10}], 100).warnings == ()
+        assert plan_model([settings], [{"a": 10}], 100).warnings == ()
         assert lint_one_shot([(settings, settings)], [["a"]]) == ()
 
     def test_each_final_sparsity_counts(self):
@@ -266,18 +273,19 @@ class TestLayersInOnePass:
         assert lint(recipe(settings)) == ()
         note = only(notes(recipe(settings)))
         assert note.startswith(
-            "MFACPruningModifier: gives each layer the same sparsity, and each pruning step one pass"
+            "MFACPruningModifier: prunes each layer to the same sparsity, and does each pruning step in one pass"
         )
-        assert lint_model([settings], [{"a": 10, "b": 10}], 100).notes == (note,)
-        assert lint_model([settings], [{"a": 10}], 100).notes == ()
+        assert plan_model([settings], [{"a": 10, "b": 10}], 100).notes == (note,)
+        assert plan_model([settings], [{"a": 10}], 100).notes == ()
 
 
-class TestPartsThatShareRows:
+class TestSubstepsThatShareRows:
     def test_they_are_named_with_the_steps_between(self):
         settings = mfac(num_gradients=30, num_recomputations=4)  # 100 steps between two pruning steps
         warning = only(lint(recipe(settings), 100))
-        assert "the 4 parts of the pruning step at epoch 3 (optimizer step 300) share gradient samples: they are " in (
-            warning
+        assert (
+            "the 4 sub-steps of the pruning step at epoch 3 (optimizer step 300) share gradient samples: they are "
+            in (warning)
         )
         assert "25 optimizer steps apart, and a window has 30 rows" in warning
         assert lint(recipe(mfac(num_gradients=25, num_recomputations=4)), 100) == ()
@@ -286,23 +294,24 @@ class TestPartsThatShareRows:
 
     def test_those_of_the_first_pruning_step_are_all_at_once(self):
         warning = only(lint(recipe(mfac(num_gradients=2, initial_sparsity=0.5, num_recomputations="auto")), 100))
-        assert "the 3 parts of the pruning step at epoch 2 (optimizer step 200) share gradient samples: they are 0" in (
-            warning
+        assert (
+            "the 3 sub-steps of the pruning step at epoch 2 (optimizer step 200) share gradient samples: they are 0"
+            in (warning)
         )
 
-    def test_a_window_must_be_full_at_the_first_part(self):
-        # 100 steps to epoch 3, of which the last 60 are for the second and third part
+    def test_a_window_must_be_full_at_the_first_substep(self):
+        # 100 steps to epoch 3, of which the last 60 are for the second and third sub-step
         assert lint(recipe(mfac(num_gradients=30, num_recomputations=3, start_epoch=0.0)), 100) == ()
         short = lint(recipe(mfac(num_gradients=40, num_recomputations=3, start_epoch=0.0, end_epoch=1.0)), 100)
         assert any("falls due while its gradient window has 34 of 40 rows" in each for each in short)
 
 
 class TestNotes:
-    def test_parts_are_described(self):
+    def test_substeps_are_described(self):
         cases = {
-            (4, "geometric"): "in 4 parts that shrink what is left by equal factors, each by gradients of its own",
-            (4, "linear"): "in 4 parts that remove as much, each by",
-            ("auto", "geometric"): "in as many parts that none removes more than about a fifth of what is left, each",
+            (4, "geometric"): "in 4 sub-steps that shrink what is left by equal factors, each with gradients of",
+            (4, "linear"): "in 4 sub-steps that remove equally many weights, each with",
+            ("auto", "geometric"): "in as many sub-steps as are needed for none to remove more than about a fifth",
         }
         for (number, spacing), words in cases.items():
             settings = mfac(num_recomputations=number, recomputation_spacing=spacing, devices=("cpu",))
@@ -311,7 +320,7 @@ class TestNotes:
     def test_devices_that_are_decided_later(self):
         assert only(notes(recipe(mfac()))) == (
             "MFACPruningModifier: computes where the model is: on its GPU if CuPy is installed, on the CPU otherwise; "
-            "available_devices says it outright"
+            "set available_devices to choose"
         )
         assert notes(recipe(mfac(devices=("cpu",)))) == ()
 
@@ -333,7 +342,7 @@ class TestModel:
     WEIGHTS = {"a.weight": 600, "b.weight": 400}
 
     def plan(self, *settings: object, weights: object = None, steps_per_epoch: int = 10, **options: object) -> Plan:
-        return lint_model(settings, [self.WEIGHTS] if weights is None else weights, steps_per_epoch, **options)
+        return plan_model(settings, [self.WEIGHTS] if weights is None else weights, steps_per_epoch, **options)
 
     def test_matched_weights_steps_and_memory(self):
         settings = mfac(num_gradients={0.0: 16, 0.4: 32}, interpolation="linear", update_frequency=2.0)
@@ -365,12 +374,29 @@ class TestModel:
         (modifier,) = self.plan(settings, weights=[{"a": 997}]).modifiers
         assert modifier.window == peak_window(settings, 997, pruning_schedule(settings, 10))
 
+    def test_the_bytes_are_those_of_the_check_before_the_run(self, monkeypatch):
+        settings = mfac(num_gradients=500, initial_sparsity=0.2, end_epoch=3.0, block_size=2)
+        with_the_next_window, one_window = 4 * 500 * (1000 + 800), 4 * 500 * 1000
+        to_compute = 2 * (2 * 4 * 500 * 2 + 8 * 8 * 2 * 2)  # a block of 500 x 2 and a copy, factors of 2 x 2 in float64
+        for sampled, needed in ((False, with_the_next_window), (True, one_window + to_compute)):
+            assert self.plan(settings, sampled=sampled).needed_bytes == needed
+            weights = {name: np.ones(size, np.float32) for name, size in self.WEIGHTS.items()}
+            for lacking in (0, 1):
+                monkeypatch.setattr(NumpyBackend, "free_bytes", lambda *_, free=needed - lacking: free)
+                with pytest.raises(MemoryBudgetError) if lacking else nullcontext():
+                    make_pruner(settings, weights, steps_per_epoch=10, live_gradients=not sampled)
+
+    def test_gradients_of_training_count_as_such_beside_a_sampler(self):
+        settings = mfac(initial_sparsity=0.2, gradient_origin="training")
+        assert self.plan(settings, sampled=True).needed_bytes == self.plan(settings).needed_bytes
+
     def test_the_bytes_of_all_modifiers_are_summed(self):
         plan = self.plan(
             mfac(params="a"), magnitude(params="b"), mfac(params="c"), weights=[{"a": 9}, {"b": 9}, {"c": 4}]
         )
         assert [each.window_bytes for each in plan.modifiers] == [64 * 9 * 4, 0, 64 * 4 * 4]
         assert plan.window_bytes == 64 * 13 * 4
+        assert plan.needed_bytes == sum(each.needed_bytes for each in plan.modifiers) > plan.window_bytes
 
     def test_a_sound_plan_has_no_warnings(self):
         assert self.plan(mfac(num_gradients=20), EpochRange(end_epoch=6.0)).warnings == ()
@@ -406,6 +432,13 @@ class TestModel:
             "pruned than either says; give each weight to one modifier"
         )
         assert self.plan(magnitude(), ConstantSettings(start_epoch=6.0), weights=both).warnings == ()
+
+    def test_holding_zeros_prunes_nothing_more(self):
+        for settings in ([magnitude(), ConstantSettings()], [ConstantSettings(), magnitude()]):
+            warning = only(self.plan(*settings, weights=[{"a": 1}] * 2).warnings)
+            assert "more is pruned" not in warning
+            assert "cover the same parameters (a) at the same time, and ConstantPruningModifier" in warning
+            assert " only holds zeros; let one begin when the other ends" in warning
 
     @pytest.mark.parametrize(("epoch", "count"), [(1.0, 0), (2.0, 0), (4.0, 1), (6.0, 0), (7.0, 0)])
     def test_a_single_pruning_step_amid_those_of_another_modifier(self, epoch, count):
@@ -448,7 +481,7 @@ def test_steps_per_epoch_is_checked(function):
 
 def test_lint_model_checks_the_steps_per_epoch():
     with pytest.raises(SettingError, match="steps_per_epoch: 0 must be a positive integer"):
-        lint_model([mfac()], [{"a": 1}], 0)
+        plan_model([mfac()], [{"a": 1}], 0)
 
 
 def curve(**changes: object) -> LearningRateFunction:
@@ -479,7 +512,7 @@ class TestTrainingModifiers:
     def test_two_learning_rates_at_once(self, one, other, count):
         warnings = lint(recipe(one, other, mfac()))
         assert len(warnings) == count
-        assert lint_model([one, other, ZEROS], [{"a": 1}], 10).warnings == warnings
+        assert plan_model([one, other, ZEROS], [{"a": 1}], 10).warnings == warnings
         if count:
             assert "at epoch 2, while LearningRateFunctionModifier moves it from epoch 1 to 3" in only(warnings)
 
@@ -490,17 +523,19 @@ class TestTrainingModifiers:
             "SetWeightDecayModifier: nothing happens, because its start_epoch 6 lies at or after the end of training "
             "at epoch 6 (EpochRangeModifier); train longer or begin earlier"
         )
-        assert "end of training at epoch 5;" in only(lint_model([late, ZEROS], [{"a": 1}], 10, epochs=5.0).warnings)
+        assert "end of training at epoch 5;" in only(plan_model([late, ZEROS], [{"a": 1}], 10, epochs=5.0).warnings)
 
     def test_shorter_training_than_the_recipe_is_for(self):
-        assert only(lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=8).warnings) == (
-            "training ends at epoch 8, and the recipe is for training to epoch 9 (EpochRangeModifier)"
+        assert only(plan_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=8).warnings) == (
+            "training ends at epoch 8, but the recipe trains until epoch 9 (EpochRangeModifier)"
         )
-        assert lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=9).warnings == ()
-        assert lint_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10).warnings == ()
+        assert plan_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10, epochs=9).warnings == ()
+        assert plan_model([EpochRange(end_epoch=9.0), ZEROS], [{"a": 1}], 10).warnings == ()
 
     def test_a_recipe_that_does_not_prune_is_legal_and_said(self):
-        warning = only(lint_model([SetLearningRate(learning_rate=0.5)], [], 10).warnings)
+        settings = SetLearningRate(learning_rate=0.5)
+        warning = only(plan_model([settings], [], 10).warnings)
+        assert (warning,) == lint(recipe(settings))
         assert warning == "the recipe has no pruning modifier: nothing is pruned"
 
     @pytest.mark.parametrize(
@@ -517,7 +552,7 @@ class TestTrainingModifiers:
     )
     def test_pruning_what_is_frozen(self, freezing, names, count):
         settings = TrainableParams(**{"params": ("re:.*",), "trainable": False, **freezing})
-        plan = lint_model([magnitude(), settings], [{"a": 5, "b": 5}], 10, trainable=[(settings, names)])
+        plan = plan_model([magnitude(), settings], [{"a": 5, "b": 5}], 10, trainable=[(settings, names)])
         assert len(plan.warnings) == count
         if count:
             assert "MagnitudePruningModifier prunes a, b while TrainableParamsModifier freezes" in only(plan.warnings)

@@ -49,7 +49,7 @@ def test_the_loss_is_measured_on_the_same_batches_before_the_first_part_and_afte
     assert dense.tolist() == list(range(1, 9))
     assert pruned.tolist() == weights["w"].tolist()
     # later parts may draw what was held out from the first
-    assert measurement.where == ("4 held-out batches" if parts == 1 else "4 batches, over all 3 parts")
+    assert measurement.where == ("4 held-out batches" if parts == 1 else "4 batches, over all 3 sub-steps")
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ class TestWriting:
             recipe_text([MFACSettings(final_sparsity=0.5, end_epoch=1, sampler_options=options)])
 
     def test_other_settings_have_no_modifier(self):
-        with pytest.raises(TypeError, match="GradualSettings is not what a modifier of a recipe carries"):
+        with pytest.raises(TypeError, match="GradualSettings is not the settings class of any modifier"):
             modifier_name(GradualSettings(final_sparsity=0.5, end_epoch=1))
 
     def test_nothing_is_a_recipe_without_modifiers(self):

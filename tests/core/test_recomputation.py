@@ -91,7 +91,7 @@ def parts_of_live_run(pruner: MFACPruner, last_step: int = 3 * LONG):
                 continue
             masks, scheduled, used = pruner.masks, pruner.next_step, np.array(rows[-pruner.num_gradients :])
             settings, part = pruner.settings, pruner.state_dict()["parts_done"]
-            left = pruner._progress.parts - part
+            left = pruner._progress.substeps - part
             now = reached(masks, settings.scope)
             wanted = {
                 name: way(value, scheduled.sparsity, left, settings.recomputation_spacing)
@@ -146,15 +146,18 @@ def test_live_parts_share_rows_where_there_are_too_few_steps_and_it_is_said_once
         assert_oracle(result, expected)
         steps.append(step)
     assert steps == [8, 12, 14, 16, 20, 22, 24]
-    (record,) = [each for each in caplog.records if "part" in each.getMessage()]
-    assert "part 2 of a pruning step uses 5 gradient samples, and 2 of them have arrived since" in record.getMessage()
+    (record,) = [each for each in caplog.records if "sub-step" in each.getMessage()]
+    assert (
+        "sub-step 2 of a pruning step uses 5 gradient samples, of which only 2 have arrived since"
+        in record.getMessage()
+    )
 
 
 def test_the_first_pruning_step_does_not_begin_before_its_time(caplog):
     pruner = make(steps_per_epoch=LONG, initial_sparsity=0.5)
     steps = [step for step, result, expected in parts_of_live_run(pruner) if not assert_oracle(result, expected)]
     assert steps[:3] == [40, 40, 40]
-    assert "part 2 of a pruning step uses 5 gradient samples, and 0 of them have arrived" in caplog.text
+    assert "sub-step 2 of a pruning step uses 5 gradient samples, of which only 0 have arrived" in caplog.text
 
 
 @pytest.mark.parametrize("spacing", ["geometric", "linear"])
@@ -213,7 +216,7 @@ def test_auto_counts_from_what_is_pruned_already():
     settings = MFACSettings(final_sparsity=0.9, end_epoch=0, num_gradients=1, num_recomputations="auto")
     for pruned, parts in ((0, 10), (50, 7), (80, 3), (88, 1), (90, 1)):
         pruner = make_pruner(settings, weights, steps_per_epoch=1, masks={"w": np.arange(100) >= pruned})
-        assert pruner._progress.parts == parts
+        assert pruner._progress.substeps == parts
 
 
 def test_a_step_that_is_reached_early_has_no_further_parts():
@@ -375,7 +378,7 @@ def test_a_run_resumed_within_a_pruning_step_ends_the_same(parts_before, live_gr
 @pytest.mark.parametrize(("parts_done", "parts"), [(-1, 0), (-1, 3), (3, 3), (1, 0), (1, 2), (0, 3)])
 def test_a_state_with_other_parts_is_refused(parts_done, parts):
     pruner = make()
-    with pytest.raises(ValueError, match=rf"{parts_done} of {parts} parts .* num_recomputations is 3"):
+    with pytest.raises(ValueError, match=rf"{parts_done} of {parts} sub-steps .* num_recomputations is 3"):
         pruner.load_state_dict({**pruner.state_dict(), "parts_done": parts_done, "parts": parts})
 
 

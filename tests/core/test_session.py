@@ -43,7 +43,7 @@ def test_two_modifiers_prune_gradually_and_what_one_prunes_stays_zero(caplog):
 
     assert [pruning.sparsity for pruning in session.prunings] == [0.6, pytest.approx(0.5, abs=0.2)]
     assert not session.zeros().regrown
-    assert "MFACPruningModifier 1: 30 weights in 1 parameters (body)" in caplog.text
+    assert "MFACPruningModifier 1: 30 weights in 1 parameter (body)" in caplog.text
     assert "(MFACPruningModifier 1: body)" in caplog.text and "(MagnitudePruningModifier 2: body, head)" in caplog.text
     assert "training ended" not in caplog.text
 

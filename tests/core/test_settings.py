@@ -10,6 +10,7 @@ import pytest
 
 from mfac_core.errors import SettingError
 from mfac_core.recipe import keys
+from mfac_core.settings import training as training_settings
 from mfac_core.settings.checks import checked_mask_type
 from mfac_core.settings.pruning import (
     FROM_PARAM,
@@ -19,7 +20,6 @@ from mfac_core.settings.pruning import (
     MagnitudeSettings,
     MFACSettings,
 )
-from mfac_core.settings.pruning import training as training_settings
 from mfac_core.settings.spellings import RECIPE_SPELLINGS
 from mfac_core.settings.training import EpochRange, SetWeightDecay, TrainableParams
 
@@ -59,7 +59,12 @@ def acdc(**changes: object) -> ACDCSettings:
         (gradual, {"final_sparsity": {}}, "final_sparsity", "{} is empty"),
         (gradual, {"final_sparsity": {0.5: ()}}, "final_sparsity", "() must be a name or a non-empty list"),
         (gradual, {"final_sparsity": {1.5: ("a",)}}, "final_sparsity", "1.5 is out of range"),
-        (gradual, {"final_sparsity": {0.5: "a"}, "params": "b"}, "params", "['b'] stands beside a final_sparsity that"),
+        (
+            gradual,
+            {"final_sparsity": {0.5: "a"}, "params": "b"},
+            "params",
+            "['b'] conflicts with final_sparsity",
+        ),
         (gradual, {"initial_sparsity": -0.1}, "initial_sparsity", "-0.1 is out of range"),
         (gradual, {"initial_sparsity": "__FROM__"}, "initial_sparsity", "or __FROM_PARAM__"),
         (
@@ -82,7 +87,7 @@ def acdc(**changes: object) -> ACDCSettings:
             gradual,
             {"mask_type": "2:4"},
             "mask_type",
-            "2:4 leaves at most a sparsity of 0.5, and 0.8 is to be reached; low",
+            "2:4 allows a sparsity of at most 0.5, but the final sparsity is 0.8; low",
         ),
         (gradual, {"mask_type": (1, 2, 3)}, "mask_type", "(1, 2, 3) is not a mask type"),
         (gradual, {"mask_type": (0, 2)}, "mask_type", "(0, 2) is not a mask type"),
@@ -105,14 +110,14 @@ def acdc(**changes: object) -> ACDCSettings:
         (mfac, {"sampler_options": {1: 2}}, "sampler_options", "{1: 2} must be a mapping"),
         (mfac, {"devices": ()}, "devices", "() must be a non-empty list of device names"),
         (mfac, {"devices": ("",)}, "devices", "('',) must be a non-empty list"),
-        (mfac, {"devices": ("auto", "cpu")}, "devices", "holds auto beside others"),
+        (mfac, {"devices": ("auto", "cpu")}, "devices", "mixes auto with names"),
         (mfac, {"devices": ("cpu", "cpu")}, "devices", "names a device twice"),
         (mfac, {"gradients_device": ""}, "gradients_device", "'' must be a device name"),
         (mfac, {"gradients_device": None}, "gradients_device", "None must be a device name"),
         (acdc, {"compression_sparsity": 1.0}, "compression_sparsity", "the rule is 0 < compression_sparsity < 1"),
         (acdc, {"update_frequency": 0.0}, "update_frequency", "the rule is update_frequency > 0"),
         (acdc, {"scope": "both"}, "scope", "'both' is not one of layer, global"),
-        (acdc, {"mask_type": "1:2"}, "mask_type", "1:2 leaves at most a sparsity of 0.5"),
+        (acdc, {"mask_type": "1:2"}, "mask_type", "1:2 allows a sparsity of at most 0.5"),
         (acdc, {"reset_momentum": None}, "reset_momentum", "None is not a boolean"),
         (acdc, {"end_epoch": math.inf}, "end_epoch", "inf is not a finite number"),
         (ConstantSettings, {"end_epoch": -1}, "end_epoch", "-1 is out of range"),
@@ -176,7 +181,7 @@ def test_patterns_allow_what_they_can_reach(final, allowed):
     if allowed:
         assert gradual(final_sparsity=final, mask_type="2:4").mask_type == "2:4"
     else:
-        with pytest.raises(SettingError, match="^mask_type: 2:4 leaves at most"):
+        with pytest.raises(SettingError, match="^mask_type: 2:4 allows a sparsity of at most"):
             gradual(final_sparsity=final, mask_type="2:4")
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mfac_core.backends.kernels import (
+from mfac_core.fisher.kernels import (
     GRAM_PANEL,
     LARGEST_FACTOR,
     column_sums_of_squares,
@@ -49,10 +49,10 @@ def test_solves_and_sums_equal_those_of_the_dense_factor(size, dtype):
 
 
 @pytest.mark.parametrize("size", [3, PANEL + 9])
-def test_a_part_is_the_factor_of_some_of_the_matrices(size):
+def test_the_factors_of_some_of_the_matrices(size):
     factor, lower = factored(size, np.float64)
     b = np.ones((1, size, 2))
-    close(factor.part(slice(1, 2)).solve(b), np.linalg.solve(lower[1:], b), np.float64)
+    close(factor.of_blocks(slice(1, 2)).solve(b), np.linalg.solve(lower[1:], b), np.float64)
 
 
 def test_bytes_are_those_of_the_panels():

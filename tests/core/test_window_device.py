@@ -54,7 +54,7 @@ def accelerator(monkeypatch):
         return device_of(x) if isinstance(x, np.ndarray) else Device(backend, str(x.device).split("'")[1])
 
     monkeypatch.setattr(selection, "_backends", lambda: (NumpyBackend(), backend))
-    for module in ("fisher.window_checks", "pruners.base", "pruners.mfac", "masks.layout"):
+    for module in ("fisher.window_checks", "pruners.base", "pruners.collection", "pruners.mfac", "masks.layout"):
         monkeypatch.setattr(f"mfac_core.{module}.device_of", of)
     return backend
 

@@ -46,9 +46,9 @@ def test_a_sample_in_parts_is_stored_as_the_whole(size, block_size, cuts, elsewh
     np.testing.assert_array_equal(whole.to_rows()[1], row)
 
 
-def test_parts_reach_over_slabs_and_chunks(monkeypatch):
-    slabs = (BlockGroup(0, 2, (2, 1)), BlockGroup(6, 1, (5,)), BlockGroup(11, 2, (1,)))
-    monkeypatch.setattr(GradientWindow, "_cut", lambda *_: slabs)
+def test_parts_reach_over_groups_and_chunks(monkeypatch):
+    stored_groups = (BlockGroup(0, 2, (2, 1)), BlockGroup(6, 1, (5,)), BlockGroup(11, 2, (1,)))
+    monkeypatch.setattr(GradientWindow, "_partition", lambda *_: stored_groups)
     for cuts in ([], [1], [5, 6], [3, 7, 12], [2, 2, 11]):
         window = GradientWindow(13, 2, block_size=3)
         row = np.arange(13, dtype=np.float32)

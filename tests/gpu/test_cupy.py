@@ -7,7 +7,7 @@ import mfac_core
 from mfac_core.backends import resolve_device
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.window import GradientWindow
-from mfac_core.layer_sensitivity import stacked_rows
+from mfac_core.session.layer_sensitivity import stacked_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -131,7 +131,7 @@ def test_the_window_of_a_run_is_kept_on_the_gpu_when_it_fits():
     assert pruner.observe({"w": row})
     assert pruner.num_rows == 1
     assert pruner.refused_rows == 1
-    (chunk,) = pruner._window.chunks(pruner._window.slabs[0])
+    (chunk,) = pruner._collector.window.chunks(pruner._collector.window.stored_groups[0])
     assert isinstance(chunk, cupy.ndarray)
     assert bool((chunk == 1).all())
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from mfac_keras.optimizers import average_of, innermost, remembered, trained_by
+from mfac_keras.optimizers import average_of, innermost, optimizer_state, trained_by
 
 __all__ = ["TrainingHooks"]
 
@@ -175,7 +175,7 @@ class TrainingHooks(ABC):
             if mask is None:
                 continue
             for leaf in innermost(self._optimizer):
-                for slot in remembered(leaf, variable):
+                for slot in optimizer_state(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
 
     def slots_of(self, variables: Iterable[Any]) -> Iterator[Any]:
@@ -190,7 +190,7 @@ class TrainingHooks(ABC):
         for variable in variables:
             for leaf in innermost(self._optimizer):
                 average = average_of(leaf, variable)
-                for slot in remembered(leaf, variable):
+                for slot in optimizer_state(leaf, variable):
                     if slot is not average:
                         yield slot
 

@@ -28,7 +28,7 @@ def loss_of(model, some):
 
 
 @FEATURE
-@pytest.mark.parametrize(("parts", "where"), [(1, "16 held-out batches"), (2, "16 batches, over all 2 parts")])
+@pytest.mark.parametrize(("parts", "where"), [(1, "16 held-out batches"), (2, "16 batches, over all 2 sub-steps")])
 def test_the_line_of_the_last_part_has_the_change_on_batches_after_those_of_the_samples(task, caplog, parts, where):
     hidden = keras.Sequential([keras.layers.Dense(8, activation="tanh"), keras.layers.Dropout(0.5)])
     model, data = task.model(hidden=hidden), batches(40)

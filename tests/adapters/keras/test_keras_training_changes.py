@@ -9,7 +9,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 
 from mfac_core.errors import SettingError  # noqa: E402
 from mfac_keras import MFACPruningCallback  # noqa: E402
-from mfac_keras.optimizers import innermost, remembered  # noqa: E402
+from mfac_keras.optimizers import innermost, optimizer_state  # noqa: E402
 
 BODY = "tiny/body/kernel"
 RATES = pytest.mark.feature("learning rates of a recipe")
@@ -49,7 +49,7 @@ class Weights(keras.callbacks.Callback):
         self.values.append({variable.name + variable.path: self.all_of(variable) for variable in self.model.weights})
 
     def all_of(self, variable):
-        slots = [slot for leaf in innermost(self.model.optimizer) for slot in remembered(leaf, variable)]
+        slots = [slot for leaf in innermost(self.model.optimizer) for slot in optimizer_state(leaf, variable)]
         return [each.numpy().copy() for each in (variable, *slots)]
 
     def changes(self, layer):
@@ -388,7 +388,7 @@ def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
     keys = {"params": "['re:.*/body/']", "trainable": "false", "start_epoch": 1.5}
     text = task.recipe() + modifier("TrainableParamsModifier", **keys)
     task.fit(task.model(), MFACPruningCallback(text, verbose=0))
-    warned = "MFACPruningModifier prunes tiny/body/kernel while TrainableParamsModifier freezes training there"
+    warned = "MFACPruningModifier prunes tiny/body/kernel while TrainableParamsModifier freezes them"
     assert warned in caplog.text
     caplog.clear()
     task.fit(task.model(), MFACPruningCallback(text.replace("1.5", "3.2"), verbose=0))
@@ -413,5 +413,5 @@ def test_a_recipe_for_longer_training_than_fit_makes_is_warned_of(task, caplog):
     text = task.recipe() + modifier("EpochRangeModifier", end_epoch=9.0)
     text += modifier("SetWeightDecayModifier", weight_decay=0.1, start_epoch=7.0)
     task.fit(task.model(), MFACPruningCallback(text, verbose=0), epochs=4)
-    assert "training ends at epoch 4, and the recipe is for training to epoch 9 (EpochRangeModifier)" in caplog.text
+    assert "training ends at epoch 4, but the recipe trains until epoch 9 (EpochRangeModifier)" in caplog.text
     assert "SetWeightDecayModifier: nothing happens, because its start_epoch 7 lies at or after the end" in caplog.text

@@ -84,16 +84,17 @@ def test_modify_says_what_each_modifier_matches_and_when_it_prunes(task, caplog)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         attached(task, recipe)
     lines = [record.getMessage() for record in caplog.records]
+    # a window of 4 x 72 float32, and room for a block of 4 x 16, its copy and its factor
     assert lines == [
-        "MFACPruningModifier 1: 72 weights in 2 parameters (0.weight, 2.weight), gradient window of up to "
-        "1,152 bytes; 4 pruning steps from epoch 1 (step 5), sparsity 0.2, "
+        "MFACPruningModifier 1: 72 weights in 2 parameters (0.weight, 2.weight), up to 2,944 bytes of "
+        "memory; 4 pruning steps from epoch 1 (step 5), sparsity 0.2, "
         "to epoch 4 (step 20), sparsity 0.75; computed on cpu (the recipe names no devices: where the "
         "weights are, on a GPU if CuPy is installed)",
-        "MagnitudePruningModifier 2: 8 weights in 1 parameters (0.bias); one pruning step at epoch 1 (step 5), "
+        "MagnitudePruningModifier 2: 8 weights in 1 parameter (0.bias); one pruning step at epoch 1 (step 5), "
         "sparsity 0.5",
-        "MFACPruningModifier 1: gives each layer the same sparsity, and each pruning step one pass: the default of old "
-        "recipes, and not the most accurate; write global_sparsity: true and num_recomputations: auto (and update: "
-        "joint, damp: auto)",
+        "MFACPruningModifier 1: prunes each layer to the same sparsity, and does each pruning step in one pass: the "
+        "default of older recipes, and not the most accurate; write global_sparsity: true and num_recomputations: auto "
+        "(and update: joint, damp: auto)",
     ]
 
 

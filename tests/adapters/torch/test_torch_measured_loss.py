@@ -47,7 +47,7 @@ def loss_of(model, batches):
         return sum(F.cross_entropy(copy.deepcopy(model).eval()(x), y).item() for x, y in batches) / len(batches)
 
 
-@pytest.mark.parametrize(("parts", "where"), [(1, "16 held-out batches"), (3, "16 batches, over all 3 parts")])
+@pytest.mark.parametrize(("parts", "where"), [(1, "16 held-out batches"), (3, "16 batches, over all 3 sub-steps")])
 def test_the_line_of_the_last_part_has_the_change_on_batches_after_those_of_the_samples(
     model, batches, caplog, parts, where
 ):

@@ -14,7 +14,7 @@ from mfac_torch import (
     ScheduledModifierManager,
     prunable_parameters,
 )
-from mfac_torch.selection import weight_axes
+from mfac_torch.layout import weight_axes
 
 SCHEDULE = {"init_sparsity": 0.25, "final_sparsity": 0.5, "start_epoch": 1.0, "end_epoch": 2.0, "update_frequency": 1.0}
 

@@ -13,7 +13,8 @@ from mfac_torch import (
     ScheduledModifierManager,
     prunable_parameters,
 )
-from mfac_torch.selection import select_parameters, weight_axes
+from mfac_torch.layout import weight_axes
+from mfac_torch.selection import select_parameters
 
 
 class Zoo(nn.Module):

@@ -282,7 +282,7 @@ def test_what_is_pruned_while_it_is_frozen_is_warned_of(task, caplog):
     pruning = GMPruningModifier(final_sparsity=0.5, start_epoch=1.0, end_epoch=2.0, params=["0.weight", "2.weight"])
     freezing = TrainableParamsModifier(params=["0.weight"], trainable=False, start_epoch=1.5)
     ScheduledModifierManager([pruning, freezing]).modify(model, optimizer, task.steps_per_epoch)
-    assert "GMPruningModifier prunes 0.weight while TrainableParamsModifier freezes training there" in caplog.text
+    assert "GMPruningModifier prunes 0.weight while TrainableParamsModifier freezes them" in caplog.text
 
 
 def test_a_pruning_modifier_that_does_not_fit_is_named(task):
