@@ -1,14 +1,13 @@
-"""The exceptions of the public interface."""
+"""Exceptions that a caller may want to distinguish."""
 
 __all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RecipeError", "SettingError"]
 
 
 class SettingError(ValueError):
-    """A setting has a value that is not allowed.
+    """A setting has a value that its rule does not allow.
 
-    Args:
-        field: Name of the setting in the code, such as ``num_gradients``.
-        message: The value, the rule, and the cure.
+    Attributes:
+        field: Name of the setting in the code (``num_gradients``).
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -21,12 +20,12 @@ class RecipeError(ValueError):
     """A recipe cannot be read; each message names file, line, key, rule and cure.
 
     Args:
-        *messages: One per error, in the order of the recipe's lines.
+        *messages: One for each error, in the order of the recipe's lines.
     """
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """One message per error."""
+        """One message for each error."""
         return self.args
 
     def __str__(self) -> str:
@@ -38,8 +37,8 @@ class DeviceError(ValueError):
 
 
 class MemoryBudgetError(MemoryError):
-    """A run needs more memory than is available; the message names settings that would fit."""
+    """A run needs more memory than is free; the message names settings that fit."""
 
 
 class IllConditionedError(ArithmeticError):
-    """The damped Fisher of a block cannot be inverted accurately; increase the damping."""
+    """The damped Fisher of a block cannot be inverted accurately; the cure is more damping."""

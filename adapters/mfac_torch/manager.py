@@ -111,7 +111,7 @@ class ScheduledModifierManager(ModifierList):
         grad_sampler: Sampler | None = None,
         **unsupported: object,
     ) -> None:
-        """Keep arguments for :meth:`modify`, for scripts that pass them here. Nothing is changed yet.
+        """Keep arguments for :meth:`modify`, for scripts that pass them here; nothing changes yet.
 
         Args:
             module: The model.

@@ -38,7 +38,8 @@ def ScheduledOptimizer(
     Example:
         >>> model = nn.Linear(4, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> manager = ScheduledModifierManager.from_yaml("- !EpochRangeModifier {end_epoch: 3.0}\\n")
+        >>> from mfac_torch import EpochRangeModifier
+        >>> manager = ScheduledModifierManager([EpochRangeModifier(end_epoch=3.0)])
         >>> ScheduledOptimizer(optimizer, model, manager, steps_per_epoch=10) is optimizer
         True
         >>> manager.finalize(model)
