@@ -26,11 +26,6 @@ class Backend(Protocol):
     """Places arrays on the devices of one array library.
 
     ``device`` is always one of the names in :meth:`devices`.
-
-    Example:
-        >>> from mfac_core.backends import resolve_device
-        >>> resolve_device("cpu").backend.devices()
-        ('cpu',)
     """
 
     name: str
@@ -88,12 +83,6 @@ class Device:
     Args:
         backend: The backend that places arrays there.
         name: One of ``backend.devices()``.
-
-    Example:
-        >>> from mfac_core.backends import resolve_device
-        >>> device = resolve_device("cpu")
-        >>> device.is_host, device.zeros((2,), np.float32)
-        (True, array([0., 0.], dtype=float32))
     """
 
     backend: Backend
@@ -108,50 +97,19 @@ class Device:
         return self.backend.name == "numpy"
 
     def asarray(self, x: Array, dtype: Any = None) -> Array:
-        """Return an array on this device; no copy if none is needed.
-
-        Args:
-            x: An array of the backend's library, or a NumPy array.
-            dtype: NumPy dtype of the result; ``None`` keeps that of ``x``.
-
-        Returns:
-            The array.
-        """
+        """Return ``x`` (an array of the backend's library, or NumPy) on this device; no copy where none is needed."""
         return self.backend.asarray(x, self.name, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return a new array of zeros on this device.
-
-        Args:
-            shape: Its shape.
-            dtype: Its NumPy dtype.
-
-        Returns:
-            The array.
-        """
+        """Return a new array of zeros on this device, of a NumPy dtype."""
         return self.backend.zeros(shape, self.name, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
-        """Return an array in host memory; no copy if none is needed.
-
-        Args:
-            x: An array on this device.
-
-        Returns:
-            A NumPy array.
-        """
+        """Return an array of this device in host memory; no copy where none is needed."""
         return self.backend.to_numpy(x)
 
     def move(self, x: Array, to: Device) -> Array:
-        """Return an array on another device, ready for use there; no copy if none is needed.
-
-        Args:
-            x: An array on this device.
-            to: The other device.
-
-        Returns:
-            The array on the other device.
-        """
+        """Return an array of this device on another one, ready for use there; no copy where none is needed."""
         if self == to:
             return x
         if self.backend is not to.backend:
@@ -164,29 +122,15 @@ class Device:
 
 
 def array_library(x: Array) -> str:
-    """Return the name of the package of an array; code that treats libraries differently uses only this.
+    """Return the name of the package that an array comes from, such as ``numpy`` or ``cupy``.
 
-    Args:
-        x: An array.
-
-    Returns:
-        A name such as ``numpy`` or ``cupy``.
-
-    Example:
-        >>> array_library(np.zeros(2))
-        'numpy'
+    Code that treats one library differently asks here.
     """
     return "numpy" if isinstance(x, np.ndarray | np.generic) else type(x).__module__.partition(".")[0]
 
 
 def array_namespace(x: Array) -> Any:
-    """Return the module whose functions work on an array.
-
-    Args:
-        x: An array of NumPy, CuPy or another library that follows the array API standard.
-
-    Returns:
-        ``numpy``, ``cupy``, or the namespace that the array names.
+    """Return the module whose functions work on ``x``: ``numpy``, ``cupy`` or the namespace that the array names.
 
     Raises:
         TypeError: If ``x`` is neither a NumPy or CuPy array nor one of the array API standard.
@@ -206,11 +150,7 @@ def array_namespace(x: Array) -> Any:
 
 
 def check_float(name: str, x: Array) -> None:
-    """Raise an error if an array is neither float32 nor float64.
-
-    Args:
-        name: Name of the array in the message.
-        x: The array.
+    """Raise an error if the array called ``name`` is neither float32 nor float64.
 
     Raises:
         ValueError: If the dtype is another one.
