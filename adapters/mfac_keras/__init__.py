@@ -8,7 +8,7 @@ Read in this order:
 * ``session``: the work between training steps
 * ``live_pruning``: one pruning modifier on one model: its weights, masks and gradient samples
 * ``training_changes``: learning rates, weight decay, which variables are trained
-* ``outside_changes``: notices what other code does to the weights in scope
+* ``write_monitor``: notices what other code does to the weights in scope
 * ``backends``: the hooks in the training step, and conversion, for each backend of Keras
 * ``clock``, ``end_of_fit``: the epoch and step of a fit; its end after all callbacks
 * ``state_file``, ``resuming``: the state on disk; which of several states a run resumes from

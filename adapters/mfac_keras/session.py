@@ -21,9 +21,9 @@ from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.conditions import check_optimizer, check_trained
 from mfac_keras.live_pruning import KerasPruning
 from mfac_keras.optimizers import innermost, trained_by
-from mfac_keras.outside_changes import OutsideChanges
 from mfac_keras.sampling import GradientSampler
 from mfac_keras.training_changes import TrainingChanges
+from mfac_keras.write_monitor import WriteMonitor
 
 __all__ = ["TrainingSession", "new_session"]
 
@@ -64,7 +64,7 @@ class TrainingSession(Session[KerasPruning]):
         self._hooks = hooks
         self._variables = _in_scope(prunings)
         self._trained = trained
-        self.outside = OutsideChanges(hooks, self._variables)
+        self.outside = WriteMonitor(hooks, self._variables)
         self.fingerprints: dict[str, str] | None = None
         self._taps = False
         self._has_advanced = False

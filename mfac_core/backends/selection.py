@@ -39,6 +39,10 @@ def resolve_device(device: str | Device) -> Device:
 
     Raises:
         DeviceError: If the device does not exist; the message lists those that do, or names the extra to install.
+
+    Example:
+        >>> str(resolve_device("cpu"))
+        'cpu'
     """
     if isinstance(device, Device):
         return device
@@ -64,6 +68,11 @@ def device_of(x: Array) -> Device:
 
     Raises:
         TypeError: If ``x`` is an array of neither library.
+
+    Example:
+        >>> import numpy as np
+        >>> str(device_of(np.zeros(2)))
+        'cpu'
     """
     match array_library(x):
         case "numpy":

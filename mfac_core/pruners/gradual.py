@@ -50,7 +50,11 @@ class GradualPruner(Pruner):
         self._warn_of_unreachable(self._final_sparsity)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only."""
+        """Return all that a resumed run needs, as arrays and numbers only.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
+        """
         measured = self._progress.initial_sparsity
         return {
             **super().state_dict(),

@@ -253,7 +253,10 @@ class MFACPruner(GradualPruner):
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as arrays and numbers only.
 
-        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected anew.
+        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected again.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
         """
         progress, collector = self._progress, self._collector
         collector.store_arriving()

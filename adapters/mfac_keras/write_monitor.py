@@ -11,7 +11,7 @@ from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.weight_names import join_names
 from mfac_keras.backends.hooks import TrainingHooks
 
-__all__ = ["OutsideChanges"]
+__all__ = ["WriteMonitor"]
 
 _logger = logging.getLogger("mfac_keras")
 
@@ -29,7 +29,7 @@ _AFTER_FIT = (
 )
 
 
-class OutsideChanges:
+class WriteMonitor:
     """Notices what other code does to the weights in scope.
 
     Args:
