@@ -13,7 +13,7 @@ import numpy as np
 from mfac_core.backends import Array
 from mfac_core.masks.layout import take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
-from mfac_core.masks.selection import is_reached, sparsity_of_zeros
+from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner
 from mfac_core.pruners.saved_states import refuse_foreign
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
@@ -52,7 +52,11 @@ class GradualPruner(Pruner):
         self._warn_of_unreachable(self._final_sparsity)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only."""
+        """Return all that a resumed run needs, as arrays and numbers only.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
+        """
         measured = self._progress.initial_sparsity
         return {
             **super().state_dict(),
