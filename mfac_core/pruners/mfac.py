@@ -369,6 +369,7 @@ class MFACPruner(GradualPruner):
         return self._progress.substeps_done if index == self._done else 0
 
     def _substeps_of(self, index: int) -> int:
+        """Return the number of sub-steps of a pruning step that starts from the mask of now."""
         progress = self._progress
         return progress.substeps if index == progress.next_pruning else self._substeps_needed(progress, index)
 
@@ -384,6 +385,7 @@ class MFACPruner(GradualPruner):
         return substep_due(scheduled, before, done, substeps, self.num_gradients)
 
     def _latest(self, step: int) -> int:
+        # the next pruning step already counts when its first sub-step is due, which is before its scheduled step
         latest = super()._latest(step)
         is_next = latest + 1 == self._done == self._progress.next_pruning < len(self.schedule)
         return self._done if is_next and step >= self._next_substep_due else latest
