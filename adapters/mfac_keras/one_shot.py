@@ -57,7 +57,7 @@ def prune_one_shot(
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
         sparsity: Without a recipe, the pruned fraction to reach, or a mapping from fractions to the names of variables
             that reach them; ``final_sparsity`` is the same.
-        recalibrate_batchnorm: Whether the moving statistics of batch normalization are estimated anew afterwards, as by
+        recalibrate_batchnorm: Whether the moving statistics of batch normalization are recalibrated afterwards, as by
             :func:`mfac_keras.recalibrate_batchnorm`, over at most 256 batches of ``dataset``. Otherwise a warning says
             that they are those of before.
         verbose: 1 prints a line for each modifier, 0 does not.
@@ -134,7 +134,7 @@ def prune_one_shot(
         prune_if_due(prunings, 0)
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for each in settings if isinstance(each, MFACSettings)), {})
-            statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
+            statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
     except BaseException:
         assign_all(before)
         raise

@@ -33,18 +33,18 @@ def prune_one_shot(
 ) -> dict[str, torch.Tensor]:
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
 
-    Where no key says otherwise, the recommended settings are taken, which the log names:
-    :data:`mfac_core.recipe.recommended.RECOMMENDED`.
+    The defaults are the recommended settings, which are logged: :data:`mfac_core.recipe.recommended.RECOMMENDED`. After
+    an exception the model is unchanged.
 
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
         loader: Batches to sample gradients from, as :class:`GradSampler` takes them, or a :class:`GradSampler`. Smaller
-            batches than in training tell more about the curvature.
-        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
-            or that of the :class:`GradSampler`.
+            batches than in training give more information about the curvature.
+        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` uses the loss that the model itself returns, or
+            that of the :class:`GradSampler`.
         sparsity: Pruned fraction to reach over all weights, or a mapping from fractions to the names of parameters,
             each of which reaches it.
-        recalibrate_batchnorm: Whether the running statistics of batch normalization are estimated anew afterwards, with
+        recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards, with
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
             ``num_grads=512``.
@@ -56,10 +56,8 @@ def prune_one_shot(
         RecipeError: If a key is unknown or its value out of range.
         SettingError: If a key does not fit the model.
         TypeError: If there is no sparsity, or an argument is of the wrong kind, such as a recipe.
-        ValueError: If a batch has another form.
+        ValueError: If a batch has an unsupported form.
         NotImplementedError: If training is distributed over several processes.
-
-    Whatever is raised, the model is as before.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
