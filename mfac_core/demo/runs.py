@@ -139,8 +139,8 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
         pruned_by = _run_recipe(first, gradual, seed, output)
     network, masks = first.files
     terminal.say(
-        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned by {pruned_by}), "
-        f"{masks}, {report.RUN_FILE}, {_PICTURE}."
+        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned by "
+        f"{pruned_by}), {masks}, {report.RUN_FILE}, {_PICTURE}."
     )
 
 
