@@ -10,9 +10,9 @@ from typing import Any
 import keras
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import names_in_layers, selection_warnings, warn_once
+from mfac_core.left_out import selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
-from mfac_core.weight_names import ModelNames, join_names, layers_of_names, selected_names
+from mfac_core.weight_names import ModelNames, join_names, layers_of_names, names_in_layers, selected_names
 from mfac_keras.conditions import check_model
 
 __all__ = ["layers_of", "matching_variables", "prunable_variables", "select_variables"]

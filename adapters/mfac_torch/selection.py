@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from mfac_core.errors import SettingError
-from mfac_core.left_out import is_adapter, names_in_layers, selection_warnings, warn_once
+from mfac_core.left_out import is_adapter, selection_warnings, warn_once
 from mfac_core.settings.checks import checked_params
 from mfac_core.weight_names import (
     ALL_PRUNABLE,
@@ -24,6 +24,7 @@ from mfac_core.weight_names import (
     ModelNames,
     join_names,
     layers_of_names,
+    names_in_layers,
     selected_names,
 )
 from mfac_torch.layout import is_transposed_linear, own_parameters

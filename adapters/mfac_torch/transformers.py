@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mfac_torch.checkpoint import read_tensors, write_tensors
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers
+from mfac_torch.tensor_files import read_tensors, write_tensors
 
 try:
     from transformers import TrainerCallback
