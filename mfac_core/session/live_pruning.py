@@ -31,7 +31,7 @@ _M = TypeVar("_M")
 
 
 def draws_samples(settings: PruningSettings) -> bool:
-    """Return whether a modifier takes its gradients from a sampler, where there is one."""
+    """Return whether a modifier takes its gradients from a sampler if there is one."""
     return isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
 
 
@@ -57,7 +57,7 @@ class LivePruning(ABC):
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
         axes: As in :func:`mfac_core.make_pruner`.
-        name: Name of the modifier in the log, empty where it is the only one.
+        name: Name of the modifier in the log, empty if it is the only one.
 
     Raises:
         SettingError: If ``mask_type`` of the settings does not fit the weights.
@@ -107,7 +107,7 @@ class LivePruning(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no gradient sampler")
 
     def loss_function(self) -> Callable[[Sequence[Any]], float] | None:
-        """Return a function that computes the mean loss of batches; None where there is no sampler."""
+        """Return a function that computes the mean loss of batches; None if there is no sampler."""
         return None
 
     def drawing(self) -> AbstractContextManager[None]:
@@ -260,7 +260,7 @@ class LivePruning(ABC):
 
     @contextmanager
     def _sampled(self, step: int, measurement: LossMeasurement) -> Iterator[None]:
-        """Fill the gradient window with fresh samples for a block, where the pruning step uses a sampler."""
+        """Fill the gradient window with fresh samples for a block, if the pruning step uses a sampler."""
         pruner = self._pruner
         if not self._draws_samples or not isinstance(pruner, MFACPruner) or not pruner.uses_gradients(step):
             yield
