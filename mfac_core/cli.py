@@ -12,26 +12,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from mfac_core.terminal import console, plain_text, say
+from mfac_core.terminal import console, say
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mfac_core.recipe import Recipe
-    from mfac_core.schedules.rows import ScheduleRow
-    from mfac_core.session.plan import ModifierPlan, Plan
+    from mfac_core.session.plan import ModifierPlan
     from mfac_core.settings.pruning import PruningSettings
 
 __all__ = ["app", "main"]
 
 _STDIN = "-"
 _JSON_VERSION = 1
-"""Raised when a key of the objects that ``--json`` prints goes or changes its meaning; new keys do not raise it."""
+"""Version of the objects that ``--json`` prints: incremented if a key is removed or changes its meaning."""
 
 _LARGEST_SEED = 2**31 - 1
 _HAS_WARNINGS = 1
 _HAS_ERRORS = 2
-_EXIT_CODES = "Exit codes: 0 all is well; 1 there are warnings, with --strict; 2 there are errors, or wrong arguments."
+_EXIT_CODES = "Exit codes: 0 success; 1 warnings, with --strict; 2 errors, or wrong arguments."
 
 _Recipe = Annotated[
     Path,
@@ -44,9 +41,9 @@ _Recipe = Annotated[
 _Variables = Annotated[
     str, typer.Option(help='Values for its variables: "name=value,other=value", or JSON.', show_default=False)
 ]
-_Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out modifiers that are out of scope.")]
+_Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Skip modifiers that are not supported.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-_Strict = Annotated[bool, typer.Option("--strict", help="End with exit code 1 where there are warnings.")]
+_Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 1 if there are warnings.")]
 
 app = typer.Typer(
     help="Second-order (M-FAC) pruning of neural networks.",
@@ -92,7 +89,7 @@ def demo(
         Path | None,
         typer.Option(help="A recipe of gradual pruning to run instead, with one seed.", show_default=False),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")] = Path("mfac-demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the results; created if missing.")] = Path("mfac-demo"),
     seed: Annotated[
         int, typer.Option(min=0, max=_LARGEST_SEED, help="First seed of data order, weights and gradient samples.")
     ] = 0,
@@ -130,8 +127,9 @@ def check(
     as_json: _Json = False,
     strict: _Strict = False,
 ) -> None:
-    """Read a recipe, and show its pruning steps and what looks wrong with it."""
+    """Check a recipe: show its pruning steps and warn about its settings."""
     from mfac_core import RecipeError
+    from mfac_core.cli_tables import counts_text, schedule_table
     from mfac_core.recipe.linting import lint, notes
     from mfac_core.session.plan import describe
 
@@ -149,9 +147,9 @@ def check(
         _print_json(found)
     else:
         if rows:
-            console().print(_schedule_table(rows))
+            console().print(schedule_table(rows))
         _show(found)
-        say(f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}")
+        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}")
     _exit(found, strict)
 
 
@@ -160,13 +158,13 @@ def plan(
     recipe: _Recipe,
     steps_per_epoch: Annotated[int, typer.Option(min=1, help="Optimizer steps per epoch.", show_default=False)],
     weights: Annotated[
-        int | None, typer.Option(min=1, help="Weights that each modifier prunes.", show_default=False)
+        int | None, typer.Option(min=1, help="Number of weights that each modifier prunes.", show_default=False)
     ] = None,
     shapes: Annotated[
         Path | None,
         typer.Option(
-            help="The model instead: JSON of names and shapes, or a .safetensors file; - reads JSON from standard "
-            "input.",
+            help="Instead of --weights: names and shapes of a model, as JSON or a .safetensors file; - reads JSON from "
+            "standard input.",
             allow_dash=True,
             show_default=False,
         ),
@@ -175,14 +173,15 @@ def plan(
         float | None,
         typer.Option(min=0.0, help="Epochs of training, instead of the end of the recipe's EpochRangeModifier."),
     ] = None,
-    sampled: Annotated[bool, typer.Option("--sampled", help="There is a gradient sampler.")] = False,
+    sampled: Annotated[bool, typer.Option("--sampled", help="Assume a gradient sampler.")] = False,
     variables: _Variables = "",
     skip_unsupported: _Skip = False,
     as_json: _Json = False,
     strict: _Strict = False,
 ) -> None:
-    """Show what a recipe will do to a model: which weights, when, and how much memory that takes."""
+    """Show what a recipe will do to a model, and the memory it needs."""
     from mfac_core import RecipeError
+    from mfac_core.cli_tables import bytes_text, counts_text, schedule_table, weights_table
     from mfac_core.recipe.naming import named_groups
     from mfac_core.session.plan import plan_model
 
@@ -197,17 +196,17 @@ def plan(
     reported = found if as_json else None
     if (weights is None) == (shapes is None):
         _fail(
-            "give either --weights or --shapes: how many weights are pruned, or a file that says what the model has",
+            "give either --weights or --shapes: the number of weights to prune, or a file with the shapes of a model",
             found=reported,
         )
     if str(recipe) == str(shapes) == _STDIN:
-        _fail("standard input holds one thing: give a file for the recipe or for --shapes", found=reported)
+        _fail("standard input can be read only once: give a file for the recipe or for --shapes", found=reported)
     try:
         with _logged(found):
             loaded = _load(recipe, variables, skip_unsupported)
-        parts = named_groups(loaded.pruning)
-        matched = _weights(parts, weights) if shapes is None else _matched(parts, shapes, found)
-        scheduled = plan_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
+        groups = named_groups(loaded.pruning)
+        matched = _weights(groups, weights) if shapes is None else _matched(groups, shapes, found)
+        model_plan = plan_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
     except RecipeError as error:
         _fail(*error.messages, found=reported)
     except OSError as error:
@@ -215,22 +214,20 @@ def plan(
         _fail(message, found=reported)
     except ValueError as error:
         _fail(str(error), found=reported)
-    found["modifiers"] = [_as_fields(modifier) for modifier in scheduled.modifiers]
-    found["window_bytes"] = scheduled.window_bytes
-    found["needed_bytes"] = scheduled.needed_bytes
-    found["warnings"] += scheduled.warnings
+    found["modifiers"] = [_as_fields(modifier) for modifier in model_plan.modifiers]
+    found["window_bytes"] = model_plan.window_bytes
+    found["needed_bytes"] = model_plan.needed_bytes
+    found["warnings"] += model_plan.warnings
     if as_json:
         _print_json(found)
     else:
-        console().print(_weights_table(scheduled))
-        rows = [row for modifier in scheduled.modifiers for row in modifier.steps]
+        console().print(weights_table(model_plan))
+        rows = [row for modifier in model_plan.modifiers for row in modifier.steps]
         if rows:
-            console().print(_schedule_table(rows))
+            console().print(schedule_table(rows))
         _show(found)
-        say(
-            f"{_shown(recipe)}: {_count(len(rows), 'pruning step')}, {_count(len(found['warnings']), 'warning')}, "
-            f"{_bytes(scheduled.needed_bytes)} of memory"
-        )
+        memory = bytes_text(model_plan.needed_bytes)
+        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}, {memory} of memory")
     _exit(found, strict)
 
 
@@ -276,7 +273,7 @@ def _demo_runner(framework: str) -> Callable[..., Any]:
         _fail(f'no demo for {framework!r} ({found}); the one for torch comes with: pip install "mfac-core[demo,torch]"')
     try:
         runner: Callable[..., Any] = demos[framework].load()
-    except ValueError as error:  # Keras with a backend that there is not
+    except ValueError as error:  # Keras with an unknown backend
         _fail(f"the demo for {framework} cannot be loaded: {error}")
     return runner
 
@@ -301,7 +298,7 @@ def _shown(recipe: Path) -> str:
 
 @contextmanager
 def _logged(found: Mapping[str, list[str]]) -> Iterator[None]:
-    """Put what is logged meanwhile among the warnings; what was asked for among the notes."""
+    """Add log messages to the warnings; to the notes if the user asked for what they report."""
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found[  # type: ignore[method-assign]
         "notes" if getattr(record, "asked_for", False) else "warnings"
@@ -314,27 +311,28 @@ def _logged(found: Mapping[str, list[str]]) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-def _weights(parts: Sequence[tuple[str, PruningSettings]], weights: int | None) -> list[Mapping[str, int]]:
-    return [{f"weights of modifier {number}": weights or 0} for number in range(len(parts))]
+def _weights(groups: Sequence[tuple[str, PruningSettings]], weights: int | None) -> list[Mapping[str, int]]:
+    return [{f"weights of modifier {number}": weights or 0} for number in range(len(groups))]
 
 
 def _matched(
-    parts: Sequence[tuple[str, PruningSettings]], shapes: Path, found: Mapping[str, list[str]]
+    groups: Sequence[tuple[str, PruningSettings]], shapes: Path, found: Mapping[str, list[str]]
 ) -> list[Mapping[str, int]]:
-    # What is doubtful goes among the warnings.
+    """Return what each group of weights matches in a file of shapes, with warnings added to those that are found."""
     from mfac_core import RecipeError, SettingError
-    from mfac_core.recipe.shapes import doubts, matching, parse_shapes, read_shapes
+    from mfac_core.recipe.shapes import match_shapes, parse_shapes, read_shapes
 
     known = parse_shapes(sys.stdin.buffer.read(), "<stdin>") if str(shapes) == _STDIN else read_shapes(shapes)
     matched: list[Mapping[str, int]] = []
     wrong: list[str] = []
-    for name, part in parts:
+    for name, group in groups:
         try:
-            matched.append(matching(part.params, known, part.exclude))
+            selected, warnings = match_shapes(group.params, group.exclude, known)
         except SettingError as error:
             wrong += [f"{name}: {message}" for message in str(error).splitlines()]
         else:
-            found["warnings"].extend(f"{name}: {doubt}" for doubt in doubts(part.params, known, part.exclude))
+            matched.append(selected)
+            found["warnings"].extend(f"{name}: {warning}" for warning in warnings)
     if wrong:
         raise RecipeError(*wrong)
     return matched
@@ -346,55 +344,14 @@ def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
     from mfac_core.settings.pruning import MFACSettings
 
     by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
-    join_names = [name for each in by_mfac for name in (*each.devices, each.gradients_device)]
+    names = [name for each in by_mfac for name in (*each.devices, each.gradients_device) if name != "auto"]
     warnings = []
-    for name in dict.fromkeys(name for name in join_names if name != "auto"):
+    for name in dict.fromkeys(names):
         try:
             resolve_device(name)
         except DeviceError as error:
             warnings.append(f"on this machine: {error}")
     return warnings
-
-
-def _weights_table(scheduled: Plan) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("Modifier")
-    for heading in ("Parameters", "Weights", "Largest window", "Memory"):
-        result.add_column(heading, justify="right")
-    for modifier in scheduled.modifiers:
-        rows, columns = modifier.window
-        result.add_row(
-            Text(plain_text(modifier.modifier)),
-            f"{len(modifier.weights):,}",
-            f"{modifier.num_weights:,}",
-            f"{rows:,} x {columns:,}" if rows else "-",
-            _bytes(modifier.needed_bytes) if rows else "-",
-        )
-    return result
-
-
-def _schedule_table(rows: Sequence[ScheduleRow]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("Modifier")
-    for heading in ("Epoch", "Step", "Sparsity", "Gradients"):
-        result.add_column(heading, justify="right")
-    for row in rows:
-        result.add_row(
-            Text(str(row.modifier)),
-            f"{row.epoch:g}",
-            "-" if row.step is None else str(row.step),
-            "-" if row.sparsity is None else f"{row.sparsity:.2%}",
-            "-" if row.num_gradients is None else str(row.num_gradients),
-        )
-    return result
 
 
 def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:
@@ -425,20 +382,8 @@ def _exit(found: Mapping[str, Sequence[str]], strict: bool) -> None:
         raise typer.Exit(_HAS_WARNINGS)
 
 
-def _bytes(number: int) -> str:
-    size, units = float(number), iter(("kB", "MB", "GB", "TB", "PB"))
-    unit = "B"
-    while size >= 1000 and (larger := next(units, None)):
-        size, unit = size / 1000, larger
-    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def _fail(*messages: str, found: Mapping[str, Any] | None = None) -> NoReturn:
-    # With `found`, that and the errors are printed as JSON too.
+    # With `found`, it is printed as JSON together with the errors.
     for message in messages:
         say(message, kind="error", style="red", stderr=True)
     if found is not None:

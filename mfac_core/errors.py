@@ -1,4 +1,4 @@
-"""The exceptions that a caller may want to tell apart."""
+"""Exceptions that a caller may want to distinguish."""
 
 __all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RecipeError", "SettingError"]
 
@@ -7,7 +7,7 @@ class SettingError(ValueError):
     """A setting has a value that its rule does not allow.
 
     Attributes:
-        field: Name of the setting, in the terms of the code (``num_gradients``).
+        field: Name of the setting in the code (``num_gradients``).
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -20,12 +20,12 @@ class RecipeError(ValueError):
     """A recipe cannot be read; each message names file, line, key, rule and cure.
 
     Args:
-        *messages: One for each thing that is wrong, in the order of the recipe's lines.
+        *messages: One for each error, in the order of the recipe's lines.
     """
 
     @property
     def messages(self) -> tuple[str, ...]:
-        """One message for each thing that is wrong."""
+        """One message for each error."""
         return self.args
 
     def __str__(self) -> str:
@@ -33,11 +33,11 @@ class RecipeError(ValueError):
 
 
 class DeviceError(ValueError):
-    """A listed device does not exist or cannot be used; the message lists those that can."""
+    """A device does not exist or cannot be used; the message lists those that can."""
 
 
 class MemoryBudgetError(MemoryError):
-    """A run would need more memory than there is; the message names settings that would fit."""
+    """A run needs more memory than is free; the message names settings that fit."""
 
 
 class IllConditionedError(ArithmeticError):

@@ -1,6 +1,6 @@
-"""Files that are whole or not there: every file of a run is written here.
+"""Files that are complete or do not exist: every file of a run is written here.
 
-A process that is killed while it writes leaves what was there before. The new content goes to a file beside the old
+A process that is killed while it writes leaves the old file untouched. The new content goes to a file beside the old
 one, reaches the disk, and takes its name in one step.
 """
 
@@ -14,22 +14,22 @@ from typing import BinaryIO
 __all__ = ["PREVIOUS", "write_file"]
 
 PREVIOUS = ".previous"
-"""What is added to the name of a file for the one before it, where that is kept."""
+"""Suffix of the previous version of a file, where one is kept."""
 
 
 def write_file(
     path: str | os.PathLike[str], write: bytes | Callable[[BinaryIO], object], *, keep_previous: bool = False
 ) -> None:
-    """Write a file in one step: at any moment, its name stands for the old content or for the new one.
+    """Write a file in one step: at any moment its name refers to the old content or to the new.
 
     Args:
-        path: The file; its folder is made if missing.
-        write: The content, or a function that writes it into an open binary file.
-        keep_previous: Whether the old file is kept, as ``<path>.previous``.
+        path: The file; its folder is created if missing.
+        write: The content, or a function that writes it to an open binary file.
+        keep_previous: Whether to keep the old file as ``<path>.previous``.
 
     Raises:
         IsADirectoryError: If the path is that of a folder.
-        OSError: If the file cannot be written. What was there before is untouched then, as it is if ``write`` raises.
+        OSError: If the file cannot be written. The old file is untouched then, as it is if ``write`` raises.
 
     Example:
         >>> import tempfile
@@ -43,7 +43,7 @@ def write_file(
     if target.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; name a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.unfinished")  # beside it: names do not move from disk to disk
+    unfinished = target.with_name(f"{target.name}.unfinished")  # in the same folder: renaming needs one disk
     try:
         with open(unfinished, "wb") as file:
             if isinstance(write, bytes):
@@ -62,20 +62,20 @@ def write_file(
 
 
 def _keep(target: Path) -> None:
-    """Keep a file under a second name, while its own goes on standing for it."""
+    """Give a file a second name, while its own still refers to it."""
     previous = target.with_name(target.name + PREVIOUS)
     linked = previous.with_name(f"{previous.name}.unfinished")
     linked.unlink(missing_ok=True)
     try:
         os.link(target, linked)
-    except OSError:  # a disk without hard links: for a moment only the previous name is there
+    except OSError:  # a disk without hard links: for a moment only the previous name exists
         os.replace(target, previous)
     else:
         os.replace(linked, previous)
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name is on the disk once its folder is. Windows opens no folders and needs none of this.
+    # A new name reaches the disk with its folder. Windows cannot open folders, and does not need this.
     try:
         opened = os.open(folder, os.O_RDONLY)
     except OSError:

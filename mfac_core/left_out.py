@@ -1,4 +1,4 @@
-"""What a selection leaves out or takes in against expectation: the sentences that both adapters put into their logs."""
+"""Warnings about weights that a selection leaves out, or includes, against expectation."""
 
 from __future__ import annotations
 
@@ -6,23 +6,16 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, PATTERN, ModelNames, excluded_names, join_names, matching_names
+from mfac_core.weight_names.model import layer_of
 
-__all__ = ["is_adapter", "names_in_layers", "selection_warnings", "warn_once"]
-
-_logger = logging.getLogger("mfac_core")
+__all__ = ["is_adapter", "selection_warnings", "warn_once"]
 
 _STACKED_AXES = 3
 _MILLION = 1_000_000
 
 
 def is_adapter(name: str) -> bool:
-    """Return whether a weight is called as those of low-rank adapters are.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        Whether it is; other names tell nothing.
+    """Return whether a name is one that weights of low-rank adapters usually have.
 
     Example:
         >>> is_adapter("query.lora_B.default.weight")
@@ -32,32 +25,12 @@ def is_adapter(name: str) -> bool:
 
 
 def warn_once(logger: logging.Logger, warnings: Sequence[str], logged: set[str] | None = None) -> None:
-    """Log warnings that have not been logged yet.
-
-    Args:
-        logger: Where to.
-        warnings: The warnings.
-        logged: Those that have been logged, to which these are added; ``None`` where there is no memory.
-    """
+    """Log the warnings that are not in ``logged``, and add them to it; ``None`` logs all."""
     for warning in warnings:
         if logged is None or warning not in logged:
             logger.warning("%s", warning)
         if logged is not None:
             logged.add(warning)
-
-
-def names_in_layers(params: Sequence[str], model: ModelNames, *, strict: bool) -> set[str]:
-    """Return the first names of the weights that entries match, where the name of a layer means all weights in it.
-
-    An entry that matches nothing is an error if ``strict``; otherwise a warning names it.
-    """
-    matched: set[str] = set()
-    for entry in params:
-        names = matching_names(entry, model, whole_layers=True, strict=strict)
-        if not names:
-            _logger.warning("params: %r matches no %s of the model and is left out", entry, model.kind)
-        matched.update(map(model.first, names))
-    return matched
 
 
 def selection_warnings(
@@ -68,19 +41,19 @@ def selection_warnings(
     *,
     prunes: bool = True,
 ) -> list[str]:
-    """Return what is worth a warning about the weights that keywords, patterns and names of layers select.
+    """Return warnings about the weights that keywords, patterns and names of layers select.
 
-    Nothing is said of weights that are selected by their own names, or that ``exclude`` takes out.
+    Weights that are selected by their own names, or that ``exclude`` takes out, raise no warning.
 
     Args:
         params: The entries of ``params``.
         exclude: The entries of ``exclude``.
         model: The names of the model.
-        selected: What :func:`mfac_core.weight_names.selected_names` returned for them.
-        prunes: Whether weights are pruned; otherwise the zeros that are there are only looked at, or held.
+        selected: The result of :func:`mfac_core.weight_names.selected_names` for them.
+        prunes: Whether weights are pruned; otherwise zeros are only counted or held.
 
     Returns:
-        The warnings, each one line.
+        One line per warning.
 
     Example:
         >>> shapes = {"fc.weight": (3, 2), "fc.bias": (3,), "old.weight": (2, 2)}
@@ -92,7 +65,7 @@ def selection_warnings(
     by_group = [name for name, entries in selected.items() if not any(entry in model.shapes for entry in entries)]
     return [
         *(_rarely_pruned(by_group, selected, model) if prunes else ()),
-        *(_made_into_others(selected, model) if prunes else ()),
+        *(_others_computed_from(selected, model) if prunes else ()),
         *_left_out(params, exclude, model, selected),
         *(_adapters(by_group, model) if prunes else ()),
     ]
@@ -105,22 +78,21 @@ def _rarely_pruned(names: Sequence[str], selected: Mapping[str, Sequence[str]], 
     entries = dict.fromkeys(entry for name in caught for entry in selected[name])
     return [
         f"params {', '.join(map(repr, entries))} selects normalization weights, biases or scales too: "
-        f"{join_names(caught, at_most=10)}. To prune them saves nothing and harms the model; name layers, which means "
-        f"their weights alone, write {ALL_PRUNABLE}, or take them out with exclude"
+        f"{join_names(caught, at_most=10)}. Pruning them saves nothing and harms the model; name layers to select "
+        f"their weights alone, write {ALL_PRUNABLE}, or list them in exclude"
     ]
 
 
-def _made_into_others(names: Collection[str], model: ModelNames) -> list[str]:
-    """Return a warning of weights in scope that a layer makes its weight of, which need not be zero where they are."""
-    layers = [_layer_of(name) for name, computed in model.computed.items() if not computed.keeps_zeros]
+def _others_computed_from(names: Collection[str], model: ModelNames) -> list[str]:
+    """Return a warning about weights in scope from which a layer computes a weight that need not keep their zeros."""
+    layers = [layer_of(name) for name, computed in model.computed.items() if not computed.keeps_zeros]
     within = tuple(f"{layer}{sign}" if layer else "" for layer in layers for sign in "./")
-    made = [name for name in names if name.startswith(within) and not model.is_rarely_pruned(name)]
-    if not made:
+    sources = [name for name in names if name.startswith(within) and not model.is_rarely_pruned(name)]
+    if not sources:
         return []
     return [
-        f"other weights are computed from {join_names(made)}, and need not be zero where these are: the sparsity "
-        "that is "
-        "reported is not that of the layers; take the computation off before pruning"
+        f"other weights are computed from {join_names(sources)} and need not be zero where these are, so the reported "
+        "sparsity is not that of the layers; remove the computation before pruning"
     ]
 
 
@@ -135,22 +107,24 @@ def _left_out(
     wanted = [name for name in expected if name not in excluded]
     left = [name for name in wanted if name not in selected]
     others = [] if ALL_PRUNABLE not in groups else _most_of_the_model({*expected, *excluded}, model, selected)
-    said = []
+    sentences = []
     if left:
         of_what = f"of {model.prunable_layers}"
         if any(map(_is_pattern, groups)):
             of_what = f"that params {list(params)} selects"
         reasons = _by_reason(left, model)
-        said.append(
+        sentences.append(
             f"{_count(left, model)} of {_count(wanted, model)} weights {of_what} are not in scope: {', '.join(reasons)}"
         )
     if others:
-        said.append(f"{_count(others, model)} weights of layers of other kinds are not in scope ({join_names(others)})")
-    if not said:
+        sentences.append(
+            f"{_count(others, model)} weights of layers of other kinds are not in scope ({join_names(others)})"
+        )
+    if not sentences:
         return []
     return [
-        f"{'; '.join(said)}; the sparsity that is reported is that of the {_count(list(selected), model)} weights in "
-        "scope. What is left dense on purpose can stand in exclude"
+        f"{'; '.join(sentences)}; the reported sparsity counts the {_count(list(selected), model)} weights in scope "
+        "alone. List in exclude what is left dense on purpose"
     ]
 
 
@@ -166,35 +140,35 @@ def _by_reason(left: Sequence[str], model: ModelNames) -> list[str]:
 
 
 def _expected(entry: str, model: ModelNames) -> list[str]:
-    """Return the weights that one expects an entry for several to select."""
+    """Return the weights that one expects a keyword, a pattern or the name of a layer to select."""
     if _is_pattern(entry):
         return [name for name in matching_names(entry, model, strict=False) if not model.is_rarely_pruned(name)]
     inside: Collection[str] = model.shapes if entry == ALL_PRUNABLE else model.layers.get(entry, ())
-    computed = [name for name in model.computed if entry == ALL_PRUNABLE or name.startswith((f"{entry}.", f"{entry}/"))]
+    computed = list(model.computed) if entry == ALL_PRUNABLE else model.computed_in(entry)
     return [name for name in inside if _is_like_prunable(name, model)] + computed
 
 
 def _most_of_the_model(known: Collection[str], model: ModelNames, selected: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the trained weights of layers of other kinds, where they are more than those in scope; else nothing."""
+    """Return the trained weights of layers of other kinds if they are more than those in scope, else nothing."""
     known = {*known, *selected, *map(model.first, model.frozen)}
     others = [
         name
         for name in dict.fromkeys(map(model.first, model.shapes))
-        if not (name in known or model.is_rarely_pruned(name) or _is_made_into_another(name, model))
+        if not (name in known or model.is_rarely_pruned(name) or _is_source_of_another(name, model))
     ]
     return others if sum(map(model.weights, others)) > sum(map(model.weights, selected)) else []
 
 
-def _is_made_into_another(name: str, model: ModelNames) -> bool:
-    """Return whether a computed weight is made of a weight; it counts itself, and not what it is made of."""
-    return name.startswith(tuple(_layer_of(each) + sign for each in model.computed for sign in "./"))
+def _is_source_of_another(name: str, model: ModelNames) -> bool:
+    """Return whether a layer computes its weight from this one; the computed weight is counted in its place."""
+    return name.startswith(tuple(layer_of(each) + sign for each in model.computed for sign in "./"))
 
 
 def _is_like_prunable(name: str, model: ModelNames) -> bool:
     if name in model.prunable or name in model.packed:
         return True
     is_stacked = model.num_axes(name) >= _STACKED_AXES and not model.is_rarely_pruned(name)
-    return is_stacked and not _is_made_into_another(name, model)
+    return is_stacked and not _is_source_of_another(name, model)
 
 
 def _is_pattern(entry: str) -> bool:
@@ -219,28 +193,27 @@ def _count(names: Sequence[str], model: ModelNames) -> str:
 
 
 def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:
-    """Return a warning of low-rank adapters in scope, beside the frozen weights that they are added to."""
+    """Return a warning about low-rank adapters in scope whose products are added to frozen weights."""
     frozen = [name for name in model.frozen if name in model.prunable]
     found = set(filter(is_adapter, names)) if frozen else set()
     for base in frozen:
-        found |= _beside(base, frozen, names, model)
+        found |= _factors_of(base, frozen, names, model)
     if not found:
         return []
     adapters = [name for name in names if name in found]
     return [
-        f"low-rank adapters are pruned, and the frozen weights that they are added to are not: {join_names(adapters)}. "
-        "Once they are merged, the weights are as dense as before; merge first and prune what comes out, or take the "
-        "adapters out with exclude"
+        f"low-rank adapters are pruned, but the frozen weights that they are added to are not: {join_names(adapters)}. "
+        "Merged weights are as dense as before; merge first and prune the result, or list the adapters in exclude"
     ]
 
 
-def _beside(base: str, frozen: Sequence[str], names: Sequence[str], model: ModelNames) -> set[str]:
+def _factors_of(base: str, frozen: Sequence[str], names: Sequence[str], model: ModelNames) -> set[str]:
     """Return two matrices in scope whose product has the shape of the only frozen matrix in the same layer."""
-    if len(model.shapes[base]) != 2:  # noqa: PLR2004
+    if len(model.shapes[base]) != 2:
         return set()
     high, wide = model.shapes[base]
-    owner = _layer_of(base)
-    for layer in filter(None, (owner, _layer_of(owner))):
+    owner = layer_of(base)
+    for layer in filter(None, (owner, layer_of(owner))):
         within = (f"{layer}.", f"{layer}/")
         if [each for each in frozen if each.startswith(within)] != [base]:
             continue
@@ -251,7 +224,3 @@ def _beside(base: str, frozen: Sequence[str], names: Sequence[str], model: Model
                 if (first[:1], second[1:], first[1:]) == ((high,), (wide,), second[:1]) and first[1] < min(high, wide):
                     return {left, right}
     return set()
-
-
-def _layer_of(name: str) -> str:
-    return name[: max(name.rfind("."), name.rfind("/"), 0)]

@@ -1,7 +1,7 @@
-"""What the command line prints, and when it may be more than plain text.
+"""Output of the command line: styled in a terminal, plain text anywhere else.
 
-Colors, bold text and moving bars are escape sequences. They are written to a terminal that understands them, and
-nowhere else: not to a pipe or a file, not where ``TERM=dumb``, and not where ``NO_COLOR`` is set.
+Colors, bold text and progress bars are escape sequences. They are written only to a terminal that understands them: not
+to a pipe or a file, not with ``TERM=dumb``, and not if ``NO_COLOR`` is set.
 """
 
 from __future__ import annotations
@@ -16,14 +16,7 @@ __all__ = ["console", "plain_text", "say"]
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console for tables and progress bars.
-
-    Args:
-        stderr: Whether it writes to standard error; otherwise to standard output.
-
-    Returns:
-        The console; one that writes plain text only where that is asked for.
-    """
+    """Return a console for tables and progress bars, on standard output or standard error."""
     from rich.console import Console
 
     if os.environ.get("NO_COLOR") or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
@@ -32,14 +25,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def say(message: str, *, kind: str = "", style: str = "", stderr: bool = False) -> None:
-    """Print a message on one line, however long it is.
-
-    Args:
-        message: The message; nothing in it is taken for markup.
-        kind: What stands before it with a colon, such as ``warning``.
-        style: The style of all of it, such as ``yellow``.
-        stderr: Whether it goes to standard error; otherwise to standard output.
-    """
+    """Print a message on one line, however long, after its kind such as ``warning``; markup is printed as it is."""
     from rich.text import Text
 
     text = f"{kind}: {message}" if kind else message
@@ -47,13 +33,7 @@ def say(message: str, *, kind: str = "", style: str = "", stderr: bool = False) 
 
 
 def plain_text(text: str) -> str:
-    r"""Return text in which whatever could control a terminal is written out.
-
-    Args:
-        text: Any text, such as a name out of a file.
-
-    Returns:
-        The text, with escape sequences and the like as Python writes them.
+    r"""Return text with the characters that can control a terminal escaped, as Python writes them.
 
     Example:
         >>> print(plain_text("a\x1b[31mb"))

@@ -12,6 +12,7 @@ Read in this order:
 * ``wrappers``: the model inside its wrappers
 * ``selection``, ``layout``: the parameters that ``params`` matches, and the order of their axes
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
+* ``batches``, ``evaluation``: how it calls a model, and leaves it as it was
 * ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the current weights
 * ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter tolerates
 * ``masking``: masks that keep pruned weights at exactly zero

@@ -121,6 +121,10 @@ class MFACGlobalPruningModifier(MFACPruningModifier):
 
     Args:
         **recipe_keys: Those of :class:`MFACPruningModifier`.
+
+    Example:
+        >>> MFACGlobalPruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'global'
     """
 
 
@@ -129,6 +133,10 @@ class OBSPruningModifier(MFACPruningModifier):
 
     Args:
         **recipe_keys: Those of :class:`MFACPruningModifier`.
+
+    Example:
+        >>> OBSPruningModifier(final_sparsity=0.9, end_epoch=10.0, fisher_block_size=50).settings.num_gradients
+        {0.0: 1024}
     """
 
 
@@ -138,39 +146,55 @@ class MagnitudePruningModifier(PruningModifier):
     Args:
         **recipe_keys: ``params``, ``exclude``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``.
+
+    Example:
+        >>> MagnitudePruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'layer'
     """
 
     settings: MagnitudeSettings
 
 
 class GMPruningModifier(MagnitudePruningModifier):
-    """Prune by magnitude, within each layer or over all of them.
+    """Prune by magnitude, within each layer or globally.
 
     Args:
         **recipe_keys: Those of :class:`MagnitudePruningModifier`, and ``global_sparsity``.
+
+    Example:
+        >>> GMPruningModifier(final_sparsity=0.9, end_epoch=10.0, global_sparsity=True).settings.scope
+        'global'
     """
 
 
 class GlobalMagnitudePruningModifier(MagnitudePruningModifier):
-    """Prune by magnitude, over all layers.
+    """Prune by magnitude, globally.
 
     Args:
         **recipe_keys: Those of :class:`MagnitudePruningModifier`.
+
+    Example:
+        >>> GlobalMagnitudePruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'global'
     """
 
 
 class ConstantPruningModifier(PruningModifier):
-    """Hold the zeros that the weights have, and prune nothing more.
+    """Keep existing zeros, and prune nothing more.
 
     Args:
         **recipe_keys: ``params``, ``exclude``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> ConstantPruningModifier(params=["re:.*weight"]).settings.params
+        ('re:.*weight',)
     """
 
     settings: ConstantSettings
 
     @staticmethod
     def from_sparse_model(model: nn.Module) -> list[ConstantPruningModifier]:
-        """Return modifiers that hold the zeros of a pruned model, for transfer learning.
+        """Return modifiers that keep the zeros of a pruned model, for transfer learning.
 
         A weight counts as pruned if it has at least two axes, and more than 10% of it are zero, but not all; frozen
         weights and those that no optimizer trains are included. To hold zeros of biases and normalization layers,
@@ -200,6 +224,10 @@ class ACDCPruningModifier(PruningModifier):
     Args:
         **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
+
+    Example:
+        >>> ACDCPruningModifier(compression_sparsity=0.9, end_epoch=10.0).settings.compression_sparsity
+        0.9
     """
 
     settings: ACDCSettings
@@ -210,6 +238,10 @@ class EpochRangeModifier(Modifier):
 
     Args:
         **recipe_keys: ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> EpochRangeModifier(end_epoch=30.0).end_epoch
+        30.0
     """
 
     settings: EpochRange
@@ -220,6 +252,10 @@ class SetLearningRateModifier(Modifier):
 
     Args:
         **recipe_keys: ``learning_rate``, ``start_epoch``, ``param_groups``.
+
+    Example:
+        >>> SetLearningRateModifier(learning_rate=0.01, start_epoch=5.0).start_epoch
+        5.0
     """
 
     settings: SetLearningRate
@@ -231,6 +267,10 @@ class LearningRateFunctionModifier(Modifier):
     Args:
         **recipe_keys: ``lr_func``, ``init_lr``, ``final_lr``, ``start_epoch``, ``end_epoch``, ``cycle_epochs``,
             ``param_groups``.
+
+    Example:
+        >>> LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.0, end_epoch=10.0).end_epoch
+        10.0
     """
 
     settings: LearningRateFunction
@@ -241,6 +281,10 @@ class LearningRateModifier(Modifier):
 
     Args:
         **recipe_keys: ``lr_class``, ``lr_kwargs``, ``init_lr``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> LearningRateModifier(lr_class="ExponentialLR", lr_kwargs={"gamma": 0.9}, init_lr=0.1).end_epoch
+        -1.0
     """
 
     settings: LearningRateSchedule
@@ -251,6 +295,10 @@ class SetWeightDecayModifier(Modifier):
 
     Args:
         **recipe_keys: ``weight_decay``, ``start_epoch``, ``param_groups``.
+
+    Example:
+        >>> SetWeightDecayModifier(weight_decay=0.0, start_epoch=20.0).start_epoch
+        20.0
     """
 
     settings: SetWeightDecay
@@ -261,6 +309,10 @@ class TrainableParamsModifier(Modifier):
 
     Args:
         **recipe_keys: ``params``, ``trainable``, ``params_strict``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> TrainableParamsModifier(params="encoder", trainable=False, end_epoch=2.0).settings.trainable
+        False
     """
 
     settings: TrainableParams

@@ -34,5 +34,14 @@ def ScheduledOptimizer(
 
     Returns:
         The optimizer itself.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> from mfac_torch import EpochRangeModifier
+        >>> manager = ScheduledModifierManager([EpochRangeModifier(end_epoch=3.0)])
+        >>> ScheduledOptimizer(optimizer, model, manager, steps_per_epoch=10) is optimizer
+        True
+        >>> manager.finalize(model)
     """
     return manager.modify(module, optimizer, steps_per_epoch, loggers=loggers, **(initialize_kwargs or {}))

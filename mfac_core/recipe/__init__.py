@@ -4,8 +4,9 @@
 settings into YAML.
 """
 
+from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.loading import Recipe, load_recipe
-from mfac_core.recipe.modifiers import Settings, settings_from_keys
+from mfac_core.recipe.modifiers import settings_from_keys
 from mfac_core.recipe.naming import modifier_name, name_in_messages, named_in_errors
 from mfac_core.recipe.overrides import recipe_with_variables
 from mfac_core.recipe.writing import recipe_text

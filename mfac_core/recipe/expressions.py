@@ -1,6 +1,6 @@
-"""Arithmetic in recipes: a small evaluator that knows numbers, variables and a handful of operations.
+"""Arithmetic in recipes: a small evaluator for numbers, variables and a few operations.
 
-Python parses the expression; nothing of it is ever run. Whatever is not in the tables below is refused by name.
+Python parses the expression, but never runs it. Anything that is not in the tables below is refused by name.
 """
 
 from __future__ import annotations
@@ -33,21 +33,11 @@ Lookup = Callable[[str], object]
 
 
 class ExpressionError(ValueError):
-    """An expression cannot be evaluated; the message says why."""
+    """An expression that cannot be evaluated; the message says why."""
 
 
 def evaluate(expression: str, variable: Lookup) -> int | float:
-    """Return the value of an arithmetic expression.
-
-    Args:
-        expression: What stands inside ``eval(...)``.
-        variable: Returns the value of a variable; whatever it raises for an unknown one is passed on.
-
-    Returns:
-        A finite number.
-
-    Raises:
-        ExpressionError: If the expression is not arithmetic, or its value is no finite number.
+    """Return the value of an arithmetic expression, a finite number; ``variable`` returns the value of a variable.
 
     Example:
         >>> evaluate("warmup + max(2, epochs // 4)", {"warmup": 1.5, "epochs": 30}.__getitem__)

@@ -1,13 +1,14 @@
-"""Give modifier keys their indentation back.
+"""Restore the indentation of modifier keys.
 
-Recipes copied from web pages have often lost it, so that the keys of a modifier stand at column 0::
+Web pages often lose it, so that the keys of a modifier are at column 0. The documentation of M-FAC in SparseML is
+published in this form::
 
     pruning_modifiers:
     - !MFACPruningModifier
     params: __ALL_PRUNABLE__
     final_sparsity: 0.85
 
-YAML reads these keys as keys of the whole recipe, or not at all.
+YAML reads these keys as keys of the whole recipe, or fails.
 """
 
 from __future__ import annotations
@@ -22,17 +23,11 @@ _KEY_LINE = re.compile(r"(?P<key>[^\s#:{}\[\],\"'!&*-][^#:]*):(\s|$)")
 
 
 def restore_indentation(text: str) -> str:
-    r"""Indent the keys that stand at column 0 below a bare ``- !Modifier`` line, so that they belong to it.
+    r"""Indent the keys at column 0 below a bare ``- !Modifier`` line, so that they belong to it.
 
     Such a line has no keys of its own and is followed by a ``key: value`` line at column 0. The item ends before the
     next ``- !``, before a key that cannot belong to a modifier (one that contains ``modifiers``, ``version``,
-    ``__metadata__``) and at the end of the document. No line is added or removed, so line numbers stay.
-
-    Args:
-        text: YAML text.
-
-    Returns:
-        The text with such lines moved to the right; the same text if there are none.
+    ``__metadata__``) and at the end of the document. The number of lines stays the same.
 
     Example:
         >>> print(restore_indentation("training_modifiers:\n- !EpochRangeModifier\nend_epoch: 5.0"))

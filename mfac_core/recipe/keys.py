@@ -1,6 +1,6 @@
-"""Recipe keys: the field of the settings that each goes to, and how its value is turned into that field's value.
+"""Recipe keys: the field of the settings that each sets, and how its value is converted to that of the field and back.
 
-Only what a recipe writes differently from the settings is turned here; ranges and rules are those of the settings.
+Only values that a recipe writes differently are converted here; the settings check ranges and rules.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = [
     "TRAINABLE_KEYS",
     "WEIGHT_DECAY_KEYS",
     "Key",
-    "only",
+    "fixed",
 ]
 
 OMIT = object()
-"""What ``Key.write`` returns for a value that a recipe says by leaving the key out."""
+"""Returned by ``Key.write`` for a value that a recipe expresses by omitting the key."""
 
 
 def _same(value: object) -> object:
@@ -39,13 +39,13 @@ def _same(value: object) -> object:
 
 
 class Key(NamedTuple):
-    """What a recipe key means.
+    """The meaning of a recipe key.
 
     Attributes:
-        field: The field of the settings it goes to; ``None`` for keys that change nothing.
-        convert: Turns the plain value of the recipe into the field's value; raises ``ValueError`` with the rule.
-        write: Turns the field's value back, or returns :data:`OMIT`; ``None`` for a key that is read only.
-        note: What to log when the key is used with a value; empty for nothing.
+        field: The field of the settings that it sets; ``None`` for keys without effect.
+        convert: Converts the value in the recipe to that of the field; raises ``ValueError`` with the rule.
+        write: Converts the value of the field back, or returns :data:`OMIT`; ``None`` if the key is never written.
+        note: Returns a message to log for a value in the recipe, or an empty string.
     """
 
     field: str | None
@@ -54,16 +54,8 @@ class Key(NamedTuple):
     note: Callable[[object], str] = lambda value: ""
 
 
-def only(value: object, cure: str) -> Key:
-    """Return a key that may only repeat what holds anyway.
-
-    Args:
-        value: The value that may be given.
-        cure: What to write instead of another one.
-
-    Returns:
-        The key.
-    """
+def fixed(value: object, cure: str) -> Key:
+    """Return a key that has one allowed value and no effect; ``cure`` tells what to write instead of others."""
 
     def convert(given: object) -> object:
         if given is not value and (type(given) is not type(value) or given != value):
@@ -77,7 +69,7 @@ def _number(value: object) -> object:
     if isinstance(value, str):
         if "eval(" in value:
             raise ValueError("holds eval(...) beside other text; write all of it inside, such as eval(2 * epochs)")
-        raise ValueError("is text where a number must stand; write the number without quotes")
+        raise ValueError("is text, not a number; write the number without quotes")
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     try:
@@ -98,7 +90,7 @@ def _damping(value: object) -> object:
 def _recomputations(value: object) -> object:
     if not isinstance(value, str) or value == "auto":
         return value
-    hint = nearest(value.lower(), ["auto"]) or "; a number stands without quotes"
+    hint = nearest(value.lower(), ["auto"]) or "; write numbers without quotes"
     raise ValueError(f"must be a positive integer, or auto{hint}")
 
 
@@ -192,7 +184,7 @@ def _gradient_origin(value: object) -> str:
 def _sampler_note(value: object) -> str:
     if value is not False:
         return ""
-    return "false is taken as absent: where no gradient sampler is given, gradients of training are used"
+    return "false means the same as no key: without a gradient sampler, gradients of training are used"
 
 
 def _write_gradient_origin(value: object) -> object:
@@ -221,8 +213,8 @@ def _write_param_groups(value: object) -> object:
     return OMIT if value is None else _write_names(value)
 
 
-# How SparseML writes arguments of PyTorch's schedulers.
 _SCHEDULE_OPTIONS = {"lr_min": "eta_min", "cycle_epochs": "T_0"}
+"""Name that SparseML gives an argument of PyTorch's schedulers -> its name in PyTorch."""
 
 
 def _schedule_options(value: object) -> object:
@@ -252,7 +244,7 @@ _START = Key("start_epoch", _start_epoch)
 _END = Key("end_epoch", _number)
 _END_OR_NEVER = Key("end_epoch", _end_or_never, _write_end)
 _PARAMS = Key("params", _names, _write_names)
-# Messages and recipes that are written call it by the last of its names.
+# The last name is the one in messages and written recipes.
 _EXCLUDE: Mapping[str, Key] = {
     "ignore": Key("exclude", _excluded, None),
     "exclude": Key("exclude", _excluded, _write_excluded),
@@ -274,7 +266,7 @@ GRADUAL_KEYS: Mapping[str, Key] = {
     "inter_func": Key("interpolation"),
     "leave_enabled": Key("leave_enabled"),
     "mask_type": Key("mask_type"),
-    "phased": only(
+    "phased": fixed(
         False, "is not supported here; alternating phases are what !ACDCPruningModifier is for, so write that instead"
     ),
     **_LOGGING,

@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice
 
+from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.loading import Recipe
-from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.naming import name_in_messages, named_groups, numbered_names
-from mfac_core.schedules.pruning import pruning_schedule
-from mfac_core.schedules.rows import MANY_STEPS, schedule_rows, substeps_while_training
+from mfac_core.schedules.pruning import MANY_STEPS, pruning_schedule
+from mfac_core.schedules.rows import schedule_rows, substeps_while_training
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,

@@ -11,9 +11,12 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from mfac_core.recipe.documents import METADATA, TEXT, Document, Entry, data, entries, read_document
-from mfac_core.recipe.modifiers import Settings, is_out_of_scope, name_of, read_modifier
-from mfac_core.recipe.places import Place, Wrong
+from mfac_core.recipe.documents import METADATA, Document, read_document
+from mfac_core.recipe.formats import Settings, is_out_of_scope
+from mfac_core.recipe.front_matter import TEXT
+from mfac_core.recipe.modifiers import name_of, read_modifier
+from mfac_core.recipe.nodes import Entry, data, entries, line_of
+from mfac_core.recipe.places import CollectedErrors, Place
 from mfac_core.recipe.variables import Variables, VariableValues, read_variables
 from mfac_core.settings.pruning import PruningSettings
 
@@ -30,9 +33,9 @@ class Recipe:
     """A loaded recipe.
 
     Args:
-        modifiers: The settings of every modifier: those at the top in document order, then those of each stage.
+        modifiers: The settings of every modifier, in document order: those at the top, then those of each stage.
         source: Path of the recipe, or ``<text>``.
-        metadata: What stands under its key ``__metadata__``: plain values by name.
+        metadata: Data under its key ``__metadata__``, by name.
     """
 
     modifiers: tuple[Settings, ...]
@@ -61,21 +64,21 @@ def load_recipe(
     """Load a recipe; nothing in it is ever run.
 
     Args:
-        path_or_text: A path to a YAML file or to a Markdown file with a YAML front matter; or, where the string
-            contains a newline, the recipe's text itself.
-        variables: Values to use instead of those of the recipe's variables: a mapping, JSON text, or
+        path_or_text: A path to a YAML file, or to a Markdown file with a YAML front matter; a string with a line break
+            is the text of a recipe.
+        variables: Values that replace those of the recipe's variables: a mapping, JSON text, or
             ``name=value,other=value``.
         unsupported: What to do with a modifier of SparseML that is out of scope, such as one that quantizes: ``error``
             refuses the recipe, ``skip`` leaves the modifier out and logs a warning that names it.
-        source: What messages call a text, such as the name of where it comes from; a path is called by itself.
+        source: The name of a text in messages; a path has its own.
 
     Returns:
         The recipe's modifiers as checked settings.
 
     Raises:
         RecipeError: If there is no such file, or anything in it is unknown, missing, given twice or out of range. The
-            message has the form ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>``; where
-            several things are wrong, one such line for each.
+            message has one line ``<source>:<line>: <modifier>.<key>: <what is wrong, the rule, the cure>`` for each
+            error.
         TypeError: If ``path_or_text`` is neither a path nor text.
         ValueError: If ``unsupported`` is neither of the two.
 
@@ -94,21 +97,21 @@ def load_recipe(
         raise ValueError(f"unsupported={unsupported!r} is neither 'error' nor 'skip'")
     document = read_document(path_or_text, source)
     values = Variables(document, read_variables(variables))
-    wrong = Wrong()
-    items = list(_items(document, wrong))
-    if not items and not wrong:
+    errors = CollectedErrors()
+    items = list(_items(document, errors))
+    if not items and not errors:
         raise document.place().error(
             "no modifiers found; write at least one item under a key whose name contains `modifiers`, such as "
             "pruning_modifiers"
         )
     modifiers = []
     for item in items:
-        if unsupported == "skip" and _left_out(item):
+        if unsupported == "skip" and _is_skipped(item):
             continue
-        with wrong.gathered(item.place.line):
+        with errors.collect(item.place.line):
             modifiers.append(read_modifier(item.name, item.node, item.place, values, item.stage))
-    if wrong:
-        wrong.refuse()
+    if errors:
+        errors.raise_all()
     return Recipe(modifiers=tuple(modifiers), source=document.source, metadata=_metadata(document))
 
 
@@ -119,27 +122,26 @@ class _Item(NamedTuple):
     stage: str
 
 
-def _items(document: Document, wrong: Wrong) -> Iterator[_Item]:
+def _items(document: Document, errors: CollectedErrors) -> Iterator[_Item]:
     for section in document.sections():
         for entry in section.modifiers:
             place = document.place(entry.line, entry.key)
             if isinstance(entry.value, yaml.SequenceNode):
                 for node in entry.value.value:
-                    place = document.place(int(node.start_mark.line) + 1)
-                    with wrong.gathered(place.line):
+                    place = document.place(line_of(node))
+                    with errors.collect(place.line):
                         yield _Item(name_of(node, place), node, place, section.stage)
             elif isinstance(entry.value, yaml.MappingNode):
-                with wrong.gathered(place.line):
+                with errors.collect(place.line):
                     for inner in entries(entry.value, place):
-                        with wrong.gathered(inner.line):
+                        with errors.collect(inner.line):
                             yield _keyed(inner, document.place(inner.line), section.stage)
             elif not (isinstance(entry.value, yaml.ScalarNode) and entry.value.value == ""):
-                with wrong.gathered(place.line):
-                    raise place.error(_NOT_A_LIST)
+                errors.add(place.line, place.error(_NOT_A_LIST))
 
 
 def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
-    """Return the item that a key of a mapping of modifiers is: the form of SparseML 1.6 and later."""
+    """Return the item for a key in a mapping of modifiers, the form of SparseML 1.6 and later."""
     if is_out_of_scope(entry.key):
         return _Item(entry.key, entry.value, place, stage)
     if not entry.key.endswith("Modifier"):
@@ -150,7 +152,7 @@ def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
     )
 
 
-def _left_out(item: _Item) -> bool:
+def _is_skipped(item: _Item) -> bool:
     if not is_out_of_scope(item.name):
         return False
     _logger.warning(item.place.message(f"{item.name} is not supported and is left out"), extra={"asked_for": True})
@@ -167,5 +169,5 @@ def _metadata(document: Document) -> dict[str, object]:
         return found
     if found:
         cure = "write `name: value` lines below it"
-        _logger.warning(place.message(f"{found!r} is not a mapping and is not kept; {cure}"))
+        _logger.warning(place.message(f"{found!r} is not a mapping and is ignored; {cure}"))
     return {}

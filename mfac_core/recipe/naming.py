@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from mfac_core.errors import SettingError
-from mfac_core.recipe.modifiers import MODIFIERS, Settings
+from mfac_core.recipe.formats import MODIFIERS, Settings
 from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, PruningSettings
 
 __all__ = [

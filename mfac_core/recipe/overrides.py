@@ -1,4 +1,4 @@
-"""Recipe text with other values for its variables, everything else as it was."""
+"""Recipe text with other values for its variables and no other change: the recipe of one run of a sweep."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import yaml
 
-from mfac_core.recipe.documents import Document, Entry, read_document
+from mfac_core.recipe.documents import Document, read_document
+from mfac_core.recipe.nodes import Entry
 from mfac_core.recipe.values import flow_text
 from mfac_core.recipe.variables import Variables, VariableValues, read_variables
 
@@ -27,14 +28,14 @@ _ENDS = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken
 def recipe_with_variables(path_or_text: str | os.PathLike[str], variables: VariableValues | None) -> str:
     r"""Return the text of a recipe with other values for its variables.
 
-    Comments, anchors, layout and whatever stands around the YAML stay as they are, byte for byte.
+    Comments, anchors, layout and the text around the YAML stay the same, byte for byte.
 
     Args:
         path_or_text: A path to a recipe, or its text, as for :func:`load_recipe`.
         variables: Values for its variables: a mapping, JSON text, or ``name=value,other=value``.
 
     Returns:
-        The text. A variable that stands at the top and in stages is replaced everywhere.
+        The text. A variable that is defined at the top and in stages is replaced everywhere.
 
     Raises:
         RecipeError: If the recipe is not YAML, or has no such variable.
@@ -67,7 +68,7 @@ class _Edit(NamedTuple):
 
 
 def _edit(document: Document, tokens: list[yaml.Token], entry: Entry, text: str) -> _Edit:
-    """Return where the value of a variable stands, and what to put there."""
+    """Return the position of the value of a variable, and its replacement."""
     index = next(
         number
         for number, token in enumerate(tokens)
@@ -107,6 +108,6 @@ def _last_token(tokens: list[yaml.Token], first: int) -> yaml.Token | None:
 
 
 def _offset(document: Document, mark: yaml.Mark) -> int:
-    """Return where in the source a mark of the parsed YAML stands; both have the same lines."""
+    """Return the position in the source of a mark of the parsed YAML; both have the same lines."""
     ends = [match.end() for match in _LINE_END.finditer(document.text)]
     return (ends[mark.line - 1] if mark.line else 0) + int(mark.column)

@@ -1,4 +1,4 @@
-"""Where in a recipe something stands, and how an error says so."""
+"""Errors in a recipe: where they are, how all of them are reported at once, and which name may have been meant."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import NamedTuple, NoReturn
 
 from mfac_core.errors import RecipeError
 
-__all__ = ["Place", "Wrong", "nearest", "nearest_names"]
+__all__ = ["CollectedErrors", "Place", "nearest", "nearest_names"]
 
 
 class Place(NamedTuple):
-    """Where in a recipe something stands.
+    """A place in a recipe.
 
     Attributes:
         source: Path of the recipe, or ``<text>``.
-        line: Line number, counted from 1; ``None`` where no single line is meant.
-        name: What stands there, such as ``MFACPruningModifier.num_grads``; may be empty.
+        line: Line number, counted from 1; ``None`` if no single line is meant.
+        name: What is there, such as ``MFACPruningModifier.num_grads``; may be empty.
     """
 
     source: str
@@ -35,15 +35,15 @@ class Place(NamedTuple):
         return RecipeError(self.message(what))
 
 
-class Wrong:
-    """What is wrong with a recipe, gathered so that all of it is said at once.
+class CollectedErrors:
+    """Errors of a recipe, collected so that all of them are reported at once.
 
     Example:
-        >>> wrong = Wrong()
+        >>> errors = CollectedErrors()
         >>> for line in (7, 3):
-        ...     with wrong.gathered(line):
+        ...     with errors.collect(line):
         ...         raise Place("a.yaml", line).error("this is wrong")
-        >>> wrong.refuse()
+        >>> errors.raise_all()
         Traceback (most recent call last):
             ...
         mfac_core.errors.RecipeError: a.yaml:3: this is wrong
@@ -56,27 +56,20 @@ class Wrong:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    def add(self, line: int | None, error: RecipeError) -> None:
+        """Add an error on a line; those without one come first."""
+        self._found.append((line or 0, error))
+
     @contextmanager
-    def gathered(self, line: int | None) -> Iterator[None]:
-        """Take up the error that is raised inside, and go on.
-
-        Args:
-            line: Where it belongs among the others.
-
-        Yields:
-            Nothing.
-        """
+    def collect(self, line: int | None) -> Iterator[None]:
+        """Add the error that is raised inside, and go on."""
         try:
             yield
         except RecipeError as error:
-            self._found.append((line or 0, error))
+            self.add(line, error)
 
-    def refuse(self) -> NoReturn:
-        """Raise one error that says all of it, in the order of lines.
-
-        Raises:
-            RecipeError: Always.
-        """
+    def raise_all(self) -> NoReturn:
+        """Raise one error with all messages, in the order of lines."""
         errors = [error for _, error in sorted(self._found, key=lambda found: found[0])]
         if len(errors) == 1:
             raise errors[0]
@@ -84,14 +77,7 @@ class Wrong:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that looks most like a wrong one.
-
-    Args:
-        name: The name that is not known.
-        known: The names that are.
-
-    Returns:
-        ``" (did you mean X?)"``, or an empty string if nothing looks like it.
+    """Return a hint at the known name that is most like an unknown one; empty if none is like it.
 
     Example:
         >>> nearest("finl_sparsity", ["params", "final_sparsity"])
@@ -102,13 +88,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known name that looks most like a wrong one.
-
-    Args:
-        name: The name that is not known.
-        known: The names that are.
-
-    Returns:
-        That name alone, or nothing if none looks like it.
-    """
+    """Return the known name that is most like an unknown one, alone in a list; empty if none is like it."""
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -24,18 +24,10 @@ _NESTED = "mfac_options"
 
 
 def recommended_keys(keys: Mapping[str, object], sparsity: object = None) -> dict[str, object]:
-    """Return the keys of an ``MFACPruningModifier`` that prunes in one shot, the recommended ones where none is given.
+    """Return recipe keys of an ``MFACPruningModifier`` that prunes in one shot: those given, then recommended ones.
 
-    Args:
-        keys: Recipe keys that are given, with their values.
-        sparsity: The sparsity to reach, unless ``keys`` have it as ``final_sparsity``.
-
-    Returns:
-        The keys, those that are given first. Where the sparsity is a mapping to names of weights, each of them gets
-        its own: ``global_sparsity`` is false.
-
-    Raises:
-        TypeError: If the sparsity is missing or given twice.
+    The sparsity is given either by itself or as ``final_sparsity``, else a ``TypeError`` is raised. If it is a mapping
+    to names of weights, ``global_sparsity`` is false, because each of them gets its own.
 
     Example:
         >>> keys = recommended_keys({"num_grads": 64}, 0.9)
@@ -43,40 +35,28 @@ def recommended_keys(keys: Mapping[str, object], sparsity: object = None) -> dic
         (0.9, 64, 'joint')
     """
     if sparsity is None and "final_sparsity" not in keys:
-        raise TypeError("there is no sparsity to reach; pass sparsity=0.9 to prune nine weights of ten")
+        raise TypeError("the sparsity is missing; pass sparsity=0.9 to prune nine weights of ten")
     if sparsity is not None and "final_sparsity" in keys:
         raise TypeError(
-            f"sparsity={sparsity!r} and final_sparsity={keys['final_sparsity']!r} are two names of the same; pass one"
+            f"sparsity={sparsity!r} and final_sparsity={keys['final_sparsity']!r} name one setting twice; pass one"
         )
     given = dict(keys) if sparsity is None else {"final_sparsity": sparsity, **keys}
     return {**given, **_recommended_beside(given), **({} if "end_epoch" in given else {"end_epoch": 0.0})}
 
 
 def recommended_line(keys: Mapping[str, object]) -> str:
-    """Return in one line which of the recommended settings a one-shot takes.
-
-    Args:
-        keys: The recipe keys that are given.
-
-    Returns:
-        The line; nothing where all of them are given.
+    """Return in one line which recommended settings are used beside the given keys; empty if all are given.
 
     Example:
-        >>> recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4})
-        'one-shot by recommended settings where none are given: global_sparsity True, update joint, num_grads 256'
+        >>> recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4, "update": "joint"})
+        'one-shot pruning with recommended settings where none are given: global_sparsity True, num_grads 256'
     """
     taken = ", ".join(f"{key} {value}" for key, value in _recommended_beside(keys).items())
-    return f"one-shot by recommended settings where none are given: {taken}" if taken else ""
+    return f"one-shot pruning with recommended settings where none are given: {taken}" if taken else ""
 
 
 def differs_line(settings: PruningSettings) -> str:
-    """Return in one line where settings differ from those that are recommended for one-shot M-FAC.
-
-    Args:
-        settings: What a modifier says.
-
-    Returns:
-        The line; nothing where they do not differ, or prune in another way.
+    """Return in one line where settings differ from those recommended for one-shot M-FAC; empty if they do not.
 
     Example:
         >>> from dataclasses import replace
@@ -84,7 +64,7 @@ def differs_line(settings: PruningSettings) -> str:
         >>> differs_line(settings)
         ''
         >>> differs_line(replace(settings, scope="layer"))
-        'one-shot by other settings than recommended: global_sparsity False (recommended: True)'
+        'one-shot pruning with other settings than recommended: global_sparsity False (recommended: True)'
     """
     if not isinstance(settings, MFACSettings):
         return ""
@@ -92,18 +72,17 @@ def differs_line(settings: PruningSettings) -> str:
     differs: list[str] = []
     for key, value in RECOMMENDED.items():
         meaning = {"global_sparsity": SCOPE, **MFAC_KEYS}[key]
-        says = getattr(settings, str(meaning.field))
-        if says != getattr(recommended, str(meaning.field)) and meaning.write is not None:
-            written = meaning.write(says)
+        value_here = getattr(settings, str(meaning.field))
+        if value_here != getattr(recommended, str(meaning.field)) and meaning.write is not None:
+            written = meaning.write(value_here)
             if isinstance(written, Mapping) and list(written) == [0.0]:  # num_grads, as it is most often given
                 written = written[0.0]
             differs.append(f"{key} {written} ({'' if differs else 'recommended: '}{value})")
-    return f"one-shot by other settings than recommended: {', '.join(differs)}" if differs else ""
+    return f"one-shot pruning with other settings than recommended: {', '.join(differs)}" if differs else ""
 
 
 def _recommended_beside(given: Mapping[str, object]) -> dict[str, object]:
     nested = given.get(_NESTED)
     known = {*given, *(nested if isinstance(nested, Mapping) else ())}
-    # sparsities with names of weights are those of each of them
-    of_each = {"global_sparsity": False} if isinstance(given.get("final_sparsity"), Mapping) else {}
-    return {key: value for key, value in {**RECOMMENDED, **of_each}.items() if key not in known}
+    per_weight = {"global_sparsity": False} if isinstance(given.get("final_sparsity"), Mapping) else {}
+    return {key: value for key, value in {**RECOMMENDED, **per_weight}.items() if key not in known}

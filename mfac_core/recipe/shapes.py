@@ -1,9 +1,8 @@
-"""Which parameters a model has, from a file that says so, and which of them a modifier means."""
+"""Names and shapes of a model's parameters, from a file, and what ``params`` and ``exclude`` select of them."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from mfac_core.left_out import selection_warnings
 from mfac_core.weight_names import ALL_PRUNABLE, join_names, names_of_shapes, selected_names
 
-__all__ = ["doubts", "matching", "parse_shapes", "read_shapes"]
+__all__ = ["match_shapes", "parse_shapes", "read_shapes"]
 
 _LONGEST_HEADER = 100_000_000
 _LONGEST_AXIS = 2**63 - 1
-# What layers keep beside their parameters, and modify() therefore never finds.
+# Layers store these beside their parameters; they are never pruned.
 _BUFFERS = frozenset(
     {
         "running_mean",
@@ -44,7 +43,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         Name of each parameter -> its shape; without buffers, such as the running statistics of normalization.
 
     Raises:
-        ValueError: If the file holds no such thing.
+        ValueError: If the file holds anything else.
     """
     name = os.fspath(path)
     with open(name, "rb") as file:
@@ -56,18 +55,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
 
 
 def parse_shapes(content: bytes, source: str, *, is_safetensors: bool = False) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a model's parameters from JSON.
-
-    Args:
-        content: The JSON text.
-        source: Where it comes from, for messages.
-        is_safetensors: Whether it is the header of a safetensors file; otherwise it maps names to shapes.
-
-    Returns:
-        As :func:`read_shapes`.
-
-    Raises:
-        ValueError: If it is no such thing.
+    """Return names and shapes of a model's parameters from JSON: a mapping, or the header of a safetensors file.
 
     Example:
         >>> parse_shapes(b'{"fc.weight": [10, 84]}', "model.json")
@@ -89,57 +77,41 @@ def parse_shapes(content: bytes, source: str, *, is_safetensors: bool = False) -
     return {key: tuple(shape) for key, shape in found.items() if _last_part(key) not in _BUFFERS}
 
 
-def matching(
-    params: Sequence[str], shapes: Mapping[str, tuple[int, ...]], exclude: Sequence[str] = ()
-) -> dict[str, int]:
-    """Return the parameters that ``params`` means and ``exclude`` does not take out.
+def match_shapes(
+    params: Sequence[str], exclude: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, int], list[str]]:
+    """Return the parameters that ``params`` selects and ``exclude`` does not take out, and warnings about them.
 
-    Layers are not known here, so that ``__ALL_PRUNABLE__`` is every parameter of two or more dimensions.
+    Layers are not known here, so ``__ALL_PRUNABLE__`` means every parameter of two or more dimensions.
 
     Args:
         params: Exact names, names of layers, ``re:`` patterns, ``__ALL__`` or ``__ALL_PRUNABLE__``.
-        shapes: Name of each parameter -> its shape.
         exclude: Entries of the same form.
+        shapes: Name of each parameter -> its shape.
 
     Returns:
-        Name of each parameter that is meant -> number of its weights, in the order of ``shapes``.
+        Name of each selected parameter -> number of its weights, in the order of ``shapes``; one line per warning.
 
     Raises:
         SettingError: If a pattern is not a regular expression, entries match nothing, or nothing is left.
 
     Example:
-        >>> matching(["re:fc.*"], {"fc.weight": (10, 84), "fc.bias": (10,), "conv.weight": (6, 3, 5, 5)})
-        {'fc.weight': 840, 'fc.bias': 10}
-    """
-    selected = selected_names(params, exclude, names_of_shapes(shapes))
-    return {name: math.prod(shapes[name]) for name in selected}
-
-
-def doubts(params: Sequence[str], shapes: Mapping[str, tuple[int, ...]], exclude: Sequence[str] = ()) -> list[str]:
-    """Return what of the parameters that :func:`matching` counts is hardly meant, or will not be pruned.
-
-    Args:
-        params: As for :func:`matching`.
-        shapes: Name of each parameter -> its shape.
-        exclude: As for :func:`matching`.
-
-    Returns:
-        One sentence per kind.
+        >>> match_shapes(["fc"], [], {"fc.weight": (10, 84), "fc.bias": (10,), "conv.weight": (6, 3, 5, 5)})
+        ({'fc.weight': 840}, [])
     """
     model = names_of_shapes(shapes)
     selected = selected_names(params, exclude, model)
-    found = selection_warnings(params, exclude, model, selected)
+    warnings = selection_warnings(params, exclude, model, selected)
     uncertain = [
         name for name, entries in selected.items() if ALL_PRUNABLE in entries and not _looks_like_a_layer(name)
     ]
     if uncertain:
-        found.append(
-            f"{ALL_PRUNABLE} counts {join_names(uncertain)} here, by {_their(uncertain)} number of dimensions, but "
-            "in a "
-            "model it means the weights of linear and convolution layers alone, so less may be pruned than this plan "
-            "says; embeddings, recurrent weights and the like are pruned only where params names them"
+        warnings.append(
+            f"{ALL_PRUNABLE} counts {join_names(uncertain)} here, by the number of dimensions, but in a model it means "
+            "only the weights of linear and convolution layers, so less may be pruned than this plan shows; "
+            "embeddings, recurrent weights and the like are pruned only if params names them"
         )
-    return found
+    return {name: model.weights(name) for name in selected}, warnings
 
 
 def _is_shape(shape: object) -> bool:
@@ -156,7 +128,3 @@ def _last_part(name: str) -> str:
 
 def _looks_like_a_layer(name: str) -> bool:
     return _OF_A_LAYER.fullmatch(_last_part(name)) is not None and _EMBEDDING.search(name) is None
-
-
-def _their(names: Sequence[str]) -> str:
-    return "its" if len(names) == 1 else "their"

@@ -1,14 +1,14 @@
-"""Nodes -> plain Python values, with the recipe's variables put in.
+"""Variables of a recipe: nodes -> Python values, with variables replaced by their values.
 
-A variable is a key that holds no modifiers: at the top of the recipe, where it is seen everywhere, or in a stage, where
-it is seen in that stage and wins. It is used in ``eval(...)``, or through a YAML anchor::
+A variable is a key that holds no modifiers. At the top of the recipe it is visible everywhere; in a stage it is visible
+in that stage alone and hides one of the same name at the top. It is used in ``eval(...)`` or through a YAML anchor::
 
     num_epochs: &num_epochs 10.0
     training_modifiers:
       - !EpochRangeModifier
         end_epoch: eval(num_epochs + 2)     # or: *num_epochs
 
-A value that is given from outside replaces the variable in both places.
+A value that is given from outside replaces the variable in both uses.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from collections.abc import Mapping
 import yaml
 
 from mfac_core.errors import RecipeError
-from mfac_core.recipe.documents import METADATA, Document, Entry, pairs, scalar_value
+from mfac_core.recipe.documents import METADATA, Document
 from mfac_core.recipe.expressions import ExpressionError, evaluate
+from mfac_core.recipe.nodes import Entry, pairs, scalar_value
 from mfac_core.recipe.places import Place, nearest
-from mfac_core.recipe.values import plain
+from mfac_core.recipe.values import as_python
 
 __all__ = ["VariableValues", "Variables", "read_variables"]
 
@@ -36,20 +37,11 @@ _GIVEN = Place("variables")
 _CURE = 'write a mapping, JSON, or "name=value,other=value"'
 
 _Name = tuple[str, str]
-"""A variable: the stage that it stands in (empty for the top), and its name."""
+"""A variable: the stage that defines it (empty for the top), and its name."""
 
 
 def read_variables(variables: VariableValues | None) -> dict[str, object]:
-    """Return values for variables as a mapping.
-
-    Args:
-        variables: A mapping, JSON text, or ``name=value,other=value``, whose values are read as YAML reads them.
-
-    Returns:
-        Variable name -> value.
-
-    Raises:
-        RecipeError: If a text is neither.
+    """Return values for variables as a mapping; those in ``name=value,other=value`` are read as YAML.
 
     Example:
         >>> read_variables("num_epochs=30,mask=2:4"), read_variables('{"params": ["a"]}')
@@ -65,15 +57,15 @@ def read_variables(variables: VariableValues | None) -> dict[str, object]:
     for name in values:
         if not isinstance(name, str):
             raise _GIVEN.error(f"{name!r} is not the name of a variable; {_CURE}")
-    return {name: plain(value) for name, value in values.items()}
+    return {name: as_python(value) for name, value in values.items()}
 
 
 class Variables:
-    """The variables of a recipe, and what they make of its nodes.
+    """The variables of a recipe.
 
     Args:
         document: The recipe.
-        replaced: Variable name -> value to use instead of the one in the recipe, wherever that name stands.
+        replaced: Variable name -> value that replaces the one in the recipe, at the top and in all stages.
 
     Raises:
         RecipeError: If a name is that of no variable of the recipe.
@@ -89,7 +81,7 @@ class Variables:
         self._values: dict[_Name, object] = {}
         self._by_node: dict[int, object] = {}
         self._read = 0
-        # Single values, so that variables that use one another many times are evaluated once each.
+        # Scalars alone: variables that use one another many times are evaluated once each.
         self._known: dict[_Name, object] = {}
         for name, value in replaced.items():
             for key, entry in self.entries(name, document.place()).items():
@@ -100,37 +92,14 @@ class Variables:
                     self._by_node[id(entry.value)] = value
 
     def entries(self, name: str, place: Place) -> dict[_Name, Entry]:
-        """Return where a variable stands.
-
-        Args:
-            name: Name of the variable.
-            place: Where it is asked for.
-
-        Returns:
-            Its entries: one at most at the top and in each stage, at least one in all.
-
-        Raises:
-            RecipeError: If there is none.
-        """
+        """Return the entries of a variable: at most one at the top and in each stage, at least one in all."""
         found = {key: entry for key, entry in self._entries.items() if key[1] == name}
         if not found:
             raise place.error(f"variables: {self._unknown(name)}")
         return found
 
     def value(self, node: yaml.Node, place: Place, stage: str = "") -> object:
-        """Return the Python value of a node.
-
-        Args:
-            node: A scalar, a list or a mapping.
-            place: Where it stands.
-            stage: The stage that it stands in; empty for the top.
-
-        Returns:
-            ``None``, a bool, a number, a string, or a list or dict of such values.
-
-        Raises:
-            RecipeError: If the value refers to an unknown variable, is no arithmetic, or is nested too deeply.
-        """
+        """Return the Python value of a node in a stage; empty for the top."""
         self._read = 0
         return self._value(node, place, stage, inside=())
 
@@ -154,7 +123,7 @@ class Variables:
         }
 
     def _evaluated(self, value: object, place: Place, stage: str, inside: tuple[_Name, ...], depth: int) -> object:
-        """Return what ``eval(...)`` stands for, and any other value as it is."""
+        """Return the value of ``eval(...)``; any other value as it is."""
         if not isinstance(value, str):
             return value
         text = value.strip()

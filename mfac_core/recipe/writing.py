@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mfac_core.errors import SettingError
+from mfac_core.recipe.formats import MODIFIERS, Settings
 from mfac_core.recipe.keys import OMIT
-from mfac_core.recipe.modifiers import MODIFIERS, Settings
 from mfac_core.recipe.naming import modifier_name
 from mfac_core.recipe.values import flow_text
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mfac_core.errors import SettingError
-from mfac_core.schedules.pruning import pruning_schedule
+from mfac_core.schedules.pruning import MANY_STEPS, pruning_schedule
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -20,9 +20,6 @@ from mfac_core.settings.pruning import (
 )
 
 __all__ = ["one_shot", "one_shot_in_order"]
-
-_FINE = 1_000_000
-"""So many steps per epoch that no two pruning steps of a schedule fall together."""
 
 
 def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
@@ -68,7 +65,7 @@ def _sparsity_at(settings: PruningSettings, epoch: float) -> float:
         raise SettingError(
             "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number instead"
         )
-    past = [scheduled.sparsity for scheduled in pruning_schedule(settings, _FINE) if scheduled.epoch <= epoch]
+    past = [scheduled.sparsity for scheduled in pruning_schedule(settings, MANY_STEPS) if scheduled.epoch <= epoch]
     return past[-1] if past else 0.0
 
 

@@ -14,7 +14,18 @@ from mfac_core.errors import SettingError
 from mfac_core.settings.checks import Interpolation
 from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, GradualSettings, PruningSettings
 
-__all__ = ["ScheduledStep", "interpolate", "num_gradients_at", "pruning_epochs", "pruning_schedule", "sparsity_at"]
+__all__ = [
+    "MANY_STEPS",
+    "ScheduledStep",
+    "interpolate",
+    "num_gradients_at",
+    "pruning_epochs",
+    "pruning_schedule",
+    "sparsity_at",
+]
+
+MANY_STEPS = 1_000_000
+"""Steps per epoch so many that no two pruning steps share one: for schedules of which only the epochs are known."""
 
 _MOST_PRUNING_STEPS = 1_000_000
 # fraction of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mfac_core.schedules.pruning import num_gradients_at, pruning_schedule
+from mfac_core.schedules.pruning import MANY_STEPS, num_gradients_at, pruning_schedule
 from mfac_core.schedules.substeps import num_substeps, substep_due
 from mfac_core.settings.pruning import FROM_PARAM, ConstantSettings, MFACSettings, PruningSettings
 
-__all__ = ["MANY_STEPS", "ScheduleRow", "schedule_rows", "substeps_while_training"]
-
-MANY_STEPS = 10**6
-"""Steps per epoch so many that no two pruning steps share one: for schedules of which only the epochs are known."""
+__all__ = ["ScheduleRow", "schedule_rows", "substeps_while_training"]
 
 
 class ScheduleRow(NamedTuple):

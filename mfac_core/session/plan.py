@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from mfac_core.pruners.memory import WINDOW_ITEMSIZE, needed_bytes, peak_window
+from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.linting import model_notes, model_warnings
 from mfac_core.recipe.loading import Recipe
-from mfac_core.recipe.modifiers import Settings
 from mfac_core.recipe.naming import named_groups
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.rows import ScheduleRow, schedule_rows

@@ -539,7 +539,7 @@ def test_plan_reads_recipe_or_shapes_from_standard_input(write_recipe: Callable[
     assert "<stdin>: 3 pruning steps" in first.stdout
     assert first.stdout.splitlines()[:-1] == second.stdout.splitlines()[:-1]
     assert both.exit_code == 2
-    assert "standard input holds one thing" in both.stderr
+    assert "standard input can be read only once" in both.stderr
 
 
 def test_every_error_of_a_recipe_is_shown(write_recipe: Callable[[str], Path]) -> None:
@@ -655,7 +655,7 @@ def test_what_loading_a_recipe_logs_is_among_the_warnings_and_what_was_asked_for
 def test_exit_codes_are_in_the_help() -> None:
     for command in ("demo", "check", "plan", "report"):
         said = " ".join(mfac(command, "--help").stdout.split())
-        assert "Exit codes: 0 all is well; 1 there are warnings, with --strict; 2 there are errors" in said
+        assert "Exit codes: 0 success; 1 warnings, with --strict; 2 errors" in said
 
 
 def test_the_shell_completes_commands_options_and_frameworks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ def test_what_all_prunable_leaves_out_is_one_warning_with_its_share_by_reason():
         "6.0 M of 9.0 M weights of Linear and convolution layers are not in scope: 2.0 M frozen (requires_grad is "
         "False: b.weight), 4.0 M in arrays of three or more axes that belong to no such layer (experts.up), 30 packed "
         "(in_proj_weight of MultiheadAttention: attention.in_proj_weight), 100 reparametrized (weight_norm: "
-        "c.weight); the sparsity that is reported is that of the 3.0 M weights in scope. What is left dense on purpose "
-        "can stand in exclude"
+        "c.weight); the reported sparsity counts the 3.0 M weights in scope alone. List in exclude what is left "
+        "dense on purpose"
     ]
 
 
@@ -56,8 +56,8 @@ def test_layers_of_other_kinds_are_named_where_they_are_most_of_the_model():
     facts |= {"frozen": [], "computed": {}, "packed": {}}
     (warning,) = warnings_of(["__ALL_PRUNABLE__"], **facts)
     assert warning.startswith(
-        "1,400 weights of layers of other kinds are not in scope (embed.weight, lstm.weight); the sparsity that is "
-        "reported is that of the 50 weights in scope"
+        "1,400 weights of layers of other kinds are not in scope (embed.weight, lstm.weight); the reported "
+        "sparsity counts the 50 weights in scope alone"
     )
     assert warnings_of(["__ALL_PRUNABLE__"], ["embed", "lstm"], **facts) == []
     assert warnings_of(["__ALL_PRUNABLE__"], **facts | {"frozen": ["embed.weight", "lstm.weight"]}) == []
@@ -143,4 +143,4 @@ def test_weights_that_others_are_computed_from_are_named_where_zeros_do_not_carr
                 params, shapes=shapes, prunable=[], frozen=[], packed={}, computed=computed
             )
         (added,) = set(found[False]) - set(found[True])
-        assert added.startswith(f"other weights are computed from {names[0]}, and need not be zero where these are")
+        assert added.startswith(f"other weights are computed from {names[0]} and need not be zero where these are")

@@ -8,8 +8,8 @@ import pytest
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import EpochRange, Recipe, load_recipe
+from mfac_core.recipe.formats import MODIFIERS
 from mfac_core.recipe.indentation import restore_indentation
-from mfac_core.recipe.modifiers import MODIFIERS
 from mfac_core.settings.pruning import MFACSettings
 from tests.core.recipe_lines import mfac, only, refusal
 
@@ -473,7 +473,7 @@ class TestMetadata:
     def test_what_is_not_a_mapping_is_left_out_and_said(self, caplog):
         assert load_recipe("__metadata__: draft\n" + mfac()).metadata == {}
         assert [record.getMessage() for record in caplog.records] == [
-            "<text>:1: __metadata__: 'draft' is not a mapping and is not kept; write `name: value` lines below it"
+            "<text>:1: __metadata__: 'draft' is not a mapping and is ignored; write `name: value` lines below it"
         ]
 
     def test_what_holds_itself_is_refused(self):

@@ -12,7 +12,7 @@ import pytest
 
 from mfac_core.errors import RecipeError, SettingError
 from mfac_core.recipe import load_recipe, settings_from_keys
-from mfac_core.recipe.modifiers import MODIFIERS
+from mfac_core.recipe.formats import MODIFIERS
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -130,7 +130,7 @@ class TestMFACPruningModifier:
         assert only(mfac("use_gradient_buffering: false")) == only(mfac())
         (record,) = caplog.records
         assert record.getMessage().startswith(
-            "<text>:5: MFACPruningModifier.use_gradient_buffering: false is taken as absent"
+            "<text>:5: MFACPruningModifier.use_gradient_buffering: false means the same as no key"
         )
 
     def test_integers_become_floats(self):
@@ -159,7 +159,7 @@ class TestMFACPruningModifier:
             ("params: []", "params: () must be a name or a non-empty list of names"),
             ("init_sparsity: 1.0", "init_sparsity: 1.0 is out of range; the rule is 0 <= init_sparsity < 1"),
             ("init_sparsity: 0.9", "init_sparsity: 0.9 is above final_sparsity 0.8"),
-            ("init_sparsity: half", "init_sparsity: 'half' is text where a number must stand"),
+            ("init_sparsity: half", "init_sparsity: 'half' is text, not a number"),
             (
                 "init_sparsity: __FROM_PARAMS__",
                 "'__FROM_PARAMS__' is neither a number nor __FROM_PARAM__ (did you mean __FROM_PARAM__?)",
@@ -174,7 +174,7 @@ class TestMFACPruningModifier:
             ("start_epoch: yes", "start_epoch: True is not a finite number"),
             ("update_frequency: 0", "update_frequency: 0.0 is out of range; the rule is update_frequency > 0"),
             ("update_frequency: 1e-9", "update_frequency: 1e-09 epochs makes more than 1000000 pruning steps"),
-            ("update_frequency: '1e-1'", "update_frequency: '1e-1' is text where a number must stand"),
+            ("update_frequency: '1e-1'", "update_frequency: '1e-1' is text, not a number"),
             ("update_frequency: [1]", "update_frequency: [1] is not a finite number"),
             (f"update_frequency: {10**400}", "is too large a number"),
             ("inter_func: cosine", "inter_func: 'cosine' is not one of linear, cubic, inverse_cubic"),
@@ -197,7 +197,7 @@ class TestMFACPruningModifier:
             ("fisher_block_size: 0", "fisher_block_size: 0 must be a positive integer, or null"),
             ("fisher_block_size: true", "fisher_block_size: True must be a positive integer, or null"),
             ("fisher_block_size: 2.5", "fisher_block_size: 2.5 must be a positive integer, or null"),
-            ("damp: high", "damp: 'high' is text where a number must stand"),
+            ("damp: high", "damp: 'high' is text, not a number"),
             ("available_gpus: cuda:0", "available_gpus: 'cuda:0' must be a list of device names"),
             ("available_gpus: [0]", "available_gpus: [0] must be a list of device names"),
             ("available_devices: [auto, cpu]", "available_devices: ['auto', 'cpu'] mixes auto with names"),
@@ -210,7 +210,7 @@ class TestMFACPruningModifier:
             ("mfac_options: {dmap: 1.0}", "mfac_options.dmap: unknown key (did you mean damp?)"),
             ("mfac_options: {damp: -1}", "mfac_options.damp: -1.0 is out of range; the rule is damp > 0"),
             ("damp: 0", 'damp: 0.0 is out of range; the rule is damp > 0, or "auto"'),
-            ("damp: '0.1'", "damp: '0.1' is text where a number must stand; write the number without quotes"),
+            ("damp: '0.1'", "damp: '0.1' is text, not a number; write the number without quotes"),
             ("damp: AUTO", "damp: 'AUTO' is neither a number nor auto (did you mean auto?)"),
             ("mfac_options: {damp: atuo}", "mfac_options.damp: 'atuo' is neither a number nor auto (did you mean auto"),
             ("damp: true", 'damp: True is not a finite number; the rule is damp > 0, or "auto"'),
@@ -224,7 +224,7 @@ class TestMFACPruningModifier:
                 "num_recomputations: 'automatic' must be a positive integer, or auto (did you mean auto?)",
             ),
             ("num_recomputations: AUTO", "'AUTO' must be a positive integer, or auto (did you mean auto?)"),
-            ("num_recomputations: '4'", "'4' must be a positive integer, or auto; a number stands without quotes"),
+            ("num_recomputations: '4'", "'4' must be a positive integer, or auto; write numbers without quotes"),
             (
                 "mfac_options: {num_recomputations: 4}",
                 "mfac_options.num_recomputations: unknown key; the keys are num_grads, fisher_block_size, damp, "
@@ -265,7 +265,7 @@ class TestMFACPruningModifier:
             ),
             (
                 ["end_epoch: 1", "final_sparsity: {0.9: a}", "params: [b]"],
-                "<text>:5: MFACPruningModifier.params: ['b'] stands beside a final_sparsity that names weights itself",
+                "<text>:5: MFACPruningModifier.params: ['b'] cannot be given with a final_sparsity that names weights;",
             ),
             (
                 ["end_epoch: 1", "final_sparsity: {0.9: a, 0.5: b}", "init_sparsity: 0.6"],
@@ -513,8 +513,8 @@ class TestModifiers:
         assert only(item_of("num_recomputations: 4")).recomputation_spacing == "linear"
         (record,) = caplog.records
         assert record.getMessage() == (
-            "<text>:2: OBSPruningModifier.recomputation_spacing: is absent and therefore linear, as this modifier "
-            "always meant it; geometric, which shrinks what is left by equal factors, is more accurate at high sparsity"
+            "<text>:2: OBSPruningModifier.recomputation_spacing: defaults to linear for this modifier; geometric, "
+            "which shrinks what is left by equal factors, is more accurate at high sparsity"
         )
         caplog.clear()
         only(item_of())
@@ -542,8 +542,8 @@ class TestModifiers:
         assert only(text).block_size == 1
         (record,) = caplog.records
         assert record.getMessage() == (
-            "<text>:2: OBSPruningModifier.fisher_block_size: is absent and therefore 1, which makes the Fisher matrix "
-            "diagonal; the recipes of oBERT use 50"
+            "<text>:2: OBSPruningModifier.fisher_block_size: defaults to 1 for this modifier, which makes the Fisher "
+            "matrix diagonal; the recipes of oBERT use 50"
         )
 
     @pytest.mark.parametrize(
@@ -783,7 +783,7 @@ class TestSettingsFromKeys:
         ("name", "keys", "expected"),
         [
             ("GMPruningModifier", {"end_epoch": 1}, "GMPruningModifier: final_sparsity is missing; add it"),
-            ("EpochRangeModifier", {"end_epoch": "1"}, "EpochRangeModifier.end_epoch: '1' is text where a number must"),
+            ("EpochRangeModifier", {"end_epoch": "1"}, "EpochRangeModifier.end_epoch: '1' is text, not a number"),
             (
                 "EpochRangeModifier",
                 {"end_epoc": 1},

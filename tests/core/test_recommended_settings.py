@@ -47,9 +47,9 @@ def test_a_key_that_is_given_takes_the_place_of_the_recommended_one(key, nested)
 def test_the_sparsity_has_two_names_of_which_one_is_given():
     assert recommended_keys({"final_sparsity": 0.9}) == recommended_keys({}, 0.9)
     assert recommended_keys({}, {0.8: ["a"]})["final_sparsity"] == {0.8: ["a"]}
-    with pytest.raises(TypeError, match="there is no sparsity to reach; pass sparsity=0.9"):
+    with pytest.raises(TypeError, match="the sparsity is missing; pass sparsity=0.9"):
         recommended_keys({"num_grads": 4})
-    with pytest.raises(TypeError, match=r"sparsity=0.9 and final_sparsity=0.8 are two names of the same; pass one"):
+    with pytest.raises(TypeError, match=r"sparsity=0.9 and final_sparsity=0.8 name one setting twice; pass one"):
         recommended_keys({"final_sparsity": 0.8}, 0.9)
 
 
@@ -70,7 +70,9 @@ def test_a_line_says_where_settings_differ_from_those_recommended():
     assert differs_line(MagnitudeSettings(final_sparsity=0.9, end_epoch=0.0)) == ""
     own = settings_from_keys("OBSPruningModifier", {**OTHERS, "final_sparsity": 0.9, "end_epoch": 0.0})
     line = differs_line(own)
-    assert line.startswith("one-shot by other settings than recommended: global_sparsity False (recommended: True), ")
+    assert line.startswith(
+        "one-shot pruning with other settings than recommended: global_sparsity False (recommended: True), "
+    )
     assert all(f"{key} " in line for key in RECOMMENDED)
     assert line.endswith("num_grads 7 (256)")  # a number, as it was given
     assert recommended_line(OTHERS) == ""

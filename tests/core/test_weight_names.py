@@ -76,7 +76,7 @@ def test_a_layer_without_prunable_weights_says_so_and_what_it_holds():
     message = refusal(["block1.bn"])
     assert message == (
         "params: 'block1.bn' is a layer without weights of Linear and convolution layers; it holds block1.bn.weight, "
-        "block1.bn.bias, and to prune normalization weights, biases or scales harms the model"
+        "block1.bn.bias: pruning normalization weights, biases or scales harms the model"
     )
     shapes = {"lstm.weight_ih": (8, 2), "lstm.bias_ih": (8,), "fc.weight": (2, 2)}
     model = ModelNames(shapes=shapes, prunable=["fc.weight"], layers={"lstm": ["lstm.weight_ih", "lstm.bias_ih"]})
@@ -151,7 +151,7 @@ def test_frozen_weights_are_left_out_and_an_error_by_name():
     )
     assert "stem.weight, block1.conv.weight are frozen" in refusal(["block1.conv.weight", "stem.weight"], model=model)
     assert "every parameter that it selects is frozen" in refusal(["stem"], model=model)
-    assert "but for what exclude ['fc'] takes out" in refusal(["stem", "fc"], ["fc"], model)
+    assert "except those that exclude ['fc'] takes out" in refusal(["stem", "fc"], ["fc"], model)
 
 
 def test_a_computed_weight_is_named_with_what_computes_it():

@@ -152,7 +152,9 @@ def test_without_a_recipe_the_recommended_settings_are_taken(task, caplog):
         assert "recommended settings where none are given" not in caplog.text
         assert all(map(np.array_equal, model.get_weights(), twin.get_weights()))
         prune_one_shot(task.model(), batches(task), final_sparsity=0.75, **FEW)
-    taken = caplog.text.partition("one-shot by recommended settings where none are given: ")[2].partition("\n")[0]
+    taken = caplog.text.partition("one-shot pruning with recommended settings where none are given: ")[2].partition(
+        "\n"
+    )[0]
     assert all(f"{key} {value}" in taken for key, value in RECOMMENDED.items() if key not in FEW)
     assert "than recommended: num_grads 4 (recommended: 256)" in caplog.text
 
@@ -188,8 +190,8 @@ def test_a_recipe_means_what_it_says_and_the_log_says_where_that_differs(task, c
 def test_the_sparsity_is_given_once(task):
     model = task.model()
     for keys, message in (
-        ({"num_grads": 4}, "there is no sparsity to reach; pass sparsity=0.9"),
-        ({"sparsity": 0.5, "final_sparsity": 0.5}, "are two names of the same; pass one"),
+        ({"num_grads": 4}, "the sparsity is missing; pass sparsity=0.9"),
+        ({"sparsity": 0.5, "final_sparsity": 0.5}, "name one setting twice; pass one"),
         ({"sparsity": 0.5, "recipe": task.recipe()}, "got a recipe and keys of one"),
         ({}, "got neither a recipe nor keys of one; pass .*sparsity=0.9"),
     ):

@@ -236,7 +236,7 @@ def test_low_rank_adapters_beside_a_frozen_kernel_are_named(caplog):
     model.get_layer("wide").enable_lora(2)
     chosen = select_variables(model, ["re:.*kernel"])
     assert sum("lora" in name for name in chosen) == 2
-    assert "low-rank adapters are pruned, and the frozen weights that they are added to are not: " in caplog.text
+    assert "low-rank adapters are pruned, but the frozen weights that they are added to are not: " in caplog.text
     assert "64 of 128 weights" in caplog.text
 
 

@@ -451,7 +451,7 @@ def test_a_state_of_an_older_release_goes_on_at_the_same_epoch(task):
 def test_damaged_masks_are_a_value_error(tmp_path, content):
     file = tmp_path / "masks.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"masks\.safetensors is no file of masks, or is damaged"):
+    with pytest.raises(ValueError, match=r"masks\.safetensors is not a file of masks, or is damaged"):
         load_masks(file)
 
 

@@ -60,10 +60,12 @@ def test_the_log_says_which_settings_are_taken(task, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         prune_one_shot(task.model(), task.batches, LOSS, sparsity=0.5, **FEW)
     lines = [record.getMessage() for record in caplog.records if record.name == "mfac_torch"]
-    taken = next(line for line in lines if line.startswith("one-shot by recommended settings where none are given: "))
+    taken = next(
+        line for line in lines if line.startswith("one-shot pruning with recommended settings where none are given: ")
+    )
     assert all(f"{key} {value}" in taken for key, value in RECOMMENDED.items() if key not in FEW)
     assert "num_grads" not in taken
-    assert "one-shot by other settings than recommended: num_grads 4 (recommended: 256)" in lines
+    assert "one-shot pruning with other settings than recommended: num_grads 4 (recommended: 256)" in lines
 
 
 def test_a_recipe_that_is_applied_means_what_it_says_and_the_log_says_where_that_differs(task, caplog):
@@ -139,8 +141,8 @@ def test_what_is_wrong_is_named_and_changes_nothing(task):
     model = task.model()
     before = weights_of(model)
     for error, keys, message in (
-        (TypeError, {}, "there is no sparsity to reach; pass sparsity=0.9"),
-        (TypeError, {"sparsity": 0.5, "final_sparsity": 0.5}, "are two names of the same"),
+        (TypeError, {}, "the sparsity is missing; pass sparsity=0.9"),
+        (TypeError, {"sparsity": 0.5, "final_sparsity": 0.5}, "name one setting twice"),
         (RecipeError, {"sparsity": 1.5}, "final_sparsity: 1.5 is out of range"),
         (RecipeError, {"sparsity": 0.5, "num_grad": 4}, r"num_grad: unknown key \(did you mean num_grads"),
         (SettingError, {"sparsity": 0.5, "params": ["nowhere"]}, "nowhere"),

@@ -254,7 +254,7 @@ def test_adapters_beside_a_frozen_base_are_named(first, second, caplog):
     share, adapters = (record.getMessage() for record in caplog.records)
     assert "64 of 160 weights" in share
     assert (
-        f"low-rank adapters are pruned, and the frozen weights that they are added to are not: 0.{first}.weight, "
+        f"low-rank adapters are pruned, but the frozen weights that they are added to are not: 0.{first}.weight, "
         in (adapters)
     )
     assert f"0.{second}.weight" in adapters
@@ -386,4 +386,4 @@ def test_zeros_that_do_not_reach_the_weights_of_the_layer_are_a_warning(reparame
     reparametrize(model[0])
     selected = select_parameters(model, ["re:.*"], ["re:.*bias"])
     assert len(selected) > 1
-    assert ("other weights are computed from 0.parametrizations.weight.original, and" in caplog.text) is is_said
+    assert ("other weights are computed from 0.parametrizations.weight.original and" in caplog.text) is is_said
