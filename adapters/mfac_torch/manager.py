@@ -118,7 +118,7 @@ class ScheduledModifierManager(ModifierList):
         grad_sampler: Sampler | None = None,
         **unsupported: object,
     ) -> None:
-        """Store arguments for a later call of :meth:`modify`. Nothing else is changed.
+        """Store arguments for a later call of :meth:`modify`; nothing else changes.
 
         Args:
             module: The model.
@@ -311,7 +311,7 @@ class ScheduledModifierManager(ModifierList):
         hold: bool | None = None,
         **unsupported: object,
     ) -> None:
-        """Detach from model and optimizers. A plain module remains, whose pruned weights are exactly zero.
+        """Detach from model and optimizers; a plain module remains, whose pruned weights are exactly zero.
 
         If other code has written to the model after the last optimizer step, such as ``load_state_dict`` of the best
         epoch, pruned weights may have regrown. A warning counts them then, and ``hold`` decides what is done. A second

@@ -8,7 +8,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 from mfac_core import sample_batches  # noqa: E402
 from mfac_keras import prune_one_shot, recalibrate_batchnorm  # noqa: E402
 
-pytestmark = pytest.mark.feature("batch normalization statistics estimated anew")
+pytestmark = pytest.mark.feature("batch normalization recalibrated")
 
 BatchNormalization = getattr(keras.layers, "BatchNormalization", None)
 
