@@ -44,6 +44,13 @@ def make_pruner(
         ValueError: If there are no weights, or masks or axes do not fit them.
         SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit a shape, or
             ``final_sparsity`` is a mapping: make a pruner of each of ``settings.by_final_sparsity()``.
+
+    Example:
+        >>> import numpy as np
+        >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=1)
+        >>> pruner = make_pruner(settings, {"w": np.array([3.0, 1.0, 2.0, 4.0])}, steps_per_epoch=10)
+        >>> [scheduled.step for scheduled in pruner.schedule]
+        [0, 10]
     """
     match settings:
         case MFACSettings():
