@@ -65,6 +65,12 @@ class Sensitivity:
             not pruned any further. The prediction is in-sample: it uses the gradient samples that chose the update, and
             is usually far too small.
         num_weights: Name of each layer and its number of weights.
+
+    Example:
+        >>> increases = {"a": (0.01, 0.03, 0.9), "b": (0.2, 0.5, 2.0)}
+        >>> result = Sensitivity(1.0, (0.5, 0.9, 0.99), increases, increases, {"a": 100, "b": 20})
+        >>> result.final_sparsity(max_increase=0.05)
+        {0.9: ['a']}
     """
 
     dense_loss: float

@@ -209,7 +209,7 @@ def _adapters(names: Sequence[str], model: ModelNames) -> list[str]:
 
 def _factors_of(base: str, frozen: Sequence[str], names: Sequence[str], model: ModelNames) -> set[str]:
     """Return two matrices in scope whose product has the shape of the only frozen matrix in the same layer."""
-    if len(model.shapes[base]) != 2:  # noqa: PLR2004
+    if len(model.shapes[base]) != 2:
         return set()
     high, wide = model.shapes[base]
     owner = layer_of(base)

@@ -16,7 +16,8 @@ from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
-from mfac_core.masks.selection import is_reached, newly_pruned, sparsity_of_zeros
+from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (

@@ -1,24 +1,25 @@
-"""M-FAC pruning in Keras 3: recipes at work inside ``model.fit``, on the TensorFlow, torch and JAX backends.
+"""M-FAC pruning in Keras 3: recipes that run inside ``model.fit``, on the TensorFlow, torch and JAX backends.
 
 Read in this order:
 
 * ``callback``: :class:`MFACPruningCallback`, the entry point: gradual pruning, resume
 * ``one_shot``: :func:`prune_one_shot`, without training
-* ``conditions``: what is refused before anything is changed
-* ``session``: what happens between training steps
+* ``recipes``: from the arguments of these two to settings
+* ``session``: the work between training steps
+* ``live_pruning``: one pruning modifier on one model: its weights, masks and gradient samples
 * ``training_changes``: learning rates, weight decay, which variables are trained
-* ``live_pruning``: one pruning modifier at work on one model
-* ``backends``: what happens inside the training step, for each backend of Keras
-* ``optimizers``: what an optimizer is made of
-* ``selection``, ``layout``: which variables ``params`` means, and the order of their axes
+* ``write_monitor``: notices what other code does to the weights in scope
+* ``backends``: the hooks in the training step, and conversion, for each backend of Keras
+* ``clock``, ``end_of_fit``: the epoch and step of a fit; its end after all callbacks
+* ``state_file``, ``resuming``: the state on disk; which of several states a run resumes from
+* ``conditions``: models, optimizers and losses that are refused before anything changes
+* ``selection``, ``layout``: the variables that ``params`` names; the order of their axes
 * ``sampling``: gradient samples outside the training loop
-* ``batchnorm``: :func:`recalibrate_batchnorm`, moving statistics for the weights that there are now
-* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable tolerates
-* ``assigning``: values into variables, into all of them or into none
-* ``state_file``, ``resuming``: the state on disk, and which of the saved ones a run goes on from
-* ``end_of_fit``: the moment when all callbacks are done
-* ``recipes``, ``conversion``: settings in, tensors to arrays
-* ``digits``, ``demo``: what ``mfac demo --framework keras`` runs
+* ``optimizers``: the optimizers inside an optimizer, and their state
+* ``batchnorm``: :func:`recalibrate_batchnorm`, moving statistics for the current weights
+* ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each variable bears
+* ``assigning``, ``conversion``: values into variables, all or none; tensors on a GPU to arrays
+* ``digits``, ``demo``: ``mfac demo --framework keras``
 """
 
 from mfac_keras.batchnorm import recalibrate_batchnorm

@@ -1,50 +1,56 @@
-"""Assign values to variables: to all of them or to none."""
+"""Assign values to variables, to all of them or to none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["assign_all", "assigned"]
+__all__ = ["assign_all", "snapshot"]
 
 
-@contextmanager
-def assigned(values: Iterable[tuple[Any, Any]]) -> Iterator[None]:
-    """Assign values to variables; if an assignment or the block fails, every variable gets its old value back.
+def snapshot(variables: Iterable[Any], undo: ExitStack) -> None:
+    """Register callbacks that restore the values that variables have now.
 
-    All values are computed before the first is assigned.
+    Example:
+        >>> import keras
+        >>> variable = keras.Variable([1.0])
+        >>> with ExitStack() as undo:
+        ...     snapshot([variable], undo)
+        ...     variable.assign([2.0])
+        >>> variable.numpy().tolist()
+        [1.0]
+    """
+    for variable in variables:
+        undo.callback(_restore, variable, _copied(variable))
+
+
+def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
+    """Assign a value to each variable; after an exception all have the values of before.
 
     Example:
         >>> import keras
         >>> one, other = keras.Variable([1.0]), keras.Variable([2.0])
         >>> try:
-        ...     with assigned([(one, [3.0]), (other, [3.0, 4.0])]):
-        ...         print("both have them")
+        ...     assign_all([(one, [3.0]), (other, [3.0, 4.0])])
         ... except ValueError:
         ...     print(one.numpy().tolist(), other.numpy().tolist())
         [1.0] [2.0]
     """
-    touched = []
-    try:
-        for variable, value in list(values):
-            touched.append((variable, _copied(variable)))
+    values = list(values)
+    with ExitStack() as undo:
+        snapshot((variable for variable, _ in values), undo)
+        for variable, value in values:
             variable.assign(value)
-        yield
-    except BaseException:
-        for variable, before in reversed(touched):
-            if _copied(variable).tobytes() != before.tobytes():
-                variable.assign(before)
-        raise
+        undo.pop_all()
 
 
-def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
-    """Assign values to variables, to all of them or to none."""
-    with assigned(values):
-        pass
+def _restore(variable: Any, before: npt.NDArray[Any]) -> None:
+    if _copied(variable).tobytes() != before.tobytes():
+        variable.assign(before)
 
 
 def _copied(variable: Any) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What a model and its optimizer have to be: what cannot be pruned is refused by name, before anything is changed."""
+"""Checks of model, optimizer and loss before anything is changed; the errors name what cannot be pruned, and a cure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ import keras
 
 from mfac_keras.optimizers import innermost, trained_by
 
-__all__ = ["check_built", "check_model", "check_optimizer", "check_trained", "refuse_keras_2"]
+__all__ = [
+    "check_built",
+    "check_model",
+    "check_optimizer",
+    "check_trained",
+    "refuse_keras_2",
+    "refuse_several_processes",
+]
 
 _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
 
@@ -17,27 +24,21 @@ _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
 def check_model(model: Any) -> None:
     """Check that something is a model of Keras 3.
 
-    Args:
-        model: What is given as a model.
-
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not.
     """
     if isinstance(model, keras.Model):
         return
     refuse_keras_2("the model", model)
     is_torch = any(base.__module__.startswith("torch.") for base in type(model).__mro__)
     cure = "use mfac_torch, which prunes torch modules" if is_torch else "pass the model itself"
-    if isinstance(model, keras.layers.Layer):  # on torch a torch module too
+    if isinstance(model, keras.layers.Layer):  # on the torch backend layers are torch modules too
         cure = "put the layer into a model, such as keras.Sequential([layer])"
     raise TypeError(f"the model is a {_class_of(model)}, and pruning needs a keras.Model of Keras 3; {cure}")
 
 
 def check_built(model: Any) -> None:
     """Check that a model is built.
-
-    Args:
-        model: The model.
 
     Raises:
         ValueError: If it is not.
@@ -49,11 +50,8 @@ def check_built(model: Any) -> None:
 def check_optimizer(optimizer: Any) -> None:
     """Check that something is an optimizer of Keras 3.
 
-    Args:
-        optimizer: What is given as the optimizer.
-
     Raises:
-        TypeError: If it is none.
+        TypeError: If it is not.
     """
     if isinstance(optimizer, keras.optimizers.Optimizer):
         return
@@ -68,12 +66,8 @@ def check_optimizer(optimizer: Any) -> None:
 def refuse_keras_2(what: str, thing: Any) -> None:
     """Refuse an object of Keras 2, which Keras 3 cannot work with.
 
-    Args:
-        what: What it is given as.
-        thing: The object.
-
     Raises:
-        TypeError: If its class, or one that this inherits from, belongs to Keras 2.
+        TypeError: If its class, or a base class of it, belongs to Keras 2; ``what`` names the object.
     """
     modules = [f"{base.__module__}." for base in type(thing).__mro__]
     package = next((package for package in _KERAS_2 for module in modules if module.startswith(f"{package}.")), None)
@@ -84,15 +78,24 @@ def refuse_keras_2(what: str, thing: Any) -> None:
         )
 
 
-def check_trained(scopes: Iterable[Mapping[str, Any]], optimizer: Any) -> None:
-    """Check that the optimizer trains what is pruned.
-
-    Args:
-        scopes: The variables by path that each modifier prunes.
-        optimizer: The optimizer, built.
+def refuse_several_processes(count: int) -> None:
+    """Refuse training that is distributed over several processes.
 
     Raises:
-        ValueError: If it does not.
+        NotImplementedError: If ``count`` is more than one.
+    """
+    if count > 1:
+        raise NotImplementedError(
+            f"training is distributed over {count} processes, which is not supported: each would choose its own masks. "
+            "Prune in a single process"
+        )
+
+
+def check_trained(scopes: Iterable[Mapping[str, Any]], optimizer: Any) -> None:
+    """Check that the optimizer, which is built, trains the variables that each modifier prunes.
+
+    Raises:
+        ValueError: If it does not train one.
     """
     trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
     for variables in scopes:

@@ -1,4 +1,4 @@
-"""The moment when every callback of a fit is done, those that come later in the list included."""
+"""A call at the end of a fit, after the last callback, wherever in the list it comes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ __all__ = ["call_at_end_of_fit"]
 
 
 def call_at_end_of_fit(model: Any, function: Callable[[], None]) -> None:
-    """Have a function called once, when the callbacks of the fit that has begun have had their ``on_train_end``.
+    """Call a function once, when all callbacks of the current fit have had their ``on_train_end``.
 
-    Keras puts a ``History`` behind the callbacks that it is given and returns it from ``fit``: this one is followed. A
-    ``History`` that stands among the callbacks is followed at its own place.
-
-    Args:
-        model: The model that is fitted.
-        function: What to call; it is not called where ``fit`` raises.
+    Keras appends a ``History`` to the callbacks and returns it from ``fit``: the function is called after it. A
+    ``History`` that the user put among the callbacks keeps its place there. A fit that raises does not call the
+    function.
     """
     history = getattr(model, "history", None)
     if history is None:  # a CallbackList of the user's, without one
         return
     on_train_end = history.on_train_end
 
-    def followed(logs: Any = None) -> None:
-        vars(history).pop("on_train_end", None)  # plain again
+    def on_train_end_and_call(logs: Any = None) -> None:
+        vars(history).pop("on_train_end", None)
         on_train_end(logs)
         function()
 
-    history.on_train_end = followed
+    history.on_train_end = on_train_end_and_call

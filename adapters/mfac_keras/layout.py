@@ -89,7 +89,7 @@ def _form(layer: Any, variable: Any) -> PyTorchForm:
         if variable.name in {"kernel", "recurrent_kernel", "pointwise_kernel"}:  # (*window, input, output)
             return _permuted(shape, (rank - 1, rank - 2, *window))
     unchanged = tuple(range(rank))
-    return PyTorchForm(unchanged, shape, shape, (rank - 2, rank - 1) if rank > 2 else None)  # noqa: PLR2004
+    return PyTorchForm(unchanged, shape, shape, (rank - 2, rank - 1) if rank > 2 else None)
 
 
 def _permuted(shape: tuple[int, ...], axes: tuple[int, ...], merged: tuple[int, int] | None = None) -> PyTorchForm:

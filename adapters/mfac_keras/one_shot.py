@@ -11,17 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.errors import RecipeError
-from mfac_core.recipe import Recipe, named_in_errors
-from mfac_core.recipe.linting import lint_one_shot
-from mfac_core.recipe.naming import modifier_names
-from mfac_core.recipe.recommended import differs_line, recommended_keys, recommended_line
+from mfac_core.recipe import Recipe
+from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
-from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
+from mfac_core.session.live_pruning import combined_masks
+from mfac_core.session.one_shot import prune_in_one_shot
+from mfac_core.session.session import Session, attached
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
-from mfac_keras.assigning import assign_all
 from mfac_keras.batchnorm import MovingStatistics
 from mfac_keras.conditions import check_built, check_model, refuse_keras_2
-from mfac_keras.live_pruning import LivePruning, combined_masks, prune_if_due, variables_in_scope
+from mfac_keras.live_pruning import KerasPruning
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
 
@@ -45,26 +44,26 @@ def prune_one_shot(
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Prune a trained model in a single pruning step; its weights are changed in place.
 
-    Without a recipe it is pruned by M-FAC, and where no key says otherwise, the recommended settings are taken, which
-    the log names: :data:`mfac_core.recipe.recommended.RECOMMENDED`.
+    Without a recipe the model is pruned by M-FAC, by the recommended settings
+    (:data:`mfac_core.recipe.recommended.RECOMMENDED`) except where a key is given; the log names them.
 
     Args:
         model: A built Keras model.
         dataset: Batches to sample gradients from, see :class:`mfac_keras.sampling.GradientSampler`; needed by M-FAC.
-            Smaller batches than in training tell more about the curvature.
+            Batches smaller than in training tell more about the curvature.
         loss: A Keras loss, its name, or a function ``loss(y_true, y_pred)``; ``None`` is the loss that the model was
             compiled with.
-        recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are not looked at.
+        recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are ignored.
         sparsity: Without a recipe, the pruned fraction to reach, or a mapping from fractions to the names of variables
             that reach them; ``final_sparsity`` is the same.
-        recalibrate_batchnorm: Whether the moving statistics of batch normalization are estimated anew afterwards, as by
-            :func:`mfac_keras.recalibrate_batchnorm`, over at most 256 batches of ``dataset``. Otherwise a warning says
-            that they are those of before.
+        recalibrate_batchnorm: Whether to estimate the moving statistics of batch normalization anew afterwards, as
+            :func:`mfac_keras.recalibrate_batchnorm` does, over at most 256 batches of ``dataset``. Otherwise a warning
+            says that they are stale.
         verbose: 1 prints a line for each modifier, 0 does not.
-        recipe_variables: Values to use instead of those of the recipe's variables.
-        unsupported: What to do with a modifier of the recipe that is out of scope, such as one that quantizes:
-            ``error``, or ``skip`` it with a warning.
-        **recipe_keys: In place of a recipe, further keys of an ``MFACPruningModifier``, such as ``params``,
+        recipe_variables: Values that override those of the recipe's variables.
+        unsupported: How to treat a modifier that is out of scope, such as one that quantizes: ``error``, or ``skip`` it
+            with a warning.
+        **recipe_keys: Instead of a recipe, further keys of an ``MFACPruningModifier``, such as ``params``,
             ``mask_type="2:4"`` or ``num_grads=512``.
 
     Returns:
@@ -72,11 +71,11 @@ def prune_one_shot(
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
-        TypeError: If there is neither a recipe nor a sparsity, or both, the recipe stands in another place,
-            M-FAC or the recalibration has no dataset, or the model or the loss is none of Keras 3.
+        TypeError: If neither a recipe nor a sparsity is given, or both, if a recipe is passed as another argument, if
+            M-FAC or the recalibration has no dataset, or if the model or the loss is not of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has another form.
 
-    Whatever is raised, the model is as before.
+    After an exception the model is as before.
 
     Example:
         >>> import keras
@@ -101,10 +100,10 @@ def prune_one_shot(
     if recipe is None and keys:
         keys = recommended_keys(recipe_keys, sparsity)
     modifiers = modifiers_of(recipe, keys, recipe_variables, unsupported)
-    parts = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
-    if not parts:
+    groups = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
+    if not groups:
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
-    settings = [at_once for _, at_once in parts]
+    settings = [at_once for _, at_once in groups]
     if dataset is None and any(isinstance(each, MFACSettings) for each in settings):
         raise TypeError(
             "M-FAC in one shot needs gradients; pass batches (x, y) as dataset: prune_one_shot(model, dataset, ...)"
@@ -114,36 +113,25 @@ def prune_one_shot(
             "recalibrate_batchnorm needs batches; pass them as dataset: prune_one_shot(model, dataset, ...)"
         )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
-    prunings = []
     logged: set[str] = set()
-    for each, name in zip(settings, modifier_names(settings), strict=True):
-        with named_in_errors(each):
-            pruning = LivePruning(
-                each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, logged=logged
-            )
-            prunings.append(pruning)
-    for warning in lint_one_shot(parts, [pruning.variables for pruning in prunings]):
-        _logger.warning("%s", warning)
+    prunings = attached(
+        settings,
+        lambda each, name: KerasPruning(
+            each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, logged=logged
+        ),
+    )
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
-    for line in (recommended_line(given) if recipe is None else "", *map(differs_line, modifiers)):
-        if line:
-            _logger.info("%s", line)
-    statistics = MovingStatistics(model)
-    before = [(each, np.array(each.numpy(), copy=True)) for each in variables_in_scope(prunings).values()]
-    try:
-        prune_if_due(prunings, 0)
-        if sampler is not None and recalibrate_batchnorm:
-            options = next((each.sampler_options for each in settings if isinstance(each, MFACSettings)), {})
-            statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
-    except BaseException:
-        assign_all(before)
-        raise
-    is_changed = not all(np.array_equal(each.numpy(), values) for each, values in before)
-    if statistics.layers and is_changed and not recalibrate_batchnorm:
-        _logger.warning(
-            "%s", stale_statistics_line(statistics.layers, "mfac_keras.recalibrate_batchnorm(model, dataset)")
-        )
-    return combined_masks(prunings)
+    if recipe is None and recommended_line(given):
+        _logger.info("%s", recommended_line(given))
+    prune_in_one_shot(
+        Session(prunings, logger=_logger),
+        groups,
+        MovingStatistics(model),
+        sampler=sampler,
+        recalibrate_batchnorm=recalibrate_batchnorm,
+        cure="mfac_keras.recalibrate_batchnorm(model, dataset)",
+    )
+    return combined_masks(pruning.variable_masks for pruning in prunings)
 
 
 def _is_recipe(value: Any) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-__all__ = ["average_of", "innermost", "optimizer_state", "set_weight_decay", "trained_by"]
+__all__ = ["average_of", "innermost", "optimizer_state", "set_weight_decay", "state_to_reset", "trained_by"]
 
 
 def innermost(optimizer: Any) -> list[Any]:
@@ -46,6 +46,14 @@ def optimizer_state(optimizer: Any, variable: Any) -> Iterator[Any]:
         is_slot = slot is not None and slot is not variable and hasattr(slot, "assign")
         if is_slot and tuple(slot.shape) == tuple(variable.shape):
             yield slot
+
+
+def state_to_reset(optimizer: Any, variables: Iterable[Any]) -> Iterator[Any]:
+    """Yield the state that a built optimizer, plain or not, keeps for variables, without averages of the variables."""
+    for variable in variables:
+        for leaf in innermost(optimizer):
+            average = average_of(leaf, variable)
+            yield from (slot for slot in optimizer_state(leaf, variable) if slot is not average)
 
 
 def average_of(optimizer: Any, variable: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From what a caller passes, a recipe or its keys, to settings."""
+"""From what the user passes, a recipe or its keys, to settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
-from mfac_core.settings.pruning import PruningSettings
 from mfac_core.settings.training import EpochRange
 
 __all__ = ["modifiers_of"]
@@ -21,16 +20,6 @@ def modifiers_of(
     unsupported: Literal["error", "skip"] = "error",
 ) -> tuple[Any, ...]:
     """Return the settings of each modifier.
-
-    Args:
-        recipe: Path of a recipe, the text of one, or a loaded one; ``None`` where there are keys.
-        keys: Keys and values of an ``MFACPruningModifier``, as a recipe would give them.
-        variables: Values to use instead of those of the recipe's variables.
-        unsupported: What to do with a modifier that is out of scope, see :func:`mfac_core.load_recipe`.
-
-    Returns:
-        The settings, one for each final sparsity, in the order in which they begin: one that follows another sees its
-        zeros.
 
     Raises:
         TypeError: If there is neither a recipe nor keys, or both.
@@ -47,13 +36,9 @@ def modifiers_of(
             "such as final_sparsity=0.9"
         )
     if recipe is None:
-        every: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
+        modifiers: tuple[Any, ...] = (settings_from_keys("MFACPruningModifier", keys),)
     else:
-        every = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
-    if all(isinstance(modifier, EpochRange) for modifier in every):
+        modifiers = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
+    if all(isinstance(modifier, EpochRange) for modifier in modifiers):
         raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
-    return tuple(
-        part
-        for modifier in sorted(every, key=lambda each: each.start_epoch)
-        for part in (modifier.by_final_sparsity() if isinstance(modifier, PruningSettings) else (modifier,))
-    )
+    return modifiers

@@ -1,4 +1,4 @@
-"""Which of the saved states a run goes on from: the one that belongs to the weights that the model has."""
+"""Choose the saved state to resume from: the one that belongs to the weights that the model has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
+from mfac_core.backends import device_of
+from mfac_core.session.live_pruning import combined_masks
 from mfac_keras.session import TrainingSession
 from mfac_keras.state_file import SavedState
 
@@ -17,18 +21,15 @@ _EXACT, _WEIGHTS, _ZEROS, _NOTHING = range(4)
 
 
 def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState | None:
-    """Go on from the state that belongs to the weights that the model has now.
+    """Resume from the state that belongs to the weights that the model has now, and return it.
 
-    That is the one that was saved with these very weights; of two, the one of the epoch that training goes on at. Where
-    neither was, as after weights were saved with less precision, it is one whose masks are the zeros of the weights.
-    Where none belongs to them, zeros are taken as pruned.
+    This is the state that was saved with exactly these weights; of two, the one of the epoch at which training resumes.
+    Otherwise, as when weights were saved with less precision, it is a state whose masks are the zeros of the weights.
+    If none belongs to the weights, zeros are taken as pruned and ``None`` is returned.
 
     Args:
         session: The run, which has not begun.
-        saved: The states that there are, the latest first.
-
-    Returns:
-        The state that was loaded; ``None`` where there is none for these weights.
+        saved: The states, the latest first.
 
     Raises:
         ValueError: If the state that belongs to these weights does not fit the recipe; nothing is changed then.
@@ -48,7 +49,7 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
             else "there is no state of pruning for it"
         )
         return None
-    session.load_state_dict(best.state)
+    session.resume(session.parsed(best.state))
     _warn_of_differences(session, best, best_rank)
     if session.zeros().regrown:
         session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
@@ -57,33 +58,58 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
 
 def _rank(session: TrainingSession, saved: SavedState) -> int:
     is_at_epoch = _epoch(saved.state) * session.steps_per_epoch == session.step
-    if session.has_weights_of(saved.state):
+    names: dict[str, str] = {}
+    for pruning, state in zip(session.prunings, saved.state["prunings"], strict=False):
+        names |= pruning.own_names(state)
+    if _has_weights_of(session, saved.state, names):
         return _EXACT if is_at_epoch else _WEIGHTS
-    # what is in memory is of this model: a fit that was interrupted signs no weights
+    # a state in memory is of this model: a fit that was interrupted takes no fingerprints
     is_of_this_run = is_at_epoch or (saved.path is None and not saved.state["fingerprints"])
-    return _ZEROS if is_of_this_run and session.has_masks_of(saved.state) else _NOTHING
+    return _ZEROS if is_of_this_run and _has_masks_of(session, saved.state, names) else _NOTHING
+
+
+def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether the model has exactly the weights that a state was saved with, where both have them in scope.
+
+    ``names`` maps each path of the state to the path here.
+    """
+    now = session.fingerprints or session.take_fingerprints()
+    saved = {names.get(name, name): each for name, each in (state.get("fingerprints") or {}).items()}
+    common = now.keys() & saved.keys()
+    return bool(common) and all(now[name] == saved[name] for name in common)
+
+
+def _has_masks_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
+    """Return whether the model is zero exactly where the masks of a state prune, where both have weights in scope."""
+    masks = combined_masks(
+        {names[name]: mask for name, mask in pruning["masks"].items()} for pruning in state["prunings"]
+    )
+    weights = {name: array for pruning in session.prunings for name, array in pruning.weights().items()}
+    common = masks.keys() & weights.keys()
+    return bool(common) and all(
+        np.array_equal(masks[name], device_of(weights[name]).to_numpy(weights[name]) != 0) for name in common
+    )
 
 
 def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int) -> None:
     now = session.step // session.steps_per_epoch
     if saved.path is None and now == saved.state["step"] // saved.state["steps_per_epoch"]:
-        return  # fit was interrupted within this epoch, which begins anew
+        return  # fit was interrupted in this epoch, which starts over
     if _epoch(saved.state) != now:
         _logger.warning(
-            "training goes on at epoch %d with the weights of epoch %d, as after a kill between the two files of "
-            "BackupAndRestore, or with another initial_epoch: pruning goes on from its state of epoch %d",
+            "training resumes at epoch %d with the weights of epoch %d, as after a kill between the two files of "
+            "BackupAndRestore, or with another initial_epoch: pruning resumes from its state of epoch %d",
             now,
             _epoch(saved.state),
             _epoch(saved.state),
         )
     elif rank == _ZEROS and saved.path is not None:
         _logger.warning(
-            "the weights are not bit for bit those that the state of pruning at epoch %d was saved with (were they "
-            "saved with less precision, or changed at the end of the epoch?); their zeros are those of its masks, so "
-            "it is used",
+            "the weights differ from those that the state of pruning at epoch %d was saved with (were they saved with "
+            "less precision, or changed at the end of the epoch?); their zeros match its masks, so it is used",
             now,
         )
 
 
 def _epoch(state: Mapping[str, Any]) -> int:
-    return -(-int(state["step"]) // int(state["steps_per_epoch"]))  # the epoch that had begun is counted
+    return -(-int(state["step"]) // int(state["steps_per_epoch"]))  # an epoch that had begun counts

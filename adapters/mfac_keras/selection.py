@@ -1,4 +1,4 @@
-"""Which variables of a model a recipe's ``params`` and ``exclude`` mean."""
+"""The variables of a model that ``params`` and ``exclude`` of a recipe select."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PRUNABLE_LAYERS = tuple(
         *(f"SeparableConv{rank}D" for rank in (1, 2)),
     )
 )
-_WITH_ADAPTERS = _KERNELS | {"embeddings"}
+_TAKES_ADAPTERS = _KERNELS | {"embeddings"}
 _NORMALIZATION = (
     keras.layers.BatchNormalization,
     keras.layers.LayerNormalization,
@@ -50,27 +50,27 @@ def select_variables(
 ) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``, frozen ones last.
 
-    A frozen variable (of a layer with ``trainable=False``) is left out, unless it is selected by its exact path, which
-    is an error. What an entry for several leaves out, and normalization weights and biases that a pattern selects, are
-    warnings.
+    A frozen variable (of a layer with ``trainable=False``) is left out; to select it by its exact path is an error.
+    Warnings name weights that an entry for several leaves out, and normalization weights and biases that a pattern
+    selects.
 
     Args:
         model: A built Keras model.
-        params: Exact paths; names or paths of layers, for what ``__ALL_PRUNABLE__`` means in them; ``re:`` patterns,
-            matched from the start of the path (``re.match``); ``__ALL__``, every variable that a loss can train;
-            ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
-        exclude: What is left out of it, in the same form; a layer means all that is in it.
-        frozen_too: Whether frozen variables are selected like others.
-        logged: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
+        params: Exact paths; names or paths of layers, for the weights of ``__ALL_PRUNABLE__`` in them; ``re:``
+            patterns, matched from the start of the path (``re.match``); ``__ALL__``, every variable that a loss can
+            train; ``__ALL_PRUNABLE__``, see :func:`prunable_variables`.
+        exclude: Exceptions from ``params``, in the same form; a layer means everything in it.
+        frozen_too: Whether to select frozen variables like others.
+        logged: Warnings that have been logged already, to which new ones are added; ``None`` logs all.
 
     Returns:
-        The selected variables by path. Where several variables of a model have one path, the second is called
-        ``path#2``, the third ``path#3``.
+        The selected variables by path. If several variables of a model share a path, the second is called ``path#2``,
+        the third ``path#3``.
 
     Raises:
-        SettingError: If an argument is no name or list of names, an entry matches nothing, a variable selected by its
-            exact path is frozen, or is not of floating-point numbers, or nothing is left to prune.
-        TypeError: If it is no model of Keras 3.
+        SettingError: If an argument is not a name or a list of names, an entry matches nothing, a variable selected by
+            its exact path is frozen, or is not of a floating-point type, or nothing is left to prune.
+        TypeError: If the model is not a model of Keras 3.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3, name="body")])
@@ -79,11 +79,11 @@ def select_variables(
     """
     check_model(model)
     params, exclude = checked_params(params), checked_params(exclude, "exclude")
-    named = _trainable_by_nature(model) if frozen_too else _to_be_pruned(model)
+    named = _learnable(model) if frozen_too else _to_be_pruned(model)
     names = _names(model, named, with_frozen=frozen_too)
     with _hint_for_pytorch(*params, *exclude):
         selected = selected_names(params, exclude, names)
-    _refuse_other_numbers({name: named[name] for name in selected})
+    _refuse_other_dtypes({name: named[name] for name in selected})
     warnings = selection_warnings(params, exclude, names, selected, prunes=not frozen_too)
     warn_once(_logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], logged)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
@@ -96,19 +96,18 @@ def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True
 
     A layer means all variables in it. An entry that matches nothing is an error if ``strict``, otherwise a warning.
     """
-    named = _trainable_by_nature(model)
+    named = _learnable(model)
     with _hint_for_pytorch(*params):
         matched = names_in_layers(params, _names(model, named), strict=strict)
     return {name: variable for name, variable in named.items() if name in matched}
 
 
 def prunable_variables(model: Any) -> dict[str, Any]:
-    """Return what ``__ALL_PRUNABLE__`` means: the kernels of all dense and convolution layers.
+    """Return the variables of ``__ALL_PRUNABLE__``: the kernels of all dense and convolution layers.
 
     These are the kernels of ``Dense``, ``EinsumDense`` (so those of ``MultiHeadAttention``), ``Conv1D`` to ``Conv3D``,
     their transposed forms, ``DepthwiseConv`` and ``SeparableConv``, and of their subclasses. Everything else is pruned
-    only where ``params`` names it: embeddings, biases, normalization and recurrent layers, and variables of your own
-    layers.
+    only if ``params`` names it: embeddings, biases, normalization and recurrent layers, and variables of custom layers.
 
     Args:
         model: A built Keras model.
@@ -117,7 +116,7 @@ def prunable_variables(model: Any) -> dict[str, Any]:
         The variables by path, in the order of ``model.trainable_variables``; frozen ones are left out.
 
     Raises:
-        TypeError: If it is no model of Keras 3.
+        TypeError: If the model is not a model of Keras 3.
         ValueError: If the model is not built.
     """
     check_model(model)
@@ -181,48 +180,46 @@ def _kernel_ids(model: Any) -> set[int]:
     }
 
 
-def _trainable_by_nature(model: Any) -> dict[str, Any]:
-    """Return what a loss can train, frozen or not: no statistics, seeds or counters."""
-    nature = {id(variable) for layer in layers_of(model) for variable in layer._trainable_variables}
+def _learnable(model: Any) -> dict[str, Any]:
+    """Return the variables that a loss can train, frozen or not: no statistics, seeds or counters."""
+    trainable = {id(variable) for layer in layers_of(model) for variable in layer._trainable_variables}
     return {
-        name: variable for name, variable in _named(model).items() if id(variable) in nature and _is_float(variable)
+        name: variable for name, variable in _named(model).items() if id(variable) in trainable and _is_float(variable)
     }
 
 
 def _to_be_pruned(model: Any) -> dict[str, Any]:
-    """Return what a loss can train, and kernels of other numbers too, so that nothing is silently left out."""
-    floats, kernels = _trainable_by_nature(model), _kernel_ids(model)
+    """Return the variables that a loss can train, and integer kernels too, so that these are not ignored silently."""
+    floats, kernels = _learnable(model), _kernel_ids(model)
     return {name: each for name, each in _named(model).items() if name in floats or id(each) in kernels}
 
 
-def _refuse_other_numbers(selected: Mapping[str, Any]) -> None:
+def _refuse_other_dtypes(selected: Mapping[str, Any]) -> None:
     others = [name for name, variable in selected.items() if not _is_float(variable)]
     if others:
         dtypes = ", ".join(dict.fromkeys(selected[name].dtype for name in others))
         raise SettingError(
             "params",
-            f"{join_names(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before they "
-            "are "
-            "quantized, or take them out with exclude",
+            f"{join_names(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before "
+            "quantization, or take them out with exclude",
         )
 
 
 def _dense_sums(model: Any, selected: Mapping[str, Any]) -> list[str]:
-    """Return a warning of low-rank adapters beside what is selected: the layer computes with the sum of both."""
+    """Return a warning about selected variables with low-rank adapters: the layer computes with the sum of both."""
     with_adapters = {
         id(variable)
         for layer in layers_of(model)
         if getattr(layer, "lora_enabled", False)
         for variable in layer.weights
     }
-    sums = [name for name, each in selected.items() if id(each) in with_adapters and each.name in _WITH_ADAPTERS]
+    sums = [name for name, each in selected.items() if id(each) in with_adapters and each.name in _TAKES_ADAPTERS]
     if not sums:
         return []
     return [
-        f"low-rank adapters are added to {join_names(sums)} (enable_lora): the layer computes with the sum, Keras "
-        "saves "
-        "the sum, and that is dense, whatever the sparsity that is reported. Set the sum to zero where the masks are "
-        "False after the model is saved and loaded, or train without adapters"
+        f"low-rank adapters are added to {join_names(sums)} (enable_lora): the layer computes with the sum, and Keras "
+        "saves the sum, which is dense, whatever sparsity is reported. Set the sum to zero where the masks are False "
+        "after the model is saved and loaded, or train without adapters"
     ]
 
 

@@ -1,4 +1,4 @@
-"""The state of a pruning run on disk, beside what Keras saves: plain numbers and arrays, in one file."""
+"""The state of a pruning run on disk: plain numbers and arrays in one file, beside what Keras saves."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mfac_core.files import PREVIOUS, write_file
+from mfac_core.state_checks import check_keys, checked_integer, refuse
 
-__all__ = ["SavedState", "read_state", "read_states", "write_state"]
+__all__ = ["SavedState", "check_state", "read_state", "read_states", "write_state"]
 
 _ARRAY = "__array__"
 
@@ -26,8 +27,8 @@ class SavedState(NamedTuple):
 
     Attributes:
         state: The state.
-        path: Its file; ``None`` for one that is in memory.
-        is_previous: Whether it is the one before the latest that was written.
+        path: Its file; ``None`` for a state in memory.
+        is_previous: Whether a later state was written.
     """
 
     state: Mapping[str, Any]
@@ -35,16 +36,28 @@ class SavedState(NamedTuple):
     is_previous: bool = False
 
 
+def check_state(state: Any) -> None:
+    """Raise ValueError for anything that is not the state of a run, whatever the run."""
+    check_keys("a run", state, ("step", "steps_per_epoch", "changes", "prunings"))
+    checked_integer("step", state["step"])
+    checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1)
+    for key in ("fingerprints", "changes"):
+        if not isinstance(state.get(key, {}), Mapping | None):
+            refuse(key, state[key], "a mapping")
+    if not isinstance(state["prunings"], list):
+        refuse("prunings", state["prunings"], "a list of states of pruners")
+    for pruning in state["prunings"]:
+        check_keys("a pruner", pruning, ("masks",))
+        masks = pruning["masks"]
+        if not isinstance(masks, Mapping) or not all(isinstance(mask, np.ndarray) for mask in masks.values()):
+            refuse("masks", masks, "a mapping from name to array")
+
+
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_previous: bool = True) -> None:
-    """Write a state; the one that was there before is kept beside it.
+    """Write a state: plain values and arrays, and dictionaries and lists of these.
 
-    A process that is killed while it writes leaves the earlier states whole.
-
-    Args:
-        path: Path of the file.
-        state: Plain values and arrays, and dictionaries and lists of these.
-        keep_previous: Whether the state that is there becomes the previous one; otherwise it is replaced, and the
-            previous one stays.
+    With ``keep_previous`` the state in the file becomes the previous one; without, it is replaced, and the previous one
+    stays. A process that is killed while it writes leaves the earlier states whole.
     """
     arrays: list[Any] = []
     structure = json.dumps(_without_arrays(state, arrays))
@@ -57,14 +70,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_
 
 
 def read_state(path: str | os.PathLike[str], check: Callable[[Any], object] | None = None) -> dict[str, Any]:
-    """Return the state in a file.
-
-    Args:
-        path: Path of the file.
-        check: Raises ValueError for what is not the state of a run.
-
-    Returns:
-        The state.
+    """Return the state in a file; ``check`` raises ValueError for anything that is not the state of a run.
 
     Raises:
         ValueError: If the file is not a state, or is damaged in any way.
@@ -76,7 +82,7 @@ def read_state(path: str | os.PathLike[str], check: Callable[[Any], object] | No
             state = _read(file, path.stat().st_size)
             if check is not None:
                 check(state)
-        except Exception as error:  # three decoders look at bytes that may be anything
+        except Exception as error:  # the bytes may be anything, and three decoders read them
             raise ValueError(
                 f"{path} is not the state of a pruning run, or is damaged; remove it or name another"
             ) from error
@@ -84,14 +90,7 @@ def read_state(path: str | os.PathLike[str], check: Callable[[Any], object] | No
 
 
 def read_states(path: str | os.PathLike[str], check: Callable[[Any], object] | None = None) -> Iterator[SavedState]:
-    """Yield the states that were written last, the latest first. A damaged one is passed over where another is whole.
-
-    Args:
-        path: Path of the file.
-        check: As in :func:`read_state`.
-
-    Yields:
-        Up to two states.
+    """Yield the two states that were written last, the latest first; skip a damaged one where the other is whole.
 
     Raises:
         ValueError: If there are files and none is a whole state.
@@ -123,7 +122,7 @@ def _previous(path: Path) -> Path:
 
 def _read(file: Any, size: int) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
-        # nothing in it is compressed, so that its parts cannot be larger than itself
+        # np.savez compresses nothing, so the parts of a true state add up to less than the file
         if sum(part.file_size for part in archive.infolist()) > size:
             raise ValueError("it unpacks to more than it holds")
     file.seek(0)

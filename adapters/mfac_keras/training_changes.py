@@ -1,4 +1,4 @@
-"""What a recipe changes in training beside pruning: learning rates, weight decay, which variables are trained."""
+"""Changes in training beside pruning: learning rates, weight decay, which variables are trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, che
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_core.state_checks import check_keys, refuse
 from mfac_core.weight_names import join_names
-from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay
 from mfac_keras.selection import matching_variables
 
@@ -25,20 +25,20 @@ _logger = logging.getLogger("mfac_keras")
 
 
 class TrainingChanges:
-    """Sets options of the optimizer, and says which variables are trained, when their epoch arrives.
+    """Sets options of the optimizer and freezes variables when their epoch arrives.
 
-    What PyTorch calls a parameter group is an optimizer inside a ``MultiOptimizer``; any other is a single group.
+    A parameter group of PyTorch is an optimizer inside a ``MultiOptimizer`` here; any other optimizer is one group.
 
     Args:
         settings: The settings of all modifiers that do not prune.
         model: The model, built.
         optimizer: The optimizer that trains it.
-        hooks: What runs inside the training step.
+        hooks: The hooks in the training step.
         steps_per_epoch: Training steps per epoch.
 
     Raises:
         SettingError: If ``params`` or ``param_groups`` of the settings do not fit model and optimizer.
-        ValueError: If a learning rate that is to be set is computed by a schedule of the optimizer.
+        ValueError: If the recipe sets a learning rate that a schedule of the optimizer computes.
     """
 
     def __init__(
@@ -50,26 +50,23 @@ class TrainingChanges:
         *,
         steps_per_epoch: int,
     ) -> None:
+        self.settings = settings
         self._groups = innermost(optimizer)
         self._hooks = hooks
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
         self._found = [_found(model, each) for each in self._trainable.settings]
         self._frozen_now: list[Any] = []
-        self._rates: dict[int, float] = {}  # set last, by group: to set one again would cost a step some time
+        self._rates: dict[int, float] = {}  # as set last, by group; setting one again takes time
         for each in self._options.settings:
             with named_in_errors(each):
                 check_param_groups(each, len(self._groups))
-        self._replaced: float | None = None  # the learning rate of the last step, where the next has another
+        self._replaced: float | None = None  # the rate of the last step, if the next has another
         self._refuse_scheduled()
         self._refuse_unfreezing(model)
 
     def make(self, step: int) -> None:
-        """Make the changes that are due for the training step that comes after ``step`` completed ones.
-
-        Args:
-            step: Completed training steps.
-        """
+        """Make the changes that are due for the training step that comes after ``step`` completed ones."""
         rates: dict[int, float] = {}
         decays: dict[int, float] = {}
         for change in self._options.due(step):
@@ -81,7 +78,7 @@ class TrainingChanges:
 
     @property
     def trainable(self) -> list[tuple[TrainableParams, Collection[str]]]:
-        """The settings that freeze or unfreeze variables, and the paths of those."""
+        """The settings that freeze or unfreeze variables, with the paths of these variables."""
         return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._found, strict=True)]
 
     @property
@@ -95,28 +92,19 @@ class TrainingChanges:
         return _rate_of(self._groups[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which changes are done with, and the weight decays, which no optimizer saves."""
+        """Return which changes are done, and the weight decays, which no optimizer saves."""
         return {
             "options_done": self._options.state_dict(),
             "weight_decays": {str(group): self._groups[group].weight_decay for group in self._decayed()},
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that does not fit.
-
-        Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
-
-        Raises:
-            ValueError: If it does not fit.
-        """
+        """Raise ValueError for a state that another recipe or model saved."""
         check_keys("changes in training", state, ("options_done", "weight_decays"))
-        done, decays = state["options_done"], state["weight_decays"]
-        if not isinstance(done, list) or not all(isinstance(each, bool) for each in done):
-            refuse("options_done", done, "a list of true and false")
+        self._options.check_state(state["options_done"])
+        decays = state["weight_decays"]
         if not isinstance(decays, Mapping):
             refuse("weight_decays", decays, "a mapping")
-        self._options.check_state(done)
         groups = [str(group) for group in self._decayed()]
         for group, value in decays.items():
             if group not in groups:
@@ -131,15 +119,7 @@ class TrainingChanges:
                 refuse(f"weight_decays[{group!r}]", value, "a number of at least 0, or none")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
-
-        Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
-
-        Raises:
-            ValueError: If it does not fit; nothing is changed then.
-        """
-        self.check_state(state)
+        """Resume from a state that :meth:`check_state` accepts."""
         self._options.load_state_dict(state["options_done"])
         for group, value in state["weight_decays"].items():
             set_weight_decay(self._groups[int(group)], value)
@@ -198,10 +178,9 @@ class TrainingChanges:
                 with named_in_errors(each):
                     raise SettingError(
                         "params",
-                        f"{join_names(frozen)} cannot be unfrozen during fit, because the layer is not trainable and "
-                        "so "
-                        "the optimizer does not know it; set layer.trainable = True before compile, and let "
-                        "`trainable: false` with an end_epoch keep it as it is until then",
+                        f"{join_names(frozen)} cannot be unfrozen during fit: the layer is not trainable, so the "
+                        "optimizer does not know it; set layer.trainable = True before compile, and let "
+                        "`trainable: false` with an end_epoch freeze it until then",
                     )
 
 

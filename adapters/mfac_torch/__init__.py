@@ -2,29 +2,32 @@
 
 Read in this order:
 
-* ``manager``: :class:`ScheduledModifierManager`, the entry point: gradual and one-shot pruning, resume
-* ``one_shot``: :func:`prune_one_shot`, without training, in one call
+* ``manager``: :class:`ScheduledModifierManager`, the entry point: gradual and one-shot pruning, resuming
+* ``one_shot``: :func:`prune_one_shot`, one-shot pruning in one call
 * ``modifier``, ``modifier_list``: the modifiers of a recipe as Python objects
-* ``conditions``: what is checked, and what is said, before anything is changed
-* ``session``: what happens around each optimizer step
+* ``conditions``: checks of arguments before anything is changed
+* ``session``: hooks around each optimizer step
 * ``live_pruning``: one pruning modifier at work on one model
 * ``training_changes``: learning rates, weight decay, which parameters are trained
-* ``wrappers``: the model inside what holds it
-* ``selection``, ``layout``: which parameters ``params`` means, and the order of their axes
+* ``wrappers``: the model inside its wrappers
+* ``selection``, ``layout``: the parameters that ``params`` matches, and the order of their axes
 * ``sampling``: :class:`GradSampler`, gradient samples outside the training loop
-* ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the weights that there are now
+* ``batches``, ``evaluation``: how it calls a model, and leaves it as it was
+* ``batchnorm``: :func:`recalibrate_batchnorm`, running statistics for the current weights
 * ``layer_sensitivity``: :func:`sensitivity`, how much sparsity each parameter tolerates
-* ``masking``: pruned weights stay at exactly zero
-* ``optimizer_state``: what optimizers remember of pruned weights
-* ``outside_changes``: what others do to these weights between two steps
+* ``masking``: masks that keep pruned weights at exactly zero
+* ``optimizer_state``: optimizer state, reset at pruned weights
+* ``write_monitor``: writes to pruned weights by other code
 * ``zeros``: zeros counted from the weights; :func:`apply_masks` for averaged copies
+* ``finalization``: weights compared with masks at the end of a run
 * ``random_state``: random number generators, for resumed runs
-* ``checkpoint``: a resumed run's files, whole after a kill
+* ``checkpoint``: model, optimizers and manager in one file
+* ``tensor_files``: files of tensors, whole after a kill
 * ``scalar_loggers``: TensorBoard and the like
 * ``conversion``: tensors to arrays and back
-* ``scheduled_optimizer``: :func:`ScheduledOptimizer`, for scripts that call it
+* ``scheduled_optimizer``: :func:`ScheduledOptimizer`, for scripts that use it
 * ``digits``, ``demo``: what ``mfac demo`` runs
-* ``export``, ``lightning``, ``transformers``: imported only when asked for
+* ``export``, ``lightning``, ``transformers``: imported only on request
 """
 
 from mfac_torch.batchnorm import recalibrate_batchnorm

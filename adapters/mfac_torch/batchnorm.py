@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
+from mfac_torch.evaluation import training_flags_restored
 from mfac_torch.sampling import GradSampler
 from mfac_torch.wrappers import unwrapped
 
@@ -105,19 +106,17 @@ class RunningStatistics(LayerStatistics):
 
     @contextmanager
     def _measuring(self, statistics: BatchStatistics) -> Iterator[None]:
-        flags = [(module, module.training) for module in self._model.modules()]
         momenta = [(layer, layer.momentum) for layer in self.layers.values()]
-        self._model.eval()
-        try:
-            for layer in self.layers.values():
-                layer.train()
-                layer.momentum = None  # the average of all calls within a batch
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-            for layer, momentum in momenta:
-                layer.momentum = momentum
+        with training_flags_restored(self._model):
+            self._model.eval()
+            try:
+                for layer in self.layers.values():
+                    layer.train()
+                    layer.momentum = None  # the average of all calls within a batch
+                yield
+            finally:
+                for layer, momentum in momenta:
+                    layer.momentum = momentum
 
 
 class _WithoutLoss(GradSampler):

@@ -1,25 +1,63 @@
-"""What must hold before a recipe is attached to a model: checked while nothing is changed yet."""
+"""Checks of arguments and modifiers, made before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 
+from mfac_core.settings.checks import check_number
+from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_torch.live_pruning import TorchPruning
-from mfac_torch.session import is_followed
+from mfac_torch.session import is_attached
 
-__all__ = ["check_optimizers", "check_trained", "refuse_distributed", "unwrapped_optimizers"]
+__all__ = [
+    "check_optimizers",
+    "check_sampler",
+    "check_trained",
+    "refuse_distributed",
+    "refuse_unsupported",
+    "unwrapped_optimizers",
+    "whole_steps",
+]
+
+_logger = logging.getLogger("mfac_torch")
+
+
+def refuse_unsupported(method: str, arguments: Mapping[str, object]) -> None:
+    """Raise TypeError for further arguments of a method that are not None."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise TypeError(f"{method}() does not support {', '.join(map(repr, given))}; leave it out")
+
+
+def whole_steps(steps_per_epoch: float) -> int:
+    """Return the steps per epoch, rounded up; raise SettingError if they are not a positive number."""
+    rule = "steps_per_epoch > 0, such as len(loader) for one step per batch; a fraction is rounded up"
+    check_number("steps_per_epoch", steps_per_epoch, rule, lambda x: x > 0)
+    whole = math.ceil(steps_per_epoch)
+    if whole != steps_per_epoch:
+        _logger.info("steps_per_epoch %g is rounded up to %d", steps_per_epoch, whole)
+    return whole
+
+
+def check_sampler(sampler: object, settings: Iterable[PruningSettings], *, recalibrate_batchnorm: bool) -> None:
+    """Raise TypeError if pruning in one shot needs a gradient sampler and there is none."""
+    if sampler is not None:
+        return
+    cure = "pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()"
+    if any(isinstance(each, MFACSettings) for each in settings):
+        raise TypeError(f"M-FAC in one shot needs gradients; {cure}")
+    if recalibrate_batchnorm:
+        raise TypeError(f"recalibrate_batchnorm needs batches; {cure}")
 
 
 def refuse_distributed() -> None:
-    """Refuse training that is distributed over several processes.
-
-    Raises:
-        NotImplementedError: If there is more than one rank.
-    """
+    """Raise NotImplementedError if training is distributed over several processes."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
     world_size = torch.distributed.get_world_size()
@@ -35,14 +73,8 @@ def unwrapped_optimizers(
 ) -> tuple[torch.optim.Optimizer, ...]:
     """Return one optimizer or several as a tuple, without the wrappers that trainers put around them.
 
-    Args:
-        optimizer: What was passed as the optimizer.
-
-    Returns:
-        The optimizers whose steps can be followed.
-
     Raises:
-        TypeError: If it is anything else.
+        TypeError: If one of them is not an optimizer, or cannot have hooks.
     """
     given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
     optimizers = tuple(_unwrapped_optimizer(each) for each in given)
@@ -53,8 +85,8 @@ def unwrapped_optimizers(
             )
         if _hooks(inside) is None:
             raise TypeError(
-                f"optimizer is a {type(each).__name__} whose steps cannot be followed, because it was made without "
-                "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) in its class, or pass the "
+                f"optimizer is a {type(each).__name__} that cannot have hooks, because its class does not call "
+                "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) there, or pass the "
                 "optimizer that it wraps"
             )
     if not optimizers:
@@ -65,34 +97,28 @@ def unwrapped_optimizers(
 def check_optimizers(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
 ) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers that a manager can be attached to.
-
-    Args:
-        optimizer: What was passed as the optimizer.
-
-    Returns:
-        As :func:`unwrapped_optimizers`.
+    """Return the optimizers, unwrapped, if a manager can be attached to them.
 
     Raises:
-        TypeError: If it is anything else.
-        ValueError: If one of them is there twice.
+        TypeError: As :func:`unwrapped_optimizers`.
+        ValueError: If the same optimizer is given twice.
         RuntimeError: If a manager is attached to one of them already.
     """
     optimizers = unwrapped_optimizers(optimizer)
     if len({id(each) for each in optimizers}) < len(optimizers):
-        raise ValueError("the list of optimizers has one of them twice; pass each of them once")
+        raise ValueError("the list of optimizers contains one of them twice; pass each of them once")
     for each in optimizers:
-        if is_followed(each):
+        if is_attached(each):
             raise RuntimeError(
                 f"another manager is attached to this {type(each).__name__} optimizer already, and two would undo each "
                 "other's masks; write the modifiers of both into one recipe, or call finalize() of the first manager "
-                "(where that is lost, make a new optimizer)"
+                "(if that is lost, create a new optimizer)"
             )
     return optimizers
 
 
 def _unwrapped_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer that a wrapper holds; one whose own steps can be followed is none, whatever it holds."""
+    """Return the optimizer inside a wrapper; an optimizer with hooks of its own is not one, whatever it contains."""
     inside = getattr(optimizer, "optimizer", None)
     if not isinstance(inside, torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
         return optimizer
@@ -105,17 +131,10 @@ def _hooks(optimizer: Any) -> Any:
 
 
 def check_trained(prunings: Sequence[TorchPruning]) -> None:
-    """Refuse parameters in scope that no optimizer trains, but for those whose zeros are only held.
-
-    Args:
-        prunings: The pruning modifiers.
-
-    Raises:
-        ValueError: If there are such; the message names them.
-    """
+    """Raise ValueError if no optimizer trains a parameter in scope of a modifier that does more than hold zeros."""
     for pruning in prunings:
         if pruning.untrained and not pruning.holds_zeros_only:
             raise ValueError(
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so their masks could not be held; give "
-                "them to the optimizer, or name in params only what it trains"
+                "them to the optimizer, or list in params only what it trains"
             )

@@ -1,8 +1,8 @@
-"""A pruned model leaves the house: masks as a file, and the forms that other tools take.
+"""Export of a pruned model: masks as a file, and the formats of other tools.
 
-Call these after ``manager.finalize()``. A pruned model is a dense model with zeros in it: none of these forms makes it
-quicker or its file smaller, except :func:`to_semi_structured` on the GPUs that it names, and runtimes or compression
-that use zeros.
+Call these functions after ``manager.finalize()``. A pruned model is a dense model with zeros in it: no format makes it
+faster or its file smaller, except :func:`to_semi_structured` on the GPUs that it names, and runtimes or compression
+that make use of zeros.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 
 from mfac_core.errors import DeviceError
 from mfac_core.files import write_file
+from mfac_torch.evaluation import training_flags_restored
 from mfac_torch.selection import prunable_parameters, select_parameters, sparse_parameters
 from mfac_torch.wrappers import unwrapped
 from mfac_torch.zeros import HasMasks, Masks
@@ -32,16 +33,16 @@ _logger = logging.getLogger("mfac_torch")
 
 
 def masks_of(model: nn.Module, params: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-    """Return the masks that a pruned model's zeros amount to.
+    """Return masks computed from the zeros of a pruned model.
 
     Args:
         model: The model.
-        params: Which parameters, as in a recipe; ``None`` takes all of ``__ALL_PRUNABLE__`` that hold a zero, and
-            every other weight that was pruned: it has at least two axes, and more than 10% of it are zero, but not
-            all. Name others that were pruned, such as biases.
+        params: Which parameters, as in a recipe; ``None`` selects the parameters of ``__ALL_PRUNABLE__`` that contain a
+            zero, and all others with at least two axes of which more than 10% are zero, but not everything. Name other
+            parameters that were pruned, such as biases.
 
     Returns:
-        The masks by parameter name, on the devices of the parameters; a weight that is zero counts as pruned.
+        The masks by parameter name, on the devices of the parameters; every weight that is zero counts as pruned.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -59,10 +60,10 @@ def masks_of(model: nn.Module, params: Sequence[str] | None = None) -> dict[str,
 
 
 def save_masks(source: HasMasks | nn.Module | Masks, path: str | os.PathLike[str]) -> None:
-    """Save masks as a safetensors file: a boolean tensor per parameter, the sparsity in its metadata.
+    """Save masks as a safetensors file: a boolean tensor per parameter, with the sparsity in the metadata.
 
     Args:
-        source: A manager; or a pruned model, as :func:`masks_of` reads it; or masks.
+        source: A manager, masks, or a pruned model, whose masks :func:`masks_of` computes.
         path: The file to write.
 
     Raises:
@@ -78,15 +79,15 @@ def save_masks(source: HasMasks | nn.Module | Masks, path: str | os.PathLike[str
     """
     from safetensors.torch import save
 
-    masks = _masks(source)
+    masks = _masks_from(source)
     tensors = {name: mask.detach().to("cpu", torch.bool).contiguous() for name, mask in masks.items()}
-    kept = sum(int(mask.sum()) for mask in tensors.values())
-    sparsity = 1.0 - kept / sum(mask.numel() for mask in tensors.values())
+    num_unpruned = sum(int(mask.sum()) for mask in tensors.values())
+    sparsity = 1.0 - num_unpruned / sum(mask.numel() for mask in tensors.values())
     write_file(path, save(tensors, metadata={"format": _FORMAT, "sparsity": repr(sparsity)}))
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """Return the masks of a file that :func:`save_masks` wrote.
+    """Load masks from a file that :func:`save_masks` wrote.
 
     Args:
         path: The file.
@@ -95,8 +96,8 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         The masks by parameter name, in host memory.
 
     Raises:
-        ValueError: If the file holds something else than boolean masks, or is damaged.
-        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a file of boolean masks, or is damaged.
+        FileNotFoundError: If the file does not exist.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -107,11 +108,12 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             masks = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
     except SafetensorError as error:
         raise ValueError(
-            f"{name} is no file of masks, or is damaged ({error}); pass a file that save_masks() wrote"
+            f"{name} is not a file of masks, or is damaged ({error}); pass a file that save_masks() wrote"
         ) from error
     if found != _FORMAT:
         raise ValueError(
-            f"{name} is no file of masks: its format is {found!r}, not {_FORMAT!r}; pass a file that save_masks() wrote"
+            f"{name} is not a file of masks: its format is {found!r} instead of {_FORMAT!r}; pass a file that "
+            "save_masks() wrote"
         )
     for key, mask in masks.items():
         if mask.dtype != torch.bool:
@@ -120,11 +122,11 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 
 def to_torch_prune(model: nn.Module, masks: HasMasks | Masks) -> nn.Module:
-    """Give a model the form of ``torch.nn.utils.prune``: ``weight_orig`` and ``weight_mask`` in place of ``weight``.
+    """Convert a model to the form of ``torch.nn.utils.prune``: ``weight_orig`` and ``weight_mask`` replace ``weight``.
 
-    The masks are then held by PyTorch itself while other tools train the model, and
-    ``torch.nn.utils.prune.remove(module, "weight")`` makes it plain again. Nothing becomes quicker: the mask is
-    multiplied in before each evaluation.
+    PyTorch itself then holds the masks while other tools train the model, and
+    ``torch.nn.utils.prune.remove(module, "weight")`` makes it plain again. The model does not become faster: PyTorch
+    multiplies by the mask before each evaluation.
 
     Args:
         model: The model, changed in place.
@@ -134,48 +136,49 @@ def to_torch_prune(model: nn.Module, masks: HasMasks | Masks) -> nn.Module:
         The model itself.
 
     Raises:
-        ValueError: If a mask does not fit the model. The model is untouched then.
+        ValueError: If a mask does not fit the model, which then does not change.
 
     Example:
         >>> layer = to_torch_prune(nn.Linear(2, 1), {"weight": torch.tensor([[False, True]])})
         >>> sorted(layer.state_dict())
         ['bias', 'weight_mask', 'weight_orig']
     """
-    checked = _masks(masks)
+    checked = _masks_from(masks)
     owners = _owners(model)
     for name, mask in checked.items():
         shape = tuple(_parameter(model, name).shape)
         if tuple(mask.shape) != shape:
             raise ValueError(f"the mask of {name} has the shape {tuple(mask.shape)}, and the parameter has {shape}")
-    places = [
+    masked = [
         (module, attribute, mask)
         for name, mask in checked.items()
         for module, attribute in owners[id(_parameter(model, name))]
     ]
-    for module, attribute, mask in places:
+    for module, attribute, mask in masked:
         parameter = getattr(module, attribute)
         prune.custom_from_mask(module, attribute, mask.to(parameter.device, parameter.dtype))
     return model
 
 
 def to_semi_structured(model: nn.Module, params: Sequence[str] | None = None) -> nn.Module:
-    """Store 2:4 weights of ``Linear`` layers compressed, for the sparse matrix units of NVIDIA's GPUs.
+    """Compress 2:4 weights of ``Linear`` layers for the sparse tensor cores of NVIDIA GPUs.
 
     This needs a GPU of compute capability 8.0 (Ampere) or later and float16, bfloat16 or int8 weights; it halves the
-    memory of these weights and speeds up large products at inference. Convolutions stay dense: there are no kernels
-    for them. Other patterns than 2:4 cannot be stored so.
+    memory of these weights and speeds up large products at inference. Convolutions stay dense, because there are no
+    kernels for them. Only the pattern 2:4 is supported.
 
     Args:
         model: The model, on its GPU and in its dtype for inference; changed in place.
-        params: Names of weights, as in a recipe; ``None`` takes those of all ``Linear`` layers that hold a zero.
+        params: Names of weights, as in a recipe; ``None`` selects the weights of all ``Linear`` layers that contain a
+            zero.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: If a weight is not that of a ``Linear`` layer, does not have the 2:4 pattern, or has a shape or
-            dtype without kernels. The model is untouched then.
-        DeviceError: If a weight is not on such a GPU. The model is untouched then.
+        ValueError: If a weight does not belong to a ``Linear`` layer, does not have the 2:4 pattern, or has a shape or
+            dtype without kernels. The model then does not change.
+        DeviceError: If a weight is not on such a GPU. The model then does not change.
     """
     from torch.sparse import to_sparse_semi_structured
 
@@ -204,13 +207,12 @@ def to_semi_structured(model: nn.Module, params: Sequence[str] | None = None) ->
 def export_onnx(model: nn.Module, args: tuple[Any, ...], path: str | os.PathLike[str], **options: Any) -> None:
     """Write a model as an ONNX file, with its zeros.
 
-    The file is as large as that of the dense model and common runtimes evaluate it as slowly; those that use
-    unstructured sparsity find the zeros in the initializers. A weight whose zeros are not in the file is named in the
-    log.
+    The file is as large as that of the dense model, and common runtimes are no faster with it; runtimes that use
+    unstructured sparsity find the zeros in the initializers. A warning names weights whose zeros are not in the file.
 
     Args:
-        model: The model; it is exported in eval mode and is left as it was.
-        args: Example inputs, as ``model(*args)`` takes them.
+        model: The model; it is exported in evaluation mode and does not change.
+        args: Example inputs for ``model(*args)``.
         path: The file to write; weights of more than 2 GB go to files beside it.
         **options: Further arguments of ``torch.onnx.export``, such as ``dynamic_shapes`` or ``input_names``.
 
@@ -224,19 +226,15 @@ def export_onnx(model: nn.Module, args: tuple[Any, ...], path: str | os.PathLike
         raise ImportError(
             'export_onnx needs onnx and onnxscript; install them with: pip install "mfac-core[onnx]"'
         ) from error
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with training_flags_restored(model):
+        model.eval()
         program = torch.onnx.export(model, args, dynamo=True, **{"verbose": False, **options})
-    finally:
-        for module, flag in training:
-            module.training = flag
-    assert program is not None  # with dynamo=True there is one
-    _report_lost_zeros(model, program)
+    assert program is not None  # torch returns a program with dynamo=True
+    _warn_lost_zeros(model, program)
     program.save(path)
 
 
-def _masks(source: HasMasks | nn.Module | Masks) -> Masks:
+def _masks_from(source: HasMasks | nn.Module | Masks) -> Masks:
     if isinstance(source, nn.Module):
         masks: Masks = masks_of(source)
     elif isinstance(source, Mapping):
@@ -249,7 +247,7 @@ def _masks(source: HasMasks | nn.Module | Masks) -> Masks:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    # A tied parameter has several.
+    """Return the modules and attributes of each parameter, by id; a tied parameter has several."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -296,12 +294,12 @@ def _compressed(name: str, weight: torch.Tensor, compress: Any) -> torch.Tensor:
     return compressed
 
 
-def _report_lost_zeros(model: nn.Module, program: Any) -> None:
+def _warn_lost_zeros(model: nn.Module, program: Any) -> None:
     values = program.model.graph.initializers
     zeros = {name: _zeros(value) for name, value in values.items()}
     for name, mask in masks_of(model).items():
         pruned = int((~mask).sum())
-        # A weight that the exporter transposed has another name.
+        # The exporter renames a weight that it transposes: any weight of the same size may be the one.
         same = [name] if name in zeros else [other for other in zeros if values[other].const_value.size == mask.numel()]
         found = max((zeros[other] for other in same), default=0)
         if found < pruned:

@@ -82,6 +82,7 @@ def sensitivity(
         NotImplementedError: If training is distributed over several processes.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> batches = [(torch.randn(4, 8), torch.randn(4, 2)) for _ in range(16)]
         >>> result = sensitivity(model, batches, nn.functional.mse_loss, sparsities=(0.5, 0.9), num_grads=16)

@@ -31,11 +31,11 @@ def weight_axes(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, 
     found: dict[str, tuple[int, ...]] = {}
     wanted = set(names)
     for name, parameter in model.named_parameters():
-        if name not in wanted or parameter.ndim < 2:  # noqa: PLR2004
+        if name not in wanted or parameter.ndim < 2:
             continue
         usual = (0, *range(2, parameter.ndim), 1)
         stacked = (parameter.ndim - 2, parameter.ndim - 1)
-        layouts = known.get(id(parameter), {usual if parameter.ndim == 2 else stacked})  # noqa: PLR2004
+        layouts = known.get(id(parameter), {usual if parameter.ndim == 2 else stacked})
         if layouts != {usual}:
             found[name] = next(iter(layouts)) if len(layouts) == 1 else ()
     return found
@@ -50,13 +50,13 @@ def _axes_in(module: nn.Module) -> Iterator[tuple[nn.Parameter, tuple[int, ...]]
                 axes = range(parameter.ndim)
                 yield parameter, (*axes[1:], 0) if is_transposed else (0, *axes[2:], 1)
     elif is_transposed_linear(module):
-        yield from ((parameter, (1, 0)) for parameter in module.parameters() if parameter.ndim == 2)  # noqa: PLR2004
+        yield from ((parameter, (1, 0)) for parameter in module.parameters() if parameter.ndim == 2)
     elif isinstance(module, nn.Linear | nn.Embedding | nn.EmbeddingBag):
-        yield from ((parameter, (0, 1)) for parameter in own_parameters(module) if parameter.ndim == 2)  # noqa: PLR2004
+        yield from ((parameter, (0, 1)) for parameter in own_parameters(module) if parameter.ndim == 2)
     elif isinstance(module, nn.Bilinear):
-        yield from ((parameter, (0, 1, 2)) for parameter in own_parameters(module) if parameter.ndim == 3)  # noqa: PLR2004
+        yield from ((parameter, (0, 1, 2)) for parameter in own_parameters(module) if parameter.ndim == 3)
     elif getattr(module, "is_transposed", False) is True:
-        yield from ((parameter, (2, 1)) for parameter in own_parameters(module) if parameter.ndim == 3)  # noqa: PLR2004
+        yield from ((parameter, (2, 1)) for parameter in own_parameters(module) if parameter.ndim == 3)
 
 
 def own_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -71,7 +71,7 @@ def _is_convolution(module: nn.Module) -> bool:
 def _has_kernel(parameter: nn.Parameter, module: nn.Module) -> bool:
     """Return whether the last axes of a parameter are those of a kernel of its module's ``kernel_size``."""
     size = getattr(module, "kernel_size", None)
-    if is_lazy(parameter) or parameter.ndim < 3 or not isinstance(size, int | tuple):  # noqa: PLR2004
+    if is_lazy(parameter) or parameter.ndim < 3 or not isinstance(size, int | tuple):
         return False
     window = tuple(parameter.shape[2:])
     return window == ((size,) * len(window) if isinstance(size, int) else size)
@@ -83,4 +83,4 @@ def is_transposed_linear(module: nn.Module) -> bool:
     if isinstance(module, _ConvNd) or not any(kind.__name__ == "Conv1D" for kind in type(module).__mro__):
         return False
     weight = module._parameters.get("weight")
-    return weight is None or weight.ndim == 2  # noqa: PLR2004
+    return weight is None or weight.ndim == 2

@@ -32,31 +32,30 @@ _logger = logging.getLogger("mfac_torch")
 
 
 class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absent where types are checked
-    """Runs a recipe inside Lightning's ``Trainer``, automatic and manual optimization alike.
+    """Runs a recipe inside Lightning's ``Trainer``, with automatic or manual optimization.
 
-    Checkpoints of the trainer hold the state of pruning too, and ``fit(ckpt_path=...)`` goes on from there. When
-    training ends, or breaks off, the model is a plain module again. After each pruning step the trainer's loggers are
-    told the sparsity of each parameter as ``ParamPruning/<name>``, and after each epoch the sparsity of all of them
-    together as ``sparsity``. Names are those of the ``LightningModule``.
+    Checkpoints of the trainer include the state of pruning, and ``fit(ckpt_path=...)`` continues from it. When training
+    ends or fails, the model is a plain module again. The sparsity of each parameter is logged after each pruning step
+    as ``ParamPruning/<name>``, and that of all parameters together after each epoch as ``sparsity``. Names are those of
+    the ``LightningModule``.
 
-    In the trainer's list of callbacks it goes behind all others but those that write checkpoints, wherever it was
-    given, so that it sees what they have done. An average of the weights (``StochasticWeightAveraging``,
-    ``WeightAveraging``, ``EMAWeightAveraging``) gets the zeros of the masks wherever it takes the place of the weights:
-    in validation, in checkpoints, at the end. Where anything else has put denser weights back by the end of training, a
-    warning says so, and they are left as they are.
+    In the trainer's list of callbacks it moves behind all others except those that write checkpoints, so that it sees
+    their changes. An average of the weights (``StochasticWeightAveraging``, ``WeightAveraging``,
+    ``EMAWeightAveraging``) gets the zeros of the masks wherever it replaces the weights: in validation, in checkpoints,
+    at the end. If anything else has restored denser weights by the end of training, a warning says so, and the weights
+    stay as they are.
 
     Args:
         recipe: Path or text of a recipe, or a manager.
-        steps_per_epoch: Optimizer steps per epoch; ``None`` counts the batches of the trainer, as many as it
-            accumulates for one step. Give it where the trainer does not know how many batches there are, where the
-            accumulation changes between epochs, or where manual optimization does not step once per batch.
-        grad_sampler: Draws the gradient samples at each pruning step; ``None`` takes the gradients of training.
-        gradient_window: Whether checkpoints hold the gradient window. Without it they are smaller, and a resumed run
-            has to fill its window anew.
+        steps_per_epoch: Optimizer steps per epoch; ``None`` computes it from the batches of the trainer and the number
+            of batches that it accumulates. Pass it if the trainer does not know the number of batches, if the
+            accumulation changes between epochs, or if manual optimization does not step once per batch.
+        grad_sampler: Draws the gradient samples at each pruning step; ``None`` uses the gradients of training.
+        gradient_window: Whether checkpoints include the gradient window. Without it they are smaller, and a resumed run
+            has to refill its window.
 
     Attributes:
-        manager: The manager; ``Trainer(max_epochs=callback.manager.max_epochs)`` trains as long as the recipe
-            says.
+        manager: The manager; ``Trainer(max_epochs=callback.manager.max_epochs)`` trains for the epochs of the recipe.
 
     Raises:
         RecipeError: If the recipe is wrong.
@@ -93,20 +92,20 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         self._last_state: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Go behind the other callbacks, and forget the state of an earlier run.
+        """Move behind the other callbacks, and forget the state of an earlier run.
 
-        The trainer loads that of its checkpoint after this hook.
+        The trainer loads the state in its checkpoint after this hook.
         """
         self._loaded = None
         if stage == "fit" and self in trainer.callbacks:
-            # A new list: the trainer is just going through the old one.
+            # A new list, because the trainer is iterating over the old one.
             others = [callback for callback in trainer.callbacks if callback is not self]
-            writers = [number for number, callback in enumerate(others) if _is_one_of(callback, "Checkpoint")]
-            place = min(writers, default=len(others))
-            trainer.callbacks = [*others[:place], self, *others[place:]]
+            writers = [index for index, callback in enumerate(others) if _is_one_of(callback, "Checkpoint")]
+            index = min(writers, default=len(others))
+            trainer.callbacks = [*others[:index], self, *others[index:]]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach the recipe: optimizers are there by now, and hold what a checkpoint remembers."""
+        """Attach the recipe: the optimizers exist by now, with the state of a checkpoint."""
         optimizers = trainer.optimizers
         self.manager.modify(
             pl_module,
@@ -126,44 +125,44 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
             self.manager.load_state_dict(self._loaded)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Give an average that has taken the place of the weights its zeros, as before normalization statistics."""
-        self._hold_average(trainer, pl_module)
+        """Apply the masks to an average that has replaced the weights; its normalization statistics come after this."""
+        self._prune_average(trainer, pl_module)
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Give an average that is validated in place of the weights its zeros; it keeps them afterwards."""
-        self._hold_average(trainer, pl_module)
+        """Apply the masks to an average that is validated in place of the weights."""
+        self._prune_average(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Give an average that is saved in place of the weights its zeros."""
-        self._hold_average(trainer, checkpoint["state_dict"])
+        """Apply the masks to an average that is saved in place of the weights."""
+        self._prune_average(trainer, checkpoint["state_dict"])
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the sparsity of all weights in scope together."""
         pl_module.log("sparsity", self.manager.sparsity)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Detach: a plain module remains, and an average that has taken the place of the weights has their zeros."""
-        self._hold_average(trainer, pl_module, is_last=True)
+        """Detach from the module, and apply the masks to an average that has replaced the weights."""
+        self._prune_average(trainer, pl_module, is_last=True)
         self._finalize()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Say what has come back since training ended, in the hooks of the module too."""
+        """Warn about pruned weights that have become nonzero since training ended, in the module's own hooks too."""
         regrown = self.manager.regrown() if stage == "fit" else {}
         if regrown and not self._has_warned:
             _logger.warning(
                 "%s pruned weights are not zero (%s): they came back after the end of training, most likely with best "
-                "weights that were restored; they are left as they are, and mfac_torch.apply_masks(model, "
+                "weights that were restored; they stay as they are, and mfac_torch.apply_masks(model, "
                 "callback.manager) sets them to zero",
                 f"{sum(regrown.values()):,}",
                 join_names(regrown),
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach from a run that broke off."""
+        """Detach from a run that failed."""
         self._finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of pruning for a checkpoint: that of the run in progress, or that of the last one."""
+        """Return the state of pruning for a checkpoint, of the current run or of the last one."""
         if not self._is_attached:
             return self._last_state
         return self.manager.state_dict(gradient_window=self._gradient_window)
@@ -174,24 +173,24 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
 
     def _finalize(self) -> None:
         if self._is_attached:
-            # Checkpoints may be saved after the end. What finalize finds, it says itself.
+            # Checkpoints may be saved after the end. finalize() logs its own warning about weights that are not zero.
             self._last_state = self.manager.state_dict(gradient_window=self._gradient_window, warn=False)
             self._is_attached = False
             self.manager.finalize()
             self._has_warned = bool(self.manager.regrown())
 
-    def _hold_average(self, trainer: Any, model_or_state: Any, *, is_last: bool = False) -> None:
+    def _prune_average(self, trainer: Any, model_or_state: Any, *, is_last: bool = False) -> None:
         averages = _averages(trainer)
         masks = self.manager.masks
         if not averages or not masks:
             return
-        if isinstance(model_or_state, Mapping):  # a module may save a part of its weights only
+        if isinstance(model_or_state, Mapping):  # a module may save only some of its weights
             masks = {name: mask for name, mask in masks.items() if name in model_or_state}
         changed = apply_masks(model_or_state, masks)
         if changed and is_last:
             _logger.warning(
                 "%s has put an average in the place of the weights in which %s pruned weights were not zero, so they "
-                "were set to zero; let averaging begin after the last pruning step to average pruned weights alone",
+                "were set to zero; start averaging after the last pruning step to average pruned weights only",
                 ", ".join(averages),
                 f"{changed:,}",
             )
@@ -200,7 +199,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
 
 
 class _TrainerLoggers:
-    """The loggers of a trainer, in the form that the manager knows."""
+    """The loggers of a trainer, with the interface that the manager expects."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -211,13 +210,13 @@ class _TrainerLoggers:
 
 
 def _averages(trainer: Any) -> list[str]:
-    """Return the names of the callbacks that put an average in the place of the weights."""
+    """Return the names of the callbacks that replace the weights by an average."""
     kinds = ("StochasticWeightAveraging", "WeightAveraging")
     return [type(callback).__name__ for callback in trainer.callbacks if _is_one_of(callback, *kinds)]
 
 
 def _is_one_of(callback: Any, *names: str) -> bool:
-    # By name: `lightning` and `pytorch_lightning` have a class each, and older versions lack some.
+    # By name, because `lightning` and `pytorch_lightning` have classes of their own, and older versions lack some.
     return any(each.__name__ in names for each in type(callback).__mro__)
 
 
@@ -233,6 +232,6 @@ def _steps_per_epoch(trainer: Any) -> int:
             "a GradientAccumulationScheduler gives epochs different numbers of steps; pass steps_per_epoch to "
             "PruningCallback"
         )
-    # Lightning makes a step after the last batch of an epoch too.
+    # Lightning steps after the last batch of an epoch, even if it has accumulated fewer batches.
     steps: int = math.ceil(batches / trainer.accumulate_grad_batches)
     return steps

@@ -27,7 +27,7 @@ from mfac_torch.conversion import (
 )
 from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
-from mfac_torch.optimizer_state import forget, forget_all
+from mfac_torch.optimizer_state import reset_pruned_state, reset_state
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
@@ -45,13 +45,13 @@ class TorchPruning(LivePruning):
         steps_per_epoch: Optimizer steps per epoch.
         optimizers: The optimizers that train the model.
         grad_sampler: Where gradient samples come from; None takes those of training.
-        loggers: Are told the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
+        loggers: Functions that get the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
         name: As in :class:`LivePruning`.
-        logged: Warnings about the selection that the log has already; new ones are added.
+        logged: Warnings about the selection that are logged already; new ones are added.
 
     Attributes:
         parameters: The parameters in scope by name.
-        held: Their masks, on the devices of the parameters.
+        held_masks: Their masks, on the devices of the parameters.
 
     Raises:
         SettingError: If ``params``, ``exclude`` or ``mask_type`` of the settings does not fit the model.
@@ -73,7 +73,7 @@ class TorchPruning(LivePruning):
         name: str = "",
         logged: set[str] | None = None,
     ) -> None:
-        # zeros that are only held need no training: they stay where nothing moves them
+        # A modifier that only holds zeros may have frozen weights in scope.
         self.parameters = select_parameters(
             model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
         )
@@ -91,8 +91,8 @@ class TorchPruning(LivePruning):
             axes=weight_axes(model, self.parameters),
             name=name,
         )
-        self.held = HeldMasks(self.parameters)
-        self._sample: dict[str, Array] | None = None  # the gradients of a sample that several optimizers complete
+        self.held_masks = HeldMasks(self.parameters)
+        self._sample: dict[str, Array] | None = None  # an incomplete sample, where several optimizers step in turn
 
     def weights(self) -> dict[str, Array]:
         """Return the parameters in scope as arrays."""
@@ -110,8 +110,8 @@ class TorchPruning(LivePruning):
             undo.callback(values.copy_, values.clone())
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterator[Mapping[str, Array]]:
-        """Draw gradient samples, and batches beside them."""
-        assert self._sampler is not None  # samples are drawn only where there is one
+        """Draw gradient samples; ``held_out`` gets further batches."""
+        assert self._sampler is not None  # the caller draws samples only from a sampler
         options = pruner.settings.sampler_options
         samples = self._sampler.gradients(
             self._model, self.parameters, pruner.num_gradients, options, held_out=held_out
@@ -121,7 +121,7 @@ class TorchPruning(LivePruning):
             wait_until_read(gradient.device for gradient in gradients.values())
 
     def loss_function(self) -> Callable[[Sequence[Any]], float]:
-        """Return the mean loss of batches; dropout, if active, drops the same units before and after a pruning step."""
+        """Return a function that computes the mean loss of batches, each time with the same dropout masks."""
         sampler, draws = self._sampler, random_state()
         assert sampler is not None
 
@@ -146,21 +146,21 @@ class TorchPruning(LivePruning):
             raise
 
     def apply(self, result: PruneResult, undo: ExitStack) -> None:
-        """Hold the new masks, and reset the state of optimizers at pruned weights."""
-        held = HeldMasks(self.parameters)
-        held.hold(result.masks)
-        held.zero_weights()
+        """Hold the new masks, and reset optimizer state at pruned weights."""
+        held_masks = HeldMasks(self.parameters)
+        held_masks.hold(result.masks)
+        held_masks.zero_weights()
         for optimizer in self._optimizers:
             if result.resets_optimizer:
-                forget_all(optimizer, self.parameters.values(), undo)
-            forget(optimizer, self.parameters, held.pruned, undo)
-        undo.callback(setattr, self, "held", self.held)
-        self.held = held
+                reset_state(optimizer, self.parameters.values(), undo)
+            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo)
+        undo.callback(setattr, self, "held_masks", self.held_masks)
+        self.held_masks = held_masks
 
     def pruned(self, result: PruneResult, step: int) -> None:
-        """Tell the loggers, and release the masks at the end of a run that does not keep them."""
+        """Release the masks if the pruner has, and pass the sparsity of each parameter to the loggers."""
         if not self.masks:
-            self.held.release()
+            self.held_masks.release()
         for log in self._loggers:
             for name, mask in result.masks.items():
                 log(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
@@ -169,38 +169,38 @@ class TorchPruning(LivePruning):
                 log(f"PruningStep/measured_loss_change{of_modifier}", result.measured_loss_change, step)
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
-        """Return all that a resumed run needs, with tensors for arrays."""
+        """Return everything a resumed run needs, with tensors in place of arrays."""
         state: dict[str, Any] = state_to_tensors(super().state_dict(gradient_window=gradient_window))
         return state
 
     def parsed(self, state: Mapping[str, Any]) -> Pruner:
-        """Return a pruner with a state, whose arrays are tensors."""
+        """Return a pruner with a state that holds tensors in place of arrays."""
         return super().parsed(state_to_arrays(state))
 
     def resume(self, pruner: Pruner) -> None:
-        """Continue from a state: its masks are held from now on, and weights at pruned entries are set to zero."""
+        """Resume from a parsed state: hold its masks, and set pruned weights to zero."""
         super().resume(pruner)
         self._sample = None
-        self.held = HeldMasks(self.parameters)
-        self.held.hold(self.masks)
+        self.held_masks = HeldMasks(self.parameters)
+        self.held_masks.hold(self.masks)
 
         difference = count_zeros(self.weights(), self.masks).difference()
         if difference:
             self.logger.warning(
-                "%s. The masks of the loaded state are held, so these weights are set to zero; load the model's own "
-                "state, saved together with it, before that of the manager",
+                "%s. The loaded masks set these weights to zero now; load the model's own state, saved together with "
+                "them, before that of the manager",
                 difference,
             )
-        self.held.zero_weights()
+        self.held_masks.zero_weights()
 
     @property
     def mask_tensors(self) -> dict[str, torch.Tensor]:
-        """The masks held now as tensors on the devices of their parameters."""
-        return self.held.masks
+        """The masks as tensors on the devices of their parameters."""
+        return self.held_masks.masks
 
     @property
     def current_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters in scope as the model has them now: those that took the place of others, too, of any shape."""
+        """The parameters that the model has now under the names in scope; a replaced one may have another shape."""
         now = dict(self._model.named_parameters(remove_duplicate=False))
         return {name: now[name] for name in self.parameters if name in now}
 
@@ -212,18 +212,18 @@ class TorchPruning(LivePruning):
     def observe_gradients(
         self, step: int, optimizer: int = 0, scale: torch.Tensor | None = None, *, begins_sample: bool = True
     ) -> None:
-        """Store the gradients that an optimizer is about to use, in steps where the gradient window needs them.
+        """Store the gradients that an optimizer is about to use, if the gradient window needs them in this step.
 
-        Where several optimizers train the parameters, a sample is complete when each has given its gradients.
+        If several optimizers train the parameters, a sample is complete once each of them has been about to step.
 
         Args:
             step: Completed optimizer steps.
             optimizer: Index of the optimizer that is about to step.
-            scale: The loss scale of mixed precision; None where gradients are not scaled.
+            scale: The loss scale of mixed precision; None if gradients are unscaled.
             begins_sample: Whether this optimizer is the first to step after a backward pass.
 
         Raises:
-            RuntimeError: If a pruning step falls due and there has been no gradient at all.
+            RuntimeError: If a pruning step is due and no parameter has had a gradient.
         """
         if not self._pruner.needs_gradients(step):
             self._sample = None
@@ -238,11 +238,11 @@ class TorchPruning(LivePruning):
             wait_until_read(parameter.device for parameter in self.parameters.values())
 
     def trained_by(self, optimizer: int) -> Collection[str]:
-        """Return the names of the parameters in scope that an optimizer trains."""
+        """Return the names of the parameters in scope that an optimizer trains, by its index."""
         return self._trained_by[optimizer]
 
-    def follow(self, optimizer: int) -> None:
-        """Look again which parameters an optimizer trains: it may have been given more."""
+    def update_trained_by(self, optimizer: int) -> None:
+        """Look up again which parameters an optimizer trains, after it has been given more."""
         self._trained_by[optimizer] = _trained_by(self._optimizers[optimizer], self.parameters)
 
     def _gradients(self, names: Iterable[str], scale: torch.Tensor | None) -> dict[str, Array]:
@@ -251,8 +251,9 @@ class TorchPruning(LivePruning):
     def _complete_sample(self, names: Collection[str], scale: torch.Tensor | None, *, begins_sample: bool) -> None:
         if begins_sample:
             self._sample = {}
-        if self._sample is None:
+        if self._sample is None:  # the window has needed gradients only since the middle of a round
             return
+        # Copies, because the gradients may be overwritten before the last optimizer of the round steps.
         self._sample |= {name: array.copy() for name, array in self._gradients(names, scale).items()}
         if len(self._sample) == len(self.parameters):
             self._pruner.observe(self._sample)
@@ -280,5 +281,5 @@ def _gradient(parameter: nn.Parameter, scale: torch.Tensor | None) -> torch.Tens
         return torch.zeros_like(parameter)
     if scale is None:
         return gradient
-    wide = torch.promote_types(gradient.dtype, torch.float32)  # unscaled values may be too small for half precision
+    wide = torch.promote_types(gradient.dtype, torch.float32)  # unscaled values may underflow in half precision
     return gradient.detach().to(wide) / scale.to(gradient.device)

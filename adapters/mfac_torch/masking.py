@@ -12,119 +12,88 @@ from mfac_torch.conversion import to_tensor
 
 __all__ = ["HeldMasks"]
 
-
-_SAMPLED = 8
-"""Pruned weights of a parameter that :meth:`HeldMasks.seems_regrown` looks at."""
+_NUM_PROBES = 8
+"""Pruned weights of a parameter that :meth:`HeldMasks.seems_regrown` reads."""
 
 
 class HeldMasks:
-    """The masks of one pruning modifier, kept on the devices of the parameters they belong to.
+    """The masks of one pruning modifier, on the devices of their parameters.
+
+    Methods that take ``names`` apply to the parameters of these names, or to all if it is None.
 
     Args:
-        parameters: The parameters in scope by name. They are changed in place, and only at pruned entries.
+        parameters: The parameters in scope by name; changed in place, and only at pruned entries.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
         self._pruned: dict[str, torch.Tensor] = {}
-        self._sampled: dict[str, torch.Tensor] = {}  # positions of a few pruned weights in the flattened parameter
+        self._probes: dict[str, torch.Tensor] = {}  # positions of a few pruned weights in the flattened parameter
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """The masks that are held by parameter name: boolean, True keeps; empty before the first pruning step."""
-        return {name: ~pruned for name, _, pruned in self._held()}
+        """The masks by parameter name, True keeps; empty before the first pruning step."""
+        return {name: ~pruned for name, _, pruned in self._entries()}
 
     @property
     def pruned(self) -> dict[str, torch.Tensor]:
-        """Which weights are held at zero, by parameter name: boolean, True where pruned; not copies."""
-        return {name: pruned for name, _, pruned in self._held()}
+        """The complements of the masks by parameter name, True where pruned; not copies."""
+        return {name: pruned for name, _, pruned in self._entries()}
 
     def hold(self, masks: Mapping[str, Array]) -> None:
-        """Take new masks in place of those held so far.
-
-        Args:
-            masks: Boolean arrays by parameter name, True keeps.
-        """
+        """Replace the masks by new ones: boolean arrays by parameter name, True keeps."""
         self._pruned = {
             name: ~to_tensor(mask).to(self._parameters[name].device, torch.bool) for name, mask in masks.items()
         }
-        self._sampled = {name: _few_of(pruned).cpu() for name, pruned in self._pruned.items()}
+        self._probes = {name: _probe_positions(pruned).cpu() for name, pruned in self._pruned.items()}
 
     def release(self) -> None:
-        """Hold no masks any more."""
-        self._pruned, self._sampled = {}, {}
+        """Drop all masks."""
+        self._pruned, self._probes = {}, {}
 
     def zero_gradients(self, names: Collection[str] | None = None) -> None:
-        """Set the gradients of pruned entries to zero, so that optimizers gather no momentum for them.
-
-        Args:
-            names: Of these parameters only.
+        """Set the gradients of pruned entries to zero, so that optimizers accumulate no momentum for them.
 
         Raises:
             TypeError: If a gradient is sparse.
         """
-        for name, parameter, pruned in self._held(names):
+        for name, parameter, pruned in self._entries(names):
             if parameter.grad is None:
                 continue
             if parameter.grad.layout != torch.strided:
                 raise TypeError(
-                    f"the gradient of {name} is sparse, which is not supported; make its layer with sparse=False "
-                    "or take it out of params"
+                    f"the gradient of {name} is sparse, which is not supported; create its layer with sparse=False "
+                    "or remove it from params"
                 )
             parameter.grad.detach().masked_fill_(pruned, 0.0)
 
     def zero_weights(self, names: Collection[str] | None = None) -> None:
-        """Set pruned weights to exactly ``+0.0``.
-
-        Args:
-            names: Of these parameters only.
-        """
-        for _, parameter, pruned in self._held(names):
+        """Set pruned weights to exactly ``+0.0``."""
+        for _, parameter, pruned in self._entries(names):
             parameter.detach().masked_fill_(pruned, 0.0)
 
-    def parameters(self, names: Collection[str] | None = None) -> dict[str, nn.Parameter]:
-        """Return the parameters whose masks are held.
-
-        Args:
-            names: Of these parameters only.
-
-        Returns:
-            The parameters by name.
-        """
-        return {name: parameter for name, parameter, _ in self._held(names)}
+    def parameters(self, names: Collection[str] | None = None) -> list[nn.Parameter]:
+        """Return the parameters that have masks."""
+        return [parameter for _, parameter, _ in self._entries(names)]
 
     def has_regrown(self, names: Collection[str] | None = None) -> bool:
-        """Return whether a pruned weight is not zero, looked up on the device of the weights.
-
-        Args:
-            names: Of these parameters only.
-
-        Returns:
-            Whether there is one.
-        """
+        """Return whether any pruned weight is not zero, computed on the devices of the weights."""
         found: dict[torch.device, torch.Tensor] = {}
-        for _, parameter, pruned in self._held(names):
+        for _, parameter, pruned in self._entries(names):
             regrown = (parameter.detach() != 0).logical_and_(pruned).any()
             before = found.get(regrown.device)
             found[regrown.device] = regrown if before is None else before | regrown
-        return any(map(bool, found.values()))  # one wait per device
+        return any(map(bool, found.values()))  # one synchronization per device
 
     def seems_regrown(self, names: Collection[str] | None = None) -> bool:
-        """Return whether one of a few pruned weights is not zero, in host memory, where a look costs next to nothing.
-
-        Args:
-            names: Of these parameters only.
-
-        Returns:
-            Whether there is one.
-        """
+        """Return whether one of a few pruned weights is not zero; in host memory only, where reading them is cheap."""
         return any(
-            bool(parameter.detach().take(self._sampled[name]).any())
-            for name, parameter, pruned in self._held(names)
+            bool(parameter.detach().take(self._probes[name]).any())
+            for name, parameter, pruned in self._entries(names)
             if pruned.device.type == "cpu"
         )
 
-    def _held(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    def _entries(self, names: Collection[str] | None = None) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
         for name, pruned in self._pruned.items():
             if names is not None and name not in names:
                 continue
@@ -134,6 +103,6 @@ class HeldMasks:
             yield name, parameter, self._pruned[name]
 
 
-def _few_of(pruned: torch.Tensor) -> torch.Tensor:
+def _probe_positions(pruned: torch.Tensor) -> torch.Tensor:
     positions = pruned.flatten().nonzero().flatten()
-    return positions[:: max(1, len(positions) // _SAMPLED)]
+    return positions[:: max(1, len(positions) // _NUM_PROBES)]

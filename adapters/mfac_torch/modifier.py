@@ -1,4 +1,4 @@
-"""The modifiers of a recipe as Python objects: what to prune or to set, when and how."""
+"""The modifiers of a recipe as Python objects."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ __all__ = [
 ]
 
 Settings = PruningSettings | TrainingSettings
-"""What a modifier carries: one entry of a loaded recipe."""
+"""The settings of a modifier: one entry of a loaded recipe."""
 
 
 class Modifier:
-    """One entry of a recipe. The subclasses carry the names that recipes use.
+    """One entry of a recipe. The subclasses have the names that recipes use.
 
     Args:
-        **recipe_keys: The keys and values that a recipe would give, such as ``final_sparsity=0.85``.
+        **recipe_keys: The keys and values of a recipe, such as ``final_sparsity=0.85``.
 
     Attributes:
-        settings: What the keys mean, checked.
+        settings: The settings that the keys stand for.
 
     Raises:
-        RecipeError: If a key is unknown, missing or out of range, as for a recipe.
+        RecipeError: If a key is unknown, missing or out of range.
     """
 
     settings: Settings
@@ -68,7 +68,7 @@ class Modifier:
         """Return the modifier with these settings.
 
         Args:
-            settings: The settings, in the terms of the code.
+            settings: The settings.
 
         Returns:
             The modifier.
@@ -79,12 +79,12 @@ class Modifier:
 
     @property
     def start_epoch(self) -> float:
-        """Epoch at which it begins."""
+        """Epoch at which the modifier begins."""
         return self.settings.start_epoch
 
     @property
     def end_epoch(self) -> float:
-        """Epoch at which it ends; -1.0, as recipes write it, if it has no end."""
+        """Epoch at which the modifier ends; -1.0, as in recipes, if it has no end."""
         end = getattr(self.settings, "end_epoch", math.inf)
         return -1.0 if end == math.inf else float(end)
 
@@ -117,10 +117,14 @@ class MFACPruningModifier(PruningModifier):
 
 
 class MFACGlobalPruningModifier(MFACPruningModifier):
-    """Prune by M-FAC, saliencies competing over all layers.
+    """Prune by M-FAC, with saliencies compared over all layers.
 
     Args:
         **recipe_keys: Those of :class:`MFACPruningModifier`.
+
+    Example:
+        >>> MFACGlobalPruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'global'
     """
 
 
@@ -129,6 +133,10 @@ class OBSPruningModifier(MFACPruningModifier):
 
     Args:
         **recipe_keys: Those of :class:`MFACPruningModifier`.
+
+    Example:
+        >>> OBSPruningModifier(final_sparsity=0.9, end_epoch=10.0, fisher_block_size=50).settings.num_gradients
+        {0.0: 1024}
     """
 
 
@@ -138,49 +146,65 @@ class MagnitudePruningModifier(PruningModifier):
     Args:
         **recipe_keys: ``params``, ``exclude``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``.
+
+    Example:
+        >>> MagnitudePruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'layer'
     """
 
     settings: MagnitudeSettings
 
 
 class GMPruningModifier(MagnitudePruningModifier):
-    """Prune by magnitude, within each layer or over all of them.
+    """Prune by magnitude, within each layer or globally.
 
     Args:
         **recipe_keys: Those of :class:`MagnitudePruningModifier`, and ``global_sparsity``.
+
+    Example:
+        >>> GMPruningModifier(final_sparsity=0.9, end_epoch=10.0, global_sparsity=True).settings.scope
+        'global'
     """
 
 
 class GlobalMagnitudePruningModifier(MagnitudePruningModifier):
-    """Prune by magnitude, over all layers.
+    """Prune by magnitude, globally.
 
     Args:
         **recipe_keys: Those of :class:`MagnitudePruningModifier`.
+
+    Example:
+        >>> GlobalMagnitudePruningModifier(final_sparsity=0.9, end_epoch=10.0).settings.scope
+        'global'
     """
 
 
 class ConstantPruningModifier(PruningModifier):
-    """Hold the zeros that the weights have, and prune nothing more.
+    """Keep existing zeros, and prune nothing more.
 
     Args:
         **recipe_keys: ``params``, ``exclude``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> ConstantPruningModifier(params=["re:.*weight"]).settings.params
+        ('re:.*weight',)
     """
 
     settings: ConstantSettings
 
     @staticmethod
     def from_sparse_model(model: nn.Module) -> list[ConstantPruningModifier]:
-        """Return modifiers that hold the zeros of a pruned model, for transfer learning.
+        """Return modifiers that keep the zeros of a pruned model, for transfer learning.
+
+        A weight counts as pruned if it has at least two axes, and more than 10% of it are zero, but not all; frozen
+        weights and those that no optimizer trains are included. To hold zeros of biases and normalization layers,
+        name them in ``params`` of a modifier of your own.
 
         Args:
             model: The model.
 
-        They hold frozen weights too, and those that no optimizer trains.
-
         Returns:
-            One modifier for each weight that was pruned, whatever its layer: it has at least two axes, and more than
-            10% of it are zero, but not all. Biases and weights of normalization layers are held where a modifier of
-            your own names them in ``params``.
+            One modifier for each pruned weight, whatever its layer.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
@@ -195,21 +219,29 @@ class ConstantPruningModifier(PruningModifier):
 
 
 class ACDCPruningModifier(PruningModifier):
-    """Alternate between compressed and decompressed phases, by magnitude.
+    """Alternate between compressed and decompressed phases (AC/DC), by magnitude.
 
     Args:
         **recipe_keys: ``params``, ``exclude``, ``compression_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``global_sparsity``, ``leave_enabled``, ``mask_type``, ``momentum_buffer_reset``.
+
+    Example:
+        >>> ACDCPruningModifier(compression_sparsity=0.9, end_epoch=10.0).settings.compression_sparsity
+        0.9
     """
 
     settings: ACDCSettings
 
 
 class EpochRangeModifier(Modifier):
-    """Say how long to train; only ``max_epochs`` of the manager depends on it.
+    """Set how long to train; only ``max_epochs`` of the manager depends on it.
 
     Args:
         **recipe_keys: ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> EpochRangeModifier(end_epoch=30.0).end_epoch
+        30.0
     """
 
     settings: EpochRange
@@ -220,27 +252,39 @@ class SetLearningRateModifier(Modifier):
 
     Args:
         **recipe_keys: ``learning_rate``, ``start_epoch``, ``param_groups``.
+
+    Example:
+        >>> SetLearningRateModifier(learning_rate=0.01, start_epoch=5.0).start_epoch
+        5.0
     """
 
     settings: SetLearningRate
 
 
 class LearningRateFunctionModifier(Modifier):
-    """Move the learning rate along a curve, optimizer step by optimizer step.
+    """Move the learning rate along a curve, after each optimizer step.
 
     Args:
         **recipe_keys: ``lr_func``, ``init_lr``, ``final_lr``, ``start_epoch``, ``end_epoch``, ``cycle_epochs``,
             ``param_groups``.
+
+    Example:
+        >>> LearningRateFunctionModifier(lr_func="linear", init_lr=0.1, final_lr=0.0, end_epoch=10.0).end_epoch
+        10.0
     """
 
     settings: LearningRateFunction
 
 
 class LearningRateModifier(Modifier):
-    """Move the learning rate as one of PyTorch's schedulers does, epoch by epoch.
+    """Change the learning rate after each epoch, as one of PyTorch's schedulers does.
 
     Args:
         **recipe_keys: ``lr_class``, ``lr_kwargs``, ``init_lr``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> LearningRateModifier(lr_class="ExponentialLR", lr_kwargs={"gamma": 0.9}, init_lr=0.1).end_epoch
+        -1.0
     """
 
     settings: LearningRateSchedule
@@ -251,6 +295,10 @@ class SetWeightDecayModifier(Modifier):
 
     Args:
         **recipe_keys: ``weight_decay``, ``start_epoch``, ``param_groups``.
+
+    Example:
+        >>> SetWeightDecayModifier(weight_decay=0.0, start_epoch=20.0).start_epoch
+        20.0
     """
 
     settings: SetWeightDecay
@@ -261,6 +309,10 @@ class TrainableParamsModifier(Modifier):
 
     Args:
         **recipe_keys: ``params``, ``trainable``, ``params_strict``, ``start_epoch``, ``end_epoch``.
+
+    Example:
+        >>> TrainableParamsModifier(params="encoder", trainable=False, end_epoch=2.0).settings.trainable
+        False
     """
 
     settings: TrainableParams
@@ -288,12 +340,5 @@ _CLASSES: dict[str, type[Modifier]] = {
 
 
 def modifier_for(settings: Settings) -> Modifier:
-    """Return the modifier that carries these settings.
-
-    Args:
-        settings: One of a loaded recipe's ``modifiers``.
-
-    Returns:
-        The modifier.
-    """
+    """Return the modifier with these settings."""
     return _CLASSES[name_in_messages(settings)].from_settings(settings)

@@ -1,4 +1,4 @@
-"""The modifiers of a recipe, in order: loaded from text, looked at, written as text again."""
+"""The modifiers of a recipe, in order: loaded from text, inspected, written as text again."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _logger = logging.getLogger("mfac_torch")
 
 
 class ModifierList:
-    """What a manager knows of its recipe, before any model is there.
+    """The recipe of a manager, independent of any model.
 
     Args:
         modifiers: The modifiers.
-        metadata: Anything to keep beside them: plain values by name.
+        metadata: Plain values by name that :meth:`save` writes into the recipe.
 
     Attributes:
         modifiers: The modifiers, in order.
-        metadata: What was given.
+        metadata: The metadata.
 
     Raises:
         TypeError: If ``modifiers`` is a recipe or a single modifier, or an entry is not a modifier.
-        ValueError: If there is none.
+        ValueError: If there are no modifiers.
     """
 
     def __init__(self, modifiers: Iterable[Modifier], metadata: Mapping[str, Any] | None = None) -> None:
@@ -51,7 +51,7 @@ class ModifierList:
             )
         self.modifiers = tuple(modifiers)
         self.metadata = dict(metadata or {})
-        self._logged: tuple[str, ...] = ()  # what the linter has said of the recipe
+        self._logged: tuple[str, ...] = ()  # warnings of the linter about the recipe
         for modifier in self.modifiers:
             if not isinstance(modifier, Modifier):
                 raise TypeError(
@@ -76,17 +76,16 @@ class ModifierList:
         Args:
             file_path: Path of a recipe, or the text of one.
             add_modifiers: Further modifiers, after those of the recipe.
-            recipe_variables: Values to use instead of those of the recipe's variables: a mapping, JSON, or
-                ``name=value`` pairs with commas between.
-            metadata: Anything to keep beside the modifiers and the recipe's own ``__metadata__``: :meth:`save` writes
-                both.
-            unsupported: ``skip`` leaves out modifiers that are known but not supported, with a warning in the log.
+            recipe_variables: Values that override variables of the recipe: a mapping, JSON, or comma-separated
+                ``name=value`` pairs.
+            metadata: Plain values by name, in addition to the ``__metadata__`` of the recipe; :meth:`save` writes both.
+            unsupported: ``skip`` leaves out modifiers that are known but not supported, with a warning.
 
         Returns:
             The manager.
 
         Raises:
-            RecipeError: If the recipe is wrong; the message names line, key, rule and cure.
+            RecipeError: If the recipe is invalid; the message names line, key, rule and cure.
             TypeError: If ``file_path`` is neither a path nor text.
         """
         if not isinstance(file_path, str | os.PathLike):
@@ -98,7 +97,7 @@ class ModifierList:
         modifiers = cls(
             [*map(modifier_for, recipe.modifiers), *(add_modifiers or ())], {**recipe.metadata, **(metadata or {})}
         )
-        # whether there is a sampler, and modifiers of another recipe that prune, shows later
+        # It is not known yet whether there will be a sampler, or pruning modifiers of another recipe.
         modifiers._logged = tuple(each for each in lint(recipe, sampled=True) if each != NO_PRUNING)
         for warning in modifiers._logged:
             _logger.warning("%s: %s", recipe.source, warning)
@@ -115,13 +114,13 @@ class ModifierList:
         r"""Return the manager of two recipes, the second of which begins when the first ends.
 
         Args:
-            base_recipe: The first: a path, a text, or a manager.
-            additional_recipe: The second.
-            keep_original_epochs: Whether the second keeps the epochs that it has.
-            save_path: Where to write the whole as a recipe; ``None`` for nowhere.
+            base_recipe: The first recipe: a path, a text, or a manager.
+            additional_recipe: The second recipe.
+            keep_original_epochs: Whether the second recipe keeps its epochs.
+            save_path: Where to write the staged recipe; ``None`` writes none.
 
         Returns:
-            The manager. Modifiers of the first that have no end of their own end with it.
+            The manager. Modifiers of the first recipe without an end epoch end with that recipe.
 
         Example:
             >>> first = "modifiers:\n- !EpochRangeModifier {start_epoch: 0, end_epoch: 3}"
@@ -146,17 +145,17 @@ class ModifierList:
 
     @property
     def max_epochs(self) -> int:
-        """How long to train: the last epoch that a modifier names, rounded up; 0 if none names one."""
+        """How long to train: the last epoch of any modifier, rounded up; 0 if none has one."""
         return max(self._epochs(), default=0)
 
     @property
     def min_epochs(self) -> int:
-        """The first epoch that a modifier names, rounded up."""
+        """The first epoch of any modifier, rounded up."""
         return min(self._epochs(), default=0)
 
     @property
     def epoch_modifiers(self) -> list[Modifier]:
-        """The modifiers that say how long to train."""
+        """The modifiers that set how long to train."""
         return [modifier for modifier in self.modifiers if isinstance(modifier, EpochRangeModifier)]
 
     @property
@@ -182,7 +181,7 @@ class ModifierList:
         """Return the modifiers as the lines of a recipe.
 
         Args:
-            include_metadata: Whether the metadata are among them.
+            include_metadata: Whether to include the metadata.
 
         Returns:
             The lines; :meth:`from_yaml` reads them.
@@ -196,8 +195,8 @@ class ModifierList:
         """Write the modifiers to a file, as a recipe.
 
         Args:
-            file_path: The file; its folder is made if missing.
-            include_metadata: Whether to write the metadata too.
+            file_path: The file; its folder is created if missing.
+            include_metadata: Whether to include the metadata.
         """
         write_file(file_path, ("\n".join(self.to_string_lines(include_metadata)) + "\n").encode())
 

@@ -33,18 +33,18 @@ def prune_one_shot(
 ) -> dict[str, torch.Tensor]:
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
 
-    Where no key says otherwise, the recommended settings are taken, which the log names:
-    :data:`mfac_core.recipe.recommended.RECOMMENDED`.
+    Keys that are not given have the recommended values (:data:`mfac_core.recipe.recommended.RECOMMENDED`), which are
+    logged. After an exception, the model is unchanged.
 
     Args:
-        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
-        loader: Batches to sample gradients from, as :class:`GradSampler` takes them, or a :class:`GradSampler`. Smaller
-            batches than in training tell more about the curvature.
-        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
-            or that of the :class:`GradSampler`.
-        sparsity: Pruned fraction to reach over all weights, or a mapping from fractions to the names of parameters,
-            each of which reaches it.
-        recalibrate_batchnorm: Whether the running statistics of batch normalization are estimated anew afterwards, with
+        model: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+        loader: Batches to sample gradients from, in a form that :class:`GradSampler` takes, or a :class:`GradSampler`.
+            Batches smaller than in training tell more about the curvature.
+        loss_fn: ``loss_fn(output, target)``, which returns a scalar tensor; ``None`` uses the loss that the model
+            returns, or that of the :class:`GradSampler`.
+        sparsity: Pruned fraction of all weights, or a mapping from fractions to the names of the parameters that reach
+            them.
+        recalibrate_batchnorm: Whether to re-estimate the running statistics of batch normalization afterwards over
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
             ``num_grads=512``.
@@ -55,11 +55,9 @@ def prune_one_shot(
     Raises:
         RecipeError: If a key is unknown or its value out of range.
         SettingError: If a key does not fit the model.
-        TypeError: If there is no sparsity, or an argument is of the wrong kind, such as a recipe.
+        TypeError: If there is no sparsity, or an argument has the wrong type, such as a recipe.
         ValueError: If a batch has another form.
         NotImplementedError: If training is distributed over several processes.
-
-    Whatever is raised, the model is as before.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -86,7 +84,7 @@ def _refuse_recipe(loader: Any, loss_fn: Any, sparsity: Any, keys: Mapping[str, 
             continue
         if name == "recipe" or isinstance(value, str | os.PathLike | Recipe | ModifierList):
             raise TypeError(
-                f"{name} is a {type(value).__name__}, and prune_one_shot takes no recipe: it takes batches, a loss and "
-                "keys such as sparsity=0.9. ScheduledModifierManager.from_yaml(recipe).apply(model, "
-                "grad_sampler=GradSampler(loader, loss_fn)) prunes in one shot as a recipe says"
+                f"{name} is a {type(value).__name__}, but prune_one_shot takes no recipe: it takes batches, a loss and "
+                "keys such as sparsity=0.9. To prune in one shot by a recipe, call ScheduledModifierManager"
+                ".from_yaml(recipe).apply(model, grad_sampler=GradSampler(loader, loss_fn))"
             )

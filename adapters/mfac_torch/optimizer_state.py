@@ -1,8 +1,8 @@
-"""What optimizers remember of the weights (momentum, moments), and what of it is forgotten when masks change.
+"""Optimizer state (momentum, moments): reset at pruned weights when masks change.
 
-Only what is known to be one number per weight is set to zero: a tensor of the weight's shape may as well hold moments
-in another basis or codes of quantized numbers, where zeros at the places of pruned weights do harm. What is left alone
-does none: pruned weights are exactly zero after each step all the same.
+Only elementwise state, which is known to hold one number per weight, is set to zero. Another tensor of the same shape
+may hold moments in a rotated basis or quantized codes, where zeros at the positions of pruned weights do harm. State
+that is left alone does none: pruned weights are exactly zero after each step anyway.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["declare_elementwise_state", "forget", "forget_all"]
+__all__ = ["declare_elementwise_state", "reset_pruned_state", "reset_state"]
 
 _logger = logging.getLogger("mfac_torch")
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "ASGD": ("ax",),
     "Adadelta": ("square_avg", "acc_delta"),
-    "Adafactor": (),  # of rows and columns
+    "Adafactor": (),  # its moments are of rows and columns
     "Adagrad": ("sum",),
     "Adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     "AdamW": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -38,7 +38,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "SGD": ("momentum_buffer",),
     "SparseAdam": ("exp_avg", "exp_avg_sq"),
 }
-"""Of the optimizers of PyTorch. The oldest supported one lacks some of them, and its AdamW is not an Adam."""
+"""Elementwise state of the optimizers of PyTorch. The oldest supported release lacks some, and its AdamW is no Adam."""
 
 _keys: dict[type[Optimizer], Collection[str]] = {
     getattr(torch.optim, name): keys for name, keys in _NAMES.items() if hasattr(torch.optim, name)
@@ -48,17 +48,17 @@ _logged: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
 
 def declare_elementwise_state(optimizer_class: type[Optimizer], keys: Iterable[str]) -> None:
-    """Say what an optimizer that is not PyTorch's own remembers as one number per weight.
+    """Declare which state of an optimizer from outside PyTorch holds one number per weight.
 
-    When masks change, these entries of its state are set to zero at pruned weights. Entries that are not plain
-    floating-point tensors of their parameter's shape are left alone all the same.
+    When masks change, these entries are set to zero at pruned weights. Entries that are not dense floating-point
+    tensors of their parameter's shape are always left alone.
 
     Args:
-        optimizer_class: The class of the optimizer. A subclass with a ``step`` of its own is to be declared by itself.
+        optimizer_class: The class of the optimizer. Declare a subclass separately if it overrides ``step``.
         keys: The names of the entries in ``optimizer.state[parameter]``, such as ``["exp_avg"]``.
 
     Raises:
-        TypeError: If it is no class of an optimizer, or the keys are no names.
+        TypeError: If ``optimizer_class`` is not an optimizer class, or ``keys`` is not a list of names.
 
     Example:
         >>> class Lion(torch.optim.SGD):
@@ -74,19 +74,19 @@ def declare_elementwise_state(optimizer_class: type[Optimizer], keys: Iterable[s
     _keys[optimizer_class] = tuple(names)
 
 
-def forget(
+def reset_pruned_state(
     optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], pruned: Mapping[str, torch.Tensor], undo: ExitStack
 ) -> None:
-    """Forget what an optimizer remembers of pruned weights.
+    """Set the elementwise state of an optimizer to zero at pruned weights.
 
-    A history over all weights (``LBFGS``) is dropped. State that is not known to be one number per weight is left alone
-    and named once in the log.
+    A history over all weights (``LBFGS``) is dropped. State that is not known to be elementwise is left alone, and
+    logged once.
 
     Args:
         optimizer: The optimizer.
-        parameters: The parameters in scope by name. Those that the optimizer does not train are passed over.
-        pruned: Which weights are pruned, boolean, by parameter name.
-        undo: Gets a callback for each change, which takes it back.
+        parameters: The parameters in scope by name. The optimizer need not train all of them.
+        pruned: Boolean tensors by parameter name, True where pruned.
+        undo: Gets a callback for each change that reverts it.
     """
     if _keeps_history(optimizer):
         _drop_history(optimizer, parameters.values(), undo)
@@ -98,21 +98,21 @@ def forget(
             value.masked_fill_(here, 0)
 
 
-def forget_all(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:
-    """Forget all that an optimizer remembers of some parameters, so that it begins anew.
+def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:
+    """Reset the state of an optimizer for some parameters to that before its first step.
 
-    Their state is dropped, and the optimizer makes it again in its next step. Where it would not, or where a recorded
-    graph knows the tensors, what is one number per weight gets its first value in place.
+    The state is dropped, and the optimizer makes it anew in its next step. An optimizer that would not, and one in a
+    captured CUDA graph, which refers to the tensors, gets the initial values of its elementwise state in place.
 
     Args:
         optimizer: The optimizer.
-        parameters: The parameters. Those that the optimizer does not train are passed over.
-        undo: Gets a callback for each change, which takes it back.
+        parameters: The parameters. The optimizer need not train all of them.
+        undo: Gets a callback for each change that reverts it.
     """
     if _keeps_history(optimizer):
         _drop_history(optimizer, parameters, undo)
         return
-    drops = _makes_state_in_step(type(optimizer)) and not any(
+    drops = _creates_state_in_step(type(optimizer)) and not any(
         group.get("capturable", False) for group in optimizer.param_groups
     )
     for parameter in parameters:
@@ -124,30 +124,30 @@ def forget_all(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: E
             value.fill_(optimizer.defaults.get("initial_accumulator_value", 0.0))  # of Adagrad
 
 
-def _is_of(optimizer: Optimizer, known: type[Optimizer]) -> bool:
-    """Return whether an optimizer makes its steps as a class does: it is one, or a subclass without step of its own."""
-    # PyTorch wraps the step of a class for its hooks, when the first of its optimizers is made.
+def _steps_like(optimizer: Optimizer, known: type[Optimizer]) -> bool:
+    """Return whether an optimizer is of a class, or of a subclass that does not override its step."""
+    # PyTorch wraps the step of a class for its hooks when the first instance is created, hence the unwrapping.
     return isinstance(optimizer, known) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(known.step)
 
 
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Tensor]:
-    """Return the state that is one number per weight, and name once in the log what may be and is left alone."""
+    """Return the state of a parameter that holds one number per weight; log once which other tensors are left alone."""
     keys = next(
-        (_keys[known] for known in type(optimizer).__mro__ if known in _keys and _is_of(optimizer, known)), None
+        (_keys[known] for known in type(optimizer).__mro__ if known in _keys and _steps_like(optimizer, known)), None
     )
     found, left = [], []
     for key, value in optimizer.state.get(parameter, {}).items():
         if keys is not None and key not in keys:
             continue
-        if keys is not None and _is_plain(value, parameter):
+        if keys is not None and _is_dense(value, parameter):
             found.append(value.detach())
-        elif not _is_number(value):
+        elif not _is_scalar(value):
             left.append(str(key))
     _warn_of_unknown(optimizer, left)
     return found
 
 
-def _is_plain(value: Any, parameter: nn.Parameter) -> bool:
+def _is_dense(value: Any, parameter: nn.Parameter) -> bool:
     return (
         type(value) in {torch.Tensor, nn.Parameter}
         and value.layout == torch.strided
@@ -156,7 +156,7 @@ def _is_plain(value: Any, parameter: nn.Parameter) -> bool:
     )
 
 
-def _is_number(value: Any) -> bool:
+def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, torch.Tensor) else not isinstance(value, Collection)
 
 
@@ -167,9 +167,9 @@ def _warn_of_unknown(optimizer: Optimizer, keys: Iterable[str]) -> None:
     if left:
         name = type(optimizer).__name__
         _logger.warning(
-            "the optimizer %s remembers %s in a form that is not known to be one number per weight, so it is left as "
-            "it is when masks change. Pruned weights are zero after each step all the same, but momentum may be spent "
-            "on them. Where these are plain numbers, one per weight, say so before training: "
+            "the optimizer %s keeps state (%s) that is not known to hold one number per weight, so it is not reset "
+            "when masks change. Pruned weights are zero after each step anyway, but their momentum is kept. If these "
+            "tensors hold one number per weight, declare them before training: "
             "mfac_torch.declare_elementwise_state(%s, %s)",
             name,
             ", ".join(left),
@@ -179,12 +179,12 @@ def _warn_of_unknown(optimizer: Optimizer, keys: Iterable[str]) -> None:
 
 
 def _keeps_history(optimizer: Optimizer) -> bool:
-    # A subclass with a step of its own has the history of its base class as well.
-    return isinstance(optimizer, torch.optim.LBFGS) and _makes_state_in_step(type(optimizer))
+    # A subclass that overrides step has the history of its base class as well.
+    return isinstance(optimizer, torch.optim.LBFGS) and _creates_state_in_step(type(optimizer))
 
 
 def _drop_history(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:
-    # LBFGS keeps it with the first of its parameters, which may not be in scope.
+    # LBFGS stores its history with the first of its parameters, which may not be in scope.
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if any(id(parameter) in trained for parameter in parameters):
         for owner in list(optimizer.state):
@@ -197,8 +197,9 @@ def _drop(optimizer: Optimizer, owner: Any, undo: ExitStack) -> None:
         del optimizer.state[owner]
 
 
-def _makes_state_in_step(optimizer_class: type[Optimizer]) -> bool:
-    """Return whether an optimizer makes the state of a parameter when it lacks: nearly all do, Adagrad does not."""
+def _creates_state_in_step(optimizer_class: type[Optimizer]) -> bool:
+    """Return whether an optimizer creates missing state in its step. Nearly all do; Adagrad does in its constructor."""
+    # The code of a constructor that creates state names `self.state`. One without readable code is assumed to.
     classes = optimizer_class.__mro__[: optimizer_class.__mro__.index(Optimizer)]
     constructors = [vars(each)["__init__"] for each in classes if "__init__" in vars(each)]
     code = [getattr(inspect.unwrap(each), "__code__", None) for each in constructors]

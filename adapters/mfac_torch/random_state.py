@@ -1,4 +1,4 @@
-"""The state of the random number generators that training draws from, as tensors and plain numbers."""
+"""The state of the random number generators that training uses, as tensors and plain numbers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from mfac_core.state_checks import check_keys, checked_integer, refuse
 __all__ = ["check_random_state", "random_state", "restore_random_state"]
 
 _WORDS = 624
-"""In the state of a Mersenne Twister, which Python and NumPy use."""
+"""The number of words in the state of a Mersenne Twister, which Python and NumPy use."""
 
 
 def random_state() -> dict[str, Any]:
-    """Return the state of torch's generators, of Python's ``random`` and of NumPy's global generator.
-
-    Returns:
-        Tensors and plain numbers only; ``torch.load(weights_only=True)`` reads it.
-    """
+    """Return the state of torch's generators, of Python's ``random`` and of NumPy's global generator."""
     version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - what augmentations draw from
+    numpy_state: Any = np.random.get_state(legacy=False)  # noqa: NPY002 - data augmentations use it
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
@@ -40,14 +36,7 @@ def random_state() -> dict[str, Any]:
 
 
 def check_random_state(state: Mapping[str, Any]) -> None:
-    """Refuse what is no state of the generators. Nothing is changed.
-
-    Args:
-        state: What :func:`random_state` returned, on any device.
-
-    Raises:
-        ValueError: If it is broken.
-    """
+    """Raise ValueError for a broken state of the generators. Nothing is changed."""
     what = "the random number generators"
     check_keys(what, state, ("torch", "cuda", "python", "numpy"))
     check_keys(f"{what} (python)", state["python"], ("version", "words", "gauss"))
@@ -71,21 +60,19 @@ def check_random_state(state: Mapping[str, Any]) -> None:
     for name, value in (("torch", state["torch"]), *((f"cuda, {i}", each) for i, each in enumerate(state["cuda"]))):
         if not _is_dense(value, torch.uint8) or value.ndim != 1:
             refuse(f"random[{name!r}]", value, "a tensor of bytes")
-    try:  # generators of their own say the rest
+    try:  # fresh generators check the rest
         torch.Generator().set_state(state["torch"].cpu())
         for index, each in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.Generator(f"cuda:{index}").set_state(each.cpu())
         random.Random().setstate(_of_python(state["python"]))  # noqa: S311
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"the state is broken: its random numbers cannot go on ({error}); load another") from error
+        raise ValueError(
+            f"the state is broken: a random number generator refuses it ({error}); load another checkpoint"
+        ) from error
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Set all generators to a state. States of GPUs that are not here are left out.
-
-    Args:
-        state: What :func:`random_state` returned, on any device.
-    """
+    """Set all generators to a state, whose tensors may be on any device. States of missing GPUs are ignored."""
     torch.set_rng_state(state["torch"].cpu())
     for index, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(generator.cpu(), index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -12,6 +11,16 @@ import torch
 from torch import nn
 
 from mfac_core.sample_batches import BatchSource, HeldOut, Sampler, batches_to_sample, mean_loss
+from mfac_torch.batches import (
+    check_loss,
+    check_model_takes,
+    check_scalar,
+    described,
+    loss_in_output,
+    model_arguments,
+    to_device_of,
+)
+from mfac_torch.evaluation import in_mode, requiring_gradients, without_gradients
 
 __all__ = ["GradSampler", "sampler_of"]
 
@@ -176,11 +185,11 @@ class GradSampler(Sampler):
         """
         losses = []
         # gradients are on, because a loss may itself differentiate, by an input for example
-        with _in_mode(model, training=self._training), torch.enable_grad():
+        with in_mode(model, training=self._training), torch.enable_grad():
             for batch in batches:
                 args, kwargs, target = self._call_of(model, batch)
                 loss = self._loss_of(model(*args, **kwargs), target)
-                _check_scalar(loss)
+                check_scalar(loss)
                 losses.append(float(loss.detach()))
         return mean_loss(losses)
 
@@ -203,8 +212,8 @@ class GradSampler(Sampler):
             return model(*args, **kwargs)
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-        args, kwargs, target = _call_of(_to_device(batch, _device_of(model)), with_target=self._loss_fn is not None)
-        _check_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
+        args, kwargs, target = model_arguments(to_device_of(model, batch), with_target=self._loss_fn is not None)
+        check_model_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
         return args, kwargs, target
 
     def _gradient(
@@ -213,20 +222,20 @@ class GradSampler(Sampler):
         args, kwargs, target = self._call_of(model, batch)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
-            _in_mode(model, training=self._training),
-            _trained(parameters.values()),
-            _without_gradients(leaves),
+            in_mode(model, training=self._training),
+            requiring_gradients(parameters.values()),
+            without_gradients(leaves),
             torch.enable_grad(),
         ):
             loss = self._loss_of(model(*args, **kwargs), target)
-            _check_loss(loss)
+            check_loss(loss)
             # Not torch.autograd.grad: it misses what a reentrant checkpoint evaluates again in its own backward pass.
             loss.backward()
             return [parameter.grad for parameter in parameters.values()]
 
     def _loss_of(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:
-            return _own_loss(output)
+            return loss_in_output(output)
         if self._takes_first_entry:
             return self._loss_fn(output[0], target)
         try:
@@ -235,7 +244,7 @@ class GradSampler(Sampler):
             if type(output) is not tuple:
                 if not isinstance(output, torch.Tensor):
                     error.add_note(
-                        f"The GradSampler called loss_fn(output, target), where output is {_described(output)} that "
+                        f"The GradSampler called loss_fn(output, target), where output is {described(output)} that "
                         "the model returned; let loss_fn take that."
                     )
                 raise
@@ -257,155 +266,6 @@ def sampler_of(loader: Any, loss_fn: Any = None) -> GradSampler:
     if loss_fn is not None:
         raise TypeError("the GradSampler has its own loss; leave loss_fn out, or pass its batches instead of it")
     return loader
-
-
-def _call_of(batch: Any, *, with_target: bool) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """Return the arguments of the model and the target of the loss; without a target, the model gets all of a batch."""
-    if isinstance(batch, Mapping):
-        if with_target and "labels" not in batch:
-            raise ValueError(
-                f"the data loader of the GradSampler yields a {type(batch).__name__} of {', '.join(map(str, batch))}, "
-                "which has no labels for loss_fn; add them under that name, or pass no loss_fn if the model returns "
-                "its loss"
-            )
-        kwargs = {str(key): value for key, value in batch.items() if not (with_target and key == "labels")}
-        return (), kwargs, batch["labels"] if with_target else None
-    if isinstance(batch, tuple | list):
-        if len(batch) == 3 and isinstance(batch[0], tuple | list) and isinstance(batch[1], Mapping):
-            return tuple(batch[0]), dict(batch[1]), batch[2]
-        if len(batch) == 2:
-            return ((batch[0],), {}, batch[1]) if with_target else (tuple(batch), {}, None)
-    raise ValueError(
-        f"the data loader of the GradSampler yields {_described(batch)}; each batch must be (inputs, targets), "
-        "([args...], {kwargs...}, target), or a mapping of the model's keyword arguments"
-    )
-
-
-def _check_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, has_loss: bool) -> None:
-    """Refuse a batch that the model cannot be called with."""
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        why, cure = "has no loss_fn, so it calls", "pass loss_fn, or batches that the model takes"
-        with_what = "all of a batch to get its own loss"
-        if has_loss:
-            why, with_what = "calls", "what a batch of the data loader holds beside the target"
-            cure = "pass batches that the model takes; the keys of a mapping are its keyword arguments"
-        raise TypeError(
-            f"the GradSampler {why} {type(model).__name__} with {with_what}, and that does not fit ({error}); {cure}"
-        ) from error
-
-
-def _own_loss(output: Any) -> Any:
-    """Return the loss that is part of the output of a model."""
-    if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, tuple | list) and output and _is_scalar(output[0]):
-        return output[0]
-    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if loss is not None:
-        return loss
-    if isinstance(output, Mapping) and output and all(map(_is_scalar, output.values())):
-        return sum(output.values())
-    raise ValueError(
-        f"there is no loss in what the model returned for the GradSampler ({_described(output)}); put the labels into "
-        "the batches, pass loss_fn, or pass training=True if the model returns losses in training mode only"
-    )
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {', '.join(type(item).__name__ for item in value) or 'nothing'}"
-    return f"a {type(value).__name__}"
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    return next(parameter.device for parameter in model.parameters())
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    # Tensors that the user has placed on another device stay there. A detached copy keeps gradients out of the user's.
-    if isinstance(value, torch.Tensor):
-        moved = value.detach().to(device) if value.device.type == "cpu" else value.detach()
-        return moved.requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    if type(value) in {tuple, list}:
-        return type(value)(_to_device(item, device) for item in value)
-    return value
-
-
-@contextmanager
-def _in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Put a model in a mode for a block; afterwards restore flags and buffers (normalization statistics)."""
-    flags = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in (model.modules() if training else ())
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    if not training or not model.training:
-        model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
-
-
-@contextmanager
-def _without_gradients(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Remove ``.grad`` for a block, and hooks on its accumulation: optimizers that step inside the backward pass."""
-    before = []
-    for leaf in leaves:
-        hooks = leaf._post_accumulate_grad_hooks or {}
-        before.append((leaf, leaf.grad, hooks, dict(hooks)))
-        leaf.grad = None
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for leaf, gradient, hooks, removed in before:
-            leaf.grad = gradient
-            hooks.update(removed)
-
-
-@contextmanager
-def _trained(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
-def _check_scalar(loss: Any) -> None:
-    if not isinstance(loss, torch.Tensor):
-        raise ValueError(f"loss_fn of the GradSampler returned a {type(loss).__name__}; it must return a scalar tensor")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"loss_fn of the GradSampler returned a tensor of shape {tuple(loss.shape)}; it must return a scalar, "
-            "such as the mean over the batch"
-        )
-
-
-def _check_loss(loss: Any) -> None:
-    _check_scalar(loss)
-    if not loss.requires_grad:
-        raise ValueError(
-            "the loss of the GradSampler does not depend on the model's parameters; check model and loss_fn"
-        )
 
 
 @contextmanager

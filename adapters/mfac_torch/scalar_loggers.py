@@ -1,4 +1,4 @@
-"""Objects that take numbers over time: TensorBoard's writer, SparseML's loggers, and the like."""
+"""Loggers of scalars over time, such as TensorBoard's writer or SparseML's loggers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class ScalarLogger(Protocol):
     """Anything with a method ``log_scalar(tag, value, step)``; further arguments must have defaults."""
 
     def log_scalar(self, tag: str, value: float, step: int, /) -> object:
-        """Take the value of ``tag`` after ``step`` optimizer steps."""
+        """Log the value of ``tag`` after ``step`` optimizer steps."""
 
 
 ScalarLoggers = ScalarLogger | Sequence[ScalarLogger] | Any
@@ -22,16 +22,10 @@ LogFunction = Callable[[str, float, int], object]
 
 
 def log_functions(loggers: ScalarLoggers | None) -> tuple[LogFunction, ...]:
-    """Return what to call with tag, value and step to tell each logger.
-
-    Args:
-        loggers: One logger or a list of them; ``None`` for none.
-
-    Returns:
-        One function for each.
+    """Return the function of each logger that takes tag, value and step.
 
     Raises:
-        TypeError: If one has neither ``log_scalar`` nor ``add_scalar``.
+        TypeError: If a logger has neither ``log_scalar`` nor ``add_scalar``.
     """
     if loggers is None:
         return ()

@@ -1,4 +1,4 @@
-"""The older way to attach a recipe, which training scripts still call."""
+"""``ScheduledOptimizer``: an older way to attach a recipe, which training scripts still use."""
 
 from __future__ import annotations
 
@@ -30,9 +30,18 @@ def ScheduledOptimizer(
         manager: The manager of the recipe.
         steps_per_epoch: Optimizer steps per epoch; a fraction is rounded up.
         loggers: As in ``modify``.
-        initialize_kwargs: Further arguments of ``modify`` by name, such as ``grad_sampler``.
+        initialize_kwargs: Further keyword arguments of ``modify``, such as ``grad_sampler``.
 
     Returns:
         The optimizer itself.
+
+    Example:
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> from mfac_torch import EpochRangeModifier
+        >>> manager = ScheduledModifierManager([EpochRangeModifier(end_epoch=3.0)])
+        >>> ScheduledOptimizer(optimizer, model, manager, steps_per_epoch=10) is optimizer
+        True
+        >>> manager.finalize(model)
     """
     return manager.modify(module, optimizer, steps_per_epoch, loggers=loggers, **(initialize_kwargs or {}))

@@ -1,4 +1,4 @@
-"""Which parameters of a model a recipe's ``params`` and ``exclude`` mean."""
+"""The parameters of a model that ``params`` and ``exclude`` of a recipe select."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mfac_torch.wrappers import unwrapped
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters"]
 
 _PRUNED_ON_PURPOSE = 0.1
-"""A weight with more zeros than this fraction was pruned; fewer may be chance."""
+"""A weight with a larger fraction of zeros was pruned; a smaller one may be chance."""
 
 _NORMALIZATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -51,25 +51,25 @@ def select_parameters(
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
     A tied parameter counts once, under its first name, and is selected by any of its names. A frozen parameter
-    (``requires_grad`` is False) is left out, unless it is selected by its exact name, which is an error. What an entry
-    for several leaves out, and normalization weights and biases that a pattern selects, are warnings.
+    (``requires_grad`` is False) is left out; to select it by its exact name is an error. Warnings name weights that an
+    entry for several leaves out, and normalization weights and biases that a pattern selects.
 
     Args:
         model: The model to look into.
-        params: Exact names; exact names of layers, for what ``__ALL_PRUNABLE__`` means in them; ``re:`` patterns,
+        params: Exact names; exact names of layers, for the weights of ``__ALL_PRUNABLE__`` in them; ``re:`` patterns,
             matched from the start of the dotted name (``re.match``); ``__ALL__``, every parameter;
             ``__ALL_PRUNABLE__``, see :func:`prunable_parameters`.
-        exclude: What is left out of it, in the same form; the name of a layer means all that is in it.
-        frozen_too: Whether frozen parameters are selected like others; those that are no dense floating-point tensors,
-            such as quantized weights, are left out all the same.
-        logged: Warnings that are in the log already, to which new ones are added; ``None`` logs all.
+        exclude: Exceptions from ``params``, in the same form; the name of a layer means everything in it.
+        frozen_too: Whether to select frozen parameters like others, except for those that are not dense floating-point
+            tensors, such as quantized weights.
+        logged: Warnings that have been logged already, to which new ones are added; ``None`` logs all.
 
     Returns:
         The selected parameters by name.
 
     Raises:
-        SettingError: If an argument is no name or list of names, an entry matches nothing, a parameter selected by its
-            exact name is frozen, a parameter has no values yet, or nothing is left to prune.
+        SettingError: If an argument is not a name or a list of names, an entry matches nothing, a parameter selected by
+            its exact name is frozen, a parameter has no values yet, or nothing is left to prune.
 
     Example:
         >>> list(select_parameters(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), ["0", "2.bias"]))
@@ -99,17 +99,17 @@ def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool
 
 
 def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what ``__ALL_PRUNABLE__`` means: the weights of all Linear and convolution layers.
+    """Return the parameters of ``__ALL_PRUNABLE__``: the weights of all Linear and convolution layers.
 
     These are the modules of type ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d``, ``nn.ConvTranspose1d`` to
     ``nn.ConvTranspose3d``, their subclasses, the linear layers inside other modules, such as the output projection
     of ``nn.MultiheadAttention``, and the linear layer ``Conv1D`` of transformers. A weight that is tied to such a
-    layer's weight is the same parameter, so it counts.
+    layer's weight is the same parameter, so it is included.
 
-    Everything else is pruned only where ``params`` names it: embeddings, biases, normalization layers, recurrent
-    layers, ``nn.Bilinear``, the packed ``in_proj_weight`` of ``nn.MultiheadAttention``, and parameters of your own
-    modules. A layer whose weight is computed from other parameters (``torch.nn.utils.parametrize``, weight norm) is
-    left out with a log line.
+    Everything else is pruned only if ``params`` names it: embeddings, biases, normalization layers, recurrent layers,
+    ``nn.Bilinear``, the packed ``in_proj_weight`` of ``nn.MultiheadAttention``, and parameters of custom modules. A
+    layer whose weight is computed from other parameters (``torch.nn.utils.parametrize``, weight norm) is left out with
+    a log line.
 
     Args:
         model: The model to look into.
@@ -133,19 +133,13 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.Parameter]:
-    """Return the parameters that were pruned, to judge by their zeros: more than 10%, and not all of them.
+    """Return the parameters that have been pruned, judging by their zeros: more than 10% of a parameter, and not all.
 
-    Whatever layer a parameter belongs to, and whether it is frozen or not, it counts if it has at least two axes: zeros
-    of biases and of normalization layers are most often those they began with. So are those of a parameter that is zero
-    throughout, such as the second matrix of a LoRA adapter before training, which would never learn if it was held.
+    Parameters of any layer count, frozen or not, if they have at least two axes: zeros of biases and of normalization
+    layers are usually initial values. So are the zeros of a parameter that is zero throughout, such as the second
+    matrix of a LoRA adapter before training, which could never learn if it was held at zero.
 
-    Args:
-        model: The model to look into.
-        warn: Whether warnings name those that are zero throughout, and biases that are zero in part, and say where
-            nothing is found.
-
-    Returns:
-        The parameters by name, a tied one once, in the order of ``model.named_parameters()``.
+    ``warn`` logs warnings about parameters that are zero throughout, biases with zeros, and models without pruned ones.
 
     Example:
         >>> attention = nn.MultiheadAttention(4, 2)
@@ -162,27 +156,27 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
         if zeros <= _PRUNED_ON_PURPOSE:
             continue
         if zeros < 1.0:
-            if parameter.ndim < 2:  # noqa: PLR2004
+            if parameter.ndim < 2:
                 vectors.append(name)
             else:
                 found[name] = parameter
-        elif parameter.ndim >= 2 and not is_adapter(name):  # noqa: PLR2004
+        elif parameter.ndim >= 2 and not is_adapter(name):
             empty.append(name)
     if warn and not found:
         _logger.warning(
             "no weight of the model has more than %d%% zeros, so there is nothing to hold; load the pruned weights "
-            "first, or name what is less sparse in params of a ConstantPruningModifier",
+            "first, or name weights that are less sparse in params of a ConstantPruningModifier",
             100 * _PRUNED_ON_PURPOSE,
         )
     if warn and vectors:
         _logger.warning(
-            "biases or scales with zeros, which are not held: %s; where they were pruned, name them in params of a "
+            "biases or scales with zeros, which are not held: %s; if they were pruned, name them in params of a "
             "ConstantPruningModifier",
             join_names(vectors),
         )
     if empty and warn:
         _logger.warning(
-            "zero throughout, which is taken for how they began and not for pruned: %s; to hold them at zero, name "
+            "zero throughout, which is taken for an initial value and not for pruning: %s; to hold them at zero, name "
             "them in params of a ConstantPruningModifier",
             join_names(empty),
         )
@@ -251,7 +245,7 @@ def _computed(model: nn.Module) -> dict[str, Computed]:
 
 
 def _computing(module: nn.Module) -> list[object]:
-    """Return what computes the weight of a layer, as far as it is known."""
+    """Return the parametrizations or hooks that compute the weight of a layer, as far as they are known."""
     if parametrize.is_parametrized(module, "weight"):
         return list(module.parametrizations["weight"])  # type: ignore[index]  # a ModuleDict there
     hooks = module._forward_pre_hooks.values()
@@ -270,11 +264,11 @@ def _in_words(kind: object) -> str:
 
 
 def _computed_shape(module: nn.Module) -> tuple[int, ...]:
-    """Return the shape of a weight without computing it, which may change what it is computed from."""
+    """Return the shape of a weight without computing it, which may change the parameters it is computed from."""
     if parametrize.is_parametrized(module, "weight"):
-        made_of = module.parametrizations["weight"].parameters()  # type: ignore[index, union-attr]
-        parts = [tuple(part.shape) for part in made_of]
+        originals = module.parametrizations["weight"].parameters()  # type: ignore[index, union-attr]
+        shapes = [tuple(original.shape) for original in originals]
     else:
-        shown = module.__dict__.get("weight")
-        parts = [] if shown is None else [tuple(shown.shape)]
-    return max(parts, key=math.prod, default=())
+        computed = module.__dict__.get("weight")
+        shapes = [] if computed is None else [tuple(computed.shape)]
+    return max(shapes, key=math.prod, default=())

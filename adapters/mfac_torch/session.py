@@ -1,4 +1,4 @@
-"""One training run: what happens around each step of its optimizers."""
+"""One training run: hooks around each step of its optimizers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,22 @@ import torch
 from mfac_core.session.session import ParsedState, Session
 from mfac_core.state_checks import check_keys, checked_integer
 from mfac_torch.live_pruning import TorchPruning
-from mfac_torch.outside_changes import OutsideChanges
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.training_changes import TrainingChanges
+from mfac_torch.write_monitor import WriteMonitor
 
-__all__ = ["TrainingSession", "is_followed"]
+__all__ = ["TrainingSession", "is_attached"]
 
 _logger = logging.getLogger("mfac_torch")
 
 _KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
 
-_followed: WeakSet[torch.optim.Optimizer] = WeakSet()
+_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
-def is_followed(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether a session follows an optimizer now.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Whether one has attached to it and not detached since.
-    """
-    return optimizer in _followed
+def is_attached(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer has the hooks of a session now."""
+    return optimizer in _attached
 
 
 class TrainingSession(Session[TorchPruning]):
@@ -45,15 +38,15 @@ class TrainingSession(Session[TorchPruning]):
     A step counts once the first optimizer has made it; a step that mixed precision skips does not.
 
     Args:
-        optimizers: The optimizers to follow; the hooks are there from :meth:`attach` to :meth:`detach`.
+        optimizers: The optimizers of the model. They have hooks from :meth:`attach` to :meth:`detach`.
         prunings: The pruning modifiers at work, made for these optimizers.
         changes: What else changes in training.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
 
     Attributes:
-        optimizers: The optimizers that are followed.
-        outside: Notices what other code does to the weights in scope.
+        optimizers: The optimizers of the model.
+        monitor: Notices writes to pruned weights by other code.
     """
 
     changes_key = "changes_done"
@@ -70,20 +63,22 @@ class TrainingSession(Session[TorchPruning]):
         super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
         self.optimizers = optimizers
         self._training = changes
-        self.outside = OutsideChanges(optimizers, prunings, steps_per_epoch)
+        self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch)
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
-        # An optimizer whose step() calls that of its base class runs the hooks at both levels, so each part of the
-        # work is done at the first opportunity only. A counter of levels would go wrong for good once a step raises.
-        self._counts = False
-        self._observed_at = [-1] * len(optimizers)
-        # Several optimizers step in rounds: one of them is the first after a backward pass, and one the last.
+        # An optimizer whose step() calls that of its base class runs the hooks at both levels. So that a step counts
+        # once and is observed once, the first hook at either level does the work. A counter of levels would stay wrong
+        # after a step that raises.
+        self._counts = False  # a step of the first optimizer has begun and is not counted yet
+        self._observed_at = [-1] * len(optimizers)  # the step whose gradients of each optimizer were last observed
+        # Several optimizers step in rounds. The first one after a backward pass begins a gradient sample, and pruning
+        # steps are done after the last one. Which one is last shows when the second round begins.
         self._first: int | None = None
         self._last: int | None = 0 if len(optimizers) == 1 else None
-        self._stepped: int | None = None
+        self._stepped: int | None = None  # the optimizer that has made the latest step
         self._handles: list[Any] = []
 
     def attach(self) -> None:
-        """Begin to follow the optimizers: all of them or, if that fails, none."""
+        """Add hooks to the optimizers: to all of them or, if that fails, to none."""
         handles = []
         with ExitStack() as undo:
             for number, optimizer in enumerate(self.optimizers):
@@ -93,46 +88,47 @@ class TrainingSession(Session[TorchPruning]):
                 ):
                     handles.append(register(_untraced(hook, number)))
                     undo.callback(handles[-1].remove)
-            undo.callback(_followed.difference_update, self.optimizers)
-            _followed.update(self.optimizers)
+            undo.callback(_attached.difference_update, self.optimizers)
+            _attached.update(self.optimizers)
             self._training.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
-        self.outside.attach(self.step)
+        self.monitor.attach(self.step)
 
     def detach(self) -> None:
-        """Remove the hooks, and let each parameter be trained as before."""
-        self.outside.detach()
-        if len(self.optimizers) > 1 and not self.outside.has_regrown():  # what was put back is not pruned
-            self.prune_if_due()  # the last round may have lacked its last optimizer
+        """Remove the hooks, and restore which parameters are trained."""
+        self.monitor.detach()
+        # The last round may have lacked its last optimizer. Weights that other code has written are not pruned.
+        if len(self.optimizers) > 1 and not self.monitor.has_regrown():
+            self.prune_if_due()
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _followed.difference_update(self.optimizers)
+        _attached.difference_update(self.optimizers)
         self._training.restore()
 
     def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
-        """Return the progress: plain numbers, tensors, and the state of each pruning modifier.
+        """Return the progress, the state of each pruning modifier, and that of the random number generators.
 
         Args:
-            gradient_window: Whether gradient windows are part of it.
-            warn: Whether to warn of pruned weights that are not zero.
+            gradient_window: Whether to include gradient windows.
+            warn: Whether to warn about pruned weights that are not zero.
         """
-        if warn and self.outside.has_regrown():
-            self.outside.warn_of_regrown(self.step)
+        if warn and self.monitor.has_regrown():
+            self.monitor.warn_of_regrown(self.step)
         return {
             **super().state_dict(gradient_window=gradient_window),
-            # at the end of its first round the next step, which tells so, is still to come
+            # At the end of the first round, the next step, which shows the last optimizer, has not begun. The last one
+            # is then the one that has just stepped, unless that is the first.
             "last_optimizer": self._stepped if self._last is None and self._stepped != self._first else self._last,
             "random": random_state(),
         }
 
     def resumption(self, state: Mapping[str, Any], *, strict: bool, rng: bool) -> Callable[[], None]:
-        """Check a whole state, and return a function that continues from it. Nothing is changed before it is called.
+        """Check a whole state, and return a function that resumes from it; nothing changes before it is called.
 
         Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model; with another number of
-                steps per epoch it continues at the same epoch.
+            state: What :meth:`state_dict` returned in a run with the same recipe and model.
             strict: As in :meth:`Session.parsed`.
             rng: Whether to restore the random number generators.
 
@@ -141,8 +137,7 @@ class TrainingSession(Session[TorchPruning]):
         """
         check_keys("a manager", state, _KEYS)
         check_random_state(state["random"])
-        # not in states of older releases; known again after a round
-        last = state.get("last_optimizer")
+        last = state.get("last_optimizer")  # states of older releases lack it; the first round shows it again
         if last is not None:
             last = checked_integer("last_optimizer", last, at_most=sys.maxsize)
         parsed = self.parsed(state, strict=strict)
@@ -157,13 +152,13 @@ class TrainingSession(Session[TorchPruning]):
         return resume
 
     def resume(self, parsed: ParsedState) -> None:
-        """Continue from a state, at the same epoch where its steps per epoch were others."""
+        """Resume from a checked state, at the same epoch if it was saved with other steps per epoch."""
         self.step = parsed.step
         if parsed.steps_per_epoch != self.steps_per_epoch:
             self.step = round(parsed.step * self.steps_per_epoch / parsed.steps_per_epoch)
             self.logger.warning(
-                "the state was saved with %d steps per epoch and this run has %d (another batch size, or other "
-                "accumulation): it goes on at the same epoch, %.2f, which is step %d",
+                "the state was saved with %d steps per epoch and this run has %d (another batch size or gradient "
+                "accumulation): it continues at the same epoch, %.2f, which is step %d",
                 parsed.steps_per_epoch,
                 self.steps_per_epoch,
                 parsed.step / parsed.steps_per_epoch,
@@ -171,7 +166,7 @@ class TrainingSession(Session[TorchPruning]):
             )
         super().resume(parsed)
         self._training.set_trained(self.step)
-        self.outside.remember()
+        self.monitor.record_versions()
         self._counts = False
         self._observed_at = [-1] * len(self.optimizers)
 
@@ -180,41 +175,46 @@ class TrainingSession(Session[TorchPruning]):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
-        self._look_outside(number)
+        self.monitor.step_begins(number)
+        self._update_trained(number)
+        self._zero_regrown(number)
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
             self.prune_if_due()
         self._training.set_options(self.step)
-        # With a closure the gradients come into being inside the step.
+        # With a closure, the gradients are computed inside the step.
         if kwargs.get("closure") is not None:
-            return args, {**kwargs, "closure": self._observed(number, kwargs["closure"])}
+            return args, {**kwargs, "closure": self._observing(number, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self._observed(number, args[1]), *args[2:]), kwargs
-        self._take_gradients(number)
+            return (args[0], self._observing(number, args[1]), *args[2:]), kwargs
+        self._observe_gradients(number)
         return None
 
-    def _look_outside(self, number: int) -> None:
-        self.outside.begin(number)
-        trained = _num_trained(self.optimizers[number])
-        if trained != self._num_trained[number]:
-            self._num_trained[number] = trained
+    def _update_trained(self, number: int) -> None:
+        """Take note of parameters that an optimizer has been given since (``add_param_group``)."""
+        num_trained = _num_trained(self.optimizers[number])
+        if num_trained != self._num_trained[number]:
+            self._num_trained[number] = num_trained
             for pruning in self.prunings:
-                pruning.follow(number)
-        if (self.is_due() or self.outside.may_have_changed(number, self.step)) and self.outside.has_regrown():
-            self.outside.warn_of_regrown(self.step)
+                pruning.update_trained_by(number)
+
+    def _zero_regrown(self, number: int) -> None:
+        """Set pruned weights that other code has written to zero, with a warning."""
+        if (self.is_due() or self.monitor.may_have_regrown(number, self.step)) and self.monitor.has_regrown():
+            self.monitor.warn_of_regrown(self.step)
             for pruning in self.prunings:
-                pruning.held.zero_weights()
-            self.outside.remember()
+                pruning.held_masks.zero_weights()
+            self.monitor.record_versions()
 
     def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stepped = number
         for pruning in self.prunings:
-            pruning.held.zero_weights(pruning.trained_by(number))
+            pruning.held_masks.zero_weights(pruning.trained_by(number))
         if number == 0 and self._counts and not _is_skipped(self.optimizers[0]):
             self._counts = False
             self.step += 1
             self._training.set_trained(self.step)
-        self.outside.end(number, self.step)
+        self.monitor.step_ended(number, self.step)
         if number == self._last:
             self.prune_if_due()
 
@@ -222,32 +222,35 @@ class TrainingSession(Session[TorchPruning]):
         """Do the pruning steps that are due."""
         if self.is_due():
             super().prune_if_due()
-            self.outside.remember()
+            self.monitor.record_versions()
 
-    def _observed(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def observed() -> Any:
+    def _observing(self, number: int, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Return a closure that observes the gradients that it has computed."""
+
+        def observing() -> Any:
             loss = closure()
-            self._take_gradients(number)
+            self._observe_gradients(number)
             return loss
 
-        return observed
+        return observing
 
-    def _take_gradients(self, number: int) -> None:
+    def _observe_gradients(self, number: int) -> None:
         optimizer = self.optimizers[number]
         if _is_skipped(optimizer):
             return
-        # A fused optimizer unscales inside its kernel and carries the scale here meanwhile.
+        # GradScaler leaves unscaling to the kernel of a fused optimizer, and passes it the scale by this attribute.
         scale = getattr(optimizer, "grad_scale", None)
-        is_first = self._observed_at[number] != self.step  # a line search calls its closure again for the same batch
+        # A line search calls its closure several times per step, for the same batch.
+        is_first = self._observed_at[number] != self.step
         self._observed_at[number] = self.step
         for pruning in self.prunings:
             if is_first:
                 pruning.observe_gradients(self.step, number, scale, begins_sample=number == self._first)
-            pruning.held.zero_gradients(pruning.trained_by(number))
+            pruning.held_masks.zero_gradients(pruning.trained_by(number))
 
 
 def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[..., Any]:
-    """Return a hook of one optimizer that torch.compile does not look into, where a step is compiled."""
+    """Return a hook of one optimizer that torch.compile does not trace if it compiles the step."""
 
     def called(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         return hook(number, args, kwargs)
@@ -261,6 +264,6 @@ def _num_trained(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:
-    # A fused optimizer skips a step with infinite gradients inside its kernel, under mixed precision.
+    # Under GradScaler, the kernel of a fused optimizer skips a step with infinite gradients by itself.
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)

@@ -1,4 +1,4 @@
-"""What a recipe changes in training beside pruning: learning rates, weight decay, which parameters are trained."""
+"""Changes of training other than pruning: learning rates, weight decay, which parameters are trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from mfac_torch.selection import matching_parameters
 
 __all__ = ["TrainingChanges"]
 
-_NAMES = {"learning_rate": "lr", "weight_decay": "weight_decay"}  # of options in a parameter group
+_OPTIONS = {"learning_rate": "lr", "weight_decay": "weight_decay"}
+"""The key in a parameter group for each setting."""
 
 
 class TrainingChanges:
@@ -26,7 +27,7 @@ class TrainingChanges:
     Args:
         settings: The settings of all modifiers that do not prune.
         model: The model, unwrapped.
-        optimizers: The optimizers that train it. ``param_groups`` of the settings counts their groups in this order.
+        optimizers: Its optimizers. ``param_groups`` of the settings numbers their groups in this order.
         steps_per_epoch: Optimizer steps per epoch.
 
     Raises:
@@ -44,43 +45,35 @@ class TrainingChanges:
         self._optimizers = optimizers
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._found = [_found(model, each) for each in self._trainable.settings]
+        self._parameters = [_parameters(model, each) for each in self._trainable.settings]
         self._trained_before = {
-            parameter: parameter.requires_grad for found in self._found for parameter in found.values()
+            parameter: parameter.requires_grad for found in self._parameters for parameter in found.values()
         }
-        self._active = (False,) * len(self._found)
+        self._active = (False,) * len(self._parameters)
         self._check_groups()
 
     @property
     def trainable(self) -> list[tuple[TrainableParams, Collection[str]]]:
-        """The settings that freeze or unfreeze parameters, and the names of those."""
-        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._found, strict=True)]
+        """The settings that freeze or unfreeze parameters, with the names of these parameters."""
+        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._parameters, strict=True)]
 
     def set_options(self, step: int) -> None:
-        """Set learning rates and weight decays for the optimizer step that comes after ``step`` completed ones.
-
-        Args:
-            step: Completed optimizer steps.
-        """
+        """Set the learning rates and weight decays that are due after ``step`` completed optimizer steps."""
         for change in self._options.due(step):
             for number, group in enumerate(self._groups()):
                 if change.concerns(number):
                     _set_option(group, change)
 
     def set_trained(self, step: int, undo: ExitStack | None = None) -> None:
-        """Freeze and unfreeze what the settings say for the time after ``step`` completed optimizer steps.
+        """Freeze and unfreeze parameters for the time after ``step`` completed optimizer steps.
 
-        An exception leaves all parameters as they were.
-
-        Args:
-            step: Completed optimizer steps.
-            undo: Gets a callback for each change, which takes it back.
+        An exception leaves all parameters unchanged; ``undo`` gets a callback for each change that reverts it.
         """
         active = self._trainable.active(step)
         if active == self._active:
             return
         wanted = dict(self._trained_before)
-        for each, found, is_active in zip(self._trainable.settings, self._found, active, strict=True):
+        for each, found, is_active in zip(self._trainable.settings, self._parameters, active, strict=True):
             if is_active:
                 wanted.update(dict.fromkeys(found.values(), each.trainable))
         changed = _require_gradients(wanted)
@@ -90,28 +83,21 @@ class TrainingChanges:
         self._active = active
 
     def restore(self) -> None:
-        """Let each parameter be trained, or not, as it was before."""
+        """Restore which parameters were trained before."""
         if any(self._active):
             _require_gradients(self._trained_before)
-            self._active = (False,) * len(self._found)
+            self._active = (False,) * len(self._parameters)
 
     def state_dict(self) -> list[bool]:
-        """Return which settings of optimizers are done with."""
+        """Return for each setting of optimizer options whether it is done."""
         return self._options.state_dict()
 
     def check_state(self, state: Sequence[bool]) -> None:
-        """Refuse the state of another recipe.
-
-        Args:
-            state: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If it does not fit.
-        """
+        """Raise ValueError for the state of another recipe."""
         self._options.check_state(state)
 
     def load_state_dict(self, state: Sequence[bool]) -> None:
-        """Continue from :meth:`state_dict`."""
+        """Resume from :meth:`state_dict`."""
         self._options.load_state_dict(state)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
@@ -124,7 +110,7 @@ class TrainingChanges:
             with named_in_errors(each):
                 check_param_groups(each, len(groups))
         for number, group in enumerate(groups):
-            for option in map(_NAMES.__getitem__, self._options.options_of(number)):
+            for option in map(_OPTIONS.__getitem__, self._options.options_of(number)):
                 if option not in group:
                     raise SettingError(
                         option,
@@ -132,26 +118,26 @@ class TrainingChanges:
                     )
 
 
-def _found(model: nn.Module, settings: TrainableParams) -> dict[str, nn.Parameter]:
+def _parameters(model: nn.Module, settings: TrainableParams) -> dict[str, nn.Parameter]:
     with named_in_errors(settings):
         return matching_parameters(model, settings.params, strict=settings.strict)
 
 
 def _set_option(group: dict[str, Any], change: OptionChange) -> None:
-    option = _NAMES[change.option]
-    if isinstance(group[option], torch.Tensor):  # a compiled or captured step reads the tensor that it knows
+    option = _OPTIONS[change.option]
+    if isinstance(group[option], torch.Tensor):  # a compiled or captured step reads this very tensor
         group[option].fill_(change.value)
     else:
         group[option] = change.value
 
 
 def _require_gradients(wanted: Mapping[nn.Parameter, bool]) -> ExitStack:
-    """Return what takes the changes back, once each parameter is trained, or not, as wanted."""
+    """Set ``requires_grad`` of each parameter, and return the callbacks that revert it."""
     with ExitStack() as undo:
         for parameter, is_trained in wanted.items():
             undo.callback(setattr, parameter, "grad", parameter.grad)
             undo.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(is_trained)
             if not is_trained:
-                parameter.grad = None  # an optimizer would go on using it
+                parameter.grad = None  # optimizers would still apply it
         return undo.pop_all()

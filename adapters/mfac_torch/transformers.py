@@ -1,4 +1,4 @@
-"""Pruning inside the ``Trainer`` of Hugging Face: a callback that runs a recipe.
+"""Pruning inside Hugging Face's ``Trainer``: a callback that runs a recipe.
 
 Needs the packages ``transformers`` and ``accelerate``.
 """
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mfac_torch.checkpoint import read_tensors, write_tensors
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import ScalarLoggers
+from mfac_torch.tensor_files import read_tensors, write_tensors
 
 try:
     from transformers import TrainerCallback
@@ -29,34 +29,34 @@ except ImportError as error:
 __all__ = ["STATE_FILE", "PruningCallback"]
 
 STATE_FILE = "pruning_state.pt"
-"""Name of the file in a checkpoint's folder that holds the state of pruning."""
+"""Name of the file with the state of pruning in the folder of a checkpoint."""
 
 _logger = logging.getLogger("mfac_torch")
 
 
 class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent where types are checked
-    """Runs a recipe inside the ``Trainer`` of Hugging Face.
+    """Runs a recipe inside Hugging Face's ``Trainer``.
 
-    Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` goes on
-    from there. When training ends the model is a plain module again; after a run that broke off, call
-    ``callback.manager.finalize()``. The sparsity is added to what the trainer logs, as ``sparsity``: it is in
-    ``trainer.state.log_history`` and reaches the callbacks that stand after this one. Where the recipe sets the
-    learning rate, the scheduler of the trainer has no effect.
+    Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` continues
+    from it. When training ends, the model is a plain module again; after a run that failed, call
+    ``callback.manager.finalize()``. The logs of the trainer include the sparsity as ``sparsity``: in
+    ``trainer.state.log_history``, and for the callbacks after this one. If the recipe sets the learning rate, the
+    scheduler of the trainer has no effect.
 
     Args:
         recipe: Path or text of a recipe, or a manager.
-        steps_per_epoch: Optimizer steps per epoch; ``None`` counts the batches of the trainer, as many as it
-            accumulates for one step. Give it where the data set has no length.
-        grad_sampler: Draws the gradient samples at each pruning step; ``None`` takes the gradients of training.
-        loggers: Told the sparsity of each parameter after a pruning step, as in ``ScheduledModifierManager.modify``.
-        gradient_window: Whether checkpoints hold the gradient window. Without it they are smaller, and a resumed run
-            has to fill its window anew.
-        resume_from_checkpoint: Folder of the checkpoint that ``train`` resumes from, where it lies elsewhere than in
-            the ``output_dir`` of this run.
+        steps_per_epoch: Optimizer steps per epoch; ``None`` computes it from the batches of the trainer and the number
+            of batches that it accumulates. Pass it if the data set has no length.
+        grad_sampler: Draws the gradient samples at each pruning step; ``None`` uses the gradients of training.
+        loggers: Get the sparsity of each parameter after a pruning step, as in ``ScheduledModifierManager.modify``.
+        gradient_window: Whether checkpoints include the gradient window. Without it they are smaller, and a resumed run
+            has to refill its window.
+        resume_from_checkpoint: Folder of the checkpoint that ``train`` resumes from, if it is outside the
+            ``output_dir`` of this run.
 
     Attributes:
-        manager: The manager; ``TrainingArguments(num_train_epochs=callback.manager.max_epochs)`` trains as long as the
-            recipe says.
+        manager: The manager; ``TrainingArguments(num_train_epochs=callback.manager.max_epochs)`` trains for the epochs
+            of the recipe.
 
     Raises:
         RecipeError: If the recipe is wrong.
@@ -96,9 +96,9 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         self._learning_rates: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach the recipe, and go on from a checkpoint when the trainer does."""
+        """Attach the recipe, and continue from a checkpoint if the trainer does."""
         _refuse_best_model(args)
-        self._finalize()  # a run that broke off, or began anew with a smaller batch size
+        self._finalize()  # a run that failed, or was restarted with a smaller batch size
         resumed = self._saved_state(args, state) if state.global_step else None
         if self.manager.learning_rate_modifiers and resumed is None:
             _logger.info("the recipe sets the learning rate, so the scheduler of the trainer has no effect")
@@ -116,17 +116,17 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
             self.manager.load_state_dict(resumed)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the learning rates of the step that was made."""
+        """Store the learning rates of the optimizer step."""
         self._learning_rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put back learning rates that the recipe sets and the trainer's scheduler has moved."""
+        """Restore learning rates that the recipe sets and the trainer's scheduler has changed."""
         if self.manager.learning_rate_modifiers:
             for group, rate in zip(kwargs["optimizer"].param_groups, self._learning_rates, strict=True):
                 group["lr"] = rate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the sparsity to what is logged while training."""
+        """Add the sparsity to the logs of training."""
         if not self._is_attached:
             return
         added = {"sparsity": self.manager.sparsity}
@@ -136,7 +136,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         state.log_history[-1].update(added)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state of pruning beside the checkpoint that the trainer has written."""
+        """Save the state of pruning in the checkpoint that the trainer has written."""
         folder = _checkpoint(args, state)
         if not folder.is_dir():
             _logger.warning(
@@ -148,7 +148,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         write_tensors(folder / STATE_FILE, self.manager.state_dict(gradient_window=self._gradient_window))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Detach: a plain module remains."""
+        """Detach from the module."""
         self._finalize()
 
     def _finalize(self) -> None:
@@ -157,34 +157,34 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
             self.manager.finalize()
 
     def _saved_state(self, args: Any, state: Any) -> dict[str, Any]:
-        named = [self._resume_from] if self._resume_from else [args.resume_from_checkpoint, _checkpoint(args, state)]
-        files = [Path(folder) / STATE_FILE for folder in named if isinstance(folder, str | os.PathLike)]
+        folders = [self._resume_from] if self._resume_from else [args.resume_from_checkpoint, _checkpoint(args, state)]
+        files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str | os.PathLike)]
         for file in files:
             if file.exists():
                 saved: dict[str, Any] = read_tensors(file)
                 return saved
         raise FileNotFoundError(
-            f"training resumes at step {state.global_step} and there is no state of pruning: "
+            f"training resumes at step {state.global_step} without a state of pruning: "
             f"{' and '.join(map(str, files))} not found; pass the folder of the checkpoint to PruningCallback as "
-            "resume_from_checkpoint, or start a new run from the model that the checkpoint holds"
+            "resume_from_checkpoint, or start a new run from the model in the checkpoint"
         )
 
 
 def _refuse_best_model(args: Any) -> None:
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end would put back the weights of a checkpoint with another sparsity, most often that "
+            "load_best_model_at_end would put back the weights of a checkpoint with another sparsity, usually one "
             "before pruning; leave it out of TrainingArguments"
         )
 
 
 def _steps_per_epoch(args: Any, batches: Any) -> int:
     try:
-        # The last batches of an epoch make a step too.
+        # The last batches of an epoch make a step, even if they are fewer than the trainer accumulates.
         steps: int = math.ceil(len(batches) / args.gradient_accumulation_steps)
     except TypeError as error:
         raise ValueError(
-            "the data set has no length, so the number of steps in an epoch is not known; pass steps_per_epoch to "
+            "the data set has no length, so the number of steps per epoch is unknown; pass steps_per_epoch to "
             "PruningCallback"
         ) from error
     return steps

@@ -1,4 +1,4 @@
-"""The zeros of a model: counted from its weights, and set by masks in copies that nobody else prunes."""
+"""The zeros of a model: counted from its weights, and set by masks in copies that training does not prune."""
 
 from __future__ import annotations
 
@@ -23,23 +23,15 @@ _WRAPPED_LAYER = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoin
 
 
 class HasMasks(Protocol):
-    """What a manager is to this module."""
+    """A manager, as far as this module is concerned."""
 
     @property
     def masks(self) -> Masks:
-        """The masks held last."""
+        """The current masks."""
 
 
 def zeros_of(parameters: Mapping[str, torch.Tensor], masks: Masks) -> ZeroCount:
-    """Count how many pruned weights are zero.
-
-    Args:
-        parameters: All parameters in scope by name.
-        masks: The masks of those that are pruned.
-
-    Returns:
-        The counts.
-    """
+    """Count how many pruned weights are zero, given all parameters in scope and the masks of some of them."""
     return count_zeros(
         {name: to_array(parameter) for name, parameter in parameters.items()},
         {name: mask.cpu().numpy() for name, mask in masks.items()},
@@ -49,20 +41,20 @@ def zeros_of(parameters: Mapping[str, torch.Tensor], masks: Masks) -> ZeroCount:
 def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks | Masks) -> int:
     """Set pruned weights to zero in a copy that training does not prune, such as an average of the weights.
 
-    Names are those of the masks, or end with them: what ``AveragedModel``, ``DataParallel``, ``torch.compile`` or a
-    Lightning module put before a name is looked through. So is a prefix that only the names of the masks have.
+    A mask belongs to the tensor of the same name. Prefixes that ``AveragedModel``, ``DataParallel``, ``torch.compile``
+    or a Lightning module add to names are ignored, and so is a prefix that only the names of the masks have.
 
     Args:
         model_or_state: A model, wrapped or not, or a state dict; changed in place.
-        masks: The masks, or the manager that holds them. No masks, as before the first pruning step, change nothing.
+        masks: The masks, or the manager that holds them. Empty masks, as before the first pruning step, change nothing.
 
     Returns:
-        How many weights were set to zero; those that were zero already do not count.
+        How many weights were set to zero; those that were zero before do not count.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If a mask fits no tensor, several, or one of another shape or in another form than plain numbers
-            (distributed, quantized, sparse). Nothing is changed then.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a mask fits no tensor, several tensors, or one of another shape, or one that is distributed,
+            quantized or sparse. Nothing is changed then.
 
     Example:
         >>> average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
@@ -94,22 +86,20 @@ def _tensors(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, torch.T
 
 
 def _matched(masks: Masks, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    # The names of all tensors are known before the first is changed.
-    plain = {name: _WRAPPED_LAYER.sub(r"\1", name) for name in tensors}
+    """Return the name of the tensor of each mask; raise ValueError for a mask that does not fit exactly one."""
+    without_wrappers = {name: _WRAPPED_LAYER.sub(r"\1", name) for name in tensors}
     matched: dict[str, str] = {}
     for name, mask in masks.items():
-        found = [name] if name in tensors else _same_end(_WRAPPED_LAYER.sub(r"\1", name), plain)
+        found = [name] if name in tensors else _same_end(_WRAPPED_LAYER.sub(r"\1", name), without_wrappers)
         if not found:
             raise ValueError(
-                f"the mask of {name} fits nothing: there are {join_names(tensors) or 'no tensors'}; pass the model "
-                "or the "
-                "state dict that the masks belong to"
+                f"the mask of {name} fits none of the tensors ({join_names(tensors) or 'there are none'}); pass the "
+                "model or the state dict that the masks belong to"
             )
         if len(found) > 1 or found[0] in matched.values():
             raise ValueError(
                 f"the mask of {name} fits several tensors, or one that has a mask already ({join_names(found)}); "
-                "pass the "
-                "part of the model that the masks belong to"
+                "pass the part of the model that the masks belong to"
             )
         if mask.shape != tensors[found[0]].shape:
             raise ValueError(
@@ -120,11 +110,11 @@ def _matched(masks: Masks, tensors: Mapping[str, torch.Tensor]) -> dict[str, str
     return matched
 
 
-def _same_end(name: str, plain: Mapping[str, str]) -> list[str]:
-    """Return the tensors of this name, or, where there is none, those of which one name ends with the other."""
-    same = [tensor for tensor, other in plain.items() if other == name]
+def _same_end(name: str, without_wrappers: Mapping[str, str]) -> list[str]:
+    """Return the tensors of this name; if there are none, those whose name ends with it, or else is an end of it."""
+    names = without_wrappers.items()
     return (
-        same
-        or [tensor for tensor, other in plain.items() if f".{other}".endswith(f".{name}")]
-        or [tensor for tensor, other in plain.items() if f".{name}".endswith(f".{other}")]
+        [tensor for tensor, other in names if other == name]
+        or [tensor for tensor, other in names if f".{other}".endswith(f".{name}")]
+        or [tensor for tensor, other in names if f".{name}".endswith(f".{other}")]
     )

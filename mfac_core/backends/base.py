@@ -25,7 +25,7 @@ Array = Any
 class Backend(Protocol):
     """Places arrays on the devices of one array library.
 
-    ``device`` is always one of the names in :meth:`devices`.
+    ``device`` is always one of the names that :meth:`devices` returns.
     """
 
     name: str
@@ -40,40 +40,43 @@ class Backend(Protocol):
         """Return a new array of zeros on ``device``."""
 
     def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return zeros in host memory, of the kind from which copies to the devices are fast."""
+        """Return zeros in the kind of host memory from which copies to the devices are fastest."""
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         """Return ``x`` in host memory; no copy where none is needed."""
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
-        """Begin to copy ``x`` into host memory, and return a function that waits for the copy and returns it."""
+        """Start a copy of ``x`` to host memory, and return a function that waits for it and returns it."""
 
     def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
-        """Yield the arrays of each load on ``device``, copying the next ones meanwhile.
+        """Yield the arrays of each load on ``device``, and copy those of the next load meanwhile.
 
-        What is yielded is valid until the next item is asked for.
+        The arrays are valid until the next item is requested.
         """
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return a context in which this thread's work runs on ``device``."""
 
     def workers(self, device: str, tasks: int) -> AbstractContextManager[int]:
-        """Return a context that gives how many threads should work on ``tasks`` at once, without oversubscription."""
+        """Return a context whose value is the number of threads that should work on ``tasks`` at the same time.
+
+        Within the context these threads do not oversubscribe the cores.
+        """
 
     def speed(self, device: str) -> float:
         """Return the estimated float32 operations per second, the same at every call."""
 
     def group_bytes(self, device: str, total: int) -> int:
-        """Return how many bytes of gradients one kernel call should work on, of ``total`` that have to be."""
+        """Return how many bytes of gradients one kernel call should work on, of ``total`` bytes in all."""
 
     def free_bytes(self, device: str) -> int | None:
-        """Return the free memory of ``device`` in bytes, or ``None`` when it cannot be known."""
+        """Return the free memory of ``device`` in bytes, or ``None`` if it is unknown."""
 
     def synchronize(self, device: str) -> None:
-        """Wait until the work queued on ``device`` is done."""
+        """Wait until ``device`` has finished all queued work."""
 
     def release(self, device: str) -> None:
-        """Give cached memory of ``device`` back."""
+        """Free cached memory of ``device``."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class CupyBackend:
 
     def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Return zeros in page-locked host memory, from which copies to a GPU run beside its work."""
-        # CuPy's pool would keep these large arrays page-locked for good after they are dropped
+        # CuPy's pool would keep the memory of these large arrays page-locked after they are freed
         zeros = _page_locked(shape, dtype, _outside_the_pool)
         if zeros is None:
             return np.zeros(shape, dtype)
@@ -66,7 +66,7 @@ class CupyBackend:
             return host
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
-        """Return a function that waits for a copy of ``x`` in host memory, begun now, behind the work on its GPU."""
+        """Start a copy of ``x`` to host memory behind the work on its GPU, and return a function that waits for it."""
         if not isinstance(x, cupy.ndarray):
             array = np.asarray(x)
             return lambda: array
@@ -84,23 +84,20 @@ class CupyBackend:
             source.clear()
             return host
 
-        # nobody may be given the memory of a copy that is still under way, also when nobody waits for it
+        # the memory must not be reused while the copy is in progress, also if `wait` is never called
         weakref.finalize(wait, done.synchronize)
         return wait
 
     def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on the GPU ``device``; while one item is worked on, the next is copied.
 
-        The work on an item belongs on the stream that was current when the first item was asked for. A yielded array
-        may be memory that the item after the next is copied to: it is valid until the next item is asked for. Arrays
-        that are on the GPU already are yielded themselves.
+        Work on an item belongs on the stream that was current when the first item was requested. The item after the
+        next is copied to the same memory, so the arrays are valid until the next item is requested. Arrays that are
+        already on the GPU are yielded themselves; copies are C-contiguous.
 
         Args:
             device: The GPU.
             loads: Functions that return NumPy arrays, or CuPy arrays on any GPU; called in order, one item ahead.
-
-        Yields:
-            The arrays of one load; new ones have the dtype and shape of their source and are C-contiguous.
         """
         with self.on(device):
             work = cupy.cuda.get_current_stream()
@@ -117,19 +114,19 @@ class CupyBackend:
             if waiting:
                 yield from self._lend(device, *waiting)
         finally:
-            # the memory of the slots goes back to pools that know nothing of the copies
+            # the memory of the slots returns to pools that are not ordered with the copies
             with self.on(device):
                 copies.synchronize()
                 work.synchronize()
 
     def on(self, device: str) -> AbstractContextManager[Any]:
-        """Return CuPy's device context; CuPy computes where the current device is."""
+        """Return CuPy's device context: CuPy computes on the current device."""
         context: AbstractContextManager[Any] = cupy.cuda.Device(_index(device))
         return context
 
     @contextmanager
     def workers(self, device: str, tasks: int) -> Iterator[int]:
-        """Give one worker: a GPU runs one queue at full speed."""
+        """Allow one worker: a single queue keeps a GPU busy."""
         yield 1
 
     def speed(self, device: str) -> float:
@@ -142,16 +139,16 @@ class CupyBackend:
         return 2e3 * multiprocessors * lanes * kilohertz  # a multiplication and an addition per lane and cycle
 
     def group_bytes(self, device: str, total: int) -> int:
-        """Return a sixteenth of the GPU's memory, at most 2 GiB, and less where four groups are more than there are.
+        """Return a sixteenth of the GPU's memory, at most 2 GiB, or less so that there are at least four groups.
 
-        Copies overlap only the work on other groups. Less than 64 MiB would not keep a GPU busy.
+        Copies overlap only with work on other groups. Less than 64 MiB would not keep a GPU busy.
         """
         with self.on(device):
             _, memory = cupy.cuda.runtime.memGetInfo()
         return max(64 * 2**20, min(int(memory) // 16, 2 * 2**30, total // 4))
 
     def free_bytes(self, device: str) -> int | None:
-        """Return the GPU's free memory, together with what CuPy's pool holds unused."""
+        """Return the GPU's free memory, including the unused memory of CuPy's pool."""
         with self.on(device):
             free, _ = cupy.cuda.runtime.memGetInfo()
             return int(free) + int(cupy.get_default_memory_pool().free_bytes())
@@ -162,7 +159,7 @@ class CupyBackend:
             cupy.cuda.get_current_stream().synchronize()
 
     def release(self, device: str) -> None:
-        """Give the unused blocks of CuPy's pool back to the GPU."""
+        """Return the unused blocks of CuPy's pool to the GPU."""
         with self.on(device):
             cupy.get_default_memory_pool().free_all_blocks()
 
@@ -182,7 +179,7 @@ _refusals = itertools.count()
 
 
 class _Slot:
-    """Memory for one item on the current device, and in the host where the item has to be gathered first.
+    """Memory for one item on the current device, and page-locked memory if the item has to be gathered first.
 
     Args:
         work: The stream that works on the items.
@@ -200,8 +197,8 @@ class _Slot:
         self._sources: list[Array] = []
 
     def fill(self, load: Callable[[], list[Array]]) -> list[Array]:
-        """Return what ``load`` returns, on this device: copies are begun, and come after the work on the last item."""
-        # until the last copy is done, its sources and the host memory must stay as they are
+        """Return the arrays of a load on this device: copies are started, ordered after the work on the last item."""
+        # the sources and the host memory of the last copy must not change before it is done
         self.copied.synchronize()
         self._sources.clear()
         arrays = load()
@@ -222,7 +219,7 @@ class _Slot:
         self._memory = None
         self._memory = cupy.cuda.alloc(num_bytes)
         self._num_bytes = num_bytes
-        # the pool lends memory that work queued before may still use: the copies have to come after it
+        # queued work may still use memory that the pool hands out again: copies come after it
         self.consumed.record(self.work)
 
     def _copy(self, x: Array, offset: int) -> Array:
@@ -270,7 +267,7 @@ def _page_locked(shape: tuple[int, ...], dtype: Any, allocate: Callable[[int], A
     except cupy.cuda.runtime.CUDARuntimeError as error:
         if next(_refusals) == 0:
             _logger.warning(
-                "CUDA refuses page-locked host memory (%s): ordinary memory is used, and copies to the GPU wait for it",
+                "CUDA refuses page-locked host memory (%s): ordinary memory is used, and copies to the GPU are slower",
                 error,
             )
         return None

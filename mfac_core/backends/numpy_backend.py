@@ -37,11 +37,11 @@ class NumpyBackend:
         return np.asarray(x, dtype=dtype)
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> npt.NDArray[Any]:
-        """Return a new array of zeros; its memory is taken when it is written to."""
+        """Return a new array of zeros; its memory is allocated when it is first written."""
         return np.zeros(shape, dtype)
 
     def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return a new array of zeros; its memory is taken when it is written to."""
+        """Return a new array of zeros; its memory is allocated when it is first written."""
         return np.zeros(shape, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
@@ -49,11 +49,11 @@ class NumpyBackend:
         return np.asarray(x)
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
-        """Return a function that gives ``x`` itself."""
+        """Return a function that returns ``x`` itself."""
         return lambda: np.asarray(x)
 
     def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
-        """Yield the arrays of one load after another: they are where they should be."""
+        """Yield the arrays of each load, which need no copy."""
         for load in loads:
             yield [np.asarray(x) for x in load()]
 
@@ -63,9 +63,9 @@ class NumpyBackend:
 
     @contextmanager
     def workers(self, device: str, tasks: int) -> Iterator[int]:
-        """Give as many workers as there are cores or tasks, and each its share of the cores for BLAS.
+        """Allow as many workers as there are cores or tasks, each with its share of the cores for BLAS.
 
-        Many small tasks run best side by side; a single one spreads its columns over the cores.
+        Many small tasks run best side by side. A single task gets spare threads to spread its columns over the cores.
         """
         workers = min(tasks, _cores())
         limits = _thread_limits()
@@ -79,23 +79,23 @@ class NumpyBackend:
                 yield workers
 
     def speed(self, device: str) -> float:
-        """Return what the cores would do with two AVX2 multiply-adds per cycle at 2.5 GHz."""
-        return _cores() * 32 * 2.5e9
+        """Return the rate of all cores at two AVX2 multiply-adds per cycle and 2.5 GHz."""
+        return _cores() * 32 * 2.5e9  # 2 instructions x 8 numbers x 2 operations per cycle
 
     def group_bytes(self, device: str, total: int) -> int:
-        """Return a few megabytes, and less where each core would get fewer than four groups."""
+        """Return a few megabytes, or less so that each core gets at least four groups."""
         return max(1, min(GROUP_BYTES, total // (4 * _cores())))
 
     def free_bytes(self, device: str) -> int | None:
-        """Return the memory that this process may still take: what the system or its control group has left."""
+        """Return the memory that this process may still allocate, of the system and of its control group."""
         left = [value for value in (_system_free_bytes(), _control_group_free_bytes()) if value is not None]
         return min(left, default=None)
 
     def synchronize(self, device: str) -> None:
-        """Do nothing: work in host memory is done when the call returns."""
+        """Do nothing: calls return when their work is done."""
 
     def release(self, device: str) -> None:
-        """Do nothing: NumPy gives memory back by itself."""
+        """Do nothing: NumPy frees memory itself."""
 
 
 def _cores() -> int:
@@ -119,7 +119,7 @@ def _psutil() -> Any:
     try:
         import psutil
     except ImportError:
-        _logger.warning("psutil is not installed: free memory is not known, so memory is not checked beforehand")
+        _logger.warning("psutil is not installed: free memory is unknown, so it is not checked before a run")
         return None
     return psutil
 
@@ -130,7 +130,7 @@ def _system_free_bytes() -> int | None:
 
 
 def _control_group_free_bytes() -> int | None:
-    # A container's limit is often lower than the machine's memory, and exceeding it kills the process.
+    # the limit of a container is often below the memory of the machine, and exceeding it kills the process
     root = Path("/sys/fs/cgroup")
     try:
         limit = int((root / "memory.max").read_text())

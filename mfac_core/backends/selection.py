@@ -1,4 +1,4 @@
-"""From the names that users list, such as ``cuda:0``, to devices."""
+"""Finds devices by the names that users write, such as ``cuda:0``, and the device of an array."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ __all__ = ["device_of", "resolve_device", "resolve_devices"]
 
 
 def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Device, ...]:
-    """Return the devices with these names, each checked to exist.
-
-    Args:
-        devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``; devices pass through.
-
-    Returns:
-        One device per entry, in order.
+    """Return the devices with these names, in order; devices are returned unchanged.
 
     Raises:
         DeviceError: If the list is empty or names a device twice, or a device does not exist.
@@ -41,16 +35,14 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Dev
 
 
 def resolve_device(device: str | Device) -> Device:
-    """Return the device with this name.
-
-    Args:
-        device: ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device passes through.
-
-    Returns:
-        The device.
+    """Return the device ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device is returned unchanged.
 
     Raises:
         DeviceError: If the device does not exist; the message lists those that do, or names the extra to install.
+
+    Example:
+        >>> str(resolve_device("cpu"))
+        'cpu'
     """
     if isinstance(device, Device):
         return device
@@ -72,16 +64,15 @@ def resolve_device(device: str | Device) -> Device:
 
 
 def device_of(x: Array) -> Device:
-    """Return the device that holds an array.
-
-    Args:
-        x: A NumPy or CuPy array.
-
-    Returns:
-        Its device.
+    """Return the device that holds a NumPy or CuPy array.
 
     Raises:
         TypeError: If ``x`` is an array of neither library.
+
+    Example:
+        >>> import numpy as np
+        >>> str(device_of(np.zeros(2)))
+        'cpu'
     """
     match array_library(x):
         case "numpy":
@@ -96,6 +87,7 @@ def device_of(x: Array) -> Device:
 
 @cache
 def _backends() -> tuple[Backend, ...]:
+    """Return one backend for each installed library; a further library is listed here."""
     if not _has_cupy():
         return (NumpyBackend(),)
     from mfac_core.backends.cupy_backend import CupyBackend

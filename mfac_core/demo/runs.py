@@ -65,11 +65,11 @@ MOMENTUM = 0.9
 _COLUMNS_OF_A_TASK = 34
 _PICTURE = "report.png"
 _WHY_MORE_EPOCHS = (
-    f"The rows with {EPOCHS_AFTER[-1]} epochs belong to it: training repairs what pruning breaks, so that magnitude "
-    f"pruning with {EPOCHS_AFTER[-1]} epochs can be as good as M-FAC with {EPOCHS_AFTER[0]}. What M-FAC saves is that "
-    "training. Its own price, the gradient samples, is in its time."
+    f"Read the rows with {EPOCHS_AFTER[-1]} epochs too: training repairs what pruning breaks, so magnitude pruning "
+    f"with {EPOCHS_AFTER[-1]} epochs can match M-FAC with {EPOCHS_AFTER[0]}. M-FAC saves that training; its time "
+    "includes the cost of the gradient samples."
 )
-_OTHER_DIGITS = "Another processor gives other digits; the means should come back, within their intervals."
+_OTHER_PROCESSOR = "On another processor the numbers differ slightly, and the means agree within their intervals."
 
 
 @dataclass(frozen=True)
@@ -239,8 +239,8 @@ def recipe_path(name: str) -> Path:
 
 
 def _check_output(output: Path, names: Sequence[str]) -> None:
-    # Before the results cost any time.
-    cure = "give --output a folder that can be written to, or the path of one to be made"
+    """Refuse an output folder that cannot be written to before the results cost any time."""
+    cure = "give --output a folder that can be written to, or the path of a new one"
     try:
         output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output):
@@ -271,11 +271,11 @@ def _checked(recipe: Path, demo: Demo) -> Recipe:
 
 def _run_recipe(demo: Demo, recipe: Recipe, seed: int, output: Path) -> str:
     console = terminal.console()
-    terminal.say(f"Pruning a network for handwritten digits by {recipe.source}, beside magnitude pruning.")
+    terminal.say(f"Pruning a network for handwritten digits with {recipe.source}, compared with magnitude pruning.")
     results = compare_gradual(demo, recipe, console=console)
     records = [result.record for result in results]
     console.print(report.table(records))
-    terminal.say(f"This is one seed ({seed}), an example: another seed or another processor gives other digits.")
+    terminal.say(f"This is an example with one seed ({seed}): another seed or another processor gives other numbers.")
     facts = {"framework": demo.framework, "seed": seed, "recipe": recipe.source, **demo.versions}
     _write(demo, results[0], records, output, facts)
     report.picture(records, output / _PICTURE)
@@ -285,11 +285,11 @@ def _run_recipe(demo: Demo, recipe: Recipe, seed: int, output: Path) -> str:
 def _run_over_seeds(demo: Callable[[int], Demo], seeds: range, output: Path) -> str:
     console = terminal.console()
     first, recipe = demo(seeds[0]), recipe_path(ONE_SHOT)
-    terminal.say(f"Pruning networks for handwritten digits in one shot by {recipe}, beside magnitude pruning.")
+    terminal.say(f"Pruning networks for handwritten digits in one shot with {recipe}, compared with magnitude pruning.")
     results = compare_over_seeds(demo, seeds, console=console)
     records = [result.record for result in results]
     console.print(comparison.table(records))
-    for line in (comparison.caption(records), _WHY_MORE_EPOCHS, _OTHER_DIGITS):
+    for line in (comparison.caption(records), _WHY_MORE_EPOCHS, _OTHER_PROCESSOR):
         terminal.say(line)
     data = f"scikit-learn's handwritten digits, {first.num_test_images} test images"
     facts = {"framework": first.framework, "data": data, "seeds": list(seeds), "recipe": str(recipe), **first.versions}

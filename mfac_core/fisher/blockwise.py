@@ -111,6 +111,7 @@ class BlockwiseFisher:
         self._in_float64: list[InFloat64 | None] = [None] * len(self.groups)
         self._retained: dict[int, Factor] = {}
         self._keep = keep
+        # the devices share half of the memory of the gradients equally
         most = float("inf") if keep == "always" else total / 2 / len(shares)
         self._room = {
             name: int(min(RETAINED_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()
@@ -244,6 +245,7 @@ class BlockwiseFisher:
             groups: Which groups; ``None`` means all.
         """
         wanted = None if groups is None else set(groups)
+        # the workers read vectors that may still be written on the home device
         self.home.backend.synchronize(self.home.name)
         with ExitStack() as stack:
             jobs = []
@@ -252,6 +254,7 @@ class BlockwiseFisher:
                 queue = deque(index for index in indices if wanted is None or index in wanted)
                 workers = stack.enter_context(device.backend.workers(name, len(queue)))
                 jobs += [(device, queue)] * min(workers, len(queue))
+            # a single job stays in this thread, to which the backend may have given spare threads
             if len(jobs) < 2:
                 for device, queue in jobs:
                     self._work(task, device, queue)
@@ -261,6 +264,7 @@ class BlockwiseFisher:
                     future.result()
 
     def _work(self, task: Callable[[int, Device, list[Array]], None], device: Device, queue: deque[int]) -> None:
+        # a backend loads groups ahead, so several may be taken from the queue before the first is worked on
         taken: deque[int] = deque()
 
         def loads() -> Iterator[Callable[[], list[Array]]]:
@@ -287,6 +291,7 @@ class BlockwiseFisher:
         means: list[Array] = [None] * len(self.groups)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
+            # each task writes an item of its own, so that workers need no lock
             means[index] = device.to_numpy(mean_diagonals(chunks))
 
         self.run(task)
@@ -314,6 +319,7 @@ class BlockwiseFisher:
         return factored, diagonal
 
     def _retain(self, index: int, device: Device, factored: Factor) -> None:
+        # a factor of the primal form is as large as the dense inverse of its blocks
         is_block_sized = self.groups[index].width <= self.source.count
         if self._keep == "never" or (self._keep == "once" and is_block_sized):
             return

@@ -17,19 +17,15 @@ LARGEST_FACTOR = 32
 
 
 def column_sums_of_squares(x: Array) -> Array:
-    """Return the sums of the squares over the rows of a batch of matrices, in one pass.
+    """Return the sums of squares over the rows of ``x``, in one pass and without an array of squares.
 
-    Args:
-        x: Shape ``(n, rows, columns)``, float32 or float64, with any strides. Not modified.
-
-    Returns:
-        Shape ``(n, columns)``, same dtype and device.
+    ``x`` has shape ``(n, rows, columns)``, float32 or float64, with any strides; the result ``(n, columns)``.
     """
     count, rows, columns = x.shape
     with x.device:
         sums = cupy.empty((count, columns), x.dtype)
         if sums.size:
-            # neighbouring threads read neighbouring columns; where these are few, more of the threads take rows
+            # neighbouring threads read neighbouring columns, 32 in a warp; if there are fewer, more threads take rows
             width = min(32, 1 << (columns - 1).bit_length())
             tiles = -(-columns // width)
             strides = (stride // x.itemsize for stride in x.strides)
@@ -39,15 +35,7 @@ def column_sums_of_squares(x: Array) -> Array:
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    """Return ``w^2 / (2 [F^-1]_qq)``, in one pass.
-
-    Args:
-        weights: Shape ``(d,)``, float32 or float64. Not modified.
-        inverse_diagonal: Same shape, dtype and device. Not modified.
-
-    Returns:
-        Shape ``(d,)``, same dtype and device.
-    """
+    """Return ``w^2 / (2 [F^-1]_qq)`` of each weight, in one pass."""
     with weights.device:
         return _saliency(weights, inverse_diagonal)
 
@@ -55,16 +43,9 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
 def matmul(a: Array, b: Array) -> Array:
     """Return the products of two batches of matrices; transposed and sliced operands are not copied.
 
-    :func:`cupy.matmul` copies every operand that is not C-contiguous. Here cuBLAS reads it where it is, as long as its
-    rows or its columns are contiguous.
-
-    Args:
-        a: Shape ``(n, p, q)``, float32 or float64. Not modified.
-        b: Shape ``(n, q, r)``, same dtype and device. Not modified.
-
-    Returns:
-        A new C-contiguous array of shape ``(n, p, r)``, same dtype and device. Operands of other shapes and dtypes are
-        left to :func:`cupy.matmul`.
+    :func:`cupy.matmul` copies every operand that is not C-contiguous. Here cuBLAS reads it in place if its rows or its
+    columns are contiguous. Operands other than float32 or float64 of shapes ``(n, p, q)`` and ``(n, q, r)`` are left to
+    :func:`cupy.matmul`.
     """
     with a.device:
         if not _suit_cublas(a, b):
@@ -77,7 +58,7 @@ def matmul(a: Array, b: Array) -> Array:
         one, zero = np.ones(1, a.dtype), np.zeros(1, a.dtype)
         cublas = cupy.cuda.cublas
         multiply = {"f": cublas.sgemmStridedBatched, "d": cublas.dgemmStridedBatched}[a.dtype.char]
-        # cuBLAS takes memory column by column, so that it sees every matrix transposed: (A B)^T = B^T A^T
+        # cuBLAS reads memory column by column, so it sees each row-major matrix transposed: (A B)^T = B^T A^T
         multiply(
             cupy.cuda.get_cublas_handle(),
             b_operation,
@@ -104,13 +85,13 @@ def matmul(a: Array, b: Array) -> Array:
 def inverse_factor(matrices: Array, shift: Array | float) -> tuple[Array, Array]:
     """Return inverse Cholesky factors of a batch of small matrices, ``L^-1`` of ``matrices + shift * I = L L^T``.
 
-    Where a matrix is not positive definite or not finite, the results are NaN from the first row that shows it to the
-    last, except for the zeros above the diagonal.
+    If a matrix is not positive definite or not finite, its results are NaN from the first row that shows it on, except
+    for the zeros above the diagonal.
 
     Args:
         matrices: Symmetric, shape ``(n, k, k)`` with ``k`` up to :data:`LARGEST_FACTOR`, float32 or float64, with any
             strides; only the lower triangle is read. Not modified.
-        shift: Added to the diagonal: one number for all matrices, or an array of ``n``, that of each.
+        shift: Added to the diagonal: one number, or an array of ``n`` numbers, one for each matrix.
 
     Returns:
         ``L^-1``, C-contiguous, shape ``(n, k, k)``, and the diagonal of ``L``, shape ``(n, k)``; same dtype and device.
@@ -147,10 +128,12 @@ class SmallFactors:
 
 _THREADS = 256
 
-_WARPS = 4  # those of one block share 34 KB at most, of the 48 KB that a kernel can have without asking
+_WARPS = 4  # matrices of one thread block: 34 KB of shared memory at most, of the 48 KB that need no opt-in
 
-_LARGEST_INT = 2**31 - 1
+_LARGEST_INT = 2**31 - 1  # cuBLAS takes sizes and leading dimensions as 32-bit integers
 
+# A thread block sums a tile of neighbouring columns of one matrix. Threads with one threadIdx.x share a column: each
+# takes every blockDim.y-th row of it, and a tree reduction in shared memory adds up their sums.
 _COLUMN_SUMS_OF_SQUARES = r"""
 extern "C" __global__ void column_sums_of_squares(
     const REAL* __restrict__ x, REAL* __restrict__ sums,
@@ -163,20 +146,22 @@ extern "C" __global__ void column_sums_of_squares(
     double total = 0;
     if (column < columns) {
         const REAL* top = x + matrix * matrix_stride + column * column_stride;
-        // eight loads are under way at once, and only every eighth addition is one of the slow double ones
+        // unrolled by eight, so that eight loads are in flight; the eight squares are added up in REAL, and only their
+        // sum in double, of which most GPUs compute far fewer per second
         for (long long first = threadIdx.y; first < rows; first += 8 * blockDim.y) {
-            REAL part = 0;
+            REAL eight = 0;
             #pragma unroll
             for (int step = 0; step < 8; ++step) {
                 const long long row = first + step * blockDim.y;
                 if (row < rows) {
                     const REAL value = top[row * row_stride];
-                    part += value * value;
+                    eight += value * value;
                 }
             }
-            total += part;
+            total += eight;
         }
     }
+    // blockDim.y is a power of two: each round adds the upper half of the partial sums to the lower half
     const int place = threadIdx.y * blockDim.x + threadIdx.x;
     partial[place] = total;
     for (int upper = blockDim.y / 2; upper > 0; upper /= 2) {
@@ -191,14 +176,17 @@ extern "C" __global__ void column_sums_of_squares(
 }
 """
 
+# One warp factors one matrix, which is at most 32 x 32, in shared memory; the lanes of a warp need no barrier but
+# __syncwarp. First L by columns, left-looking: L[i][j] = (A[i][j] - sum over k < j of L[i][k] L[j][k]) / L[j][j]. Then
+# its inverse X by rows, forward substitution: X[i][j] = (I[i][j] - sum over k < i of L[i][k] X[k][j]) / L[i][i].
 _INVERSE_FACTOR = r"""
 extern "C" __global__ void inverse_factor(
     const REAL* __restrict__ matrices, REAL* __restrict__ inverses, REAL* __restrict__ diagonals,
     const REAL* __restrict__ shifts, long long count, int size,
     long long matrix_stride, long long row_stride, long long column_stride)
 {
-    // the odd width keeps the rows of one column in different banks; it leaves room for two triangles, too:
-    // L[i][j] is at tile[i][j], and inverse[i][j] at tile[j][i + 1]
+    // the odd width puts the rows of one column in different banks of shared memory, so that lanes read them at once;
+    // it also makes room for two triangles: L[i][j] is at tile[i][j], and inverse[i][j] at tile[j][i + 1]
     __shared__ REAL tiles[WARPS][LARGEST][LARGEST + 1];
     const long long matrix = static_cast<long long>(blockIdx.x) * WARPS + threadIdx.y;
     if (matrix >= count) {
@@ -225,7 +213,7 @@ extern "C" __global__ void inverse_factor(
             }
         }
         const REAL pivot = __shfl_sync(0xffffffff, rest, column);
-        // all that comes after a NaN becomes NaN, but what comes after an infinite pivot would look sound
+        // a NaN spreads to all later rows by itself, but an infinite pivot would leave finite numbers after it
         const REAL root = pivot > 0 && isfinite(pivot) ? sqrt(pivot) : static_cast<REAL>(nan(""));
         if (below) {
             tile[lane][column] = lane == column ? root : rest / root;
@@ -238,7 +226,7 @@ extern "C" __global__ void inverse_factor(
         REAL value = 0;
         if (lane <= row) {
             REAL rest = lane == row;
-            for (int k = 0; k < row; ++k) {  // from 0 for all lanes: each step then reads different banks
+            for (int k = 0; k < row; ++k) {  // from 0 in all lanes, so that each step reads different banks
                 if (lane <= k) {
                     rest -= tile[row][k] * tile[lane][k + 1];
                 }
@@ -256,6 +244,7 @@ extern "C" __global__ void inverse_factor(
 }
 """
 
+# one pass over memory, where the expression in arrays would take three
 _saliency = cupy.ElementwiseKernel("T w, T d", "T s", "s = w * w / (2 * d)", "mfac_saliency")
 
 
@@ -279,16 +268,18 @@ def _suit_cublas(a: Array, b: Array) -> bool:
 
 
 def _operand(x: Array) -> tuple[Array, int, int, int]:
-    """Return ``x`` or a copy, and how cuBLAS is to read it: operation, leading dimension, stride between matrices."""
+    """Return ``x`` or a copy of it, with its operation, leading dimension and stride between matrices for cuBLAS."""
     count, rows, columns = x.shape
     stride, row_stride, column_stride = (step // x.itemsize for step in x.strides)
     cublas = cupy.cuda.cublas
-    # the stride of an axis of length 1 can be anything
+    # the stride of an axis of length 1 is arbitrary
     stride = stride if count > 1 else 0
     if stride >= 0:
+        # contiguous rows, `leading` numbers apart
         leading = row_stride if rows > 1 else columns
         if (column_stride == 1 or columns == 1) and columns <= leading <= _LARGEST_INT:
             return x, cublas.CUBLAS_OP_N, leading, stride
+        # contiguous columns, `leading` numbers apart: the same memory, to be transposed
         leading = column_stride if columns > 1 else rows
         if (row_stride == 1 or rows == 1) and rows <= leading <= _LARGEST_INT:
             return x, cublas.CUBLAS_OP_T, leading, stride

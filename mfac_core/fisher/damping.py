@@ -1,4 +1,4 @@
-"""Damping that suits the gradients: a share of the mean diagonal of each block's empirical Fisher."""
+"""Damping ``auto``: a share of the mean diagonal of each block's empirical Fisher."""
 
 from __future__ import annotations
 
@@ -19,27 +19,22 @@ AUTO_SHARE = 0.1
 """Damping ``auto`` of a block, relative to the mean diagonal of its empirical Fisher."""
 
 LEAST_SHARE = 1e-12
-"""Mean diagonal that a block is taken to have at least, relative to that over all weights.
+"""Lower bound of the mean diagonal of a block, relative to the mean over all weights.
 
-Without any curvature the weights of a block are then the least salient, and ranked by magnitude among themselves: far
-below the others, and not so far that float32 could not hold their saliencies.
+The weights of a block without curvature then have the smallest saliencies, ranked by magnitude among themselves: far
+below the others, but not so far that float32 could not represent them.
 """
 
 LEAST_DAMPING = 1e-200
-"""The least damping, whatever the gradients are: what is smaller has an inverse that float64 hardly holds."""
+"""The smallest damping, whatever the gradients: float64 can hardly represent the inverse of a smaller one."""
 
 _Vector = npt.NDArray[np.float64]
 
 
 def mean_diagonals(chunks: Sequence[Array]) -> Array:
-    """Return the mean diagonal of the empirical Fisher of each block.
+    """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, float64.
 
-    Args:
-        chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
-
-    Returns:
-        Shape ``(n,)``, float64; Inf or NaN where the gradients are not finite, or their squares are too large for
-        float64.
+    It is Inf or NaN where the gradients are not finite, or their squares overflow float64.
 
     Example:
         >>> mean_diagonals([np.array([[[1.0, 3.0], [1.0, 3.0]]])])
@@ -49,7 +44,7 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         means = _mean_diagonals(chunks, chunks[0].dtype)
         limits = xp.finfo(chunks[0].dtype)
-        # smaller ones may have lost squares that are too small for the dtype, and larger ones have overflowed
+        # a smaller mean may lack squares that have underflowed, and a larger one has overflowed
         is_held = xp.isfinite(means) & (means >= float(limits.smallest_normal) / float(limits.eps))
         if chunks[0].dtype != xp.float64 and not bool(xp.all(is_held)):
             means = _mean_diagonals(chunks, xp.float64)
@@ -57,38 +52,32 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
 
 
 def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vector], float]:
-    """Return damping ``auto`` of each block.
+    """Return damping ``auto`` of each block, and a power of two near the mean damping.
+
+    In units of that power of two, float32 can represent quantities in proportion to the dampings. Without any curvature
+    all results are 1.
 
     Args:
         means: Mean diagonals of the blocks of each group, finite, in host memory.
         widths: Columns of a block of each group.
 
-    Returns:
-        The dampings, positive, in the form of ``means``; and a power of two near their mean, the unit in which float32
-        can hold what is in proportion to them. Without any curvature all of these are 1.
-
     Example:
         >>> dampings([np.array([4.0, 12.0]), np.array([0.0])], [2, 1])
         ([array([0.4, 1.2]), array([6.4e-13])], 0.5)
     """
+    # weighted by columns, as the last block may be narrower
     num_weights = sum(len(mean) * width for mean, width in zip(means, widths, strict=True))
     overall = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))
     if not overall:
         return [np.ones(len(mean)) for mean in means], 1.0
     shares = [AUTO_SHARE * np.maximum(mean, LEAST_SHARE * overall) for mean in means]
+    # frexp gives a mantissa in [0.5, 1): the unit is the power of two at or below the typical damping
     typical = max(AUTO_SHARE * overall, LEAST_DAMPING)
     return [np.maximum(share, LEAST_DAMPING) for share in shares], math.ldexp(1.0, math.frexp(typical)[1] - 1)
 
 
 def damping_text(smallest: float, largest: float) -> str:
-    """Return the dampings of several blocks as text.
-
-    Args:
-        smallest: The smallest.
-        largest: The largest.
-
-    Returns:
-        One number where they are written alike, and both otherwise.
+    """Return a range of dampings as text: one number if both are written alike.
 
     Example:
         >>> damping_text(1e-5, 1e-5), damping_text(1e-5, 2e-3)

@@ -143,7 +143,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, A
 
 
 def factor(chunks: Sequence[Array], damping: Array | float, in_float64: InFloat64) -> Factor:
-    """Factor the Fisher of one group of blocks again, given what :func:`evaluate` has found to need float64."""
+    """Factor the Fisher of one group of blocks again, in the precision that :func:`evaluate` has chosen."""
     xp = array_namespace(chunks[0])
     damping = _of_each_block(damping, chunks)
     form = _form(chunks)
@@ -377,7 +377,7 @@ class _PrimalFactor:
         return self.lower.num_bytes
 
     def needs_float64(self, width: int) -> bool:
-        """Return False: the solve is the smaller part here."""
+        """Return False: the solve that a guess could save costs less than the product."""
         return False
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:

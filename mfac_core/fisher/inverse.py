@@ -33,12 +33,12 @@ def inverse_fisher(
         devices: Where the blocks are computed.
 
     Returns:
-        An object with ``diagonal()`` and ``apply(x)``, for which ``@`` stands too.
+        An object with ``diagonal()`` and ``apply(x)``, which can also be written ``fisher @ x``.
 
     Raises:
         TypeError: If ``gradients`` is not an array.
         ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range; with ``auto``, which
-            measures them at once, also if a row of them holds NaN or Inf.
+            measures the gradients at once, also if one of their rows holds NaN or Inf.
         DeviceError: If a device does not exist.
 
     Example:
@@ -69,7 +69,7 @@ def inverse_fisher(
 
 
 class InverseFisher:
-    """The inverse Fisher of :func:`inverse_fisher`; each factor is made once, and kept where memory allows.
+    """The inverse Fisher of :func:`inverse_fisher`; each factor is computed once, and retained if memory allows.
 
     Args:
         gradients: Shape ``(m, d)``.
@@ -102,6 +102,7 @@ class InverseFisher:
         """
         fisher = self._fisher
         diagonal = fisher.diagonal()
+        # divide by the unit in float64, because the result may leave the range of the dtype
         if fisher.unit != 1:
             with np.errstate(over="ignore"):  # check_range raises an error of its own
                 exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
@@ -112,7 +113,7 @@ class InverseFisher:
     def apply(self, x: Array) -> Array:
         """Return ``F^-1 x``, also written ``fisher @ x``.
 
-        Many vectors at once, as the columns of a matrix, read each block of the gradients once for all of them.
+        For many vectors pass a matrix with these as columns: each block of the gradients is then read once for all.
 
         Args:
             x: Shape ``(d,)``, or ``(d, k)`` for ``k`` vectors, in the dtype and on the device of the gradients. Not
@@ -129,11 +130,12 @@ class InverseFisher:
         d = self.shape[0]
         _check_array("x", x, f"an array of shape ({d},) or ({d}, k)")
         if x.ndim not in (1, 2) or x.shape[0] != d:
-            turned = "; its vectors are columns, so pass x.T" if x.ndim == 2 and x.shape[1] == d else ""
-            raise ValueError(f"x must have shape ({d},) or ({d}, k), got {tuple(x.shape)}{turned}")
+            transposed = "; its vectors are columns, so pass x.T" if x.ndim == 2 and x.shape[1] == d else ""
+            raise ValueError(f"x must have shape ({d},) or ({d}, k), got {tuple(x.shape)}{transposed}")
         xp = array_namespace(x)
         if not bool(xp.all(xp.isfinite(x))):
             raise ValueError("x must be finite, but holds NaN or Inf; leave these entries out or set them to zero")
+        # in float64, which refines the solves: F^-1 leaves little of an x close to a combination of the gradients
         home = self._fisher.home
         vector = home.asarray(device_of(x).move(x, home), np.float64)
         return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)

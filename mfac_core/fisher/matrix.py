@@ -56,22 +56,25 @@ class GradientMatrix:
             for start, stop in group.chunk_bounds:
                 columns = self._columns(start, stop)
                 xp = array_namespace(columns)
+                # (m, columns) -> (blocks, m, width), as views where the library allows
                 split = xp.reshape(columns, (self.count, group.count, -1))
                 chunks.append(xp.permute_dims(split, (1, 0, 2)))
             return chunks
 
     def _columns(self, start: int, stop: int) -> Array:
-        """Return the columns ``[start, stop)`` of those that take part, shape ``(m, stop - start)``."""
+        """Return the columns ``[start, stop)`` of the masked matrix, shape ``(m, stop - start)``."""
         if self._indices is None:
             first, last = start, stop
         else:
             wanted = self._indices[start:stop]
+            # indices are in order: only arrays between the first and the last can hold any of these columns
             first, last = int(wanted[0]), int(wanted[-1]) + 1
         pieces = []
         for array, offset, end in zip(self._arrays, self._starts[:-1], self._starts[1:], strict=True):
             low, high = max(first, int(offset)), min(last, int(end))
             if low >= high:
                 continue
+            # a slice first, so that take() reads no column outside it
             piece = array[:, low - offset : high - offset]
             if self._indices is not None:
                 inside = wanted[(wanted >= low) & (wanted < high)] - low

@@ -1,6 +1,9 @@
 """Optimal Brain Surgeon: saliency, weight updates and predicted loss increase.
 
-Notation: ``d`` unpruned weights ``w``, ``F`` the damped empirical Fisher, ``Q`` the weights that are newly pruned.
+Notation: ``d`` unpruned weights ``w``, ``F`` the damped empirical Fisher, ``Q`` the newly pruned weights, ``K`` the
+others. The joint update minimizes ``1/2 dw^T F dw`` subject to ``dw_Q = -w_Q``, so ``dw_K = F_KK^-1 F_KQ w_Q``. With
+``F_KQ = G_K^T G_Q / m`` and ``(m damping I + G_K^T G_K)^-1 G_K^T = G_K^T (m damping I + G_K G_K^T)^-1`` this is the
+form of :func:`joint_update`.
 
 References:
     Hassibi and Stork (1993), Second order derivatives for network pruning: Optimal Brain Surgeon.
@@ -124,7 +127,7 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
 
 @dataclass(frozen=True)
 class _Update:
-    """The change of the remaining weights of some blocks of a group, and whether a Fisher of theirs needs float64."""
+    """The change of the remaining weights of some blocks of a group, and whether any of these needs float64."""
 
     blocks: slice
     chunks: list[Array]

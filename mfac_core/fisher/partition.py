@@ -104,6 +104,7 @@ def partition(
     whole, rest = divmod(num_weights, width)
     column_bytes = max(num_gradients, 1) * itemsize
     chunks = _chunk_widths(width, max(1, chunk_bytes // column_bytes))
+    # a block of several chunks is a group of its own: each chunk is large enough for a kernel call
     per_group = max(1, group_bytes // (width * column_bytes)) if len(chunks) == 1 else 1
     groups = [BlockGroup(first * width, min(per_group, whole - first), chunks) for first in range(0, whole, per_group)]
     if rest:
@@ -138,6 +139,7 @@ def assign(
     assigned: dict[str, list[BlockGroup]] = {name: [] for name in shares}
     if not stored_groups:
         return {name: () for name in assigned}
+    # blocks differ only in width, but a narrower last block may take more if it changes to the primal form
     needed = max(working_bytes(group.subgroup(0, 1), num_gradients, itemsize) for group in stored_groups)
     able = {name: share for name, share in shares.items() if share.free_bytes is None or share.free_bytes >= needed}
     if not able:
@@ -157,6 +159,7 @@ def assign(
                 current += 1
             share = able[names[current]]
             left = stored.count - first
+            # the blocks before the bound of this device, rounded to the nearest block
             if current < len(names) - 1:
                 left = min(left, math.ceil((bounds[current] - stored.start) / stored.width - 0.5) - first)
             group = stored.subgroup(first, min(left, _blocks_at_once(stored, share, num_gradients, itemsize)))

@@ -1,7 +1,12 @@
 """Batched Cholesky factors and triangular solves, written as matrix products panel by panel.
 
-BLAS and LAPACK offer these only for one matrix at a time, hold the interpreter lock, or run far below the speed
-of the matrix product; panels turn nearly all of the work into matrix products of the array's own library.
+BLAS and LAPACK offer these only for one matrix at a time, hold the interpreter lock, or run far below the speed of the
+matrix product. Panels turn nearly all of the work into matrix products of the array's own library.
+
+A panel is a range of rows, and its diagonal panel the square block of ``L`` on the diagonal. A factor stores the
+inverses of the diagonal panels, so that a solve multiplies by them:
+
+    x_i = L_ii^-1 (b_i - sum over j < i of L_ij x_j).
 """
 
 from __future__ import annotations
@@ -14,14 +19,14 @@ from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, matmu
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
 
 PANEL = 128
-"""Rows that are solved at once, by an explicit inverse of their diagonal panel."""
+"""Rows that are solved at once, by the explicit inverse of their diagonal panel."""
 
 
 class TriangularFactor:
     """Lower-triangular factors ``L`` of a batch of matrices ``L L^T``, in panels of rows; made by :func:`cholesky`.
 
     Args:
-        left: For each panel what stands left of its diagonal panel, negated, shape ``(n, p, start)``.
+        left: For each panel the part left of its diagonal panel, negated, shape ``(n, p, start)``.
         inverses: Inverses of the diagonal panels, each of shape ``(n, p, p)``.
         pivots: The squared diagonal entries of ``L``, shape ``(n, k)``.
     """
@@ -44,14 +49,7 @@ class TriangularFactor:
         )
 
     def solve(self, b: Array) -> Array:
-        """Return ``L^-1 b``.
-
-        Args:
-            b: Shape ``(n, k, c)``, dtype of the factor.
-
-        Returns:
-            A new array of the same shape.
-        """
+        """Return ``L^-1 b``, a new array, for ``b`` of shape ``(n, k, c)`` in the dtype of the factor."""
         if len(self.inverses) == 1:
             return matmul(self.inverses[0], b)
         out = array_namespace(b).empty_like(b)
@@ -68,15 +66,9 @@ class TriangularFactor:
         return out
 
     def column_sums(self, b: Array) -> Array:
-        """Return the column sums of the squares of ``L^-1 b``, without holding all of it.
-
-        Args:
-            b: Shape ``(n, k, c)``, dtype of the factor.
-
-        Returns:
-            Shape ``(n, c)``.
-        """
+        """Return the column sums of the squares of ``L^-1 b``, shape ``(n, c)``, for ``b`` of shape ``(n, k, c)``."""
         xp = array_namespace(b)
+        # only solved rows that a later panel reads are stored: none for one panel, the first of two, else all
         above: Array = xp.empty_like(b) if len(self.inverses) > 2 else None
         sums: Array = None
         start = 0
@@ -97,14 +89,7 @@ class TriangularFactor:
         return sums
 
     def solve_transposed(self, b: Array) -> Array:
-        """Return ``L^-T b``.
-
-        Args:
-            b: Shape ``(n, k, c)``, dtype of the factor.
-
-        Returns:
-            A new array of the same shape.
-        """
+        """Return ``L^-T b``, a new array, for ``b`` of shape ``(n, k, c)`` in the dtype of the factor."""
         xp = array_namespace(b)
         if len(self.inverses) == 1:
             return matmul(xp.matrix_transpose(self.inverses[0]), b)
@@ -114,6 +99,7 @@ class TriangularFactor:
             rows = slice(stop - inverse.shape[-1], stop)
             solved = matmul(xp.matrix_transpose(inverse), out[:, rows, :])
             out[:, rows, :] = solved
+            # `left` is negated: this subtracts L_ij^T x_i from every panel j above
             if rows.start:
                 out[:, : rows.start, :] += matmul(xp.matrix_transpose(left), solved)
             stop = rows.start
@@ -130,6 +116,7 @@ class TriangularFactor:
         for left, inverse in zip(self.left, self.inverses, strict=True):
             rows = slice(start, start + inverse.shape[-1])
             out[:, rows, rows] = inverse
+            # the rows of L^-1 left of the diagonal solve L_ii x_i = -sum of L_ij x_j
             if start:
                 out[:, rows, :start] = matmul(inverse, matmul(left, out[:, :start, :start]))
             start = rows.stop
@@ -141,13 +128,10 @@ def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
 
     Args:
         matrices: Symmetric, shape ``(n, k, k)``, float32 or float64; only the lower triangle is read. Overwritten.
-        shift: Added to the diagonal: one number for all matrices, or that of each, shape ``(n,)``, in their dtype.
-
-    Returns:
-        The lower-triangular factors.
+        shift: Added to the diagonal: one number, or one for each matrix in their dtype, shape ``(n,)``.
 
     Raises:
-        numpy.linalg.LinAlgError: If a matrix is not positive definite (NumPy; a GPU gives NaN instead).
+        numpy.linalg.LinAlgError: If a matrix is not positive definite (NumPy; a GPU returns NaN instead).
 
     Example:
         >>> import numpy as np
@@ -161,15 +145,17 @@ def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
     left, inverses, pivots = [], [], []
     for start in range(0, size, PANEL):
         rows = slice(start, min(start + PANEL, size))
+        # left-looking: columns left of `start` hold those of L, and are now subtracted from the columns of this panel
         if start:
             negated = -matrices[:, rows, :start]
             matrices[:, start:, rows] += matmul(matrices[:, start:, :start], xp.matrix_transpose(negated))
             left.append(negated)
         inverse, diagonal = _inverse_factor(matrices[:, rows, rows], shift, small)
         if not start:
-            left.append(inverse[:, :, :0])
+            left.append(inverse[:, :, :0])  # an empty array, of the right dtype and device
         inverses.append(inverse)
         pivots.append(diagonal**2)
+        # below the diagonal panel, L_ji = A_ji L_ii^-T
         if rows.stop < size:
             below = matrices[:, rows.stop :, rows]
             matrices[:, rows.stop :, rows] = matmul(below, xp.matrix_transpose(inverse))
@@ -177,25 +163,24 @@ def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
 
 
 def diagonals(matrices: Array) -> Array:
-    """Return the diagonals of a batch of square matrices.
-
-    Args:
-        matrices: Shape ``(n, k, k)``.
-
-    Returns:
-        Shape ``(n, k)``.
-    """
+    """Return the diagonals of a batch of square matrices, shape ``(n, k)``."""
     xp = array_namespace(matrices)
     count, size = matrices.shape[:2]
+    # by stride: the array API standard has a diagonal only in its extension for linear algebra
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
 
 
 def _inverse_factor(matrices: Array, shift: Array | float, small: SmallFactors) -> tuple[Array, Array]:
-    """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``, by halves."""
+    """Return ``L^-1`` and the diagonal of ``L`` of ``matrices + shift * I``, by recursion over halves.
+
+    With ``L = [L1 0; C L2]``: ``L1 L1^T = A11``, ``C = A21 L1^-T`` and ``L2 L2^T = A22 - C C^T``; and
+    ``L^-1 = [L1^-1 0; -L2^-1 C L1^-1 L2^-1]``.
+    """
     xp = array_namespace(matrices)
     size = matrices.shape[-1]
     if size <= small.largest:
         return small(matrices, shift)
+    # the upper half is the largest power of two times `small.largest` below `size`, so that most pieces have one size
     half = small.largest
     while 2 * half < size:
         half *= 2

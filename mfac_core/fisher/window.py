@@ -60,6 +60,7 @@ class GradientWindow:
         self._rebuilt_with = 0  # rows taken over from another window
         self._overwritten: int | None = None  # the value of `_pushed` when a row was begun over the oldest
         self._feeds = tuple(feeds)
+        # stored groups suit the device with the largest groups, as others can work on subgroups
         self._group_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
         self.stored_groups = self._partition(num_weights, num_gradients)
         self._storage = [self._allocate(group, num_gradients) for group in self.stored_groups]
@@ -199,7 +200,7 @@ class GradientWindow:
         checked_integer("position in the gradient window", state["position"], *bounds)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore rows and position from what :meth:`state_dict` returned.
+        """Restore rows and position from a result of :meth:`state_dict`.
 
         Raises:
             ValueError: As in :meth:`check_state`; nothing is changed then.
@@ -207,6 +208,7 @@ class GradientWindow:
         self.check_state(state)
         rows = state["rows"]
         self.clear()
+        # rows come in ring order: pushed one by one, each lands at its old index
         for row in rows:
             self.push(row)
         if self.is_full:
@@ -228,6 +230,7 @@ class GradientWindow:
         """Write consecutive columns of the next row, from column ``first`` on."""
         position = self._pushed % self.num_gradients
         last = first + values.shape[0]
+        # the first group that holds any of these columns
         begin = max(bisect_right(self.stored_groups, first, key=lambda stored: stored.start) - 1, 0)
         for group, chunks in zip(self.stored_groups[begin:], self._storage[begin:], strict=True):
             for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
@@ -248,6 +251,7 @@ class GradientWindow:
 
     def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
         shapes = [(group.count, num_gradients, width) for width in group.chunk_widths]
+        # page-locked memory, where the backend has it: copies from it to a GPU do not wait
         if self.device.is_host and self._feeds:
             return [self._feeds[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
@@ -262,6 +266,7 @@ class GradientWindow:
         for group, chunks in zip(self.stored_groups, self._storage, strict=True):
             for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
                 xp = array_namespace(chunk)
+                # (blocks, rows, width) -> (rows, columns)
                 wide = xp.reshape(xp.permute_dims(chunk, (1, 0, 2)), (chunk.shape[1], stop - start))
                 columns = self.device.asarray(np.flatnonzero(mask[start:stop]))
                 yield xp.take(xp.take(wide, columns, axis=1), self.device.asarray(rows), axis=0)
@@ -278,6 +283,7 @@ def _write_blocks(chunk: Array, position: int, first: int, values: Array) -> Non
         block += 1
     whole, rest = divmod(values.shape[0], width)
     xp = array_namespace(values)
+    # all whole blocks in one assignment
     if whole:
         chunk[block : block + whole, position, :] = xp.reshape(values[: whole * width], (whole, width))
     if rest:

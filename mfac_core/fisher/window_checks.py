@@ -1,4 +1,4 @@
-"""Gradient samples that tell nothing, or less than their number: zero, lost under the damping, or alike."""
+"""Warnings about gradient samples that carry less information than their number: zero, below the damping, or alike."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ __all__ = ["window_warnings"]
 _NUMBERS_AT_ONCE = 2**20
 
 _ROUNDING_ERRORS = 32
-"""Norm of rows, in roundings of a one, up to which they are rounding errors. A network that is distilled against itself
-leaves norms up to 11; the least that an untrained or trained one had by a loss times 1e-4 is 75."""
+"""Norm of rows, in units of the dtype's eps, up to which they count as rounding errors. A network distilled against
+itself leaves norms up to 11; the smallest norm seen for a real loss, scaled down by 1e-4, is 75."""
 
 _NEARLY_EQUAL = 1e-6
-"""Share of the squared norm of rows that their differences make up: rounding leaves 1e-13 of it, and mini-batches that
-share 99 % of their examples 1e-3."""
+"""Squared distance of rows from their mean, relative to their squared norm, up to which they count as nearly equal.
+Rounding leaves 1e-13, and mini-batches that share 99 % of their examples leave 1e-3."""
 
 _LOST_UNDER_DAMPING = 0.01
-"""Trace of the empirical Fisher of a block, in dampings: its inverse differs from that of the damping by no more."""
+"""Trace of the empirical Fisher of a block, in units of the damping, up to which it is negligible: the relative
+difference of ``F^-1`` from ``I / damping`` is no larger than that."""
 
 _NO_GRADIENT = (
     "The loss has no gradient at this model, as when the model is distilled against itself: sample the targets from "
@@ -39,16 +40,13 @@ _ONE_BATCH = (
 
 
 def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
-    """Return what is wrong with gradient samples that are all zero or nearly so, all alike, or repeated.
+    """Return a warning, as a sentence, for each way in which gradient samples are zero, negligible, alike or repeated.
 
-    They are read piece by piece until nothing can be wrong any more, which most often is after the first piece.
+    The samples are read piece by piece until no warning can apply any more, most often after the first piece.
 
     Args:
         source: The gradient samples: a window, or plain gradients.
-        damping: Added to the diagonal of their empirical Fisher; ``auto`` hides none.
-
-    Returns:
-        Sentences; none where all is well.
+        damping: Added to the diagonal of their empirical Fisher; beside ``auto`` none are negligible.
 
     Example:
         >>> from mfac_core.fisher.matrix import GradientMatrix
@@ -60,11 +58,11 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         return []
     seen = _Seen(source)
     for piece, begins_block in _pieces(source):
-        with np.errstate(over="ignore", invalid="ignore"):  # what is beyond float64 is none of all this
+        with np.errstate(over="ignore", invalid="ignore"):  # sums that overflow are checked below
             seen.add(piece, begins_block=begins_block)
         if not (seen.is_small or seen.is_lost_under(damping) or seen.is_alike or seen.distinct < source.count):
             return []
-    if not math.isfinite(seen.squares):  # NaN and Inf, which pruning refuses by their rows
+    if not math.isfinite(seen.squares):  # a pruning step names the rows with NaN or Inf
         return []
     count = source.count
     if seen.squares == 0:
@@ -100,13 +98,13 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
 
 
 class _Seen:
-    """What is known of gradient samples from the columns that were read so far.
+    """Statistics of gradient samples over the columns read so far.
 
     Attributes:
-        squares: Sum of the squares of all numbers.
+        squares: Sum of the squares of all entries.
         spread: Sum of the squared differences from the mean of the rows.
         largest_trace: The largest trace of the empirical Fisher of a block.
-        distinct: How many rows differ from each other, bit for bit.
+        distinct: Number of rows that differ from each other, bit for bit.
     """
 
     def __init__(self, source: GradientSource) -> None:
@@ -129,28 +127,32 @@ class _Seen:
 
     @property
     def is_alike(self) -> bool:
-        """Whether the rows are nearly equal to each other; one row alone is not."""
+        """Whether there are several rows, nearly equal to each other."""
         return self._count > 1 and self.spread <= _NEARLY_EQUAL * self.squares < math.inf
 
     def is_lost_under(self, damping: Damping) -> bool:
-        """Return whether the empirical Fisher makes next to no difference beside the damping."""
+        """Return whether the empirical Fisher is negligible beside the damping."""
         return damping != "auto" and self.squares < math.inf and self.largest_trace <= _LOST_UNDER_DAMPING * damping
 
     def add(self, piece: Array, *, begins_block: bool) -> None:
-        """Take further columns, of shape ``(n, m, width)``: of one block, or of ``n`` whole ones."""
+        """Add columns of shape ``(n, m, width)``: some of one block, or those of ``n`` whole blocks."""
         xp = array_namespace(piece)
+        # float64: squares of small float32 gradients underflow
         wide = xp.asarray(piece, dtype=xp.float64)
         squares = xp.sum(wide * wide, axis=(1, 2))
         differences = wide - xp.mean(wide, axis=1, keepdims=True)
         self.squares += float(xp.sum(squares))
         self.spread += float(xp.sum(differences * differences))
+        # trace(G^T G / m) is the sum of squares over m; pieces of one block add up
         trace = float(xp.max(squares)) / self._count
         self._block_trace = trace if begins_block else self._block_trace + trace
         self.largest_trace = max(self.largest_trace, self._block_trace)
+        # once all rows differ, further columns cannot make them equal
         if self.distinct < self._count:
             self._compare(piece)
 
     def _compare(self, piece: Array) -> None:
+        # rows are equal if all their bytes are: a digest of each takes the pieces one after another
         rows = device_of(piece).to_numpy(piece).swapaxes(0, 1)
         for digest, row in zip(self._digests, rows, strict=True):
             digest.update(np.ascontiguousarray(row).data)
@@ -158,7 +160,7 @@ class _Seen:
 
 
 def _pieces(source: GradientSource) -> Iterator[tuple[Array, bool]]:
-    """Yield columns as arrays of shape ``(n, m, width)``, and whether they begin a block; whole blocks where small."""
+    """Yield columns as arrays of shape ``(n, m, width)``, and whether they begin a block: whole blocks if small."""
     at_once = max(1, _NUMBERS_AT_ONCE // source.count)
     for group in source.stored_groups:
         blocks = max(1, at_once // group.width)

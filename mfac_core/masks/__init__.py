@@ -1,1 +1,1 @@
-"""Which weights are pruned: names and offsets, patterns, and the choice of the next ones."""
+"""Which weights are pruned: names and offsets, patterns, the choice of the next ones, and the sparsity they make."""

@@ -46,15 +46,11 @@ class WeightLayout:
         return tuple(self.shapes)
 
     def check(self, arrays: Mapping[str, Array], what: str, *, leading: tuple[int, ...] = ()) -> None:
-        """Check that a mapping has exactly these names and shapes.
-
-        Args:
-            arrays: Name and array of each weight.
-            what: What the arrays are, for the message (``"gradients"``).
-            leading: Further dimensions expected in front of each shape.
+        """Check that a mapping has exactly these names, and these shapes behind ``leading`` dimensions.
 
         Raises:
-            ValueError: If a name is missing or unknown, or a shape differs; the message names it.
+            ValueError: If a name is missing or unknown, or a shape differs; the message names it, and calls the arrays
+                ``what``.
         """
         missing = [name for name in self.shapes if name not in arrays]
         unknown = [name for name in arrays if name not in self.shapes]
@@ -68,63 +64,37 @@ class WeightLayout:
                 raise ValueError(f"{what}[{name!r}] has shape {tuple(arrays[name].shape)}, expected {leading + shape}")
 
     def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> npt.NDArray[Any]:
-        """Return all weights as one vector in host memory.
-
-        Args:
-            arrays: Name and array of each weight.
-            dtype: Wanted dtype; ``None`` takes the common one.
-
-        Returns:
-            A new vector of shape ``(n,)``.
-        """
-        parts = [device_of(arrays[name]).to_numpy(arrays[name]).reshape(-1) for name in self.shapes]
-        return np.concatenate(parts, dtype=dtype)
+        """Return all weights as one new vector in host memory, in ``dtype`` or else the common one."""
+        vectors = [device_of(arrays[name]).to_numpy(arrays[name]).reshape(-1) for name in self.shapes]
+        return np.concatenate(vectors, dtype=dtype)
 
     def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights.
-
-        Args:
-            vector: Shape ``(n,)``.
-
-        Returns:
-            Name and array of each weight: views of ``vector`` where possible.
-        """
+        """Return the arrays of a vector of all weights by name: views of it where possible."""
         return {name: vector[start:stop].reshape(self.shapes[name]) for name, (start, stop) in self.segments.items()}
 
     def unflatten_like(self, vector: npt.NDArray[Any], arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights, each in the dtype of its namesake.
+        """Return the arrays of a vector of all weights by name, each in the dtype of its namesake in ``arrays``."""
+        return {
+            name: array.astype(np.dtype(arrays[name].dtype), copy=False)
+            for name, array in self.unflatten(vector).items()
+        }
 
-        Args:
-            vector: Shape ``(n,)``.
-            arrays: Name and array of each weight, for the dtypes.
-
-        Returns:
-            Name and array of each weight, in host memory.
-        """
-        parts = self.unflatten(vector)
-        return {name: part.astype(np.dtype(arrays[name].dtype), copy=False) for name, part in parts.items()}
-
-    def check_finite(self, vector: npt.NDArray[Any], kept: npt.NDArray[np.bool_], cure: str) -> None:
-        """Refuse unpruned weights that are NaN or Inf.
-
-        Args:
-            vector: All weights, shape ``(n,)``.
-            kept: Which of them are unpruned, shape ``(n,)``.
-            cure: What to do about them, for the message.
+    def check_finite(self, vector: npt.NDArray[Any], mask: npt.NDArray[np.bool_], cure: str) -> None:
+        """Check that no unpruned weight of a vector of all weights is NaN or Inf.
 
         Raises:
-            ValueError: If there are such weights; the message names their arrays.
+            ValueError: If there are such weights; the message names their arrays and the cure.
         """
-        bad = kept & ~np.isfinite(vector)
+        bad = mask & ~np.isfinite(vector)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
             raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")
 
-    def unpruned(self, kept: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
+    def unpruned(self, mask: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
         """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.
 
         Args:
-            kept: Which of the ``n`` weights are unpruned, shape ``(n,)``, in host memory.
+            mask: Which of the ``n`` weights are unpruned, shape ``(n,)``, in host memory.
             device: Where the arrays are that will be gathered.
 
         Returns:
@@ -132,24 +102,21 @@ class WeightLayout:
         """
         found: dict[str, Array] = {}
         for name, (start, stop) in self.segments.items():
-            indices = np.flatnonzero(kept[start:stop])
+            indices = np.flatnonzero(mask[start:stop])
             if len(indices) == stop - start:
                 found[name] = None
             elif device.is_host:
-                found[name] = indices  # quicker than a mask: the length is known, and the pattern of no concern
-            else:  # the length of what a mask selects would have to be waited for
+                found[name] = indices  # faster than a mask: the length of the result is known
+            else:  # with a mask the host would wait for the length of the result
                 found[name] = device.asarray(indices.astype(np.int32))
         return found
 
-    def parts(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> list[Array]:
-        """Return the unpruned entries of each array as a vector.
+    def gather_each(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> list[Array]:
+        """Return the unpruned entries of each array as a vector, in order: a view if all entries are unpruned.
 
         Args:
             arrays: Name and array of each weight; all on one device.
-            unpruned: What :meth:`unpruned` has returned for this device.
-
-        Returns:
-            One vector per array, in order, on the device of the arrays: a view where all entries are unpruned.
+            unpruned: The result of :meth:`unpruned` for this device.
         """
         found = []
         for name in self.names:
@@ -162,14 +129,6 @@ class WeightLayout:
         return found
 
     def gather(self, arrays: Mapping[str, Array], unpruned: Mapping[str, Array]) -> Array:
-        """Return the unpruned entries of the arrays as one vector.
-
-        Args:
-            arrays: Name and array of each weight; all on one device.
-            unpruned: What :meth:`unpruned` has returned for this device.
-
-        Returns:
-            A new vector of shape ``(number of unpruned,)``, on the device of the arrays, in their common dtype.
-        """
-        parts = self.parts(arrays, unpruned)
-        return array_namespace(parts[0]).concat(parts)
+        """Return the entries of :meth:`gather_each` as one new vector, in the common dtype of the arrays."""
+        vectors = self.gather_each(arrays, unpruned)
+        return array_namespace(vectors[0]).concat(vectors)

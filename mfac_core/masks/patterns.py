@@ -1,9 +1,9 @@
-"""Patterns of zeros: which weights of an array stand and fall together.
+"""Patterns of zeros: which weights of an array are pruned together.
 
-Every array is seen as outputs x kernel positions x inputs. PyTorch's layout of linear and convolution layers is what an
-array has by default: the first axis are the outputs, the second the inputs, and the others the kernel; an array with
-one axis is one row of inputs. Other layouts are told by a permutation of the axes, or by the axes of outputs and inputs
-alone where the others number matrices that have nothing to do with each other, as those of fused experts.
+Every array is seen as outputs x kernel positions x inputs. By default it has PyTorch's layout of linear and convolution
+layers: the first axis holds the outputs, the second the inputs, and the others the kernel; an array with one axis is
+one row of inputs. Other layouts are described by a permutation of the axes, or by the axes of outputs and inputs alone
+if the others number independent matrices, such as those of fused experts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from mfac_core.weight_names import join_names
 __all__ = ["MaskPattern", "mask_patterns", "snap_to_n_of_m"]
 
 _ROUNDED = 0.01
-_NAMED = 10
-"""Arrays that a message names at most."""
+"""Largest difference from ``1 - N/M`` that a sparsity has by rounding."""
 
-# Why arrays cannot have a pattern, and the cure.
+_MOST_NAMED = 10
+"""Number of arrays that a message names."""
+
+# Why arrays cannot have a pattern, and the cure
 _NOT_DIVIDED = ("{mask_type} do not divide {arrays}", "choose sizes that do")
 _ONE_GROUP = (
     "{mask_type} makes {arrays} a single group each, which could only be pruned as a whole",
@@ -46,9 +48,9 @@ class MaskPattern:
         shape: Shape of the array.
         axes: Permutation that brings its axes into the order (output, kernel..., input).
         outputs: Outputs of a group.
-        inputs: Inputs of a group; the last group of a row is short where they do not divide.
+        inputs: Inputs of a group; the last group of a row is short if they do not divide the row.
         whole_kernel: Whether a group holds all positions of the kernel; else each position has groups of its own.
-        kept_of_each: Weights that stay in each group, at least; ``None`` where a group is pruned as a whole.
+        kept_of_each: Smallest number of weights that each group keeps; ``None`` if a group is pruned as a whole.
 
     Example:
         >>> MaskPattern((2, 4), (0, 1), outputs=1, inputs=2).groups().tolist()
@@ -73,7 +75,7 @@ class MaskPattern:
 
     @property
     def most_pruned(self) -> int:
-        """How many weights can be pruned."""
+        """Largest number of weights that can be pruned."""
         outputs, kernel, inputs = self._extents
         if self.kept_of_each is None:
             return outputs * kernel * inputs
@@ -82,27 +84,24 @@ class MaskPattern:
         return outputs * kernel * in_a_row
 
     def groups(self) -> npt.NDArray[np.int32]:
-        """Return the group of each weight.
-
-        Returns:
-            Numbers from 0 to ``num_groups - 1``, shape ``(n,)``, in the order of the array.
-        """
+        """Return the group of each weight, from 0 to ``num_groups - 1``, in the order of the array."""
         _, kernel, inputs = self._extents
         kernel = 1 if self.whole_kernel else kernel
         of_output, of_position, of_input = np.ogrid[tuple(slice(extent) for extent in self._extents)]
         of_position = 0 * of_position if self.whole_kernel else of_position
         across = math.ceil(inputs / self.inputs)
         group = ((of_output // self.outputs) * kernel + of_position) * across + of_input // self.inputs
+        # written through a transposed view, which brings them back into the order of the array
         in_order = np.empty(self.shape, np.int32)
-        seen = in_order.transpose(self.axes)
-        seen[...] = group.reshape(seen.shape)
+        transposed = in_order.transpose(self.axes)
+        transposed[...] = group.reshape(transposed.shape)
         return in_order.reshape(-1)
 
     def members(self) -> npt.NDArray[np.intp]:
         """Return the weights of each group of inputs at one output and kernel position, in the order of the inputs.
 
         Returns:
-            Positions in the order of the array, shape ``(num_groups, inputs)``; -1 for inputs that a short group lacks.
+            Positions in the array, shape ``(num_groups, inputs)``; -1 for inputs that a short group lacks.
         """
         outputs, kernel, inputs = self._extents
         positions = np.arange(outputs * kernel * inputs).reshape(self.shape).transpose(self.axes)
@@ -123,22 +122,22 @@ def mask_patterns(
     * ``channel``: all weights of one input; ``filter``: all of one output.
     * ``block4``: four consecutive inputs of one output at one kernel position; the last group of a row may be short.
     * ``(a, b)``: ``a`` outputs x ``b`` inputs at one kernel position; -1 is the whole extent. Extents must divide.
-    * ``N:M``: ``M`` consecutive inputs of one output at one kernel position, of which ``N`` stay. A last group that is
-      short counts the inputs it lacks as pruned.
+    * ``N:M``: ``M`` consecutive inputs of one output at one kernel position, of which ``N`` are kept. A short last
+      group counts the inputs that it lacks as pruned.
 
     Args:
         mask_type: The mask type, see :data:`mfac_core.settings.checks.MaskType`.
         shapes: Name and shape of each array.
         axes: Name and permutation of axes into the order (output, kernel..., input); or the two axes (output, input),
-            where the others number separate matrices; or nothing, where the layout is not known. Names may be absent.
+            if the others number separate matrices; or empty, if the layout is unknown. Names may be absent.
 
     Returns:
-        Name and pattern of each array; ``None`` for ``unstructured``, where every weight stands alone.
+        Name and pattern of each array; ``None`` for ``unstructured``, where each weight is pruned on its own.
 
     Raises:
         SettingError: If blocks do not divide some arrays, if arrays are a single group, which would be pruned as a
-            whole, or if their layout is not known; the message names all of them and the cure.
-        ValueError: If ``axes`` names an unknown array, or is no permutation.
+            whole, or if their layout is unknown; the message names all of them and the cure.
+        ValueError: If ``axes`` names an unknown array, or is not a permutation.
 
     Example:
         >>> patterns = mask_patterns("channel", {"conv": (2, 3, 1, 1)})
@@ -153,7 +152,7 @@ def mask_patterns(
     if mask_type == "unstructured":
         return None
     patterns: dict[str, MaskPattern] = {}
-    refused: dict[tuple[str, str], list[str]] = {}
+    refused: dict[tuple[str, str], list[str]] = {}  # reason and cure -> arrays
     for name, shape in shapes.items():
         given = (axes or {}).get(name, orders[name])
         patterns[name] = _pattern(mask_type, shape, orders[name], is_stack=len(given) < len(shape))
@@ -161,24 +160,17 @@ def mask_patterns(
         if why is not None:
             refused.setdefault(why, []).append(f"{name!r} of shape {shape} ({_in_words(patterns[name])})")
     if refused:
-        said = [
-            f"{what.format(mask_type=_written(mask_type), arrays=join_names(arrays, _NAMED))}; {cure}, or leave "
+        reasons = [
+            f"{reason.format(mask_type=_written(mask_type), arrays=join_names(arrays, _MOST_NAMED))}; {cure}, or leave "
             f"{'it' if len(arrays) == 1 else 'them'} out of params"
-            for (what, cure), arrays in refused.items()
+            for (reason, cure), arrays in refused.items()
         ]
-        raise SettingError("mask_type", "; ".join(said))
+        raise SettingError("mask_type", "; ".join(reasons))
     return patterns
 
 
 def snap_to_n_of_m(mask_type: MaskType, sparsity: float) -> float:
-    """Return the sparsity that is meant: ``1 - N/M`` where ``N:M`` is wanted and the sparsity is that but for rounding.
-
-    Args:
-        mask_type: The mask type.
-        sparsity: The sparsity as written.
-
-    Returns:
-        ``1 - N/M`` where the sparsity is within 0.01 of it; else the sparsity as written.
+    """Return ``1 - N/M`` if the mask type is ``N:M`` and the sparsity within 0.01 of that, else the sparsity itself.
 
     Example:
         >>> snap_to_n_of_m("1:3", 0.66), snap_to_n_of_m("1:3", 0.5)
@@ -224,7 +216,7 @@ def _pattern(mask_type: MaskType, shape: tuple[int, ...], axes: tuple[int, ...],
 
 
 def _refusal(mask_type: MaskType, pattern: MaskPattern) -> tuple[str, str] | None:
-    """Return why an array cannot have a pattern, and the cure; ``None`` where it can."""
+    """Return why an array cannot have a pattern, and the cure; ``None`` if it can."""
     outputs, _, inputs = _extents(pattern.shape, pattern.axes)
     if isinstance(mask_type, tuple) and (outputs % pattern.outputs or inputs % pattern.inputs):
         return _NOT_DIVIDED
@@ -246,7 +238,7 @@ def _in_words(pattern: MaskPattern) -> str:
 
 
 def _extents(shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return how many outputs, kernel positions and inputs an array has."""
+    """Return the numbers of outputs, kernel positions and inputs of an array."""
     if len(shape) < 2:
         return 1, 1, math.prod(shape)
     outputs, *kernel, inputs = (shape[axis] for axis in axes)

@@ -1,7 +1,7 @@
-"""What is zero now: the one account of a run's zeros, counted from the weights and not from the masks alone.
+"""Counts the zeros of a run from the weights, and not from the masks alone.
 
-Between two steps anything may write other weights into a model: the best epoch is restored, an average takes the place
-of the weights, an optimizer that nobody follows goes on. A mask says what was pruned, and only the weights say what is.
+Between two steps other code may write into a model: the best epoch is restored, an average replaces the weights, an
+optimizer that is not watched makes a step. A mask says which weights were pruned; only the weights say which are zero.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class ZeroCount(NamedTuple):
 
     @property
     def sparsity_of_masks(self) -> float:
-        """Fraction of the weights in scope that the masks prune, whatever the weights are."""
+        """Fraction of the weights in scope that the masks prune, whatever their values."""
         return self.pruned / self.weights if self.weights else 0.0
 
     def difference(self) -> str:
-        """Return in one sentence what the masks say and the weights do not bear out; empty where they agree."""
+        """Return in a sentence how the weights differ from the masks; an empty string if they agree."""
         if not self.regrown:
             return ""
         return (
@@ -59,11 +59,8 @@ def count_zeros(weights: Mapping[str, Array], masks: Mapping[str, Array]) -> Zer
 
     Args:
         weights: Name and array of each weight array in scope, of any shape, on any device. NaN is not zero.
-        masks: Name and mask of each array that is pruned, of its array's shape, on its device or in host memory;
-            boolean, True keeps. A name may be absent: nothing of that array is pruned.
-
-    Returns:
-        The counts.
+        masks: Name and mask (True keeps) of each array, of its shape, on its device or in host memory. Nothing is
+            pruned of an array without a mask.
 
     Example:
         >>> import numpy as np

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import newly_pruned, out_of_reach
+from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.sparsity import out_of_reach
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
@@ -146,7 +147,7 @@ class Pruner(ABC):
 
     @property
     def masks(self) -> dict[str, Mask]:
-        """Name and mask of each weight; True keeps. Copies."""
+        """Copies of the masks by name; True keeps."""
         return self.layout.unflatten(self._mask.copy())
 
     @property
@@ -213,6 +214,9 @@ class Pruner(ABC):
 
         Args:
             gradients: Name and array of each gradient.
+
+        Returns:
+            Whether the sample was stored, in pruners that use gradients.
 
         Raises:
             TypeError: Always; ask :meth:`needs_gradients` first.
@@ -324,7 +328,11 @@ class Pruner(ABC):
         self._progress = after
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only."""
+        """Return all that a resumed run needs, as arrays and numbers only.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
+        """
         return {
             "method": type(self).__name__,
             "steps_per_epoch": self._steps_per_epoch,
@@ -334,7 +342,7 @@ class Pruner(ABC):
         }
 
     def check_state(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that is broken or belongs to another run. The pruner does not change.
+        """Refuse a state that is broken or belongs to another run; the pruner does not change.
 
         Arrays must be NumPy arrays of the dtype that :meth:`state_dict` gives them. Numbers may be those of Python or
         NumPy, or arrays without dimensions. The sparsity of the masks is not compared with the schedule.

@@ -65,7 +65,7 @@ class GradientCollector:
         if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
                 return self._store(
-                    [values.astype(np.float32, copy=False) for values in self.layout.parts(gradients, entries)]
+                    [values.astype(np.float32, copy=False) for values in self.layout.gather_each(gradients, entries)]
                 )
         with device.backend.on(device.name):
             row = device.asarray(self.layout.gather(gradients, entries), np.float32)

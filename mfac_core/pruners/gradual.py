@@ -12,7 +12,7 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.masks.patterns import snap_to_n_of_m
-from mfac_core.masks.selection import is_reached, sparsity_of_zeros
+from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner, Vector
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at
@@ -50,7 +50,11 @@ class GradualPruner(Pruner):
         self._warn_of_unreachable(self._final_sparsity)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only."""
+        """Return all that a resumed run needs, as arrays and numbers only.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
+        """
         measured = self._progress.initial_sparsity
         return {
             **super().state_dict(),

@@ -33,7 +33,7 @@ WORKING_GROUPS = 6
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
 """The masks that a schedule leads to: the sparsity that each pruning step aims at, and a function that returns the
-sparsity then reached and the number of weights left, from :func:`mfac_core.masks.selection.reaches`."""
+sparsity then reached and the number of weights left, from :func:`mfac_core.masks.sparsity.attained_sparsity`."""
 
 _logger = logging.getLogger("mfac_core")
 

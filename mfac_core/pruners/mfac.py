@@ -12,7 +12,7 @@ from typing import Any
 from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.masks.selection import reaches
+from mfac_core.masks.sparsity import attained_sparsity
 from mfac_core.pruners.base import Mask, Progress, Vector
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
@@ -165,7 +165,7 @@ class MFACPruner(GradualPruner):
             The sparsity of each pruning step, and a function that gives the mask size for a sparsity.
         """
         sparsities = [self._sparsity_at(self._progress, index) for index in range(len(self.schedule))]
-        return sparsities, reaches(self.layout.segments, self._scope, self._patterns)
+        return sparsities, attained_sparsity(self.layout.segments, self._scope, self._patterns)
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the pruner needs the gradient that arrives after ``step`` completed optimizer steps.
@@ -253,7 +253,10 @@ class MFACPruner(GradualPruner):
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as arrays and numbers only.
 
-        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected anew.
+        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected again.
+
+        Returns:
+            The state, to be passed to :meth:`load_state_dict`.
         """
         progress, collector = self._progress, self._collector
         collector.store_arriving()

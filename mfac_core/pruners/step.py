@@ -40,6 +40,12 @@ class PruneResult:
             samples; ``None`` where it was not measured.
         damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
             ``None`` where there was none, as in magnitude pruning.
+
+    Example:
+        >>> from mfac_core import prune
+        >>> result = prune(np.array([1.0, -3.0]), np.eye(2), sparsity=0.5)
+        >>> result.weights.tolist(), result.masks.tolist(), result.sparsity
+        ([0.0, -3.0], [False, True], 0.5)
     """
 
     weights: Array | Mapping[str, Array]

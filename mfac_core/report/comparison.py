@@ -1,4 +1,4 @@
-"""Table and picture of methods that were compared over several seeds."""
+"""The table and the picture of methods compared over several seeds."""
 
 from __future__ import annotations
 
@@ -19,36 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["REFERENCE", "caption", "is_over_seeds", "picture", "table"]
 
 REFERENCE = "magnitude"
-"""The method that the others are held against."""
+"""The method that the others are compared with."""
 
-# Blue and vermilion of Okabe and Ito, which people with any kind of color vision tell apart, and a shape for each.
+# Colors of Okabe and Ito, which people with any kind of color vision can tell apart, and a marker for each.
 _STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 _Styles = dict[str, tuple[str, str]]
 _GRAY = "#6E6E6E"
-_CHANCE = 0.1  # of naming one digit of ten
+_CHANCE = 0.1  # the accuracy of guessing one digit of ten
 
 
 def is_over_seeds(records: Sequence[RunRecord]) -> bool:
-    """Return whether each record says which seed it is of, so that methods can be compared over seeds.
-
-    Args:
-        records: The records of a run.
-
-    Returns:
-        True if there are any, and all have a seed.
-    """
+    """Return whether there are records and all have a seed, so that methods can be compared over seeds."""
     return bool(records) and all(record.seed is not None for record in records)
 
 
 def table(records: Sequence[RunRecord]) -> Table:
-    """Set means over seeds out as a table, one row per sparsity, training after pruning, and method.
-
-    Args:
-        records: The records of all seeds.
-
-    Returns:
-        A table for :meth:`rich.console.Console.print`.
-    """
+    """Return means over seeds as a table, one row per sparsity, training after pruning, and method."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -84,14 +70,7 @@ def table(records: Sequence[RunRecord]) -> Table:
 
 
 def caption(records: Sequence[RunRecord]) -> str:
-    """Say what the numbers behind ± are, and over which seeds.
-
-    Args:
-        records: The records of all seeds.
-
-    Returns:
-        A sentence.
-    """
+    """Return a sentence about the numbers behind ±, and over which seeds they are taken."""
     seeds = sorted({record.seed for record in records if record.seed is not None})
     if len(seeds) == 1:
         return f"One seed ({seeds[0]}), which says nothing of the spread."
@@ -101,13 +80,12 @@ def caption(records: Sequence[RunRecord]) -> str:
 
 
 def picture(records: Sequence[RunRecord], path: str | Path, *, data: str) -> None:
-    """Draw the comparison: accuracy at each sparsity, and how many weights of each layer are kept at the highest.
+    """Draw the comparison: accuracy at each sparsity, and the unpruned weights of each layer at the highest.
 
     Args:
         records: The records of all seeds.
-        path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``. Its folder is made if
-            missing.
-        data: What the accuracy is measured on, for the caption.
+        path: The file to write; its suffix selects the format. Its folder is created if missing.
+        data: The data that the accuracy is measured on, for the caption.
     """
     # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.figure import Figure
@@ -116,21 +94,19 @@ def picture(records: Sequence[RunRecord], path: str | Path, *, data: str) -> Non
     sparsities = _sparsities(records)
     styles = dict(zip(_methods(records), itertools.cycle(_STYLES), strict=False))
     figure = Figure(figsize=(2.8 * len(sparsities) + 3.4, 4.6), dpi=200, layout="constrained")
-    *accuracies, kept = figure.subplots(1, len(sparsities) + 1, width_ratios=[*[1.0] * len(sparsities), 0.95])
+    *accuracies, unpruned = figure.subplots(1, len(sparsities) + 1, width_ratios=[*[1.0] * len(sparsities), 0.95])
     for axes, sparsity in zip(accuracies, sparsities, strict=True):
         _draw_accuracy(records, sparsity, axes, styles)
         axes.tick_params(labelleft=axes is accuracies[0])
     accuracies[0].set_ylabel("test accuracy", fontsize=9)
-    _draw_kept(records, sparsities[-1], kept, styles)
+    _draw_unpruned(records, sparsities[-1], unpruned, styles)
     handles = [
         Line2D([], [], color=color, marker=marker, linestyle="", label=method)
         for method, (color, marker) in styles.items()
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=10)
-    words = (
-        f"{data}. {caption(records)}\nSmall dots: single seeds. Gray: the dense network; on the right, whole layers."
-    )
-    figure.supxlabel(words, x=0.01, ha="left", fontsize=8, color="#404040", linespacing=1.4)
+    text = f"{data}. {caption(records)}\nSmall dots: single seeds. Gray: the dense network; on the right, whole layers."
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=8, color="#404040", linespacing=1.4)
     write_file(path, lambda file: figure.savefig(file, format=Path(path).suffix.removeprefix(".") or "png"))
 
 
@@ -166,7 +142,7 @@ def _draw_seeds(place: float, values: Sequence[float], axes: Axes, style: tuple[
     axes.text(place, at, f"{100 * mean:.1f}", color=color, ha="center", va=side, fontsize=8.5)
 
 
-def _draw_kept(records: Sequence[RunRecord], sparsity: str, axes: Axes, styles: _Styles) -> None:
+def _draw_unpruned(records: Sequence[RunRecord], sparsity: str, axes: Axes, styles: _Styles) -> None:
     from matplotlib.ticker import NullFormatter
 
     sizes = {name: size for record in records for name, size in record.layer_sizes.items()}
@@ -176,13 +152,13 @@ def _draw_kept(records: Sequence[RunRecord], sparsity: str, axes: Axes, styles: 
         axes.text(size, row - 0.3, f"{size:,} ", ha="right", va="center", fontsize=8, color=_GRAY)
         for index, (method, (color, marker)) in enumerate(styles.items()):
             group = _group(records, sparsity, 0, method)
-            kept = [size * (1 - record.layer_sparsity[name]) for record in group if name in record.layer_sparsity]
-            if kept:
+            counts = [size * (1 - record.layer_sparsity[name]) for record in group if name in record.layer_sparsity]
+            if counts:
                 at = row + 0.25 * (index - (len(styles) - 1) / 2) + 0.1
-                mean, half_width = mean_and_half_width(kept)
-                axes.plot(kept, [at] * len(kept), ".", color=color, markersize=5, alpha=0.5, markeredgewidth=0)
+                mean, _ = mean_and_half_width(counts)
+                axes.plot(counts, [at] * len(counts), ".", color=color, markersize=5, alpha=0.5, markeredgewidth=0)
                 axes.plot(mean, at, color=color, marker=marker, markersize=5.5)
-                axes.text(max(kept) * 1.25, at, f"{mean:.0f}", color=color, va="center", fontsize=8.5)
+                axes.text(max(counts) * 1.25, at, f"{mean:.0f}", color=color, va="center", fontsize=8.5)
     axes.set_yticks(range(len(sizes)), list(sizes))
     axes.set_xscale("log")
     axes.set_xlim(left=1)

@@ -1,4 +1,4 @@
-"""The mean of a few runs, and how far it can be trusted."""
+"""The mean of a few runs, and its confidence interval."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ _LEVEL = 0.95
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     """Return the mean of some runs, and half the width of its 95 % confidence interval by Student's t.
 
-    Args:
-        values: One number per run.
-
-    Returns:
-        The mean, and what to add to it and take off it for the two ends of the interval; ``None`` for a single run,
-        which says nothing of the spread.
+    The half width is ``None`` for a single run, which gives no estimate of the spread.
 
     Example:
         >>> mean, half_width = mean_and_half_width([0.91, 0.95, 0.93])
@@ -33,8 +28,8 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _students_t(freedom: int) -> float:
-    # What |t| stays below with the probability of the level. Written with t = sqrt(freedom) tan(angle), the
-    # probability of a whole number of degrees of freedom is a finite sum, which grows with the angle.
+    # The quantile of |t| at the level. With t = sqrt(freedom) tan(angle), the probability for an integer number of
+    # degrees of freedom is a finite sum that grows with the angle, so bisection finds the angle.
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         angle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""Tables and pictures of a finished run."""
+"""The numbers of a finished run: the JSON file, the table and the picture."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _VERSION = 2
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one method did to one network.
+    """The results of one method on one network.
 
     Args:
         method: Name of the method, such as ``"M-FAC"`` or ``"magnitude gradual"``.
-        sparsity: Pruned fraction of the weights in scope that was reached, in ``[0, 1]``.
+        sparsity: Pruned fraction of the weights in scope, in ``[0, 1]``.
         accuracy_before: Test accuracy of the dense network, in ``[0, 1]``.
         accuracy_after: Test accuracy of the pruned network, in ``[0, 1]``.
-        seconds: Wall-clock time of pruning, and of the training that is part of the run.
-        history: ``(epoch, accuracy, sparsity)`` after each epoch of training; empty where there was none.
+        seconds: Wall-clock time of pruning and of the training in this run.
+        history: ``(epoch, accuracy, sparsity)`` after each epoch of training; empty without training.
         layer_sparsity: Pruned fraction of each layer, by name.
         layer_sizes: Number of weights of each layer, by name.
-        seed: Seed of this run, where the same is done over several seeds.
+        seed: Seed of this run, if methods are compared over several seeds.
         epochs_after: Epochs of training after one-shot pruning, with the zeros held.
     """
 
@@ -59,25 +59,19 @@ def write_json(records: Sequence[RunRecord], path: str | Path, **facts: Any) -> 
     """Write a run to a JSON file that :func:`read_json` and ``mfac report`` read.
 
     Args:
-        records: One record per method, and per seed where there are several, in the order to show them.
-        path: The file to write; its folder is made if missing.
-        **facts: What holds for the whole run, such as ``seed=0``: anything that JSON can hold.
+        records: One record per method, and per seed if there are several, in the order to show them.
+        path: The file to write; its folder is created if missing.
+        **facts: Facts about the whole run, such as ``seed=0``: JSON values.
     """
     run = {"version": _VERSION, "facts": facts, "records": [dataclasses.asdict(record) for record in records]}
     write_file(path, (json.dumps(run, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
-    """Read a run that :func:`write_json` wrote, also that of an earlier version.
-
-    Args:
-        path: The file to read.
-
-    Returns:
-        The records in the order they were written, and the facts of the whole run.
+    """Read the records and the facts of a run that :func:`write_json` wrote, in this version or an earlier one.
 
     Raises:
-        ValueError: If the file does not hold a run; the message names the file and what is wrong with it.
+        ValueError: If the file does not contain a run.
     """
     cure = "give the JSON file that `mfac demo` or mfac_core.report.run.write_json wrote"
     try:
@@ -94,14 +88,7 @@ def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
 
 
 def table(records: Sequence[RunRecord]) -> Table:
-    """Set the records out as a table, one row per method.
-
-    Args:
-        records: The records, in the order to show them.
-
-    Returns:
-        A table for :meth:`rich.console.Console.print`.
-    """
+    """Return the records as a table, one row per method."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -127,8 +114,7 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
 
     Args:
         records: The records; those with a ``history`` appear on the left, those with a ``layer_sparsity`` on the right.
-        path: The file to write; its ending picks the format, such as ``.png`` or ``.svg``. Its folder is made if
-            missing.
+        path: The file to write; its suffix selects the format. Its folder is created if missing.
     """
     # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.figure import Figure
@@ -148,7 +134,7 @@ def picture(records: Sequence[RunRecord], path: str | Path) -> None:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it contains {name}, which is not a number")
 
 
 def _record(entry: Mapping[str, Any]) -> RunRecord:
@@ -171,14 +157,14 @@ def _draw_history(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str,
     axes.set_ylabel("test accuracy (dotted: dense)")
     axes.grid(alpha=0.3)
     if not records:
-        _say(axes, "no gradual run")
+        _write_note(axes, "no gradual run")
         return
     curves: dict[tuple[tuple[float, ...], ...], str] = {}
     for record in records:
         epochs, accuracies, sparsities = zip(*record.history, strict=True)
         axes.plot(epochs, accuracies, color=colors[record.method], marker="o", markersize=3)
         axes.axhline(record.accuracy_before, color="gray", linestyle=":", linewidth=1)
-        # Methods on one schedule share one curve, which then belongs to none of them.
+        # Methods on the same schedule share a curve, drawn in gray.
         curves[epochs, sparsities] = "gray" if (epochs, sparsities) in curves else colors[record.method]
     for (epochs, sparsities), color in curves.items():
         axes.plot(epochs, sparsities, color=color, linestyle="--", linewidth=1)
@@ -193,7 +179,7 @@ def _draw_layers(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, 
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     if not records:
-        _say(axes, "no sparsity per layer was recorded")
+        _write_note(axes, "no sparsity per layer was recorded")
         return
     layers = list(dict.fromkeys(name for record in records for name in record.layer_sparsity))
     width = 0.8 / len(records)
@@ -206,5 +192,5 @@ def _draw_layers(records: Sequence[RunRecord], axes: Axes, colors: Mapping[str, 
     axes.yaxis.set_major_formatter("{x:.0%}")
 
 
-def _say(axes: Axes, text: str) -> None:
+def _write_note(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color="gray")

@@ -1,4 +1,4 @@
-"""Table and picture of the loss increases of layers over sparsities."""
+"""The table and the picture of the loss increases of layers over sparsities."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _TITLE = "Increase of the loss when one layer alone is pruned; dense: {dense_los
 _IN_SAMPLE = "Predicted is in-sample: by the gradient samples that chose the update."
 
 _COLORS = "cividis"
-"""Also for eyes that confuse red and green."""
+"""Readable with red-green color blindness."""
 
 _DECADES = 4
-"""What is smaller than the largest increase by more powers of ten has the lowest color."""
+"""The color scale covers so many powers of ten below the largest increase."""
 
 _CELL = (0.62, 0.3)
 """Width and height of a number in the picture, in inches."""
 
 _MOST_PIXELS = 60_000
-"""Height of a picture at most, in pixels: Matplotlib draws up to 65,535."""
+"""The maximum height of a picture in pixels: Matplotlib draws up to 65,535."""
 
 _LONGEST_NAME = 48
-"""Characters of a layer's name in the picture."""
+"""The maximum number of characters of a layer's name in the picture."""
 
 
 def increases_table(
@@ -49,18 +49,7 @@ def increases_table(
     predicted: Increases,
     num_weights: Mapping[str, int],
 ) -> Table:
-    """Set increases out as a table, one row per layer, the predicted ones below the measured ones.
-
-    Args:
-        dense_loss: The loss before pruning.
-        sparsities: The sparsities, rising.
-        measured: The measured increases.
-        predicted: The predicted increases.
-        num_weights: Name of each layer and its number of weights.
-
-    Returns:
-        A table for :meth:`rich.console.Console.print`.
-    """
+    """Return increases as a table, one row per layer, with the predicted ones below the measured ones."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -78,7 +67,7 @@ def increases_table(
     )
     table.add_column("Layer", overflow="fold")
     for heading in ("Weights", *(f"{sparsity:.4g}%" for sparsity in np.multiply(sparsities, 100))):
-        table.add_column(heading, justify="right", overflow="fold")  # nothing is cut off in a narrow terminal
+        table.add_column(heading, justify="right", overflow="fold")  # folded instead of truncated in a narrow terminal
     for name, increases in measured.items():
         table.add_row(Text(plain_text(name)), _size(num_weights[name]), *map(_short, increases))
         table.add_row("  predicted", "", *map(_short, predicted[name]), style="dim")
@@ -86,18 +75,11 @@ def increases_table(
 
 
 def printed(table: Table) -> str:
-    """Return a table as plain text.
-
-    Args:
-        table: The table.
-
-    Returns:
-        Its lines, as wide as they need to be, without spaces at their ends.
-    """
+    """Return a table as plain text, its lines as wide as necessary and without trailing spaces."""
     from rich.console import Console
 
     title, caption = table.title, table.caption
-    table.title = table.caption = None  # which would be broken into lines of the width of the table
+    table.title = table.caption = None  # rich would wrap both at the width of the table
     file = io.StringIO()
     Console(file=file, width=1_000_000, color_system=None, force_terminal=False, force_jupyter=False).print(table)
     lines = (line.rstrip() for line in file.getvalue().splitlines())
@@ -114,13 +96,7 @@ def draw_increases(
 ) -> None:
     """Draw increases as numbers on colors: one row per layer, one column per sparsity, measured beside predicted.
 
-    Args:
-        path: The file to write; its ending picks the format. Its folder is made if missing.
-        dense_loss: The loss before pruning.
-        sparsities: The sparsities, rising.
-        measured: The measured increases.
-        predicted: The predicted increases.
-        num_weights: Name of each layer and its number of weights.
+    The suffix of ``path`` selects the format; its folder is created if missing.
     """
     # Figure instead of pyplot: no window system, no state shared with the caller's own plots.
     from matplotlib.cm import ScalarMappable
@@ -159,20 +135,20 @@ def _norm(values: npt.NDArray[np.float64]) -> LogNorm:
 
 def _draw(axes: Axes, values: npt.NDArray[np.float64], sparsities: Sequence[float], norm: LogNorm, title: str) -> None:
     lowest, highest = float(norm.vmin or 0.0), float(norm.vmax or 1.0)
-    shown = np.clip(values, lowest, highest)  # what is no increase has no logarithm
+    shown = np.clip(values, lowest, highest)  # decreases have no logarithm
     axes.imshow(shown, cmap=_COLORS, norm=norm, aspect="auto")
     axes.set_title(title)
     axes.set_xlabel("sparsity of the layer")
     axes.set_xticks(range(len(sparsities)), [f"{sparsity:.4g}%" for sparsity in np.multiply(sparsities, 100)])
     axes.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
-        color = "white" if norm(shown[row, column]) < 0.5 else "black"  # noqa: PLR2004
+        color = "white" if norm(shown[row, column]) < 0.5 else "black"
         axes.text(column, row, _short(value), ha="center", va="center", fontsize=8, color=color)
 
 
 def _short(increase: float) -> str:
-    """Return a number in as little room as two digits allow, so that many stand side by side."""
-    if abs(increase) >= 0.001 or not increase:  # noqa: PLR2004
+    """Return a number with two digits in as few characters as possible, so that many fit side by side."""
+    if abs(increase) >= 0.001 or not increase:
         return f"{increase:.2g}"
     digits, exponent = f"{increase:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"

@@ -29,7 +29,7 @@ def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomp
     """Return the number of sub-steps of a pruning step; exactly 1 if the sparsity is reached already.
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` returns it.
+        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
         wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
             :data:`MOST_REMOVED` of what is left, in any layer.
@@ -59,7 +59,7 @@ def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, sp
     ``(b / a) ** (1 / k)`` (geometric), or reduces it by ``(a - b) / k`` (linear).
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.selection.sparsity_of_zeros` returns it.
+        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
         wanted: Sparsity of the pruning step, below 1.
         substeps_left: Sub-steps to go, the next one included.
         spacing: ``geometric`` or ``linear``.

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from mfac_core.backends import device_of
 from mfac_core.recipe.linting import lint_one_shot
 from mfac_core.recipe.recommended import differs_line
-from mfac_core.session.batch_statistics import ENOUGH_BATCHES, stale_statistics_line
+from mfac_core.session.batch_statistics import ENOUGH_BATCHES, LayerStatistics, stale_statistics_line
 from mfac_core.session.live_pruning import LivePruning
 from mfac_core.session.session import P, Session
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 
-__all__ = ["Statistics", "prune_in_one_shot"]
-
-
-class Statistics(Protocol):
-    """The statistics of batch normalization of a model."""
-
-    @property
-    def layers(self) -> Collection[str]:
-        """Names of the layers that have some."""
-
-    def estimate_anew(self, sampler: Any, num_batches: int, options: Mapping[str, object]) -> object:
-        """Estimate them over batches of a sampler."""
+__all__ = ["prune_in_one_shot"]
 
 
 def prune_in_one_shot(
     session: Session[P],
     groups: Sequence[tuple[PruningSettings, PruningSettings]],
-    statistics: Statistics,
+    statistics: LayerStatistics,
     *,
     sampler: Any,
     recalibrate_batchnorm: bool,

@@ -86,9 +86,15 @@ class PruningSettings(NamesItsFields):
         object.__setattr__(self, "exclude", checked_params(self.exclude, "exclude"))
 
     def of_selected(self, names: Collection[str]) -> Self:
-        """Return these settings for weights that ``params`` and ``exclude`` have selected already: all of these names.
+        """Return these settings for weights that ``params`` and ``exclude`` have selected already.
 
-        Names that ``params`` has exactly stay in it: they tell which weights to hold if they are zero throughout.
+        Names that ``params`` has exactly stay in it, because they mark weights to hold even if they are entirely zero.
+
+        Args:
+            names: Names of the selected weights.
+
+        Returns:
+            The settings, which select all of these names.
         """
         by_name = tuple(name for name in self.params if name in names)
         return replace(self, params=(*by_name, "__ALL__"), exclude=())
@@ -176,7 +182,14 @@ class GradualSettings(PruningSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class MagnitudeSettings(GradualSettings):
-    """Pruning by magnitude: the smallest ``|w|`` go first, the others stay as they are."""
+    """Pruning by magnitude: the smallest ``|w|`` are pruned first, the others do not change.
+
+    Also takes the arguments of :class:`GradualSettings` and :class:`PruningSettings`.
+
+    Example:
+        >>> MagnitudeSettings(final_sparsity=0.9, start_epoch=1, end_epoch=11, scope="global").scope
+        'global'
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +216,10 @@ class MFACSettings(GradualSettings):
         gradient_origin: ``auto`` takes gradient samples from the sampler if there is one, and those of training
             otherwise; ``training`` always takes those of training.
         sampler_options: Keyword arguments for the function that makes the sampler's batches.
+
+    Example:
+        >>> MFACSettings(final_sparsity=0.9, end_epoch=10, num_gradients={0: 64, 0.5: 128}).num_gradients
+        {0.0: 64, 0.5: 128}
     """
 
     num_gradients: int | Mapping[float, int] = field(default=64)
@@ -253,6 +270,10 @@ class ConstantSettings(PruningSettings):
     Args:
         end_epoch: Epoch at which the masks are released, unless ``leave_enabled``; infinity holds them to the end.
         leave_enabled: As in :class:`PruningSettings`.
+
+    Example:
+        >>> ConstantSettings(params=("fc.weight",)).end_epoch
+        inf
     """
 
     end_epoch: float = math.inf
@@ -274,6 +295,10 @@ class ACDCSettings(PruningSettings):
         mask_type: Pattern of the zeros, see :data:`MaskType`.
         reset_momentum: Whether the state of the optimizer is reset when weights come back, at the beginning of each
             decompressed phase but the first.
+
+    Example:
+        >>> ACDCSettings(compression_sparsity=0.9, end_epoch=100, update_frequency=5).reset_momentum
+        True
 
     References:
         Peste et al. (2021), AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks.

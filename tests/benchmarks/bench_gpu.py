@@ -171,7 +171,7 @@ class Machine:
 
     def __init__(self, name: str) -> None:
         self.device = resolve_device(name)
-        self.is_gpu = self.device.backend.name == "cupy"
+        self.is_gpu = not self.device.is_host
         if self.is_gpu:
             import cupy
 

@@ -69,7 +69,7 @@ def test_no_module_is_named_after_nothing_in_particular(package: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md", ".ci/run"]
+    "name", ["pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run"]
 )
 def test_the_project_has_its_documents(name: str) -> None:
     assert (ROOT / name).is_file()

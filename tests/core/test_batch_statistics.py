@@ -1,10 +1,15 @@
+import logging
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mfac_core.sample_batches import Sampler
 from mfac_core.session.batch_statistics import (
     BatchStatistics,
+    LayerStatistics,
     estimated_anew_line,
     no_statistics_line,
     stale_statistics_line,
@@ -62,3 +67,47 @@ def test_lines_name_layers_and_count_them():
         "2 batch normalization layers (a, b) still have the statistics of the weights before pruning, which can cost "
         "accuracy; cure() estimates them anew"
     )
+
+
+class Norms(LayerStatistics):
+    """Layers that keep the mean of a column of each batch."""
+
+    def __init__(self, layers, frozen=()):
+        super().__init__({name: [0.0] for name in layers}, frozen, logging.getLogger("mfac_core"))
+
+    def _copies(self):
+        return {name: list(layer) for name, layer in self.layers.items()}
+
+    def _restore(self, copies):
+        for name, values in copies.items():
+            self.layers[name][:] = values
+
+    @contextmanager
+    def _measuring(self, statistics):
+        self._restore(dict.fromkeys(self.layers, [7.0]))  # as running a framework's layers does
+        yield
+
+    def _measure(self, sampler, batch, statistics):
+        for name, value in batch.items():
+            statistics.add(name, [value], [1.0])
+
+    def _write(self, statistics):
+        for name, mean, _ in statistics.averages():
+            self.layers[name][:] = mean
+
+
+def test_layers_get_the_averages_and_what_no_batch_comes_through_stays(caplog):
+    norms = Norms(["a", "b", "c"], frozen=["c"])
+    with caplog.at_level(logging.INFO, logger="mfac_core"):
+        assert norms.estimate_anew(Sampler([{"a": 1.0}, {"a": 3.0}])) == 1
+    assert norms.layers == {"a": [2.0], "b": [0.0]}
+    assert "over 2 batches; no batch comes through b; frozen, and left as they are: c" in caplog.text
+    assert Norms(["c"], frozen=["c"]).estimate_anew(Sampler([])) == 0
+
+
+def test_an_exception_leaves_statistics_as_they_were():
+    norms = Norms(["a", "b"])
+    for batches in ([{"a": 1.0}, {"b": np.nan}], []):
+        with pytest.raises(ValueError, match="holds NaN or Inf|yields no batch"):
+            norms.estimate_anew(Sampler(batches))
+        assert norms.layers == {"a": [0.0], "b": [0.0]}

@@ -124,7 +124,7 @@ def steps_with(backend, monkeypatch, rows, width, update="independent"):
     return result, len(made)
 
 
-def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypatch):
+def test_a_factor_is_retained_for_the_second_pass_only_while_there_is_room(monkeypatch):
     rows = gradients_of_both_kinds(M, 2 * B)
     kept, once = steps_with(RoomyBackend(), monkeypatch, rows, 2 * B)
     working = mfac_core.fisher.partition.working_bytes(mfac_core.fisher.partition.BlockGroup(0, 1, (2 * B,)), M, 4)
@@ -136,20 +136,20 @@ def test_a_factor_is_kept_for_the_second_pass_only_while_there_is_room(monkeypat
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6)
 
 
-def test_factors_as_large_as_dense_inverses_are_not_kept(monkeypatch):
+def test_factors_as_large_as_dense_inverses_are_not_retained(monkeypatch):
     # small enough to have room: what is kept is at most half of the window
     _, made = steps_with(RoomyBackend(), monkeypatch, gradients_of_both_kinds(200), B)
     assert made == 2
 
 
-def test_no_factor_is_kept_where_none_is_asked_for():
+def test_no_factor_is_retained_if_none_is_wanted():
     source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"), keep="never")
     fisher.diagonal()
     assert not fisher._retained
 
 
-def test_kept_factors_are_given_back_when_they_have_been_used():
+def test_retained_factors_are_released_when_they_have_been_used():
     source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"))
     room = dict(fisher._room)
@@ -159,7 +159,7 @@ def test_kept_factors_are_given_back_when_they_have_been_used():
     assert fisher._room == room and not fisher._retained
 
 
-def test_kept_factors_take_no_more_than_half_of_the_window():
+def test_retained_factors_take_no_more_than_half_of_the_window():
     source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(10**12), "cpu"))
     assert fisher._room["cpu"] == M * BLOCKS * B * 4 // 2
@@ -167,13 +167,13 @@ def test_kept_factors_take_no_more_than_half_of_the_window():
     assert not fisher._retained
 
 
-def test_devices_share_what_kept_factors_may_take():
+def test_devices_share_what_retained_factors_may_take():
     source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=strict_devices(3, StrictBackend(10**9)))
     assert list(fisher._room.values()) == [M * BLOCKS * B * 4 // 2 // 3] * 3
 
 
-def test_kept_factors_take_no_more_than_a_quarter_of_the_free_memory():
+def test_retained_factors_take_no_more_than_a_quarter_of_the_free_memory():
     source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
     fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(8000), "cpu"))
     assert fisher._room["cpu"] == 2000

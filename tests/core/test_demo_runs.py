@@ -138,7 +138,7 @@ def test_a_recipe_runs_with_one_seed_which_is_called_an_example(
     demo_runs.run(demo_that(dense_network, asked), recipe=recipe, output=output, seed=5)
 
     printed = capsys.readouterr().out
-    assert "This is one seed (5), an example: another seed or another processor gives other digits." in printed
+    assert "This is an example with one seed (5): another seed or another processor gives other numbers." in printed
     assert "network.bin (the network pruned by M-FAC gradual)" in printed
     assert {path.name for path in output.iterdir()} == {"network.bin", "masks.bin", "run.json", "report.png"}
     records, facts = read_json(output / "run.json")
@@ -175,8 +175,8 @@ def test_the_comparison_prunes_and_trains_the_same_way_by_both_methods_for_each_
     printed = capsys.readouterr().out
     for said in (
         "Means over 2 seeds (7 to 8) and 95 % confidence intervals",
-        "The rows with 20 epochs belong to it: training repairs what pruning breaks",
-        "Another processor gives other digits",
+        "Read the rows with 20 epochs too: training repairs what pruning breaks",
+        "On another processor the numbers differ slightly",
         "network.bin (the network pruned by M-FAC to 50%, with 2 epochs of training after, seed 7)",
     ):
         assert said in printed

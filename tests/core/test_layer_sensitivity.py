@@ -16,7 +16,7 @@ from rich.console import Console
 import mfac_core
 from mfac_core import MemoryBudgetError, Sensitivity, SettingError, sensitivity
 from mfac_core.layer_sensitivity import SPARSITIES
-from mfac_core.session.layer_sensitivity import check_rows_fit, stacked_rows
+from mfac_core.session.layer_sensitivity import check_rows_fit, model_sensitivity, stacked_rows
 from tests import reference
 from tests.core.strict_backend import StrictBackend, strict_devices
 
@@ -559,3 +559,54 @@ def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch) -
         check_rows_fit(weights, 0, 100, together=False)
     with pytest.raises(SettingError, match="the same for all layers"):
         check_rows_fit(weights, {0.0: 64}, 100, together=False)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("calls", [None, 1, 4])
+def test_a_framework_of_arrays_is_measured_like_arrays_and_gets_its_weights_back(fresh, calls) -> None:
+    weights, rows = make_weights(), by_name(make_gradients())
+    model = {name: array.copy() for name, array in weights.items()}
+    left = [calls]
+
+    def gradients(names, count):
+        return ({name: rows[name][number] for name in names} for number in range(count))
+
+    def loss(batches):
+        left[0] = left[0] and left[0] - 1
+        if left[0] == 0:
+            raise RuntimeError("out of paper")
+        return sum(float((array * array).sum()) for array in model.values()) * len(batches)
+
+    def measured():
+        return model_sensitivity(
+            {name: array.copy() for name, array in model.items()},
+            write=lambda name, array: model[name].__setitem__(..., array),
+            gradients=gradients,
+            loss=loss,
+            batches=lambda count: [None] * count,
+            axes={},
+            sparsities=LEVELS,
+            num_grads=9,
+            fresh_grads=fresh,
+            num_recomputations=1,
+            num_batches=2,
+            fisher_block_size=None,
+            damp=0.1,
+            mask_type="unstructured",
+            progress=False,
+        )
+
+    if calls is None:
+        expected = sensitivity(
+            weights,
+            lambda pruned: 2 * sum(float((array * array).sum()) for array in pruned.values()),
+            rows,
+            sparsities=LEVELS,
+            block_size=None,
+            damping=0.1,
+        )
+        assert measured() == expected
+    else:
+        with pytest.raises(RuntimeError, match="out of paper"):
+            measured()
+    assert all(np.array_equal(model[name], weights[name]) for name in weights)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import least_salient, newly_pruned, out_of_reach, sparsity_of_zeros
+from mfac_core.masks.selection import least_salient, newly_pruned
+from mfac_core.masks.sparsity import out_of_reach, sparsity_of_zeros
 from tests import reference
 from tests.core.strict_backend import strict_devices
 

@@ -1,10 +1,18 @@
 import itertools
 
+import numpy as np
 import pytest
 
 from mfac_core import sample_batches
 from mfac_core.errors import SettingError
-from mfac_core.sample_batches import HeldOut, batches_of_one_pass, batches_to_sample, zero_in_all_samples
+from mfac_core.sample_batches import (
+    HeldOut,
+    Sampler,
+    batches_of_one_pass,
+    batches_to_sample,
+    mean_loss,
+    zero_in_all_samples,
+)
 
 
 def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
@@ -143,3 +151,22 @@ def test_nothing_is_held_out_before_all_samples_are_drawn():
     batches = batches_to_sample(range(10), 2, held_out=further)
     assert [next(batches), next(batches)] == [0, 1]
     assert further.batches == []
+
+
+def test_a_sampler_fills_gaps_and_names_what_stays_zero(caplog):
+    sampler, names = Sampler("ab"), ["used", "unused", "zero"]
+    samples = [(np.ones(2), None, np.zeros(2)), (np.zeros(2), None, np.zeros(2))]
+
+    for _ in range(2):
+        rows = list(sampler._without_gaps(samples, names, 2, lambda index: np.full(2, float(index))))
+
+    np.testing.assert_array_equal(rows, [[[1, 1], [1, 1], [0, 0]], [[0, 0], [1, 1], [0, 0]]])
+    assert caplog.text.count("the gradient is zero in every gradient sample for unused, zero, ") == 1
+    with pytest.raises(ValueError, match="depends on none of the weights to prune: a, b"):
+        next(sampler._without_gaps([(None, None)], ["a", "b"], 1, lambda index: None))
+
+
+def test_the_mean_loss_needs_a_batch():
+    assert mean_loss([1.0, 2.0]) == 1.5
+    with pytest.raises(ValueError, match="no batch to evaluate the loss on"):
+        mean_loss([])

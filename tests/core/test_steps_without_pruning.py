@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings, make_pruner
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import is_reached, newly_pruned
+from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.sparsity import is_reached
 from mfac_core.settings.pruning import FROM_PARAM
 from tests import reference
 

@@ -89,7 +89,7 @@ def test_parts_are_views_of_what_is_unpruned_as_a_whole():
     arrays = {"a": np.arange(4.0).reshape(2, 2), "b": np.arange(3.0)}
     layout = WeightLayout({"a": (2, 2), "b": (3,)})
     kept = np.array([True] * 4 + [True, False, True])
-    whole, part = layout.parts(arrays, layout.unpruned(kept, resolve_device("cpu")))
+    whole, part = layout.gather_each(arrays, layout.unpruned(kept, resolve_device("cpu")))
     assert np.shares_memory(whole, arrays["a"]) and whole.shape == (4,)
     np.testing.assert_array_equal(part, [0, 2])
 

@@ -1,27 +1,24 @@
-"""What differs between the backends of Keras, one module each; a module is imported when its backend is in use."""
+"""One module for each backend of Keras, imported when Keras runs on it; ``base`` is their contract."""
 
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from typing import cast
 
 import keras
+
+from mfac_keras.backends.base import Backend
 
 __all__ = ["current_backend"]
 
 SUPPORTED = ("tensorflow", "torch", "jax")
 
 
-def current_backend() -> ModuleType:
-    """Return the module of the backend that Keras runs on.
-
-    Returns:
-        A module with ``Hooks`` (see :class:`mfac_keras.backends.base.TrainingHooks`), ``to_array(tensor)``,
-        ``to_tensor(array)``, ``loss_gradients(...)``, ``loss_function(model, loss_of)``, ``no_gradients()`` and
-        ``refuse_unsupported(model)``.
+def current_backend() -> Backend:
+    """Return the module for the backend that Keras runs on.
 
     Raises:
-        RuntimeError: If Keras runs on a backend that cannot train or is not supported.
+        RuntimeError: If pruning does not support this backend.
     """
     name = keras.backend.backend()
     if name not in SUPPORTED:
@@ -29,4 +26,4 @@ def current_backend() -> ModuleType:
             f"Keras runs on the backend {name!r}; pruning supports {', '.join(SUPPORTED)}: "
             "set KERAS_BACKEND to one of them before Keras is imported"
         )
-    return import_module(f"mfac_keras.backends.{name}")
+    return cast(Backend, import_module(f"mfac_keras.backends.{name}"))

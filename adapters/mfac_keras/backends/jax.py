@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array
-from mfac_keras.backends.base import Apply, TrainingHooks
+from mfac_keras.backends.hooks import Apply, TrainingHooks
+from mfac_keras.conditions import refuse_several_processes
 from mfac_keras.conversion import gpu_array
+from mfac_keras.optimizers import trained_by
 
 __all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
 
@@ -22,19 +24,8 @@ _STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Refuse ways of training in which masks or gradients would not be right.
-
-    Args:
-        model: The model.
-
-    Raises:
-        NotImplementedError: If there are several processes, or the model makes its train function itself.
-    """
-    if jax.process_count() > 1:
-        raise NotImplementedError(
-            f"training is distributed over {jax.process_count()} processes, which is not supported: each would choose "
-            "its own masks. Prune in a single process"
-        )
+    """Refuse several processes, and models that make their own train function."""
+    refuse_several_processes(jax.process_count())
     if type(model).make_train_function is not keras.Model.make_train_function:
         raise NotImplementedError(
             f"{type(model).__name__} overrides make_train_function, which is not supported on the jax backend; "
@@ -43,15 +34,7 @@ def refuse_unsupported(model: Any) -> None:
 
 
 def to_array(tensor: Any) -> Array:
-    """Return a variable or tensor as an array that the core computes with.
-
-    Args:
-        tensor: A Keras variable or JAX array, of any float type.
-
-    Returns:
-        A NumPy array that shares memory with the tensor where it can, or a copy on the tensor's GPU where CuPy is
-        installed; float32, or float64 as it was. Treat it as read-only.
-    """
+    """Return an array that shares the tensor's memory where NumPy can; on a GPU it is a copy."""
     value = tensor.value if isinstance(tensor, keras.Variable) else tensor
     if value.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
         value = value.astype(jnp.float32)
@@ -63,14 +46,7 @@ def to_array(tensor: Any) -> Array:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return an array as something that a variable can be assigned.
-
-    Args:
-        array: A NumPy or CuPy array.
-
-    Returns:
-        The NumPy array itself, or a NumPy copy of the CuPy array.
-    """
+    """Return a NumPy array."""
     # DLPack would bind the variable to a device and to memory that JAX must not donate to the next step.
     return array if isinstance(array, np.ndarray) else array.get()
 
@@ -78,18 +54,7 @@ def to_tensor(array: Array) -> Any:
 def loss_gradients(
     model: Any, variables: Sequence[Any], loss_of: Callable[..., Any], batches: Iterator[Any], scale: float
 ) -> Iterator[list[Array]]:
-    """Yield the gradients of a loss in inference mode, one per batch.
-
-    Args:
-        model: The model.
-        variables: The variables to differentiate by.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-        batches: ``(x, y, sample_weight)`` each.
-        scale: What to multiply the loss by, and divide the gradients by.
-
-    Yields:
-        One array per variable, of its shape.
-    """
+    """Yield the gradients of a loss in inference mode, one per batch."""
     chosen = {id(variable) for variable in variables}
     others = [variable for variable in model.variables if id(variable) not in chosen]
 
@@ -105,15 +70,7 @@ def loss_gradients(
 
 
 def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
-
-    Args:
-        model: The model.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-
-    Returns:
-        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
-    """
+    """Return a function that evaluates a loss in inference mode."""
 
     def loss(values: list[Any], batch: Any) -> Any:
         state = list(zip(model.variables, values, strict=True))
@@ -125,49 +82,35 @@ def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], An
 
 
 def no_gradients() -> AbstractContextManager[None]:
-    """Return a context in which nothing is kept for gradients."""
+    """Return a context in which nothing is recorded for gradients."""
     return nullcontext()
 
 
 class Hooks(TrainingHooks):
     """See :class:`TrainingHooks`. Masks are an argument of the compiled step, and the tapped gradient is a result.
 
-    What a compiled step finds elsewhere becomes a constant in it, so the train function of Keras is replaced by one
-    around the same ``train_step``.
+    JAX compiles everything else that a step reads into a constant, so a train function around the same ``train_step``
+    replaces that of Keras.
     """
 
     _tapped_method = "stateless_apply"
 
     def _prepare(self) -> None:
-        # later the variables have no values to ask
+        # during an epoch the variables have no values of which these could be asked
         distributed = keras.distribution.distribution() is not None
         self._shardings = (None, self._model._get_state_sharding_spec(), None) if distributed else None
         self._mask_shardings = [each.value.sharding if distributed else None for each in self._variables]
-        self._masks = [self._placed(place, jnp.ones(each.shape, bool)) for place, each in enumerate(self._variables)]
+        self._masks = [self._placed(index, jnp.ones(each.shape, bool)) for index, each in enumerate(self._variables)]
         self._traced_masks: Sequence[Any] = self._masks
         self._traced_row: Any = None
         self._rows: list[Any] = []
-        self._flavours: dict[bool, Callable[..., Any]] = {}
-
-    def detach(self) -> None:
-        """Take the hooks away, and the compiled steps with them."""
-        super().detach()
-        self._drop_compiled()
 
     def sync(self) -> None:
-        """Give the variables their current values, which are kept elsewhere during an epoch."""
+        """Give the variables their current values, which the training state holds during an epoch."""
         self._model.jax_state_sync()
 
-    def _drop_compiled(self) -> None:
-        self._flavours = {}
-
-    def _train_function(self) -> Callable[..., Any]:
-        if self._tapping not in self._flavours:
-            self._flavours[self._tapping] = self._executing(self._compiled_step())
-        return self._flavours[self._tapping]
-
     def _compiled_step(self) -> Callable[..., Any]:
-        # A new function for each flavour: of one and the same method, JAX would compile only the first.
+        # A new function each time: JAX compiles one and the same only once, with or without a tap.
         def step(state: Any, masks: Any, data: Any) -> tuple[Any, Any, Any]:
             self._traced_masks, self._traced_row = masks, None
             try:
@@ -181,29 +124,24 @@ class Hooks(TrainingHooks):
         compiled: Callable[..., Any] = jax.jit(step, donate_argnums=0, out_shardings=self._shardings)
         return compiled
 
-    def _executing(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _make_train_function(self) -> Callable[..., Any]:
+        step = self._compiled_step()
         steps = int(self._model.steps_per_execution)
 
         def train_function(state: Any, iterator: Any) -> Any:
             logs = None
-            try:
-                for done in range(steps):
-                    try:
-                        data = next(iterator)
-                    except StopIteration:
-                        if not done:
-                            # Keras would go back to the state before what callbacks have done since
-                            self._model._jax_state = dict(zip(_STATE, state, strict=True))
-                            raise
-                        break
-                    logs, state, row = step(state, self._masks, data)
-                    if row is not None:
-                        self._rows.append(row)
-            except StopIteration:
-                raise
-            except BaseException:
-                self.detach()
-                raise
+            for done in range(steps):
+                try:
+                    data = next(iterator)
+                except StopIteration:
+                    if not done:
+                        # Keras would return to a state from before the last changes by callbacks
+                        self._model._jax_state = dict(zip(_STATE, state, strict=True))
+                        raise
+                    break
+                logs, state, row = step(state, self._masks, data)
+                if row is not None:
+                    self._rows.append(row)
             return logs, state
 
         return train_function
@@ -213,7 +151,7 @@ class Hooks(TrainingHooks):
             if self._tapping:
                 state = zip(self._optimizer.variables, optimizer_variables, strict=True)
                 with keras.StatelessScope(state_mapping=list(state)):
-                    self._tap_gradients(list(grads), self._optimizer_variables())
+                    self._tap_gradients(list(grads), trained_by(self._optimizer))
             return apply(optimizer_variables, grads, trainable_variables)
 
         return tapped_apply
@@ -223,26 +161,24 @@ class Hooks(TrainingHooks):
             jnp.zeros(size) if gradient is None else gradient.astype(jnp.float32).transpose(axes).reshape(-1)
             for gradient, size, axes in zip(gradients, self._sizes, self._axes, strict=True)
         ]
-        scale = self._optimizer.scale_loss(1.0)
-        row = jnp.concatenate(flat)
-        self._traced_row = row if isinstance(scale, float) and scale == 1.0 else row / scale
+        self._traced_row = self._unscaled(jnp.concatenate(flat))
 
-    def _taken(self) -> list[Any]:
+    def _stored_rows(self) -> list[Any]:
         rows, self._rows = self._rows, []
         return [to_array(row) for row in rows]
 
-    def _set_mask(self, place: int, mask: npt.NDArray[np.bool_] | None) -> None:
-        variable = self._variables[place]
+    def _set_mask(self, index: int, mask: npt.NDArray[np.bool_] | None) -> None:
+        variable = self._variables[index]
         values = jnp.ones(variable.shape, bool) if mask is None else jnp.asarray(mask)
-        self._masks[place] = self._placed(place, values)
+        self._masks[index] = self._placed(index, values)
 
-    def _placed(self, place: int, mask: Any) -> Any:
-        # An array that is bound to a device without need would have the step compiled once more.
-        sharding = self._mask_shardings[place]
+    def _placed(self, index: int, mask: Any) -> Any:
+        # JAX would compile the step once more for an array that is bound to a device.
+        sharding = self._mask_shardings[index]
         return mask if sharding is None else jax.device_put(mask, sharding)
 
-    def _mask_of(self, place: int) -> Any:
-        return self._traced_masks[place]
+    def _mask_of(self, index: int) -> Any:
+        return self._traced_masks[index]
 
     def _masked(self, gradient: Any, mask: Any) -> Any:
         return jnp.where(mask, gradient, 0)

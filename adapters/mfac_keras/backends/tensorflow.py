@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mfac_core.backends import Array
-from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.conversion import gpu_array
 
 __all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
@@ -21,14 +21,7 @@ _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Refuse ways of training in which masks or gradients would not be right.
-
-    Args:
-        model: The model.
-
-    Raises:
-        NotImplementedError: If it is trained by a strategy other than ``MirroredStrategy``.
-    """
+    """Refuse strategies other than ``MirroredStrategy``."""
     strategy = model.distribute_strategy
     is_default = strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy()
     if not is_default and not isinstance(strategy, _STRATEGIES):
@@ -38,15 +31,7 @@ def refuse_unsupported(model: Any) -> None:
 
 
 def to_array(tensor: Any) -> Array:
-    """Return a variable or tensor as an array that the core computes with.
-
-    Args:
-        tensor: A Keras variable, TensorFlow variable or eager tensor, of any float type.
-
-    Returns:
-        A NumPy array that shares memory with a snapshot of the values, or a copy on the tensor's GPU where CuPy is
-        installed; float32, or float64 as it was. Treat it as read-only.
-    """
+    """Return an array that shares memory with a snapshot of the values; on a GPU it is a copy."""
     value = tensor.value if isinstance(tensor, keras.Variable) else tensor
     if isinstance(value, tf.Variable):
         value = value.read_value()
@@ -59,14 +44,7 @@ def to_array(tensor: Any) -> Array:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return an array as something that a variable can be assigned.
-
-    Args:
-        array: A NumPy or CuPy array.
-
-    Returns:
-        The NumPy array itself, or a NumPy copy of the CuPy array.
-    """
+    """Return a NumPy array."""
     # DLPack gives TensorFlow no transposed arrays, and most kernels are transposed here.
     return array if isinstance(array, np.ndarray) else array.get()
 
@@ -74,18 +52,7 @@ def to_tensor(array: Array) -> Any:
 def loss_gradients(
     model: Any, variables: Sequence[Any], loss_of: Callable[..., Any], batches: Iterator[Any], scale: float
 ) -> Iterator[list[Array]]:
-    """Yield the gradients of a loss in inference mode, one per batch.
-
-    Args:
-        model: The model.
-        variables: The variables to differentiate by.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-        batches: ``(x, y, sample_weight)`` each.
-        scale: What to multiply the loss by, and divide the gradients by.
-
-    Yields:
-        One array per variable, of its shape; ``None`` where the loss does not depend on it.
-    """
+    """Yield the gradients of a loss in inference mode, one per batch."""
     values = [variable.value for variable in variables]
 
     def scaled_gradients(batch: Any) -> list[Any]:
@@ -100,15 +67,7 @@ def loss_gradients(
 
 
 def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
-
-    Args:
-        model: The model.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-
-    Returns:
-        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
-    """
+    """Return a function that evaluates a loss in inference mode."""
 
     def loss(batch: Any) -> Any:
         return loss_of(*batch)
@@ -117,55 +76,29 @@ def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], An
 
 
 def no_gradients() -> AbstractContextManager[None]:
-    """Return a context in which nothing is kept for gradients."""
+    """Return a context in which nothing is recorded for gradients."""
     return nullcontext()
 
 
 class Hooks(TrainingHooks):
-    """See :class:`TrainingHooks`. Masks and the tapped gradient are variables that the compiled step reads and writes.
+    """See :class:`TrainingHooks`. The compiled step reads masks from variables and writes gradients into one."""
 
-    There are two compiled steps, one that taps and one that does not, so that nothing is computed for a gradient that
-    nobody wants, and neither is compiled twice.
-    """
+    _end_of_data = (StopIteration, tf.errors.OutOfRangeError)
 
     def _prepare(self) -> None:
         self._steps = int(self._model.steps_per_execution)
         self._tap_variable: Any = None
         self._count: Any = None
-        self._functions: dict[bool, Callable[..., Any]] = {}
         with self._model.distribute_strategy.scope():
             self._masks = [
                 tf.Variable(tf.ones(each.shape, each.dtype), trainable=False, dtype=each.dtype)
                 for each in self._variables
             ]
 
-    def detach(self) -> None:
-        """Take the hooks away, and the compiled steps with them."""
-        super().detach()
-        self._drop_compiled()
-
-    def _drop_compiled(self) -> None:
-        self._functions = {}
-
-    def _train_function(self) -> Callable[..., Any]:
+    def _make_train_function(self) -> Callable[..., Any]:
         if self._tapping and self._tap_variable is None:
             self._make_tap()
-        if self._tapping not in self._functions:
-            type(self._model).make_train_function(self._model, force=True)
-            self._functions[self._tapping] = self._guarded(self._model.train_function)
-        return self._functions[self._tapping]
-
-    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def train_function(iterator: Any) -> Any:
-            try:
-                return function(iterator)
-            except (StopIteration, tf.errors.OutOfRangeError):
-                raise
-            except BaseException:
-                self.detach()
-                raise
-
-        return train_function
+        return super()._make_train_function()
 
     def _make_tap(self) -> None:
         size = sum(self._sizes)
@@ -186,16 +119,14 @@ class Hooks(TrainingHooks):
             else tf.reshape(tf.transpose(tf.cast(tf.convert_to_tensor(gradient), tf.float32), axes), [-1])
             for gradient, size, axes in zip(gradients, self._sizes, self._axes, strict=True)
         ]
-        scale = self._optimizer.scale_loss(1.0)
-        row = tf.concat(flat, 0)
-        row = row if isinstance(scale, float) and scale == 1.0 else row / tf.cast(scale, tf.float32)
+        row = self._unscaled(tf.concat(flat, 0))
         if self._steps == 1:
             self._tap_variable.assign(row)
         else:
             self._tap_variable.scatter_nd_update([[self._count % self._steps]], [row])
             self._count.assign_add(1)
 
-    def _taken(self) -> list[Any]:
+    def _stored_rows(self) -> list[Any]:
         rows = to_array(self._tap_variable)
         if self._steps == 1:
             return [rows]
@@ -203,14 +134,14 @@ class Hooks(TrainingHooks):
         self._count.assign(0)
         return list(rows[: min(count, self._steps)])
 
-    def _set_mask(self, place: int, mask: npt.NDArray[np.bool_] | None) -> None:
-        held = self._masks[place]
+    def _set_mask(self, index: int, mask: npt.NDArray[np.bool_] | None) -> None:
+        held = self._masks[index]
         held.assign(tf.ones_like(held) if mask is None else tf.cast(mask, held.dtype))
 
-    def _mask_of(self, place: int) -> Any:
-        return self._masks[place]
+    def _mask_of(self, index: int) -> Any:
+        return self._masks[index]
 
-    # Some optimizers (Ftrl) divide zero by zero where all that they remember is zero.
+    # multiply_no_nan: some optimizers (Ftrl) divide zero by zero where all of their state is zero
 
     def _masked(self, gradient: Any, mask: Any) -> Any:
         if isinstance(gradient, tf.IndexedSlices):

@@ -14,40 +14,21 @@ import torch.distributed
 import torch.utils.dlpack
 
 from mfac_core.backends import Array
-from mfac_keras.backends.base import TrainingHooks
+from mfac_keras.backends.hooks import TrainingHooks
+from mfac_keras.conditions import refuse_several_processes
 from mfac_keras.conversion import gpu_array
 
 __all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Refuse ways of training in which masks or gradients would not be right.
-
-    Args:
-        model: The model.
-
-    Raises:
-        NotImplementedError: If training is distributed over several processes.
-    """
+    """Refuse several processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        world_size = torch.distributed.get_world_size()
-        if world_size > 1:
-            raise NotImplementedError(
-                f"training is distributed over {world_size} processes, which is not supported: each would choose "
-                "its own masks. Prune in a single process"
-            )
+        refuse_several_processes(torch.distributed.get_world_size())
 
 
 def to_array(tensor: Any) -> Array:
-    """Return a variable or tensor as an array that the core computes with.
-
-    Args:
-        tensor: A Keras variable or torch tensor, of any float type.
-
-    Returns:
-        A NumPy array that shares memory with the tensor, or a CuPy array that does, on the tensor's GPU, where CuPy is
-        installed; float32, or float64 as it was. Treat it as read-only.
-    """
+    """Return an array that shares the tensor's memory; on a GPU only if torch computes on CUDA's default stream."""
     value = (tensor.value if isinstance(tensor, keras.Variable) else tensor).detach()
     if value.dtype not in {torch.float32, torch.float64}:
         value = value.to(torch.float32)
@@ -57,32 +38,14 @@ def to_array(tensor: Any) -> Array:
 
 
 def to_tensor(array: Array) -> Any:
-    """Return an array as something that a variable can be assigned.
-
-    Args:
-        array: A NumPy or CuPy array.
-
-    Returns:
-        The NumPy array itself, or a tensor that shares the memory of the CuPy array.
-    """
+    """Return a NumPy array, or a tensor that shares the memory of a CuPy array."""
     return array if isinstance(array, np.ndarray) else torch.utils.dlpack.from_dlpack(array)
 
 
 def loss_gradients(
     model: Any, variables: Sequence[Any], loss_of: Callable[..., Any], batches: Iterator[Any], scale: float
 ) -> Iterator[list[Array]]:
-    """Yield the gradients of a loss in inference mode, one per batch.
-
-    Args:
-        model: The model.
-        variables: The variables to differentiate by.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-        batches: ``(x, y, sample_weight)`` each.
-        scale: What to multiply the loss by, and divide the gradients by.
-
-    Yields:
-        One array per variable, of its shape; ``None`` where the loss does not depend on it.
-    """
+    """Yield the gradients of a loss in inference mode, one per batch."""
     values = [variable.value for variable in variables]
     for batch in batches:
         with _evaluating(model), _without_gradients(model), torch.enable_grad():
@@ -95,15 +58,7 @@ def loss_gradients(
 
 
 def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Return a function that evaluates a loss in inference mode: compiled where the model is, and without gradients.
-
-    Args:
-        model: The model.
-        loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
-
-    Returns:
-        A function from ``(x, y, sample_weight)`` to the loss; the model has its current values in it.
-    """
+    """Return a function that evaluates a loss in inference mode."""
 
     def loss(batch: Any) -> Any:
         # gradients are on, because a loss may itself differentiate, by an input for example
@@ -114,7 +69,7 @@ def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], An
 
 
 def no_gradients() -> AbstractContextManager[None]:
-    """Return a context in which nothing is kept for gradients."""
+    """Return a context in which nothing is recorded for gradients."""
     return torch.no_grad()
 
 
@@ -146,54 +101,39 @@ def _without_gradients(model: Any) -> Iterator[None]:
 
 
 class Hooks(TrainingHooks):
-    """See :class:`TrainingHooks`. Masks and gradients are tensors that the step, eager or compiled, reads and makes."""
+    """See :class:`TrainingHooks`. The step, eager or compiled, reads masks and appends gradients to a list."""
+
+    _end_of_data = ()  # Keras calls the train function with a batch
 
     def _prepare(self) -> None:
         self._masks: list[Any] = [None] * len(self._variables)  # True where pruned
         self._rows: list[Any] = []
-        self._drop_compiled()
-
-    def _drop_compiled(self) -> None:
-        type(self._model).make_train_function(self._model, force=True)
-        self._plain = self._model.train_function
-
-    def _train_function(self) -> Callable[..., Any]:
-        return self._guarded
-
-    def _guarded(self, data: Any) -> Any:
-        try:
-            return self._plain(data)
-        except BaseException:
-            self.detach()
-            raise
 
     def _store(self, gradients: list[Any]) -> None:
-        scale = self._optimizer.scale_loss(1.0)
         flat = [
             torch.zeros(size, device=variable.value.device)
             if gradient is None
             else gradient.detach().float().permute(axes).reshape(-1)
             for gradient, size, variable, axes in zip(gradients, self._sizes, self._variables, self._axes, strict=True)
         ]
-        # a copy, because torch writes the next gradients into the same memory
-        row = torch.cat(flat)
-        self._rows.append(row if isinstance(scale, float) and scale == 1.0 else row / scale)
+        # torch.cat copies, which is needed: torch writes the next gradients into the same memory
+        self._rows.append(self._unscaled(torch.cat(flat)))
 
-    def _taken(self) -> list[Any]:
+    def _stored_rows(self) -> list[Any]:
         rows, self._rows = self._rows, []
         return [to_array(row) for row in rows]
 
-    def _set_mask(self, place: int, mask: npt.NDArray[np.bool_] | None) -> None:
-        value = self._variables[place].value
+    def _set_mask(self, index: int, mask: npt.NDArray[np.bool_] | None) -> None:
+        value = self._variables[index].value
         if mask is not None:
-            self._masks[place] = torch.from_numpy(np.logical_not(mask, order="C")).to(value.device)
+            self._masks[index] = torch.from_numpy(np.logical_not(mask, order="C")).to(value.device)
         elif self._model.jit_compile:  # torch.compile would compile the step once more for a mask that comes later
-            self._masks[place] = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
+            self._masks[index] = torch.zeros(value.shape, dtype=torch.bool, device=value.device)
         else:
-            self._masks[place] = None
+            self._masks[index] = None
 
-    def _mask_of(self, place: int) -> Any:
-        return self._masks[place]
+    def _mask_of(self, index: int) -> Any:
+        return self._masks[index]
 
     def _masked(self, gradient: Any, mask: Any) -> Any:
         return gradient.masked_fill(mask, 0.0)

@@ -177,7 +177,7 @@ def watch():
             super().__init__()
             self.pruning = pruning
             self.steps = self.grown = 0
-            self.remembered = Counter()  # by variable
+            self.optimizer_state = Counter()  # by variable
 
         def on_train_batch_end(self, batch, logs=None):
             from mfac_keras.optimizers import innermost
@@ -190,6 +190,6 @@ def watch():
                 for leaf in innermost(self.model.optimizer):
                     for slot in leaf.variables:  # Keras names it after its variable
                         if name.replace("/", "_") in slot.path and slot.shape == mask.shape:
-                            self.remembered[name] += int(np.count_nonzero(slot.numpy()[~mask]))
+                            self.optimizer_state[name] += int(np.count_nonzero(slot.numpy()[~mask]))
 
     return Watch

@@ -118,7 +118,7 @@ def test_two_callbacks_on_one_optimizer_are_refused(task):
 @pytest.mark.feature("errors at fit, by name")
 def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
-    with pytest.raises(ValueError, match="stands twice among the callbacks of fit; leave one of them"):
+    with pytest.raises(ValueError, match="is among the callbacks of fit twice; remove one of them"):
         task.fit(task.model(), pruning, pruning)
     task.fit(task.model(), pruning)
     assert pruning.sparsity == 0.75
@@ -241,7 +241,10 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
     plan, advice, *logged = [record.getMessage() for record in caplog.records if record.name == "mfac_keras"]
     assert "in one pass within each layer" in advice
-    assert plan.endswith("3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75")
+    steps = "3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75"
+    assert plan.endswith(
+        f"{steps}; computed on cpu (the recipe names no devices: where the weights are, on a GPU if CuPy is installed)"
+    )
     assert printed == logged
     assert len(printed) == 3
     assert printed[0].startswith("pruning step at epoch 1.00 (step 5): sparsity 0.2083, 3 gradient rows, predicted")
@@ -637,7 +640,7 @@ def test_embeddings_recurrent_layers_and_attention(task, watch):
     assert all(np.count_nonzero(~mask) == round(0.75 * mask.size) for mask in pruning.masks.values())
     assert watching.steps > 10
     assert watching.grown == 0
-    assert sum(watching.remembered.values()) == 0
+    assert sum(watching.optimizer_state.values()) == 0
 
 
 @pytest.mark.once

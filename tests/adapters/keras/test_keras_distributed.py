@@ -4,20 +4,20 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_keras import MFACPruningCallback  # noqa: E402
-from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.live_pruning import KerasPruning  # noqa: E402
 
 
 @pytest.fixture
 def first_row(monkeypatch):
     """What reaches pruning in the first step that it wants."""
     rows = []
-    observe = LivePruning.observe
+    observe = KerasPruning.observe_gradients
 
     def note(self, step, gradients):
         rows.append([np.array(gradient) for gradient in gradients.values()])
         observe(self, step, gradients)
 
-    monkeypatch.setattr(LivePruning, "observe", note)
+    monkeypatch.setattr(KerasPruning, "observe_gradients", note)
     return rows
 
 
@@ -59,7 +59,7 @@ def test_two_replicas_under_mixed_precision(task, two_replicas, watch):
     task.fit(model, pruning, watching)
     assert watching.steps > 10
     assert watching.grown == 0
-    assert sum(watching.remembered.values()) == 0
+    assert sum(watching.optimizer_state.values()) == 0
 
 
 @pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")

@@ -9,7 +9,7 @@ from mfac_core.backends import Device  # noqa: E402
 from mfac_core.backends.numpy_backend import NumpyBackend  # noqa: E402
 from mfac_keras import MFACPruningCallback, conversion, prune_one_shot  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
-from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.live_pruning import KerasPruning  # noqa: E402
 from mfac_keras.sampling import GradientSampler  # noqa: E402
 
 
@@ -17,7 +17,7 @@ from mfac_keras.sampling import GradientSampler  # noqa: E402
 def observed(monkeypatch):
     """The rows that reach pruning: step, and name and gradient of each variable."""
     rows = []
-    observe = LivePruning.observe
+    observe = KerasPruning.observe_gradients
 
     def note(self, step, gradients):
         if self.needs_gradients(step):
@@ -26,7 +26,7 @@ def observed(monkeypatch):
             rows.append((step, row))
         observe(self, step, gradients)
 
-    monkeypatch.setattr(LivePruning, "observe", note)
+    monkeypatch.setattr(KerasPruning, "observe_gradients", note)
     return rows
 
 
@@ -93,7 +93,7 @@ def test_gradients_and_masks_where_the_step_is_compiled(task, observed, watch):
     task.fit(model, weights, pruning, watching, NothingNewToCompile())
     assert_rows_are_gradients(task, observed, weights)
     assert watching.steps == 16
-    assert watching.grown == sum(watching.remembered.values()) == 0
+    assert watching.grown == sum(watching.optimizer_state.values()) == 0
     assert pruning.sparsity == 0.75
     masks = pruning.masks
     task.fit(model, epochs=1)  # plain again: pruned weights are free

@@ -1,14 +1,17 @@
 """A pruning step that an exception interrupts is done as a whole or not at all, and can be done again."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
-from mfac_keras import MFACPruningCallback, live_pruning  # noqa: E402
-from mfac_keras.assigning import assign_all, assigned  # noqa: E402
+from mfac_keras import MFACPruningCallback  # noqa: E402
+from mfac_keras.assigning import assign_all, snapshot  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
-from mfac_keras.live_pruning import LivePruning  # noqa: E402
+from mfac_keras.live_pruning import KerasPruning  # noqa: E402
+from mfac_keras.optimizers import state_to_reset  # noqa: E402
 
 KILLED_AT = 2  # which pruning step is interrupted, from 1
 FEATURE = pytest.mark.feature("a pruning step that is interrupted is whole or not done")
@@ -51,7 +54,7 @@ class Fault:
 
 
 def place(monkeypatch, fault, where):
-    monkeypatch.setattr(LivePruning, "prune_if_due", fault.count(LivePruning.prune_if_due))
+    monkeypatch.setattr(KerasPruning, "prune_if_due", fault.count(KerasPruning.prune_if_due))
     hooks = current_backend().Hooks
     match where.split():
         case ["result"]:
@@ -59,13 +62,14 @@ def place(monkeypatch, fault, where):
 
             monkeypatch.setattr(base, "PruneResult", fault.of(base.PruneResult))
         case ["conversion"]:
-            monkeypatch.setattr(LivePruning, "_to_write", fault.of(LivePruning._to_write, call=2))
+            backend = current_backend()
+            monkeypatch.setattr(backend, "to_tensor", fault.of(backend.to_tensor, call=2))
         case ["write", number, *late]:
             monkeypatch.setattr(
                 keras.Variable, "assign", fault.of(keras.Variable.assign, call=int(number), late=bool(late))
             )
         case ["report"]:
-            monkeypatch.setattr(LivePruning, "_report", fault.of(LivePruning._report))
+            monkeypatch.setattr(KerasPruning, "report", fault.of(KerasPruning.report))
         case ["hold"]:
             monkeypatch.setattr(hooks, "hold", fault.of(hooks.hold))
         case ["mask"]:
@@ -135,17 +139,18 @@ def test_optimizers_forget_with_the_weights_that_come_back_or_not_at_all(task, w
 
     fault = Fault(RuntimeError())
     with pytest.MonkeyPatch.context() as patches:
-        done = live_pruning.assigned
+        prune_if_due = KerasPruning.prune_if_due
 
-        def looking(values):
-            values = list(values)
-            if len(values) > 2:  # the step that resets the optimizer
-                before.update({id(variable): np.array(variable.numpy(), copy=True) for variable, _ in values})
-                before["variables"] = [variable for variable, _ in values]
+        def looking(pruning, step, *args):
+            if pruning.is_due(step) and pruning.masks:  # the step that resets the optimizer
+                variables = [*pruning.variables.values()]
+                variables += state_to_reset(model.optimizer, pruning.variables.values())
+                before.update({id(variable): np.array(variable.numpy(), copy=True) for variable in variables})
+                before["variables"] = variables
                 fault.is_on = True
-            return done(values)
+            prune_if_due(pruning, step, *args)
 
-        patches.setattr(live_pruning, "assigned", looking)
+        patches.setattr(KerasPruning, "prune_if_due", looking)
         patches.setattr(keras.Variable, "assign", fault.of(keras.Variable.assign, call=int(number), late=bool(late)))
         with pytest.raises(RuntimeError):
             task.fit(model, pruning, epochs=4)
@@ -168,7 +173,9 @@ def test_values_are_assigned_to_all_variables_or_to_none(dtype):
         assign_all(failing())
     with pytest.raises(ValueError, match="shape"):
         assign_all([(variables[0], new), (variables[1], new), (variables[2], keras.ops.cast([1], dtype))])
-    with pytest.raises(ZeroDivisionError), assigned((variable, new) for variable in variables):
+    with pytest.raises(ZeroDivisionError), ExitStack() as undo:
+        snapshot(variables, undo)
+        assign_all((variable, new) for variable in variables)
         raise ZeroDivisionError
     for variable in variables:
         assert np.asarray(variable.numpy(), "float64").tolist() == [1, 2, 3]

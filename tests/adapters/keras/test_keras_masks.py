@@ -40,7 +40,7 @@ def assert_masks_held(task, watch, model, *, exempt=(), **fit_options):
     task.fit(model, pruning, watching, **fit_options)
     assert watching.steps > 2
     assert watching.grown == 0
-    assert {path for path, count in watching.remembered.items() if count} <= set(exempt)
+    assert {path for path, count in watching.optimizer_state.items() if count} <= set(exempt)
     for name, kernel in task.kernels(model).items():
         assert np.count_nonzero(kernel == 0) == round(0.75 * kernel.size), name
         assert not np.array_equal(kernel[kernel != 0], before[name][kernel != 0]), name

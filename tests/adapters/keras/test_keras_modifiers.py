@@ -122,7 +122,7 @@ def test_a_finished_callback_that_begins_anew_says_so(task, caplog):
     task.fit(model, callback)
     assert "begins anew" not in caplog.text
     task.fit(model, callback, epochs=1)
-    assert "has pruned in an earlier fit (sparsity 0.7500) and begins anew at epoch 0" in caplog.text
+    assert "has pruned in an earlier fit (sparsity 0.7500) and starts over at epoch 0" in caplog.text
 
 
 @pytest.mark.once
@@ -143,7 +143,7 @@ def test_two_modifiers_on_one_variable_hold_the_zeros_of_both_and_are_warned_of(
     model = task.model()
     history = task.fit(model, pruning, watching)
     assert "prune the same parameters (tiny/body/kernel), so that more is pruned than either says" in caplog.text
-    assert (watching.grown, sum(watching.remembered.values())) == (0, 0)
+    assert (watching.grown, sum(watching.optimizer_state.values())) == (0, 0)
     zeros = {name: np.mean(kernel == 0) for name, kernel in task.kernels(model).items()}
     assert zeros[BODY] >= 0.75
     assert {name: np.mean(~mask) for name, mask in pruning.masks.items()} == zeros

@@ -8,8 +8,7 @@ import pytest
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
 from mfac_keras import MFACPruningCallback  # noqa: E402
-from mfac_keras.session import check_state  # noqa: E402
-from mfac_keras.state_file import read_state, read_states, write_state  # noqa: E402
+from mfac_keras.state_file import check_state, read_state, read_states, write_state  # noqa: E402
 
 
 def state(step):

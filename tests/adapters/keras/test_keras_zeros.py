@@ -120,7 +120,7 @@ def test_a_fit_that_begins_anew_tells_the_sparsity_that_is_there(task, caplog):
     task.fit(model, pruning)
     model.set_weights([weight + 1 for weight in model.get_weights()])
     task.fit(model, pruning, epochs=1)
-    assert "begins anew" not in caplog.text  # there was no zero to let go
+    assert "starts over" not in caplog.text  # there was no zero to release
 
 
 # --- an optimizer that nobody follows

@@ -104,7 +104,7 @@ def test_the_one_before_is_kept_and_used_where_the_newest_is_damaged(task, tmp_p
         assert resumed.manager.load_checkpoint(file) == {"number": 1}
         assert equal(resumed.everything(), run.everything())
         assert "c.pt is damaged and cannot be read" in caplog.text
-        assert "goes on from the one before it" in caplog.text
+        assert "resumes from the previous checkpoint" in caplog.text
     file.unlink()
     assert Run(task).manager.load_checkpoint(file) == {"number": 1}
     file.write_bytes(whole)
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_again_is_not_written(task, tmp_path):
 
 def test_a_file_of_something_else_is_refused(task, tmp_path):
     torch.save({"model": {}}, tmp_path / "c.pt")
-    with pytest.raises(ValueError, match=r"c\.pt is no checkpoint of a manager"):
+    with pytest.raises(ValueError, match=r"c\.pt is not a checkpoint of a manager"):
         Run(task).manager.load_checkpoint(tmp_path / "c.pt")
 
 
@@ -418,7 +418,7 @@ def test_a_state_of_another_batch_size_goes_on_at_the_same_epoch(task, caplog, n
     assert equal(run.manager.masks, saved.manager.masks)
     assert equal(run.model.state_dict(), saved.model.state_dict())
     (line,) = [record.message for record in caplog.records if "steps per epoch" in record.message]
-    assert line.endswith(f"goes on at the same epoch, 2.00, which is step {2 * now}")
+    assert line.endswith(f"continues at the same epoch, 2.00, which is step {2 * now}")
     assert run.manager.sparsity == saved.manager.sparsity
     run.fit(2 * now, 2 * now + 1)
     assert run.optimizer.param_groups[0]["lr"] == 0.01
@@ -451,7 +451,7 @@ def test_a_state_of_an_older_release_goes_on_at_the_same_epoch(task):
 def test_damaged_masks_are_a_value_error(tmp_path, content):
     file = tmp_path / "masks.safetensors"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"masks\.safetensors is no file of masks, or is damaged"):
+    with pytest.raises(ValueError, match=r"masks\.safetensors is not a file of masks, or is damaged"):
         load_masks(file)
 
 

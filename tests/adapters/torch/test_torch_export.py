@@ -108,7 +108,7 @@ def test_another_file_of_tensors_is_not_taken_for_masks(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"model.safetensors is no file of masks: its format is None"):
+    with pytest.raises(ValueError, match=r"model.safetensors is not a file of masks: its format is None"):
         load_masks(tmp_path / "model.safetensors")
 
 

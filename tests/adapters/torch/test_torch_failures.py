@@ -24,7 +24,7 @@ from mfac_torch import (
 )
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.masking import HeldMasks
-from mfac_torch.session import is_followed
+from mfac_torch.session import is_attached
 
 OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
@@ -55,8 +55,8 @@ PLACES = {
     "second weight": (live_pruning, "write_back", 2),
     "masks": (HeldMasks, "hold", 1),
     "zeros": (HeldMasks, "zero_weights", 1),
-    "optimizer": (live_pruning, "forget", 1),
-    "reset": (live_pruning, "forget_all", 1),
+    "optimizer": (live_pruning, "reset_pruned_state", 1),
+    "reset": (live_pruning, "reset_state", 1),
 }
 
 
@@ -100,9 +100,9 @@ class Run:
         self.optimizer.zero_grad()
         self.task.loss(self.model, self.task.batches[number % 5]).backward()
         self.pruning.observe_gradients(number)
-        self.pruning.held.zero_gradients()
+        self.pruning.held_masks.zero_gradients()
         self.optimizer.step()
-        self.pruning.held.zero_weights()
+        self.pruning.held_masks.zero_weights()
 
     def everything(self):
         return copy.deepcopy(
@@ -218,7 +218,7 @@ def changed_by(manager, model, optimizers):
             len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
             for optimizer in optimizers
         ],
-        "followed": [is_followed(optimizer) for optimizer in optimizers],
+        "followed": [is_attached(optimizer) for optimizer in optimizers],
     }
 
 
@@ -347,7 +347,7 @@ def test_wrappers_around_optimizers_are_looked_through(task, wrap):
         prepared = wrap(model, optimizer) if wrapped else (model, optimizer)
         manager = ScheduledModifierManager([MODIFIERS["M-FAC"]])
         assert manager.modify(*prepared, task.steps_per_epoch) is prepared[1]
-        assert is_followed(optimizer)
+        assert is_attached(optimizer)
         with pytest.raises(RuntimeError, match="another manager is attached"):
             ScheduledModifierManager([MODIFIERS["magnitude"]]).modify(*prepared, task.steps_per_epoch)
         task.train(*prepared)
@@ -369,7 +369,7 @@ def test_an_optimizer_with_hooks_of_its_own_is_followed_itself(task):
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     outer = Outer(inner)
     ScheduledModifierManager([MODIFIERS["magnitude"]]).modify(model, outer, task.steps_per_epoch)
-    assert (is_followed(outer), is_followed(inner)) == (True, False)
+    assert (is_attached(outer), is_attached(inner)) == (True, False)
 
 
 def test_an_optimizer_that_cannot_be_followed_is_refused(task):
@@ -379,7 +379,7 @@ def test_an_optimizer_that_cannot_be_followed_is_refused(task):
 
     model = task.model()
     manager = ScheduledModifierManager([MODIFIERS["magnitude"]])
-    with pytest.raises(TypeError, match=r"Bare whose steps cannot be followed.*super\(\).__init__"):
+    with pytest.raises(TypeError, match=r"Bare that cannot have hooks.*super\(\).__init__"):
         manager.modify(model, Bare(model.parameters()), task.steps_per_epoch)
     assert not manager.initialized
 
@@ -444,7 +444,7 @@ def test_weights_in_a_form_that_cannot_be_pruned_are_refused_by_name(one_process
     with pytest.raises(SettingError, match=r"only plain, dense, real floating-point weights.*1\." + message):
         manager.apply(model) if method == "apply" else manager.modify(model, optimizer, 5)
     assert not manager.initialized
-    assert not is_followed(optimizer)
+    assert not is_attached(optimizer)
     with pytest.raises(ValueError, match=r"only plain, dense, real floating-point weights.*1\." + message):
         apply_masks(model, {name: torch.zeros(4, 4, dtype=torch.bool) for name in ("0.weight", "1.weight")})
     assert torch.equal(model[0].weight, before)

@@ -792,7 +792,7 @@ def test_a_layer_that_was_replaced_after_modify_is_named(task, caplog):
     task.train(model, optimizer)
     manager.finalize(model)
     (warning,) = [record.getMessage() for record in caplog.records if "other parameters" in record.getMessage()]
-    assert warning.startswith("2.weight: the model has other parameters there")
+    assert warning.startswith("2.weight: the model has other parameters here")
 
 
 def test_finalize_refuses_what_it_was_not_given(task):
@@ -998,7 +998,7 @@ def test_a_fraction_of_steps_per_epoch_is_rounded_up(task, caplog):
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.05), steps_per_epoch=70 / 16)
     assert manager.state_dict()["steps_per_epoch"] == 5
-    assert "steps_per_epoch 4.375 is taken as 5" in caplog.text
+    assert "steps_per_epoch 4.375 is rounded up to 5" in caplog.text
     manager.finalize(model)
     for wrong in (math.nan, math.inf, 0, -2.5, True, "5", None):
         with pytest.raises(SettingError, match="the rule is steps_per_epoch > 0, .*; a fraction is rounded up"):

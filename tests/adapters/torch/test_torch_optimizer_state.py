@@ -12,7 +12,7 @@ from torch import nn
 import mfac_torch
 from mfac_torch import ACDCPruningModifier, MagnitudePruningModifier, ScheduledModifierManager
 from mfac_torch import optimizer_state as of_optimizers
-from mfac_torch.optimizer_state import declare_elementwise_state, forget, forget_all
+from mfac_torch.optimizer_state import declare_elementwise_state, reset_pruned_state, reset_state
 
 PRUNED = torch.tensor([[False, True, False], [True, False, False]])
 
@@ -135,7 +135,7 @@ def test_what_is_one_number_per_weight_is_zeroed_at_pruned_weights_and_the_rest_
     weight, optimizer = stepped(make, options)
     before = copied(optimizer.state[weight])
     with ExitStack() as undo:
-        forget(optimizer, {"weight": weight}, {"weight": PRUNED}, undo)
+        reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, undo)
         after = copied(optimizer.state[weight])
     changed = {key for key in before if not same({key: before[key]}, {key: after[key]})}
     assert changed == expected
@@ -150,10 +150,10 @@ def test_an_optimizer_whose_state_is_dropped_makes_its_next_step_as_its_first(na
     weight, optimizer = stepped(make, options)
     before = copied(optimizer.state[weight])
     with ExitStack() as undo:
-        forget_all(optimizer, [weight], undo)
+        reset_state(optimizer, [weight], undo)
     assert same(optimizer.state[weight], before)
     with ExitStack() as undo:
-        forget_all(optimizer, [weight], undo)
+        reset_state(optimizer, [weight], undo)
         undo.pop_all()
     start = weight.detach().clone()
     weight.grad = torch.full_like(weight, 0.5)
@@ -169,7 +169,7 @@ def test_a_subclass_without_a_step_of_its_own_counts_as_its_base():
         pass
 
     weight, optimizer = stepped(Named, {})
-    forget(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
+    reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
     assert not optimizer.state[weight]["exp_avg"][PRUNED].any()
 
 
@@ -178,13 +178,13 @@ def test_what_is_not_known_is_left_alone_and_named_once(make, caplog, monkeypatc
     weight, optimizer = stepped(make, {"momentum": 0.9} if make is OwnStep else {})
     before = copied(optimizer.state[weight])
     for _ in range(2):
-        forget(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
+        reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
     assert same(optimizer.state[weight], before)
-    assert caplog.text.count("left as it is") == 1
+    assert caplog.text.count("it is not reset") == 1
     assert f"declare_elementwise_state({make.__name__}, [" in caplog.text
     monkeypatch.setattr(of_optimizers, "_keys", dict(of_optimizers._keys))
     mfac_torch.declare_elementwise_state(make, ["exp_avg", "momentum_buffer"])
-    forget(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
+    reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
     changed = {key for key, value in optimizer.state[weight].items() if not same({key: value}, {key: before[key]})}
     assert changed == {Rotated: {"exp_avg"}, Coded: set(), OwnStep: {"momentum_buffer"}}[make]
 
@@ -207,21 +207,21 @@ class Wrapped(torch.Tensor):
 def test_an_entry_of_a_known_name_in_another_form_is_left_alone(value, caplog):
     weight, optimizer = stepped(torch.optim.Adam, {})
     optimizer.state[weight]["exp_avg"] = value
-    forget(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
+    reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
     assert optimizer.state[weight]["exp_avg"] is value
     assert bool((value.to_dense() == 1).all())
     assert not optimizer.state[weight]["exp_avg_sq"][PRUNED].any()
-    assert "Adam remembers exp_avg in a form" in caplog.text
+    assert "Adam keeps state (exp_avg) that is not known" in caplog.text
 
 
 def test_state_that_its_optimizer_would_not_make_again_is_not_dropped(caplog):
     weight, optimizer = stepped(AtOnce, {})
     before = copied(optimizer.state[weight])
-    forget_all(optimizer, [weight], ExitStack())
+    reset_state(optimizer, [weight], ExitStack())
     assert same(optimizer.state[weight], before)
-    assert "AtOnce remembers sum, other in a form" in caplog.text
+    assert "AtOnce keeps state (sum, other) that is not known" in caplog.text
     weight, optimizer = stepped(torch.optim.Adagrad, {"initial_accumulator_value": 0.5})
-    forget_all(optimizer, [weight], ExitStack())
+    reset_state(optimizer, [weight], ExitStack())
     assert bool((optimizer.state[weight]["sum"] == 0.5).all())
 
 
@@ -229,7 +229,7 @@ def test_state_that_a_recorded_graph_knows_gets_its_first_values_in_place():
     weight, optimizer = stepped(torch.optim.Adam, {})
     optimizer.param_groups[0]["capturable"] = True
     moment = optimizer.state[weight]["exp_avg"]
-    forget_all(optimizer, [weight], ExitStack())
+    reset_state(optimizer, [weight], ExitStack())
     assert optimizer.state[weight]["exp_avg"] is moment
     assert not moment.any()
 
@@ -323,8 +323,10 @@ def test_an_optimizer_beside_the_scope_keeps_its_history(task):
 
     optimizer.step(closure)
     before = dict(optimizer.state[model[0].weight])
-    forget(optimizer, {"2.weight": model[2].weight}, {"2.weight": torch.ones(3, 8, dtype=torch.bool)}, ExitStack())
-    forget_all(optimizer, [model[2].weight], ExitStack())
+    reset_pruned_state(
+        optimizer, {"2.weight": model[2].weight}, {"2.weight": torch.ones(3, 8, dtype=torch.bool)}, ExitStack()
+    )
+    reset_state(optimizer, [model[2].weight], ExitStack())
     assert dict(optimizer.state[model[0].weight]) == before
     assert np.isfinite(float(closure().detach()))
 

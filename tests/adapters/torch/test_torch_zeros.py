@@ -63,7 +63,7 @@ def test_a_layer_that_was_replaced_counts_as_it_is(task, caplog):
     assert manager.sparsity == 36 / (48 + 80)
     manager.finalize(model, hold=True)
     (warning,) = warnings_of(caplog)
-    assert "2.weight: the model has other parameters there" in warning
+    assert "2.weight: the model has other parameters here" in warning
     del model[2]
     assert manager.sparsity == 36 / 48
 
@@ -349,7 +349,7 @@ def test_compiled_layers_inside_a_model_have_the_names_of_plain_ones(task):
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        ({"fc.weight": torch.ones(8, 6)}, "the mask of fc.weight fits nothing: there are 0.weight"),
+        ({"fc.weight": torch.ones(8, 6)}, "the mask of fc.weight fits none of the tensors \\(0.weight"),
         ({"weight": torch.ones(8, 6)}, r"fits several tensors.*\(0.weight, 2.weight\)"),
         ({"2.weight": torch.ones(8, 3)}, r"has the shape \(8, 3\), and 2.weight has \(3, 8\)"),
         ({"a.0.weight": torch.ones(8, 6)}, "0.weight fits several tensors, or one that has a mask already"),
