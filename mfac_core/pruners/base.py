@@ -104,6 +104,9 @@ class Pruner(ABC):
             array, or ``final_sparsity`` is a mapping.
     """
 
+    needed_bytes: int = 0
+    """Bytes that gradient windows and computation need, as the check before the run counts them."""
+
     def __init__(
         self,
         settings: PruningSettings,

@@ -136,7 +136,7 @@ class MFACPruner(GradualPruner):
         self._progress = self._with_next_pruning(
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
-        check_memory(settings, window_device, *run, live_gradients=live_gradients)
+        self.needed_bytes = check_memory(settings, window_device, *run, live_gradients=live_gradients)
 
     @property
     def num_gradients(self) -> int:

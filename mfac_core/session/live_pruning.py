@@ -139,6 +139,11 @@ class LivePruning(ABC):
         return count_zeros(self.weights(), self.masks).sparsity
 
     @property
+    def needed_bytes(self) -> int:
+        """Bytes that gradient windows and computation need, by the masks and the schedule of these weights."""
+        return self._pruner.needed_bytes
+
+    @property
     def schedule(self) -> Sequence[ScheduledStep]:
         """The pruning steps of the whole run."""
         return self._pruner.schedule

@@ -45,7 +45,8 @@ def log_plan(
         trainable=trainable,
     )
     for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
-        logger.info("%s%s", modifier.summary(pruning.schedule), _devices(pruning))
+        known = modifier._replace(needed_bytes=pruning.needed_bytes)  # the plan does not know which weights are zero
+        logger.info("%s%s", known.summary(pruning.schedule), _devices(pruning))
         for step in modifier.steps:
             logger.debug("%s", step)
     for note in plan.notes:

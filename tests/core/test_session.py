@@ -7,7 +7,8 @@ import logging
 import numpy as np
 import pytest
 
-from mfac_core import load_recipe
+from mfac_core import MemoryBudgetError, load_recipe
+from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.one_shot import prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
@@ -83,6 +84,27 @@ def test_a_run_that_ends_early_is_named_with_its_modifier(caplog):
 
     assert "without the pruning step of epoch 3 (MFACPruningModifier 1: body)" in caplog.text
     assert caplog.text.count("; the data ended early") == 2
+
+
+def test_the_log_says_the_bytes_that_the_check_before_the_run_counts(caplog, monkeypatch):
+    item = MFAC.format(params="body", final=0.6, start=1, end=2).replace("num_grads: 4", "num_grads: 40")
+    recipe = f"modifiers:{item.replace('size: 10', 'size: 1')}    init_sparsity: __FROM_PARAM__\n"
+    caplog.set_level(logging.INFO)
+    needed = []
+    for zeros in (0, 15):
+        model = Model()
+        model.weights["body"].flat[:zeros] = 0
+        caplog.clear()
+        (pruning,) = session_of(recipe, model).prunings
+        log_plan(LOGGER, [pruning], [], STEPS_PER_EPOCH, sampled=False)
+        assert f"up to {pruning.needed_bytes:,} bytes of memory" in caplog.text
+        needed.append(pruning.needed_bytes)
+        monkeypatch.setattr(NumpyBackend, "free_bytes", lambda *_, free=pruning.needed_bytes - 1: free)
+        with pytest.raises(MemoryBudgetError, match=f"needs {pruning.needed_bytes:,} bytes"):
+            session_of(recipe, model)
+        monkeypatch.undo()
+    # the 15 zeros leave the window at the first pruning step, and the next window is made beside the one before
+    assert needed == [4 * 40 * 30 + 2 * (2 * 4 * 40 + 8 * 8), 4 * 40 * (30 + 15)]
 
 
 def test_samples_are_drawn_for_each_pruning_step_and_the_loss_is_measured(caplog):
