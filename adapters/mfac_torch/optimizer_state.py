@@ -124,16 +124,13 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
             value.fill_(optimizer.defaults.get("initial_accumulator_value", 0.0))  # of Adagrad
 
 
-def _steps_like(optimizer: Optimizer, known: type[Optimizer]) -> bool:
-    """Return whether an optimizer is of a class, or of a subclass that does not override its step."""
-    # PyTorch wraps the step of a class for its hooks when the first instance is created, hence the unwrapping.
-    return isinstance(optimizer, known) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(known.step)
-
-
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Tensor]:
     """Return the state of a parameter that holds one number per weight; log once which other tensors are left alone."""
-    known = (each for each in type(optimizer).__mro__ if each in _elementwise_keys and _steps_like(optimizer, each))
-    keys = next((_elementwise_keys[each] for each in known), None)
+    # A subclass that overrides step may keep other state. The steps are unwrapped because PyTorch wraps that of a class
+    # for its hooks when the first instance is created.
+    step = inspect.unwrap(type(optimizer).step)
+    known = (each for each in type(optimizer).__mro__ if each in _elementwise_keys)
+    keys = next((_elementwise_keys[each] for each in known if inspect.unwrap(each.step) is step), None)
     found, left = [], []
     for key, value in optimizer.state.get(parameter, {}).items():
         if keys is not None and key not in keys:
