@@ -4,10 +4,11 @@ __all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RecipeErr
 
 
 class SettingError(ValueError):
-    """A setting has a value that its rule does not allow.
+    """A setting has a value that is not allowed.
 
-    Attributes:
-        field: Name of the setting in the code (``num_gradients``).
+    Args:
+        field: Name of the setting in the code, such as ``num_gradients``.
+        message: The value, the rule and the cure.
     """
 
     def __init__(self, field: str, message: str) -> None:
@@ -17,10 +18,9 @@ class SettingError(ValueError):
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be read; each message names file, line, key, rule and cure.
+    """A recipe cannot be read.
 
-    Args:
-        *messages: One for each error, in the order of the recipe's lines.
+    Each argument is the message of one error, with file, line, key, rule and cure, in the order of the recipe's lines.
     """
 
     @property
@@ -41,4 +41,4 @@ class MemoryBudgetError(MemoryError):
 
 
 class IllConditionedError(ArithmeticError):
-    """The damped Fisher of a block cannot be inverted accurately; the cure is more damping."""
+    """The damped Fisher of a block cannot be inverted accurately; increase the damping."""

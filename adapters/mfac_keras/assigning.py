@@ -20,7 +20,7 @@ def snapshot(variables: Iterable[Any], undo: ExitStack) -> None:
         >>> variable = keras.Variable([1.0])
         >>> with ExitStack() as undo:
         ...     snapshot([variable], undo)
-        ...     variable.assign([2.0])
+        ...     _ = variable.assign([2.0])
         >>> variable.numpy().tolist()
         [1.0]
     """

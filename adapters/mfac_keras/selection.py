@@ -118,6 +118,11 @@ def prunable_variables(model: Any) -> dict[str, Any]:
     Raises:
         TypeError: If the model is not a model of Keras 3.
         ValueError: If the model is not built.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(2, name="head")], name="net")
+        >>> list(prunable_variables(model))
+        ['net/head/kernel']
     """
     check_model(model)
     kernels = _kernel_ids(model)

@@ -98,6 +98,15 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If the file is not a file of boolean masks, or is damaged.
         FileNotFoundError: If the file does not exist.
+
+    Example:
+        >>> import tempfile
+        >>> layer = nn.Linear(2, 1)
+        >>> layer.weight.data = torch.tensor([[0.0, 3.0]])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_masks(layer, f"{folder}/masks.safetensors")
+        ...     load_masks(f"{folder}/masks.safetensors")
+        {'weight': tensor([[False,  True]])}
     """
     from safetensors import SafetensorError, safe_open
 
@@ -179,6 +188,9 @@ def to_semi_structured(model: nn.Module, params: Sequence[str] | None = None) ->
         ValueError: If a weight does not belong to a ``Linear`` layer, does not have the 2:4 pattern, or has a shape or
             dtype without kernels. The model then does not change.
         DeviceError: If a weight is not on such a GPU. The model then does not change.
+
+    Example:
+        >>> model = to_semi_structured(model.half().cuda().eval())  # doctest: +SKIP
     """
     from torch.sparse import to_sparse_semi_structured
 
@@ -218,6 +230,9 @@ def export_onnx(model: nn.Module, args: tuple[Any, ...], path: str | os.PathLike
 
     Raises:
         ImportError: If ``onnx`` or ``onnxscript`` is missing.
+
+    Example:
+        >>> export_onnx(model, (torch.randn(1, 32),), "pruned.onnx")  # doctest: +SKIP
     """
     try:
         import onnx  # noqa: F401

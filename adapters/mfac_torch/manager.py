@@ -118,7 +118,7 @@ class ScheduledModifierManager(ModifierList):
         grad_sampler: Sampler | None = None,
         **unsupported: object,
     ) -> None:
-        """Store arguments for a later call of :meth:`modify`. Nothing else is changed.
+        """Store arguments for a later call of :meth:`modify`; nothing else changes.
 
         Args:
             module: The model.
@@ -245,7 +245,7 @@ class ScheduledModifierManager(ModifierList):
             finalize: Whether to finalize at once. Otherwise, after fine-tuning, :meth:`finalize` sets pruned weights
                 to zero once more.
             grad_sampler: Draws gradient samples; M-FAC needs it.
-            recalibrate_batchnorm: Whether to re-estimate the running statistics of batch normalization afterwards, as
+            recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards, as
                 :func:`mfac_torch.recalibrate_batchnorm` does, over at most 256 batches of the sampler. Otherwise a
                 warning says that they are stale.
             **unsupported: Not supported; anything but None raises an error.
@@ -311,7 +311,7 @@ class ScheduledModifierManager(ModifierList):
         hold: bool | None = None,
         **unsupported: object,
     ) -> None:
-        """Detach from model and optimizers. A plain module remains, whose pruned weights are exactly zero.
+        """Detach from model and optimizers; a plain module remains, whose pruned weights are exactly zero.
 
         If other code has written to the model after the last optimizer step, such as ``load_state_dict`` of the best
         epoch, pruned weights may have regrown. A warning counts them then, and ``hold`` decides what is done. A second

@@ -26,6 +26,11 @@ class Backend(Protocol):
     """Places arrays on the devices of one array library.
 
     ``device`` is always one of the names that :meth:`devices` returns.
+
+    Example:
+        >>> from mfac_core.backends import resolve_device
+        >>> resolve_device("cpu").backend.devices()
+        ('cpu',)
     """
 
     name: str
@@ -86,6 +91,12 @@ class Device:
     Args:
         backend: The backend that places arrays there.
         name: One of ``backend.devices()``.
+
+    Example:
+        >>> from mfac_core.backends import resolve_device
+        >>> device = resolve_device("cpu")
+        >>> device.is_host, device.zeros((2,), np.float32)
+        (True, array([0., 0.], dtype=float32))
     """
 
     backend: Backend
@@ -100,19 +111,50 @@ class Device:
         return self.backend.name == "numpy"
 
     def asarray(self, x: Array, dtype: Any = None) -> Array:
-        """Return ``x`` (an array of the backend's library, or NumPy) on this device; no copy where none is needed."""
+        """Return an array on this device; no copy if none is needed.
+
+        Args:
+            x: An array of the backend's library, or a NumPy array.
+            dtype: NumPy dtype of the result; ``None`` keeps that of ``x``.
+
+        Returns:
+            The array.
+        """
         return self.backend.asarray(x, self.name, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Return a new array of zeros on this device, of a NumPy dtype."""
+        """Return a new array of zeros on this device.
+
+        Args:
+            shape: Its shape.
+            dtype: Its NumPy dtype.
+
+        Returns:
+            The array.
+        """
         return self.backend.zeros(shape, self.name, dtype)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
-        """Return an array of this device in host memory; no copy where none is needed."""
+        """Return an array in host memory; no copy if none is needed.
+
+        Args:
+            x: An array on this device.
+
+        Returns:
+            A NumPy array.
+        """
         return self.backend.to_numpy(x)
 
     def move(self, x: Array, to: Device) -> Array:
-        """Return an array of this device on another one, ready for use there; no copy where none is needed."""
+        """Return an array on another device, ready for use there; no copy if none is needed.
+
+        Args:
+            x: An array on this device.
+            to: The other device.
+
+        Returns:
+            The array on the other device.
+        """
         if self == to:
             return x
         if self.backend is not to.backend:
@@ -125,15 +167,29 @@ class Device:
 
 
 def array_library(x: Array) -> str:
-    """Return the name of the package that an array comes from, such as ``numpy`` or ``cupy``.
+    """Return the name of the package of an array; code that treats libraries differently uses only this.
 
-    Code that treats one library differently asks here.
+    Args:
+        x: An array.
+
+    Returns:
+        A name such as ``numpy`` or ``cupy``.
+
+    Example:
+        >>> array_library(np.zeros(2))
+        'numpy'
     """
     return "numpy" if isinstance(x, np.ndarray | np.generic) else type(x).__module__.partition(".")[0]
 
 
 def array_namespace(x: Array) -> Any:
-    """Return the module whose functions work on ``x``: ``numpy``, ``cupy`` or the namespace that the array names.
+    """Return the module whose functions work on an array.
+
+    Args:
+        x: An array of NumPy, CuPy or another library that follows the array API standard.
+
+    Returns:
+        ``numpy``, ``cupy``, or the namespace that the array names.
 
     Raises:
         TypeError: If ``x`` is neither a NumPy or CuPy array nor one of the array API standard.
@@ -153,7 +209,11 @@ def array_namespace(x: Array) -> Any:
 
 
 def check_float(name: str, x: Array) -> None:
-    """Raise an error if the array called ``name`` is neither float32 nor float64.
+    """Raise an error if an array is neither float32 nor float64.
+
+    Args:
+        name: Name of the array in the message.
+        x: The array.
 
     Raises:
         ValueError: If the dtype is another one.

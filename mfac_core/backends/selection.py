@@ -14,7 +14,13 @@ __all__ = ["device_of", "resolve_device", "resolve_devices"]
 
 
 def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Device, ...]:
-    """Return the devices with these names, in order; devices are returned unchanged.
+    """Return the devices with these names.
+
+    Args:
+        devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``; devices are returned unchanged.
+
+    Returns:
+        One device per entry, in order.
 
     Raises:
         DeviceError: If the list is empty or names a device twice, or a device does not exist.
@@ -35,7 +41,13 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Dev
 
 
 def resolve_device(device: str | Device) -> Device:
-    """Return the device ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device is returned unchanged.
+    """Return the device with this name.
+
+    Args:
+        device: ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device is returned unchanged.
+
+    Returns:
+        The device.
 
     Raises:
         DeviceError: If the device does not exist; the message lists those that do, or names the extra to install.
@@ -64,7 +76,13 @@ def resolve_device(device: str | Device) -> Device:
 
 
 def device_of(x: Array) -> Device:
-    """Return the device that holds a NumPy or CuPy array.
+    """Return the device that holds an array.
+
+    Args:
+        x: A NumPy or CuPy array.
+
+    Returns:
+        Its device.
 
     Raises:
         TypeError: If ``x`` is an array of neither library.

@@ -36,6 +36,11 @@ class Recipe:
         modifiers: The settings of every modifier, in document order: those at the top, then those of each stage.
         source: Path of the recipe, or ``<text>``.
         metadata: Data under its key ``__metadata__``, by name.
+
+    Example:
+        >>> from mfac_core import MagnitudeSettings
+        >>> Recipe((MagnitudeSettings(final_sparsity=0.9, end_epoch=5.0),), "recipe.yaml").max_epochs
+        5.0
     """
 
     modifiers: tuple[Settings, ...]

@@ -73,7 +73,7 @@ def test_pruning_steps_happen_at_their_batch(task):
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 @pytest.mark.parametrize(
     ("keys", "error", "message"),
     [
@@ -90,7 +90,7 @@ def test_what_is_wrong_with_the_arguments_is_an_error_at_once(keys, error, messa
         MFACPruningCallback(**keys)
 
 
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 @pytest.mark.parametrize(
     ("recipe", "error", "message"),
     [
@@ -107,7 +107,7 @@ def test_what_does_not_fit_the_model_is_an_error_before_the_first_step(task, rec
     assert_plain(model, trained=False)
 
 
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_two_callbacks_on_one_optimizer_are_refused(task):
     model = task.model()
     with pytest.raises(RuntimeError, match="another callback prunes"):
@@ -115,7 +115,7 @@ def test_two_callbacks_on_one_optimizer_are_refused(task):
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
     pruning = MFACPruningCallback(task.recipe(), verbose=0)
     with pytest.raises(ValueError, match="is among the callbacks of fit twice; remove one of them"):
@@ -125,7 +125,7 @@ def test_a_callback_that_stands_twice_in_the_list_is_refused(task):
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, caplog):
     pruning = MFACPruningCallback(task.recipe(init_sparsity=0.5), verbose=0)
     task.fit(task.model(), pruning)
@@ -135,7 +135,7 @@ def test_a_callback_that_prunes_another_model_begins_anew_without_a_word(task, c
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
     text = task.recipe() + "  - !QuantizationModifier {start_epoch: 1.0}\n"
     with pytest.raises(RecipeError, match=r"QuantizationModifier .* unsupported=.skip"):
@@ -147,7 +147,7 @@ def test_a_modifier_that_is_out_of_scope_is_refused_or_skipped(task, caplog):
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_names_in_the_style_of_pytorch_are_told_apart(task):
     with pytest.raises(
         SettingError, match=r"MFACPruningModifier.params: 'body.weight' .*PyTorch's `weight` is a `kernel`"
@@ -158,7 +158,7 @@ def test_names_in_the_style_of_pytorch_are_told_apart(task):
     assert list(callback.masks) == ["tiny/body/kernel"]
 
 
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_an_optimizer_that_does_not_train_the_variables_is_refused(task):
     model = task.model()
     other = keras.optimizers.SGD()
@@ -174,7 +174,7 @@ def of_keras_2(name):
 
 
 @pytest.mark.once
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
     keys = {"final_sparsity": 0.5, "end_epoch": 1.0}
     of_2 = r"is a \S*Mine of Keras 2 \(tf_keras\), and pruning needs Keras 3: make it with `import keras`"
@@ -199,7 +199,7 @@ def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
         prune_one_shot(None, [task.batch(0)], final_sparsity=0.5)
 
 
-@pytest.mark.feature("errors at fit, by name")
+@pytest.mark.feature("unsupported setups raise errors at fit")
 @pytest.mark.backends("torch")
 def test_a_torch_module_is_sent_to_the_other_adapter(task):
     import torch
@@ -300,7 +300,7 @@ def test_tensorboard_gets_the_sparsity(task, tmp_path, first):
     assert b"epoch_sparsity" in written
 
 
-@pytest.mark.feature("EarlyStopping and ModelCheckpoint beside it")
+@pytest.mark.feature("EarlyStopping and ModelCheckpoint alongside")
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first):
     stopping = keras.callbacks.EarlyStopping("sparsity", mode="min", patience=9, restore_best_weights=True)
@@ -313,7 +313,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
 
 
 @pytest.mark.once
-@pytest.mark.feature("EarlyStopping and ModelCheckpoint beside it")
+@pytest.mark.feature("EarlyStopping and ModelCheckpoint alongside")
 @pytest.mark.parametrize("first", [True, False])
 def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):
     stopping = keras.callbacks.EarlyStopping("loss", patience=1, restore_best_weights=True, start_from_epoch=3)
@@ -324,7 +324,7 @@ def test_early_stopping_after_the_schedule_keeps_the_zeros(task, caplog, first):
     assert not caplog.text
 
 
-@pytest.mark.feature("EarlyStopping and ModelCheckpoint beside it")
+@pytest.mark.feature("EarlyStopping and ModelCheckpoint alongside")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_model_saved_while_it_is_pruned_loads_plain(task, tmp_path, first):
     checkpoint = keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}_{sparsity:.2f}.keras"))
@@ -338,7 +338,7 @@ def test_a_model_saved_while_it_is_pruned_loads_plain(task, tmp_path, first):
     assert int(loaded.optimizer.iterations.numpy()) == 15
 
 
-@pytest.mark.feature("SwapEMAWeights beside it")
+@pytest.mark.feature("SwapEMAWeights alongside")
 @pytest.mark.parametrize("first", [True, False])
 def test_averages_swapped_in_for_an_evaluation_are_zero_where_pruned(task, first):
     found = []
@@ -410,7 +410,7 @@ class Interrupt(keras.callbacks.Callback):
             raise self.error
 
 
-@pytest.mark.feature("an interrupted fit leaves no hook that bites")
+@pytest.mark.feature("an interrupted fit leaves no active hook")
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("no")], ids=["KeyboardInterrupt", "exception"])
 def test_a_fit_after_an_interrupted_one_is_a_normal_fit(task, error):
     model = task.model()
@@ -430,7 +430,7 @@ def test_a_fit_after_an_interrupted_one_is_a_normal_fit(task, error):
     assert_pruned(task, model)
 
 
-@pytest.mark.feature("an interrupted fit leaves no hook that bites")
+@pytest.mark.feature("an interrupted fit leaves no active hook")
 def test_an_error_inside_the_step_takes_the_hooks_away(task):
     model = task.model()
 
@@ -447,7 +447,7 @@ def test_an_error_inside_the_step_takes_the_hooks_away(task):
     assert_plain(model)
 
 
-@pytest.mark.feature("an interrupted fit leaves no hook that bites")
+@pytest.mark.feature("an interrupted fit leaves no active hook")
 def test_a_callback_that_trains_meanwhile_is_told(task):
     class Meddle(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

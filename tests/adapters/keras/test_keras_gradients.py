@@ -197,7 +197,7 @@ def test_rows_have_the_regularizer_and_no_clipping(task, observed):
         assert np.linalg.norm(wanted[0]) > 1e-2
 
 
-@pytest.mark.feature("masks hold in each step of an execution (steps_per_execution > 1)")
+@pytest.mark.feature("masks are enforced in each step of an execution (steps_per_execution > 1)")
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize("jit", [False, True])
 def test_each_step_of_an_execution_gives_a_row_of_its_own(task, observed, jit):
@@ -214,7 +214,7 @@ def test_each_step_of_an_execution_gives_a_row_of_its_own(task, observed, jit):
             np.testing.assert_allclose(found, each, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.feature("masks hold in each step of an execution (steps_per_execution > 1)")
+@pytest.mark.feature("masks are enforced in each step of an execution (steps_per_execution > 1)")
 @pytest.mark.backends("tensorflow", "jax")
 def test_a_pruning_step_that_an_execution_moves_is_logged(task, caplog):
     model = task.model(steps_per_execution=2)
@@ -244,7 +244,7 @@ def tf_dataset(task):
     return tf.data.Dataset.from_tensor_slices((task.x, task.y)).batch(task.batch_size)
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize("make", [batches, py_dataset, tf_dataset, lambda task: lambda: batches(task)])
 def test_sampled_rows_are_the_gradients_of_batches_in_inference_mode(task, make):
     hidden = keras.Sequential([keras.layers.Dense(8, name="body"), keras.layers.Dropout(0.5)])
@@ -261,7 +261,7 @@ def test_sampled_rows_are_the_gradients_of_batches_in_inference_mode(task, make)
         np.testing.assert_allclose(rows[number][0], x.T @ (error @ v.T), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_sampling_leaves_the_model_as_it_was(task):
     hidden = keras.Sequential([keras.layers.Dense(8), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
     model = task.model(hidden=hidden, metrics=["mae"])
@@ -273,7 +273,7 @@ def test_sampling_leaves_the_model_as_it_was(task):
     assert all(np.array_equal(a, b) for a, b in zip(state, after, strict=True))
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_losses_that_keep_count_of_themselves_are_as_they_were(task):
     inputs = keras.Input([6])
     outputs = [keras.layers.Dense(3, name=name)(inputs) for name in ("one", "other")]
@@ -287,7 +287,7 @@ def test_losses_that_keep_count_of_themselves_are_as_they_were(task):
     assert len(before) > 2
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_a_run_with_a_sampler_prunes_at_once_and_taps_nothing(task, observed):
     model = task.model()
     pruning = MFACPruningCallback(task.recipe(start_epoch=0.0), sampler=batches(task), verbose=0)
@@ -296,7 +296,7 @@ def test_a_run_with_a_sampler_prunes_at_once_and_taps_nothing(task, observed):
     assert pruning.sparsity == 0.75
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize("loss", ["mse", keras.losses.MeanSquaredError(), lambda y, p: keras.ops.square(y - p)])
 def test_a_sampler_may_have_a_loss_of_its_own(task, loss):
     model = task.model()
@@ -307,7 +307,7 @@ def test_a_sampler_may_have_a_loss_of_its_own(task, loss):
 
 
 @pytest.mark.once
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
@@ -323,7 +323,7 @@ def test_what_is_no_dataset_is_refused_by_name(task, dataset, error, message):
 
 
 @pytest.mark.once
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_a_model_without_a_loss_is_refused_by_name(task):
     model = keras.Sequential([keras.Input([6]), keras.layers.Dense(3)])
     with pytest.raises(ValueError, match="has no loss; compile it, or pass loss="):
@@ -420,7 +420,7 @@ def test_a_layer_that_is_evaluated_again_in_its_backward_pass_has_its_gradient()
     assert kernel.value.grad is before
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_weights_that_no_sample_reaches_are_said_once(caplog):
     inputs = keras.Input([3])
     used, unused = keras.layers.Dense(2, name="used")(inputs), keras.layers.Dense(2, name="unused")(inputs)
@@ -433,7 +433,7 @@ def test_weights_that_no_sample_reaches_are_said_once(caplog):
     assert warning.startswith("the gradient is zero in every gradient sample for unused/kernel, unused/bias, so that")
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_a_loss_that_depends_on_no_weight_is_refused_by_name():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     sampler = GradientSampler([(np.ones((4, 3), np.float32), np.ones((4, 2), np.float32))], lambda y, _: y)
@@ -444,7 +444,7 @@ def test_a_loss_that_depends_on_no_weight_is_refused_by_name():
             next(sampler.gradients(model, model.trainable_variables, 1))
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_models_and_classes_in_place_of_batches_and_losses_are_refused_by_name():
     batches = [(np.ones((4, 3)), np.ones((4, 2)))]
     with pytest.raises(TypeError, match=r"loss is the class MeanSquaredError; make a loss of it: MeanSquaredError\(\)"):
@@ -453,7 +453,7 @@ def test_models_and_classes_in_place_of_batches_and_losses_are_refused_by_name()
         GradientSampler(keras.Sequential(), "mse")
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_batches_are_drawn_as_for_gradients_and_begun_anew(task):
     drawn = GradientSampler(batches(task)).batches(7)
     assert [np.array_equal(drawn[number][0], task.batch(number % 5)[0]) for number in range(7)] == [True] * 7
@@ -461,7 +461,7 @@ def test_batches_are_drawn_as_for_gradients_and_begun_anew(task):
     np.testing.assert_array_equal(only[0], task.batch(3)[0])
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_the_loss_of_batches_is_the_mean_in_inference_mode_and_leaves_the_model_as_it_was(task, run_eagerly):
     regularizer = keras.regularizers.L2(0.3)
@@ -488,7 +488,7 @@ def test_the_loss_of_batches_is_the_mean_in_inference_mode_and_leaves_the_model_
     assert sampler.loss(model, batches(task)) == pytest.approx(np.mean(errors) + penalty, rel=1e-5)
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize("loss", [None, "mse", keras.losses.MeanSquaredError(), lambda y, p: keras.ops.square(y - p)])
 def test_sample_weights_count_in_the_loss_of_batches(task, loss):
     model = task.model(hidden=keras.layers.Dense(8))
@@ -499,7 +499,7 @@ def test_sample_weights_count_in_the_loss_of_batches(task, loss):
     assert found == pytest.approx(np.mean((np.asarray(model.predict(x[:1], verbose=0)) - y[:1]) ** 2), rel=1e-5)
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_losses_that_keep_count_of_themselves_are_as_they_were_after_a_loss(task):
     inputs = keras.Input([6])
     model = keras.Model(inputs, [keras.layers.Dense(3, name=name)(inputs) for name in ("one", "other")])
@@ -511,7 +511,7 @@ def test_losses_that_keep_count_of_themselves_are_as_they_were_after_a_loss(task
     assert all(np.array_equal(a, v.numpy()) for a, v in zip(before, model.metrics_variables, strict=True))
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 @pytest.mark.parametrize("training", [True, False])
 def test_forward_runs_the_model_on_a_batch(task, training):
     norm = keras.layers.BatchNormalization()
@@ -523,7 +523,7 @@ def test_forward_runs_the_model_on_a_batch(task, training):
 
 
 @pytest.mark.once
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_a_loss_of_no_batch_or_no_loss_is_refused_by_name(task):
     with pytest.raises(ValueError, match="there is no batch to evaluate the loss on"):
         GradientSampler(batches(task)).loss(task.model(), [])
@@ -537,7 +537,7 @@ def divergence(targets, output):
     return ops.mean(ops.sum(ops.softmax(targets) * differences, axis=-1))
 
 
-@pytest.mark.feature("gradients of a sampler")
+@pytest.mark.feature("sampled gradients")
 def test_samples_that_tell_nothing_are_named_with_the_cure(task, caplog):
     model = task.model(hidden=keras.layers.Dense(8, activation="relu"))
     task.fit(model, epochs=1)

@@ -14,7 +14,7 @@ from mfac_keras.live_pruning import KerasPruning  # noqa: E402
 from mfac_keras.optimizers import state_to_reset  # noqa: E402
 
 KILLED_AT = 2  # which pruning step is interrupted, from 1
-FEATURE = pytest.mark.feature("a pruning step that is interrupted is whole or not done")
+FEATURE = pytest.mark.feature("an interrupted pruning step is complete or has no effect")
 
 
 class Fault:

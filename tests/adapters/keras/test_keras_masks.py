@@ -58,7 +58,7 @@ def test_every_optimizer_that_keras_ships_is_tried():
     assert shipped - {"LossScaleOptimizer", "MultiOptimizer"} == tried - (NEWER - shipped)
 
 
-@pytest.mark.feature("masks hold inside the step, with every optimizer")
+@pytest.mark.feature("masks are enforced inside the step, with every optimizer")
 @pytest.mark.needs("MultiOptimizer")
 def test_pruned_weights_and_slots_stay_zero(task, watch):
     layers = {name: keras.layers.Dense(6, name=name.replace(" ", "_")) for name in OPTIMIZERS}
@@ -69,7 +69,7 @@ def test_pruned_weights_and_slots_stay_zero(task, watch):
     assert_masks_held(task, watch, model, exempt=[layers["Adafactor"].kernel.path])
 
 
-@pytest.mark.feature("masks hold inside the step, with every optimizer")
+@pytest.mark.feature("masks are enforced inside the step, with every optimizer")
 @pytest.mark.skipif(hasattr(keras.optimizers, "MultiOptimizer"), reason="MultiOptimizer tries all of them at once")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.needs(name.split()[0])) for name in OPTIMIZERS])
 def test_pruned_weights_and_slots_stay_zero_with_one_optimizer(task, watch, name):
@@ -77,7 +77,7 @@ def test_pruned_weights_and_slots_stay_zero_with_one_optimizer(task, watch, name
     assert_masks_held(task, watch, model, exempt=task.kernels(model) if name == "Adafactor" else [])
 
 
-@pytest.mark.feature("masks hold inside the compiled step")
+@pytest.mark.feature("masks are enforced inside the compiled step")
 @pytest.mark.parametrize("jit", [False, "auto"])
 def test_masks_hold_in_the_compiled_step(task, watch, jit):
     assert_masks_held(task, watch, task.model(jit_compile=jit))
@@ -146,7 +146,7 @@ def watched_dense():
     return WatchedDense(8, activation="tanh", name="body")
 
 
-@pytest.mark.feature("masks hold in each step of an execution (steps_per_execution > 1)")
+@pytest.mark.feature("masks are enforced in each step of an execution (steps_per_execution > 1)")
 @pytest.mark.backends("tensorflow", "jax")
 def test_every_step_of_an_execution_finds_zeros(task):
     hidden = watched_dense()
@@ -160,7 +160,7 @@ def test_every_step_of_an_execution_finds_zeros(task):
     assert found[15:].tolist() == [12] * 5
 
 
-@pytest.mark.feature("no tracing anew when masks change")
+@pytest.mark.feature("no retracing when masks change")
 def test_the_step_is_traced_twice_at_most_however_often_masks_change(task):
     traces = []
 
@@ -187,7 +187,7 @@ def test_the_step_is_traced_twice_at_most_however_often_masks_change(task):
     assert len(traces) == mark.late
 
 
-@pytest.mark.feature("no tracing anew when masks change")
+@pytest.mark.feature("no retracing when masks change")
 @pytest.mark.backends("jax")
 def test_the_step_is_compiled_twice_at_most_however_often_masks_change(task, caplog):
     import jax
@@ -198,7 +198,7 @@ def test_the_step_is_compiled_twice_at_most_however_often_masks_change(task, cap
     assert len(compiled) == 2
 
 
-@pytest.mark.feature("masks are let go after the end (leave_enabled: false)")
+@pytest.mark.feature("masks are released after the end (leave_enabled: false)")
 def test_masks_are_released_when_the_recipe_says_so(task):
     model = task.model()
     pruning = MFACPruningCallback(task.recipe(leave_enabled="false", end_epoch=2.0), verbose=0)

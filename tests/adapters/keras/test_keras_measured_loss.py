@@ -11,7 +11,7 @@ keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core
 from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
 from mfac_keras.sampling import GradientSampler  # noqa: E402
 
-FEATURE = pytest.mark.feature("gradients of a sampler")
+FEATURE = pytest.mark.feature("sampled gradients")
 LINE = re.compile(r"predicted loss increase \S+ \(in-sample\)(?:, measured loss change (\S+) on ([^()]+?))?, \d")
 
 

@@ -95,7 +95,7 @@ def test_the_window_need_not_be_saved(task, tmp_path):
     assert run(task, tmp_path, save_window=False)[1].sparsity == 0.75
 
 
-@pytest.mark.feature("a second fit goes on where the first ended (initial_epoch)")
+@pytest.mark.feature("a second fit continues where the first ended (initial_epoch)")
 def test_a_fit_that_goes_on_with_the_same_callback_equals_a_single_one(task):
     whole, halves = task.model(), task.model()
     pruning = MFACPruningCallback(task.recipe(end_epoch=4.0), verbose=0)
@@ -244,7 +244,7 @@ def test_layers_that_are_frozen_are_let_go_with_a_word(task, caplog):
     masks = Masks(pruning)
     task.fit(model, pruning, masks, epochs=5, initial_epoch=3)
 
-    assert "since the state was saved, tiny/body/kernel left it (their masks are let go)" in caplog.text
+    assert "since the state was saved, tiny/body/kernel left it (their masks are released)" in caplog.text
     assert list(pruning.masks) == ["tiny/head/kernel"]
     np.testing.assert_array_equal(before["tiny/head/kernel"], masks.seen[0]["tiny/head/kernel"])
     np.testing.assert_array_equal(before["tiny/body/kernel"], model.get_layer("body").kernel.numpy() != 0)
@@ -329,7 +329,7 @@ def test_weights_that_were_saved_with_less_precision_go_on_with_the_state_of_the
     assert "taken as pruned" not in caplog.text
 
 
-@pytest.mark.feature("a second fit goes on where the first ended (initial_epoch)")
+@pytest.mark.feature("a second fit continues where the first ended (initial_epoch)")
 def test_dense_weights_that_were_put_back_are_not_pruned_in_silence(task, caplog):
     model, pruning = task.model(), MFACPruningCallback(task.recipe(), verbose=0)
     dense = model.get_weights()
@@ -341,7 +341,7 @@ def test_dense_weights_that_were_put_back_are_not_pruned_in_silence(task, caplog
     assert all(kernel.all() for kernel in task.kernels(model).values())
 
 
-@pytest.mark.feature("a second fit goes on where the first ended (initial_epoch)")
+@pytest.mark.feature("a second fit continues where the first ended (initial_epoch)")
 def test_a_fit_without_an_epoch_to_train_leaves_masks_and_sparsity(task, tmp_path, caplog):
     path = tmp_path / "state"
     model, pruning = task.model(), MFACPruningCallback(task.recipe(), state_path=path, verbose=0)
