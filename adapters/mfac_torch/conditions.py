@@ -83,7 +83,7 @@ def unwrapped_optimizers(
             raise TypeError(
                 f"optimizer is a {type(each).__name__}; pass the torch.optim.Optimizer of the model, or a list of them"
             )
-        if _hooks(inside) is None:
+        if _step_hooks(inside) is None:
             raise TypeError(
                 f"optimizer is a {type(each).__name__} that cannot have hooks, because its class does not call "
                 "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) there, or pass the "
@@ -119,14 +119,16 @@ def check_optimizers(
 
 def _unwrapped_optimizer(optimizer: Any) -> Any:
     """Return the optimizer inside a wrapper; an optimizer with hooks of its own is not one, whatever it contains."""
+    # Wrappers (of accelerate, Lightning, Fabric) are optimizers by class, but skip its constructor. So they have no
+    # hooks, or those of the optimizer inside if they copy its __dict__.
     inside = getattr(optimizer, "optimizer", None)
     if not isinstance(inside, torch.optim.Optimizer) or not hasattr(optimizer, "param_groups"):
         return optimizer
-    hooks = _hooks(optimizer)
-    return _unwrapped_optimizer(inside) if hooks is None or hooks is _hooks(inside) else optimizer
+    hooks = _step_hooks(optimizer)
+    return _unwrapped_optimizer(inside) if hooks is None or hooks is _step_hooks(inside) else optimizer
 
 
-def _hooks(optimizer: Any) -> Any:
+def _step_hooks(optimizer: Any) -> Any:
     return getattr(optimizer, "__dict__", {}).get("_optimizer_step_pre_hooks")
 
 

@@ -122,12 +122,12 @@ class TorchPruning(LivePruning):
 
     def loss_function(self) -> Callable[[Sequence[Any]], float]:
         """Return a function that computes the mean loss of batches, each time with the same dropout masks."""
-        sampler, draws = self._sampler, random_state()
+        sampler, start = self._sampler, random_state()
         assert sampler is not None
 
         def loss(batches: Sequence[Any]) -> float:
             now = random_state()
-            restore_random_state(draws)
+            restore_random_state(start)
             try:
                 return sampler.loss(self._model, batches)
             finally:
@@ -183,7 +183,6 @@ class TorchPruning(LivePruning):
         self._sample = None
         self.held_masks = HeldMasks(self.parameters)
         self.held_masks.hold(self.masks)
-
         difference = count_zeros(self.weights(), self.masks).difference()
         if difference:
             self.logger.warning(

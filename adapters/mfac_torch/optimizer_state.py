@@ -22,7 +22,7 @@ __all__ = ["declare_elementwise_state", "reset_pruned_state", "reset_state"]
 
 _logger = logging.getLogger("mfac_torch")
 
-_NAMES: Mapping[str, tuple[str, ...]] = {
+_KEYS: Mapping[str, tuple[str, ...]] = {
     "ASGD": ("ax",),
     "Adadelta": ("square_avg", "acc_delta"),
     "Adafactor": (),  # its moments are of rows and columns
@@ -34,14 +34,14 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "NAdam": ("exp_avg", "exp_avg_sq"),
     "RAdam": ("exp_avg", "exp_avg_sq"),
     "RMSprop": ("square_avg", "momentum_buffer", "grad_avg"),
-    "Rprop": ("prev",),  # a step_size of zero would keep a weight that comes back from moving
+    "Rprop": ("prev",),  # not its step_size, since zero would keep a regrown weight from moving
     "SGD": ("momentum_buffer",),
     "SparseAdam": ("exp_avg", "exp_avg_sq"),
 }
 """Elementwise state of the optimizers of PyTorch. The oldest supported release lacks some, and its AdamW is no Adam."""
 
-_keys: dict[type[Optimizer], Collection[str]] = {
-    getattr(torch.optim, name): keys for name, keys in _NAMES.items() if hasattr(torch.optim, name)
+_elementwise_keys: dict[type[Optimizer], Collection[str]] = {
+    getattr(torch.optim, name): keys for name, keys in _KEYS.items() if hasattr(torch.optim, name)
 }
 
 _logged: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
@@ -71,7 +71,7 @@ def declare_elementwise_state(optimizer_class: type[Optimizer], keys: Iterable[s
     names = [keys] if isinstance(keys, str) else list(keys)
     if isinstance(keys, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"keys is {keys!r}; pass the names of the entries as a list, such as ['exp_avg']")
-    _keys[optimizer_class] = tuple(names)
+    _elementwise_keys[optimizer_class] = tuple(names)
 
 
 def reset_pruned_state(
@@ -124,17 +124,13 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
             value.fill_(optimizer.defaults.get("initial_accumulator_value", 0.0))  # of Adagrad
 
 
-def _steps_like(optimizer: Optimizer, known: type[Optimizer]) -> bool:
-    """Return whether an optimizer is of a class, or of a subclass that does not override its step."""
-    # PyTorch wraps the step of a class for its hooks when the first instance is created, hence the unwrapping.
-    return isinstance(optimizer, known) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(known.step)
-
-
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Tensor]:
     """Return the state of a parameter that holds one number per weight; log once which other tensors are left alone."""
-    keys = next(
-        (_keys[known] for known in type(optimizer).__mro__ if known in _keys and _steps_like(optimizer, known)), None
-    )
+    # A subclass that overrides step may keep other state. The steps are unwrapped because PyTorch wraps that of a class
+    # for its hooks when the first instance is created.
+    step = inspect.unwrap(type(optimizer).step)
+    known = (each for each in type(optimizer).__mro__ if each in _elementwise_keys)
+    keys = next((_elementwise_keys[each] for each in known if inspect.unwrap(each.step) is step), None)
     found, left = [], []
     for key, value in optimizer.state.get(parameter, {}).items():
         if keys is not None and key not in keys:

@@ -182,7 +182,7 @@ def test_what_is_not_known_is_left_alone_and_named_once(make, caplog, monkeypatc
     assert same(optimizer.state[weight], before)
     assert caplog.text.count("it is not reset") == 1
     assert f"declare_elementwise_state({make.__name__}, [" in caplog.text
-    monkeypatch.setattr(of_optimizers, "_keys", dict(of_optimizers._keys))
+    monkeypatch.setattr(of_optimizers, "_elementwise_keys", dict(of_optimizers._elementwise_keys))
     mfac_torch.declare_elementwise_state(make, ["exp_avg", "momentum_buffer"])
     reset_pruned_state(optimizer, {"weight": weight}, {"weight": PRUNED}, ExitStack())
     changed = {key for key, value in optimizer.state[weight].items() if not same({key: value}, {key: before[key]})}
@@ -338,4 +338,4 @@ def test_each_optimizer_in_the_table_is_known_by_its_own_name():
     names = re.findall(r"`([A-Z]\w+)`", row)
 
     assert len(names) > 10
-    assert set(names) <= of_optimizers._NAMES.keys()
+    assert set(names) <= of_optimizers._KEYS.keys()
