@@ -239,7 +239,7 @@ def test_a_shuffling_loader_serves(model, batches) -> None:
     (dict(num_grads={0.0: 64}), SettingError, "the same for all layers"),
     (dict(sparsities=(0.9, 0.5)), SettingError, "each above the one before"),
     (dict(damp=0.0), SettingError, "damping"),
-    (dict(mask_type="2:3"), SettingError, "2:3 leaves at most"),
+    (dict(mask_type="2:3"), SettingError, "2:3 allows a sparsity of at most"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(model, batches, keys, error, message) -> None:
     before = state_of(model)
