@@ -83,11 +83,11 @@ class Sensitivity:
         """Return how far each layer can be pruned within a budget.
 
         Args:
-            max_increase: The largest increase of the loss to accept for a layer, such as ``0.05 * dense_loss``.
+            max_increase: The largest acceptable increase of the loss per layer, such as ``0.05 * dense_loss``.
 
         Returns:
-            Name of each layer and the highest of the sparsities up to which every measured increase is at most the
-            budget; 0.0 where the lowest one is too much.
+            Name of each layer and the highest of the sparsities up to which no measured increase exceeds the budget;
+            0.0 if the increase at the lowest sparsity does.
 
         Raises:
             SettingError: If the budget is not a finite number.
@@ -101,20 +101,20 @@ class Sensitivity:
         check_number("max_increase", max_increase, "the increase of the loss to accept", lambda _: True)
         found = {}
         for name, increases in self.measured.items():
-            too_much = (place for place, increase in enumerate(increases) if not increase <= max_increase)
-            borne = next(too_much, len(increases))
-            found[name] = self.sparsities[borne - 1] if borne else 0.0
+            too_large = (index for index, increase in enumerate(increases) if not increase <= max_increase)
+            count = next(too_large, len(increases))
+            found[name] = self.sparsities[count - 1] if count else 0.0
         return found
 
     def final_sparsity(self, max_increase: float) -> dict[float, list[str]]:
-        """Return what :meth:`highest` finds in the form in which a recipe gives layers sparsities of their own.
+        """Return the sparsities of :meth:`highest` as a value for ``final_sparsity`` in a recipe.
 
         Args:
             max_increase: As in :meth:`highest`.
 
         Returns:
-            Sparsity and the names of the layers that get it, the lowest sparsity first: a value for ``final_sparsity``.
-            Layers for which the lowest sparsity is too much are left out, so that they stay dense.
+            Sparsity and the names of the layers that get it, the lowest sparsity first. Layers for which the lowest
+            sparsity exceeds the budget are left out and stay dense.
 
         Raises:
             SettingError: If the budget is not a finite number.
@@ -304,7 +304,7 @@ def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
 
 def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
     for name, array in named.items():
-        device_of(array)  # refuses what is not an array
+        device_of(array)  # refuses anything but an array
         check_float(f"weights[{name!r}]", array)
     empty = [name for name, array in named.items() if not math.prod(array.shape)]
     if empty:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import newly_pruned
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
@@ -63,18 +63,18 @@ def prune(
 ) -> PruneResult:
     """Prune weights to a sparsity by M-FAC, in one pruning step.
 
-    The weights that ``masks`` keeps are concatenated in order and cut into Fisher blocks. The step is done in several
-    parts (``num_recomputations``), each by a Fisher of its own over what remains. What the parts before have moved has
-    other gradients: pass a function that gives them.
+    The weights that ``masks`` keeps are concatenated in order and partitioned into Fisher blocks. The step is done in
+    several sub-steps (``num_recomputations``), each by a Fisher of its own over the remaining weights. A sub-step moves
+    the weights, and with them the gradients: pass a function that computes fresh ones.
 
     Args:
         weights: One array, or a mapping from name to array; float32 or float64, NumPy or CuPy. Not modified.
         gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
             ``weights``, arrays of shape ``(m, *shape)``. Not modified. Or a function that returns such rows: it is
-            called before each part, with the weights as they are then, in the form of ``weights``; pruned ones are
-            exactly 0. A function without arguments is called without them.
+            called before each sub-step, with the weights as they are then, in the form of ``weights``; pruned ones
+            are exactly 0. A function without parameters is called without arguments.
         sparsity: Pruned fraction to reach, in ``[0, 1)``: exactly ``round(n * sparsity)`` zeros, per layer or over
-            all weights according to ``scope``. Where it is reached already, nothing changes.
+            all weights according to ``scope``. If it is reached already, nothing changes.
         masks: Which weights are unpruned so far (True), in the form of ``weights``; ``None`` means all.
         block_size: Weights per Fisher block; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
@@ -83,10 +83,10 @@ def prune(
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
             a block; for their rules see :func:`mfac_core.masks.selection.newly_pruned`.
         update: ``independent`` (the paper's) or ``joint`` (exact OBS for the pruned set).
-        num_recomputations: In how many parts the sparsity is reached; ``auto`` takes as many that none removes more
-            than about a fifth of what is left. With rows that are given once, all parts share them, with a warning.
-        recomputation_spacing: ``geometric``: each part leaves the same fraction of what it finds; ``linear``: each
-            removes as many weights.
+        num_recomputations: Number of sub-steps; ``auto`` takes as many that none removes more than about a fifth of
+            what is left. Rows that are given once are shared by all sub-steps, with a warning.
+        recomputation_spacing: ``geometric``: each sub-step leaves the same fraction of the weights that it finds;
+            ``linear``: each removes the same number of weights.
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
             inputs alone mean that the others number separate matrices, as in a stack of experts.
@@ -94,10 +94,10 @@ def prune(
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted
-        loss increase: the sum over the parts, in-sample, and the damping of the last part.
+        loss increase (in-sample, summed over the sub-steps), and the damping of the last sub-step.
 
     Raises:
-        TypeError: If an argument is not an array, or the function returns none.
+        TypeError: If an argument is not an array, or the function does not return arrays.
         ValueError: If shapes or names do not fit, a setting is out of range, or a gradient holds NaN or Inf.
         SettingError: If the mask type does not fit the shape of an array.
         DeviceError: If a device does not exist.
@@ -130,44 +130,45 @@ def prune(
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
     patterns = mask_patterns(mask_type, layout.shapes, _named_axes(axes))
     vector = layout.flatten(named)
-    kept = _kept(masks, layout)
-    layout.check_finite(vector, kept, "prune from finite weights, or mask these")
-    vector[~kept] = 0
+    mask = _flat_mask(masks, layout)
+    layout.check_finite(vector, mask, "prune from finite weights, or mask these")
+    vector = scatter_unpruned(take_unpruned(vector, mask), mask)
 
-    def in_form(values: npt.NDArray[Any]) -> Any:
-        return _like(layout.unflatten_like(values, named), weights, named)
+    def in_form(values: Array) -> Any:
+        return _in_form(layout.unflatten_like(values, named), weights)
 
-    rows_of = _rows_for_parts(gradients, weights, layout, in_form)
-    # zeros go first, whether a mask has pruned them or not
-    reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
-    parts = num_substeps(reached, sparsity, num_recomputations)
+    rows_at = _rows_for_substeps(gradients, weights, layout, in_form)
+    # zeros are pruned first, whether a mask has pruned them already or not
+    reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+    substeps = num_substeps(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
-    for parts_left in range(parts, 0, -1):
-        source = GradientMatrix(rows_of(vector), kept, block_size=block_size)
+    for substeps_left in range(substeps, 0, -1):
+        source = GradientMatrix(rows_at(vector), mask, block_size=block_size)
         if not source.num_weights:
             break
-        if parts_left == parts:
-            _warn_of_missing(source, damping, 1 if callable(gradients) else parts)
-        wanted = substep_sparsity(reached, sparsity, parts_left, recomputation_spacing)
+        if substeps_left == substeps:
+            _warn_of_gradients(source, damping, 1 if callable(gradients) else substeps)
+        wanted = substep_sparsity(reached, sparsity, substeps_left, recomputation_spacing)
         updated, chosen, substep_increase, used_damping = mfac_step(
-            vector[kept],
+            take_unpruned(vector, mask),
             source,
-            partial(newly_pruned, mask=kept, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),
         )
-        vector[kept] = updated
-        kept[kept] = ~chosen
+        vector = scatter_unpruned(updated, mask)
+        mask[mask] = ~device_of(chosen).to_numpy(chosen)
         increase += substep_increase or 0.0
-        if is_reached(~kept, sparsity, layout.segments, scope, patterns):
+        if is_reached(~mask, sparsity, layout.segments, scope, patterns):
             break
-        reached = sparsity_of_zeros(vector == 0, layout.segments, scope, patterns)
+        reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+    placed = {name: device_of(named[name]).asarray(each) for name, each in layout.unflatten(mask).items()}
     return PruneResult(
         weights=in_form(vector),
-        masks=_like(layout.unflatten(kept), weights, named),
-        sparsity=int(np.count_nonzero(~kept)) / layout.num_weights,
+        masks=_in_form(placed, weights),
+        sparsity=int(np.count_nonzero(~mask)) / layout.num_weights,
         predicted_loss_increase=increase,
         damping=used_damping,
     )
@@ -181,7 +182,7 @@ def _named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Map
     return axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
 
 
-def _kept(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
+def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
     if masks is None:
         return np.ones(layout.num_weights, bool)
     named = _named(masks)
@@ -189,26 +190,30 @@ def _kept(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> np
     for name, mask in named.items():
         if np.dtype(mask.dtype) != np.bool_:
             raise ValueError(f"masks[{name!r}] must be boolean (True keeps), got {mask.dtype}")
-    return layout.flatten(named)
+    flat = layout.flatten(named)
+    return device_of(flat).to_numpy(flat)
 
 
-def _rows_for_parts(
+def _rows_for_substeps(
     gradients: Gradients | Callable[..., Gradients],
     weights: Array | Mapping[str, Array],
     layout: WeightLayout,
-    in_form: Callable[[npt.NDArray[Any]], Any],
-) -> Callable[[npt.NDArray[Any]], list[Array]]:
-    """Return a function that gives the gradient samples of each part, from the weights as they are then."""
+    in_form: Callable[[Array], Any],
+) -> Callable[[Array], list[Array]]:
+    """Return a function that gives the gradient samples of a sub-step, from the weights as they are then."""
     if not callable(gradients):
-        given = _gradient_parts(gradients, weights, layout)
+        given = _rows_by_array(gradients, weights, layout)
         return lambda vector: given
     draw = gradients
     takes_weights = _takes_weights(draw)
 
-    def drawn(vector: npt.NDArray[Any]) -> list[Array]:
-        rows = draw(in_form(vector.copy())) if takes_weights else draw()
-        _check_arrays("what the function gradients returned", rows)
-        return _gradient_parts(rows, weights, layout)
+    def drawn(vector: Array) -> list[Array]:
+        device = device_of(vector)
+        with device.backend.on(device.name):
+            copied = vector.copy()  # the function may modify the weights that it gets
+        rows = draw(in_form(copied)) if takes_weights else draw()
+        _check_arrays("the result of the function gradients", rows)
+        return _rows_by_array(rows, weights, layout)
 
     return drawn
 
@@ -218,7 +223,7 @@ def _takes_weights(function: Callable[..., Any]) -> bool:
         raise TypeError(f"gradients is the class {function.__name__}; pass a function gradients(weights), or an object")
     try:
         signature = inspect.signature(function)
-    except ValueError:  # one of a compiled module may not tell its arguments
+    except ValueError:  # functions of compiled modules may have no signature
         return True
     for arguments in ([None], []):
         try:
@@ -227,8 +232,8 @@ def _takes_weights(function: Callable[..., Any]) -> bool:
             continue
         return bool(arguments)
     raise TypeError(
-        f"gradients takes the arguments {signature}, and it is called with the weights alone; pass a function "
-        "gradients(weights), such as a functools.partial that gives the others, or a method of an object"
+        f"gradients takes the arguments {signature}, but is called with the weights alone; pass a function "
+        "gradients(weights), such as a functools.partial with the other arguments, or a method of an object"
     )
 
 
@@ -241,42 +246,41 @@ def _check_arrays(what: str, arrays: object) -> None:
             raise TypeError(f"{what if name is None else f'{what}[{name!r}]'}: {error}") from None
 
 
-def _warn_of_missing(source: GradientMatrix, damping: Damping, parts_that_share: int) -> None:
-    """Warn of gradient samples that tell nothing, and of those that belong to the weights of an earlier part."""
+def _warn_of_gradients(source: GradientMatrix, damping: Damping, num_sharing: int) -> None:
+    """Warn of gradient samples without information, and of sub-steps that share the samples of the first."""
     for warning in window_warnings(source, damping=damping):
         _logger.warning(warning)
-    if parts_that_share > 1:
+    if num_sharing > 1:
         _logger.warning(
-            "the %d parts of this pruning step share the gradients that are given, which belong to the weights before "
-            "the first: pass a function gradients(weights) that gives fresh rows for each, or num_recomputations=1",
-            parts_that_share,
+            "the %d sub-steps of this pruning step share the given gradients, which belong to the weights before the "
+            "first: pass a function gradients(weights) that computes fresh rows for each, or num_recomputations=1",
+            num_sharing,
         )
 
 
-def _gradient_parts(gradients: Gradients, weights: Array | Mapping[str, Array], layout: WeightLayout) -> list[Array]:
+def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], layout: WeightLayout) -> list[Array]:
     if isinstance(gradients, Mapping):
         if not isinstance(weights, Mapping):
             raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
         rows = next((tuple(array.shape)[:1] for array in gradients.values()), ())
         layout.check(gradients, "gradients", leading=rows)
-        parts = [gradients[name].reshape(rows[0], -1) for name in layout.names]
+        arrays = [gradients[name].reshape(rows[0], -1) for name in layout.names]
     elif tuple(gradients.shape[1:]) == (layout.num_weights,):
-        parts = [gradients]
+        arrays = [gradients]
     elif not isinstance(weights, Mapping) and tuple(gradients.shape[1:]) == tuple(weights.shape):
-        parts = [gradients.reshape(gradients.shape[0], -1)]
+        arrays = [gradients.reshape(gradients.shape[0], -1)]
     else:
         raise ValueError(
             f"gradients must have one row of {layout.num_weights} numbers per sample, "
             f"got shape {tuple(gradients.shape)}"
         )
-    if parts[0].shape[0] == 0:
+    if arrays[0].shape[0] == 0:
         raise ValueError("gradients holds no sample; pass at least one row")
-    for part in parts:
-        check_float("gradients", part)
-    wanted = np.result_type(*(part.dtype for part in parts))
-    return [array_namespace(part).asarray(part, dtype=wanted) for part in parts]
+    for array in arrays:
+        check_float("gradients", array)
+    wanted = np.result_type(*(array.dtype for array in arrays))
+    return [array_namespace(array).asarray(array, dtype=wanted) for array in arrays]
 
 
-def _like(arrays: Mapping[str, Any], weights: Array | Mapping[str, Array], named: Mapping[str, Array]) -> Any:
-    placed = {name: device_of(named[name]).asarray(array) for name, array in arrays.items()}
-    return placed if isinstance(weights, Mapping) else placed[_ARRAY]
+def _in_form(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+    return arrays if isinstance(weights, Mapping) else arrays[_ARRAY]

@@ -1,4 +1,4 @@
-"""Moving statistics of batch normalization, estimated anew for the current weights of a model."""
+"""Moving statistics of batch normalization, recalibrated for the current weights of a model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Vector = npt.NDArray[np.float64]
 
 
 def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None = None) -> int:
-    """Estimate the moving statistics of batch normalization anew, as the average over batches.
+    """Recalibrate the moving statistics of batch normalization: replace them by averages over batches.
 
-    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
-    layers run as in training: dropout is not active. Momenta are restored afterwards. After an exception, here or in
-    the model, the statistics are the old ones.
+    One-shot pruning changes the inputs of these layers, but not their statistics. For the batches measured here, only
+    these layers run as in training: dropout is not active. Momenta are restored afterwards. After an exception, here or
+    in the model, the statistics are the old ones.
 
     Layers that no batch comes through do not change, nor do frozen ones (``trainable=False``), which Keras runs in
     inference mode in training too.
@@ -43,7 +43,7 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
             data without a length.
 
     Returns:
-        The number of layers whose statistics were estimated anew.
+        The number of layers whose statistics were recalibrated.
 
     Raises:
         TypeError: If the model is not a model of Keras 3, or the dataset is not a source of batches.
@@ -58,7 +58,7 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
     check_model(model)
     check_built(model)
     sampler = dataset if isinstance(dataset, GradientSampler) else GradientSampler(dataset)
-    return MovingStatistics(model).estimate_anew(sampler, num_batches)
+    return MovingStatistics(model).recalibrate(sampler, num_batches)
 
 
 class MovingStatistics(LayerStatistics):

@@ -175,7 +175,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             logs: Not used.
         """
         if not self._clock.steps_in_epoch and self._session is not None:
-            self._session.outside.warn_of_regrown(self._session.zeros())
+            self._session.monitor.warn_of_regrown(self._session.zeros())
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Collect the gradients of the last execution, and prune if a pruning step is due.
@@ -253,7 +253,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _warn_of_restored(self) -> None:
         # called twice: a callback that restores weights may come before this one or after it
         if self._ended is not None:
-            self._ended.outside.warn_of_regrown(self._ended.zeros(), after_fit=True)
+            self._ended.monitor.warn_of_regrown(self._ended.zeros(), after_fit=True)
 
     def _begin_epoch(self, epoch: int) -> None:
         self._clock.begin_epoch(epoch)

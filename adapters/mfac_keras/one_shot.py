@@ -56,7 +56,7 @@ def prune_one_shot(
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`; its epochs are ignored.
         sparsity: Without a recipe, the pruned fraction to reach, or a mapping from fractions to the names of variables
             that reach them; ``final_sparsity`` is the same.
-        recalibrate_batchnorm: Whether to estimate the moving statistics of batch normalization anew afterwards, as
+        recalibrate_batchnorm: Whether to recalibrate the moving statistics of batch normalization afterwards, as
             :func:`mfac_keras.recalibrate_batchnorm` does, over at most 256 batches of ``dataset``. Otherwise a warning
             says that they are stale.
         verbose: 1 prints a line for each modifier, 0 does not.
@@ -73,7 +73,7 @@ def prune_one_shot(
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
         TypeError: If neither a recipe nor a sparsity is given, or both, if a recipe is passed as another argument, if
             M-FAC or the recalibration has no dataset, or if the model or the loss is not of Keras 3.
-        ValueError: If the model is not built, has no loss, or a batch has another form.
+        ValueError: If the model is not built, has no loss, or a batch has an unsupported form.
 
     After an exception the model is as before.
 

@@ -43,7 +43,7 @@ class TrainingSession(Session[KerasPruning]):
         step: Completed training steps so far.
 
     Attributes:
-        outside: Notices what other code does to the weights in scope.
+        monitor: Notices what other code does to the weights in scope.
         fingerprints: Fingerprints of the weights that the state belongs to; None once training has changed them.
     """
 
@@ -64,7 +64,7 @@ class TrainingSession(Session[KerasPruning]):
         self._hooks = hooks
         self._variables = _in_scope(prunings)
         self._trained = trained
-        self.outside = WriteMonitor(hooks, self._variables)
+        self.monitor = WriteMonitor(hooks, self._variables)
         self.fingerprints: dict[str, str] | None = None
         self._taps = False
         self._has_advanced = False
@@ -111,7 +111,7 @@ class TrainingSession(Session[KerasPruning]):
         self._hooks.attach()
         self._hold_masks()
         self._make_due_changes()
-        self.outside.begin(
+        self.monitor.begin(
             name
             for pruning in self.prunings
             if not (pruning.holds_zeros_only or pruning.is_finished)
@@ -137,7 +137,7 @@ class TrainingSession(Session[KerasPruning]):
         self.step = step
         if not self._has_advanced:
             self._has_advanced = True
-            self.outside.check_followed()
+            self.monitor.check_followed()
         self._make_due_changes()
 
     def check_training(self) -> None:
@@ -146,9 +146,9 @@ class TrainingSession(Session[KerasPruning]):
         Raises:
             RuntimeError: If something else trains them.
         """
-        self.outside.check_followed()
+        self.monitor.check_followed()
         if self._has_advanced:
-            self.outside.warn_of_untrained()
+            self.monitor.warn_of_untrained()
 
     def detach(self) -> None:
         """Leave model and optimizer as they were."""
@@ -170,7 +170,7 @@ class TrainingSession(Session[KerasPruning]):
         self._sparsity = None
         super().prune_if_due()
         self._hold_masks()
-        self.outside.remember()
+        self.monitor.record_checksums()
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
         """Return the progress, and which weights it belongs to."""

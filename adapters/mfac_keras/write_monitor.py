@@ -47,12 +47,12 @@ class WriteMonitor:
         self._warned_of: tuple[dict[str, int], bool] = ({}, False)
 
     def begin(self, to_prune: Iterable[str]) -> None:
-        """Note the values of the variables before training; ``to_prune`` names those that training should change."""
-        self.remember()
+        """Record checksums before training; ``to_prune`` names those that training should change."""
+        self.record_checksums()
         self._before_training = self._checksums(to_prune)
 
-    def remember(self) -> None:
-        """Note the values of the variables after a pruning step."""
+    def record_checksums(self) -> None:
+        """Record checksums of the variables that the optimizer has not updated so far."""
         self._not_followed = self._checksums_of_not_followed()
 
     def check_followed(self) -> None:

@@ -1,4 +1,4 @@
-"""Running statistics of batch normalization, estimated anew for the current weights of a model."""
+"""Running statistics of batch normalization, recalibrated for the current weights of a model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | None = None) -> int:
-    """Estimate the running statistics of batch normalization anew, as the average over batches.
+    """Recalibrate the running statistics of batch normalization: replace them by averages over batches.
 
-    One-shot pruning changes the inputs of these layers, but not their statistics. During the estimation only these
-    layers are in training mode: dropout is not active. Training flags and momenta are restored afterwards;
+    One-shot pruning changes the inputs of these layers, but not their statistics. For the batches measured here, only
+    these layers are in training mode: dropout is not active. Training flags and momenta are restored afterwards;
     ``num_batches_tracked`` is the number of batches. After an exception, here or in the model, the statistics are the
     old ones.
 
@@ -43,7 +43,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
             data without a length.
 
     Returns:
-        The number of layers whose statistics were estimated anew.
+        The number of layers whose statistics were recalibrated.
 
     Raises:
         TypeError: If the model is not a module, or the loader is not a source of batches.
@@ -58,7 +58,7 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
     """
     inside = unwrapped(model)
     sampler = loader if isinstance(loader, GradSampler) else _WithoutLoss(loader)
-    return RunningStatistics(inside).estimate_anew(sampler, num_batches)
+    return RunningStatistics(inside).recalibrate(sampler, num_batches)
 
 
 class RunningStatistics(LayerStatistics):

@@ -49,8 +49,8 @@ def sensitivity(
     Args:
         model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
         loader: Batches, as :class:`GradSampler` takes them, or a :class:`GradSampler`.
-        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` takes the loss that the model returns itself,
-            or that of the :class:`GradSampler`.
+        loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` uses the loss that the model itself returns, or
+            that of the :class:`GradSampler`.
         params: Which parameters, see :func:`mfac_torch.select_parameters`; frozen ones are left out.
         exclude: Exceptions from ``params``, in the same form.
         sparsities: The sparsities, rising, above 0 and below 1.
@@ -63,7 +63,7 @@ def sensitivity(
             samples of its own if these are fresh; ``auto`` is best if the sparsities lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
         held_out: Batches to draw them from, in the form of those of ``loader``, such as validation data; ``None``
-            takes those of ``loader``.
+            uses those of ``loader``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
         damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
             that diagonal.

@@ -245,7 +245,7 @@ class ScheduledModifierManager(ModifierList):
             finalize: Whether to finalize at once. Otherwise, after fine-tuning, :meth:`finalize` sets pruned weights
                 to zero once more.
             grad_sampler: Draws gradient samples; M-FAC needs it.
-            recalibrate_batchnorm: Whether to re-estimate the running statistics of batch normalization afterwards, as
+            recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards, as
                 :func:`mfac_torch.recalibrate_batchnorm` does, over at most 256 batches of the sampler. Otherwise a
                 warning says that they are stale.
             **unsupported: Not supported; anything but None raises an error.

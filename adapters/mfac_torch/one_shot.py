@@ -44,7 +44,7 @@ def prune_one_shot(
             returns, or that of the :class:`GradSampler`.
         sparsity: Pruned fraction of all weights, or a mapping from fractions to the names of the parameters that reach
             them.
-        recalibrate_batchnorm: Whether to re-estimate the running statistics of batch normalization afterwards over
+        recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards over
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
             ``num_grads=512``.
@@ -56,7 +56,7 @@ def prune_one_shot(
         RecipeError: If a key is unknown or its value out of range.
         SettingError: If a key does not fit the model.
         TypeError: If there is no sparsity, or an argument has the wrong type, such as a recipe.
-        ValueError: If a batch has another form.
+        ValueError: If a batch has an unsupported form.
         NotImplementedError: If training is distributed over several processes.
 
     Example:

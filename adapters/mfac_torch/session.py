@@ -24,12 +24,12 @@ _logger = logging.getLogger("mfac_torch")
 
 _KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
 
-_attached: WeakSet[torch.optim.Optimizer] = WeakSet()
+_optimizers_with_hooks: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def is_attached(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimizer has the hooks of a session now."""
-    return optimizer in _attached
+    return optimizer in _optimizers_with_hooks
 
 
 class TrainingSession(Session[TorchPruning]):
@@ -88,8 +88,8 @@ class TrainingSession(Session[TorchPruning]):
                 ):
                     handles.append(register(_untraced(hook, number)))
                     undo.callback(handles[-1].remove)
-            undo.callback(_attached.difference_update, self.optimizers)
-            _attached.update(self.optimizers)
+            undo.callback(_optimizers_with_hooks.difference_update, self.optimizers)
+            _optimizers_with_hooks.update(self.optimizers)
             self._training.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
@@ -104,7 +104,7 @@ class TrainingSession(Session[TorchPruning]):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _attached.difference_update(self.optimizers)
+        _optimizers_with_hooks.difference_update(self.optimizers)
         self._training.restore()
 
     def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
@@ -182,7 +182,7 @@ class TrainingSession(Session[TorchPruning]):
             self._last = self._last if self._stepped in {None, number} else self._stepped
             self.prune_if_due()
         self._training.set_options(self.step)
-        # With a closure, the gradients are computed inside the step.
+        # With a closure, the gradients are computed inside the step. args[0] is the optimizer itself.
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._observing(number, kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):

@@ -23,7 +23,7 @@ _WRAPPED_LAYER = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoin
 
 
 class HasMasks(Protocol):
-    """A manager, as far as this module is concerned."""
+    """An object with masks, such as a manager."""
 
     @property
     def masks(self) -> Masks:

@@ -129,18 +129,18 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
         ModuleNotFoundError: If a package for the pictures is missing.
     """
     first = demo(seed)
-    gradual = None if recipe is None else _checked(recipe, first)  # refuse what cannot work before any training
-    import_module("matplotlib")  # draws at the end, and may be missing
+    gradual = None if recipe is None else _checked(recipe, first)  # refuses a wrong recipe before any training
+    import_module("matplotlib")  # fails now if it is missing, not at the end
     _check_output(output, (*first.files, report.RUN_FILE, _PICTURE))
     started = time.perf_counter()
     if gradual is None:
-        what = _run_over_seeds(demo, range(seed, seed + seeds), output)
+        pruned_by = _run_over_seeds(demo, range(seed, seed + seeds), output)
     else:
-        what = _run_recipe(first, gradual, seed, output)
+        pruned_by = _run_recipe(first, gradual, seed, output)
     network, masks = first.files
     terminal.say(
-        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned by {what}), "
-        f"{masks}, {report.RUN_FILE}, {_PICTURE}."
+        f"In {time.perf_counter() - started:.0f} s. Written to {output}: {network} (the network pruned by "
+        f"{pruned_by}), {masks}, {report.RUN_FILE}, {_PICTURE}."
     )
 
 

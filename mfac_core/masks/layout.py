@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 
-__all__ = ["WeightLayout"]
+__all__ = ["WeightLayout", "scatter_unpruned", "take_unpruned", "zeros_of"]
+
+Mask = npt.NDArray[np.bool_]
 
 
 class WeightLayout:
@@ -63,34 +65,42 @@ class WeightLayout:
             if tuple(arrays[name].shape) != leading + shape:
                 raise ValueError(f"{what}[{name!r}] has shape {tuple(arrays[name].shape)}, expected {leading + shape}")
 
-    def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> npt.NDArray[Any]:
-        """Return all weights as one new vector in host memory, in ``dtype`` or else the common one."""
-        vectors = [device_of(arrays[name]).to_numpy(arrays[name]).reshape(-1) for name in self.shapes]
-        return np.concatenate(vectors, dtype=dtype)
+    def flatten(self, arrays: Mapping[str, Array], dtype: Any = None) -> Array:
+        """Return all weights as a new vector on the device of the first array, in their common dtype or another."""
+        device = device_of(arrays[self.names[0]])
+        here = [device_of(arrays[name]).move(arrays[name], device) for name in self.names]
+        with device.backend.on(device.name):
+            xp = array_namespace(here[0])
+            return device.asarray(xp.concat([xp.reshape(array, (-1,)) for array in here]), dtype)
 
-    def unflatten(self, vector: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights by name: views of it where possible."""
-        return {name: vector[start:stop].reshape(self.shapes[name]) for name, (start, stop) in self.segments.items()}
+    def unflatten(self, vector: Array) -> dict[str, Array]:
+        """Return the arrays of a vector of all weights, on its device: views where possible."""
+        reshape = array_namespace(vector).reshape
+        return {name: reshape(vector[start:stop], self.shapes[name]) for name, (start, stop) in self.segments.items()}
 
-    def unflatten_like(self, vector: npt.NDArray[Any], arrays: Mapping[str, Array]) -> dict[str, npt.NDArray[Any]]:
-        """Return the arrays of a vector of all weights by name, each in the dtype of its namesake in ``arrays``."""
-        return {
-            name: array.astype(np.dtype(arrays[name].dtype), copy=False)
-            for name, array in self.unflatten(vector).items()
-        }
+    def unflatten_like(self, vector: Array, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the arrays of a vector of all weights, each in the dtype and on the device of its namesake."""
+        source = device_of(vector)
+        like = {}
+        for name, array in self.unflatten(vector).items():
+            device = device_of(arrays[name])
+            like[name] = device.asarray(source.move(array, device), arrays[name].dtype)
+        return like
 
-    def check_finite(self, vector: npt.NDArray[Any], mask: npt.NDArray[np.bool_], cure: str) -> None:
-        """Check that no unpruned weight of a vector of all weights is NaN or Inf.
-
-        Raises:
-            ValueError: If there are such weights; the message names their arrays and the cure.
-        """
-        bad = mask & ~np.isfinite(vector)
+    def check_finite(self, vector: Array, mask: Mask, cure: str) -> None:
+        """Refuse unpruned weights that are NaN or Inf; the message names their arrays and the ``cure``."""
+        device = device_of(vector)
+        with device.backend.on(device.name):
+            xp = array_namespace(vector)
+            finite = xp.isfinite(vector)
+            if bool(xp.all(finite)):
+                return
+            bad = mask & ~device.to_numpy(finite)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
             raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")
 
-    def unpruned(self, mask: npt.NDArray[np.bool_], device: Device) -> dict[str, Array]:
+    def unpruned(self, mask: Mask, device: Device) -> dict[str, Array]:
         """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.
 
         Args:
@@ -132,3 +142,26 @@ class WeightLayout:
         """Return the entries of :meth:`gather_each` as one new vector, in the common dtype of the arrays."""
         vectors = self.gather_each(arrays, unpruned)
         return array_namespace(vectors[0]).concat(vectors)
+
+
+def take_unpruned(weights: Array, mask: Mask) -> Array:
+    """Return the weights that a mask in host memory keeps, shape ``(d,)``, on the device of the weights."""
+    device = device_of(weights)
+    with device.backend.on(device.name):
+        return weights[device.asarray(mask)]
+
+
+def scatter_unpruned(unpruned: Array, mask: Mask) -> Array:
+    """Return all weights, shape ``(n,)``, from those that a mask keeps; the others are exactly 0."""
+    device = device_of(unpruned)
+    with device.backend.on(device.name):
+        weights = device.zeros(mask.shape, unpruned.dtype)
+        weights[device.asarray(mask)] = unpruned
+    return weights
+
+
+def zeros_of(weights: Array) -> Mask:
+    """Return in host memory which weights are 0."""
+    device = device_of(weights)
+    with device.backend.on(device.name):
+        return device.to_numpy(weights == 0)

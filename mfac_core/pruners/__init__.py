@@ -1,4 +1,4 @@
-"""Gradual pruning as a state machine: observe gradients, ask whether a pruning step is due, prune."""
+"""Pruning as a state machine: observe gradients, ask whether a pruning step is due, prune."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def make_pruner(
 
     Args:
         settings: ``MFACSettings``, ``MagnitudeSettings``, ``ConstantSettings`` or ``ACDCSettings``.
-        weights: Name and array of each weight, in order; not kept. Those that ``params`` of the settings names are in
+        weights: Name and array of each weight, in order; not stored. Those that ``params`` of the settings names are in
             scope; ``__ALL__`` and ``__ALL_PRUNABLE__`` mean all of them.
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True); ``None`` means all.
         live_gradients: Whether gradients arrive while training; False when they are sampled at each pruning step.
-        axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays that have another
-            than PyTorch's (output, input, kernel...).
+        axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays whose layout is not
+            PyTorch's (output, input, kernel...).
 
     Returns:
         The pruner.
 
     Raises:
-        TypeError: If the settings are of none of these kinds, or ``weights`` is no mapping.
+        TypeError: If the settings are of none of these kinds, or ``weights`` is not a mapping.
         ValueError: If there are no weights, or masks or axes do not fit them.
         SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit a shape, or
             ``final_sparsity`` is a mapping: make a pruner of each of ``settings.by_final_sparsity()``.

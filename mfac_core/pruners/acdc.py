@@ -8,8 +8,9 @@ from functools import partial
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.masks.layout import scatter_unpruned, take_unpruned
 from mfac_core.masks.patterns import snap_to_n_of_m
-from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
+from mfac_core.pruners.base import Mask, Outcome, Pruner
 from mfac_core.pruners.step import magnitude_step
 from mfac_core.settings.pruning import ACDCSettings
 
@@ -48,13 +49,13 @@ class ACDCPruner(Pruner):
         self._sparsity = snap_to_n_of_m(settings.mask_type, settings.compression_sparsity)
         self._warn_of_unreachable(self._sparsity)
 
-    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+    def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         if not self.schedule[index].sparsity:
             was_compressed = self._done > 0 and self.schedule[self._done - 1].sparsity > 0
             return Outcome(
-                np.where(self._mask, weights, np.zeros_like(weights)),
+                scatter_unpruned(take_unpruned(weights, self._mask), self._mask),
                 np.ones_like(self._mask),
                 resets_optimizer=self.settings.reset_momentum and was_compressed,
             )
         select = partial(self._newly_pruned, sparsity=self._sparsity)
-        return Outcome.of_unpruned(self._mask, magnitude_step(weights[self._mask], select))
+        return Outcome.of_unpruned(self._mask, magnitude_step(take_unpruned(weights, self._mask), select))

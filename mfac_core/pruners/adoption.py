@@ -1,4 +1,4 @@
-"""The state of a pruner taken over by one of another scope: layers were frozen or unfrozen since it was saved."""
+"""A pruner takes over the state of one with another scope: layers were frozen or unfrozen since it was saved."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Adoption(NamedTuple):
     """A state for the weights in scope now.
 
     Attributes:
-        state: What ``load_state_dict`` of the pruner takes.
-        joined: Names of weights that have come into scope since the state was saved.
-        left: Names of weights that have left scope.
+        state: For ``load_state_dict`` of the pruner.
+        joined: Names of weights that came into scope after the state was saved.
+        left: Names of weights that left scope.
     """
 
     state: Mapping[str, Any]
@@ -28,31 +28,33 @@ class Adoption(NamedTuple):
     left: tuple[str, ...] = ()
 
     def difference(self) -> str:
-        """Return in one sentence what became of the scope; empty where it is the same."""
-        parts = []
+        """Return in one sentence how the scope has changed; empty if it has not."""
+        changes = []
         if self.joined:
             is_over = self.state["pruning_steps_done"] >= len(self.state["schedule"])
             later = "no pruning step is left for them" if is_over else "the next pruning step prunes them too"
-            parts.append(f"{join_names(self.joined)} came into scope ({later})")
+            changes.append(f"{join_names(self.joined)} came into scope ({later})")
         if self.left:
-            parts.append(f"{join_names(self.left)} left it (their masks are let go)")
-        return f"since the state was saved, {' and '.join(parts)}; the gradient window begins empty" if parts else ""
+            changes.append(f"{join_names(self.left)} left it (their masks are released)")
+        return (
+            f"since the state was saved, {' and '.join(changes)}; the gradient window begins empty" if changes else ""
+        )
 
 
 def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[str, Array]) -> Adoption:
-    """Take over the state of a pruner whose scope was another: by name, mask for mask.
+    """Adapt the state of a pruner to another scope: masks are taken over by name.
 
-    Weights that have come into scope begin unpruned, and the next pruning step takes them to its sparsity with the
-    others: sparsities count all that is pruned in a layer, or in the whole scope. Where the method only holds zeros,
-    theirs are held. Initial sparsities per layer that were measured are measured anew.
+    Weights that have come into scope start unpruned, and the next pruning step prunes them to its sparsity with the
+    others: sparsities count all zeros of a layer, or of the whole scope. A constant mask holds their zeros. Initial
+    sparsities per layer are measured anew.
 
     Args:
         state: What ``state_dict`` of the earlier pruner returned.
-        fresh: What ``state_dict`` of the pruner returns that goes on, before its first pruning step.
+        fresh: What ``state_dict`` of the pruner that resumes returns before its first pruning step.
         weights: Name and array of each weight in scope now.
 
     Returns:
-        The state for that pruner, which may still refuse it; the very ``state`` where both scopes are the same, or have
+        The state for that pruner, which may still refuse it; ``state`` itself if both scopes are the same, or have
         nothing in common.
 
     Raises:

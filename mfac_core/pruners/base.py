@@ -9,17 +9,17 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, check_float, device_of
-from mfac_core.masks.layout import WeightLayout
+from mfac_core.masks.layout import WeightLayout, scatter_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.masks.selection import newly_pruned
 from mfac_core.masks.sparsity import out_of_reach
+from mfac_core.pruners.saved_states import Vector, other_schedule, other_weights, refuse_foreign, schedule_table
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
@@ -28,11 +28,10 @@ from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
-__all__ = ["Mask", "Outcome", "Progress", "Pruner", "Vector"]
+__all__ = ["Mask", "Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
 
-Vector = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]
 
 _NEARLY_ALL = 0.99
@@ -44,14 +43,14 @@ class Outcome:
     """The weights and the mask after a pruning step or sub-step; for the other fields see :class:`PruneResult`.
 
     Args:
-        weights: All weights in scope, shape ``(n,)``, pruned ones exactly 0.
-        mask: Which of them are unpruned now, shape ``(n,)``.
+        weights: All weights in scope, shape ``(n,)``, on the device of those before; pruned ones are exactly 0.
+        mask: Which of them are unpruned now, shape ``(n,)``, in host memory.
         predicted_loss_increase: As in ``PruneResult``.
         resets_optimizer: As in ``PruneResult``.
         damping: As in ``PruneResult``.
     """
 
-    weights: Vector
+    weights: Array
     mask: Mask
     predicted_loss_increase: float | None = None
     resets_optimizer: bool = False
@@ -61,10 +60,9 @@ class Outcome:
     def of_unpruned(cls, mask: Mask, unpruned: UnprunedOutcome) -> Outcome:
         """Return the outcome over all weights, from the mask before and what became of the unpruned weights."""
         mask_now = mask.copy()
-        mask_now[mask] = ~unpruned.newly_pruned
-        weights_now = np.zeros(mask.shape, unpruned.weights.dtype)
-        weights_now[mask] = unpruned.weights
-        return cls(weights_now, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
+        mask_now[mask] = ~device_of(unpruned.newly_pruned).to_numpy(unpruned.newly_pruned)
+        weights = scatter_unpruned(unpruned.weights, mask)
+        return cls(weights, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,8 @@ class Pruner(ABC):
         else:
             masks = self._in_scope(masks)
             self.layout.check(masks, "masks")
-            mask = self.layout.flatten(masks).astype(bool)
+            flat = self.layout.flatten(masks)
+            mask = device_of(flat).to_numpy(flat).astype(bool)
         # constant masks choose no weights: their settings have neither scope nor mask type
         self._scope: Scope = getattr(settings, "scope", "layer")
         self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
@@ -306,13 +305,12 @@ class Pruner(ABC):
             "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
-        is_zero = vector == 0
+        is_zero = zeros_of(vector)
         outcome = self._prune(vector, is_zero, index)
         self._warn_of_empty(before & ~is_zero, outcome.mask, self.schedule[index])
         after = self._after(outcome.mask, index)
-        pruned = self.layout.unflatten_like(outcome.weights, weights)
         yield PruneResult(
-            weights={**given, **{name: device_of(weights[name]).asarray(array) for name, array in pruned.items()}},
+            weights={**given, **self.layout.unflatten_like(outcome.weights, weights)},
             masks=self.layout.unflatten(outcome.mask.copy()),
             sparsity=_pruned_fraction(outcome.mask),
             predicted_loss_increase=outcome.predicted_loss_increase,
@@ -336,7 +334,7 @@ class Pruner(ABC):
         return {
             "method": type(self).__name__,
             "steps_per_epoch": self._steps_per_epoch,
-            "schedule": _table(self.schedule),
+            "schedule": schedule_table(self.schedule),
             "pruning_steps_done": self._done,
             "masks": self.masks,
         }
@@ -375,16 +373,18 @@ class Pruner(ABC):
         if not isinstance(state["method"], str):
             refuse("method", state["method"], "the name of a pruner")
         if state["method"] != own:
-            self._refuse_foreign([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
+            refuse_foreign([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
         initial = self._parsed_initial_sparsity(state)
         check_keys("a pruner (its masks)", state["masks"], ())
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
         if saved.shape[1] != 2:
             refuse("schedule", saved, "steps and sparsities, in two columns")
         scheduled = self._schedule_at(self._saved_steps_per_epoch(state), initial)
-        differences = [*self._other_weights(state["masks"]), *self._other_schedule(saved, _table(scheduled))]
+        differences = other_weights(state["masks"], self.layout.shapes)
+        if not self._is_same_schedule(saved, schedule_table(scheduled)):
+            differences.append(other_schedule(saved, schedule_table(scheduled)))
         if differences:
-            self._refuse_foreign(differences)
+            refuse_foreign(differences)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
         done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(scheduled))
@@ -423,31 +423,6 @@ class Pruner(ABC):
                 ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
             )
-
-    @staticmethod
-    def _refuse_foreign(differences: Sequence[str]) -> NoReturn:
-        raise ValueError(
-            f"the state belongs to another recipe or model: {'; '.join(differences)}. "
-            "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
-        )
-
-    def _other_weights(self, masks: Mapping[str, Array]) -> Iterator[str]:
-        """Yield how the weights of a state differ from those in scope."""
-        lacking = [name for name in self.layout.shapes if name not in masks]
-        if lacking:
-            yield f"it has no mask for {join_names(lacking)}"
-        unknown = [str(name) for name in masks if name not in self.layout.shapes]
-        if unknown:
-            yield f"it has masks for {join_names(unknown)}, which are not pruned here"
-        for name, shape in self.layout.shapes.items():
-            if name in masks and np.shape(masks[name]) != shape:
-                yield f"its {name} has shape {np.shape(masks[name])}, and here {shape}"
-                return
-
-    def _other_schedule(self, saved: Vector, scheduled: Vector) -> Iterator[str]:
-        """Yield how the pruning steps of a state differ from those scheduled here."""
-        if not self._is_same_schedule(saved, scheduled):
-            yield f"it has another method or schedule of pruning ({_first_difference(saved, scheduled)})"
 
     def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
         return np.array_equal(saved, scheduled)
@@ -494,10 +469,11 @@ class Pruner(ABC):
         return Progress(mask, self.schedule, self._progress.initial_sparsity, index + 1)
 
     @abstractmethod
-    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+    def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         """Return the outcome of the pruning step with this index. The pruner does not change.
 
-        ``weights`` are all weights in scope; ``is_zero`` says which of them are 0, whether pruned or not.
+        ``weights`` are all weights in scope, on the device of the first; ``is_zero`` says in host memory which of them
+        are 0, whether pruned or not.
         """
 
 
@@ -511,18 +487,3 @@ def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) 
         return shapes.keys()
     names = ModelNames(shapes=shapes, prunable=shapes.keys(), layers=layers_of_names(shapes), kind="weight")
     return selected_names(settings.params, settings.exclude, names).keys()
-
-
-def _table(schedule: Sequence[ScheduledStep]) -> Vector:
-    """Return steps and sparsities in two columns."""
-    return np.array([(scheduled.step, scheduled.sparsity) for scheduled in schedule], np.float64)
-
-
-def _first_difference(saved: Vector, scheduled: Vector) -> str:
-    numbered = enumerate(zip_longest(saved.tolist(), scheduled.tolist()), start=1)
-    number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])
-    return f"pruning step {number} is {_described(then)}, and here {_described(now)}"
-
-
-def _described(scheduled: Sequence[float] | None) -> str:
-    return "lacking" if scheduled is None else f"at step {scheduled[0]:g} to sparsity {scheduled[1]:g}"

@@ -10,7 +10,9 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
-from mfac_core.pruners.base import Mask, Outcome, Pruner, Vector
+from mfac_core.masks.layout import scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.pruners.base import Mask, Outcome, Pruner
+from mfac_core.pruners.saved_states import Vector
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import ConstantSettings
@@ -44,7 +46,7 @@ class ConstantPruner(Pruner):
         """Whether masks have been released: ``end_epoch`` has passed."""
         return self.is_finished and self._releases(len(self.schedule) - 1)
 
-    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+    def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         if self._releases(index):
             return Outcome(weights, np.ones_like(self._mask))
         mask, unheld = self._found(self._mask, is_zero)
@@ -55,7 +57,7 @@ class ConstantPruner(Pruner):
                 "at zero, write their exact names in params",
                 join_names(unheld),
             )
-        return Outcome(np.where(mask, weights, np.zeros_like(weights)), mask)
+        return Outcome(scatter_unpruned(take_unpruned(weights, mask), mask), mask)
 
     def _found(self, mask: Mask, is_zero: Mask) -> tuple[Mask, list[str]]:
         """Return the mask of the weights that are not zero, and the arrays that are zero throughout but not held."""
@@ -72,7 +74,7 @@ class ConstantPruner(Pruner):
         return self.schedule[index].epoch == self.settings.end_epoch
 
     def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> float:
-        found, _ = self._found(mask, self.layout.flatten(weights) == 0)
+        found, _ = self._found(mask, zeros_of(self.layout.flatten(weights)))
         return float(np.mean(~found))
 
     def _schedule_at(self, steps_per_epoch: int, initial: Sparsity | None) -> tuple[ScheduledStep, ...]:

@@ -1,4 +1,4 @@
-"""Which weights a saved state belongs to: a short digest of each array."""
+"""A short digest of each array, to recognize the weights that a saved state belongs to."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ __all__ = ["fingerprint"]
 
 
 def fingerprint(array: Array) -> str:
-    """Return a digest of an array: equal for equal shapes, dtypes and bits, on every machine and device.
+    """Return 32 hexadecimal digits: equal for equal shapes, dtypes and bits, on every machine and device.
 
     NaN equals NaN of the same bits, and -0.0 is not 0.0.
-
-    Args:
-        array: Of any shape and numeric dtype, on any device.
-
-    Returns:
-        32 hexadecimal digits.
 
     Example:
         >>> fingerprint(np.zeros(2)) == fingerprint(np.zeros(2)), fingerprint(np.zeros(2)) == fingerprint(np.ones(2))

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.masks.layout import take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
-from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner, Vector
+from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner
+from mfac_core.pruners.saved_states import refuse_foreign
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at
 from mfac_core.schedules.substeps import Sparsity
@@ -68,7 +70,7 @@ class GradualPruner(Pruner):
     def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
         if self.settings.initial_sparsity != FROM_PARAM:
             return None
-        return self._sparsity_of((self.layout.flatten(weights) == 0) | ~mask)
+        return self._sparsity_of(zeros_of(self.layout.flatten(weights)) | ~mask)
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         # the sparsity that was measured then counts, whatever the weights show now
@@ -80,15 +82,16 @@ class GradualPruner(Pruner):
                 refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
         held, expected = 0 if saved is None else len(saved), len(_values(own))
         if held != expected:
-            self._refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
+            refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
         if isinstance(own, Mapping):
             return dict(zip(own, saved.tolist(), strict=True))
         return own if saved is None else float(saved[0])
 
-    def _prune(self, weights: Vector, is_zero: Mask, index: int) -> Outcome:
+    def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         zeros = ~self._mask | is_zero
         select = partial(self._newly_pruned, sparsity=self._wanted_sparsity(zeros, index))
-        return Outcome.of_unpruned(self._mask, self._prune_unpruned(weights[self._mask], zeros, select, index))
+        unpruned = take_unpruned(weights, self._mask)
+        return Outcome.of_unpruned(self._mask, self._prune_unpruned(unpruned, zeros, select, index))
 
     def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the sparsity to reach now, in the pruning step with this index.
@@ -98,7 +101,7 @@ class GradualPruner(Pruner):
         return self._sparsity_at(self._progress, index)
 
     @abstractmethod
-    def _prune_unpruned(self, weights: Vector, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
+    def _prune_unpruned(self, weights: Array, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
         """Return what becomes of the unpruned weights; ``zeros`` says which of all weights are zero or pruned."""
 
     def _is_reached(self, zeros: Mask, progress: Progress, index: int) -> bool:
@@ -156,7 +159,7 @@ class MagnitudePruner(GradualPruner):
         [0.0, -4.0, 3.0, 0.0]
     """
 
-    def _prune_unpruned(self, weights: Vector, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
+    def _prune_unpruned(self, weights: Array, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
         return magnitude_step(weights, select)
 
 

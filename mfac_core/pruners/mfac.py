@@ -13,7 +13,7 @@ from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.sparsity import attained_sparsity
-from mfac_core.pruners.base import Mask, Progress, Vector
+from mfac_core.pruners.base import Mask, Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
@@ -388,7 +388,7 @@ class MFACPruner(GradualPruner):
         is_next = latest + 1 == self._done == self._progress.next_pruning < len(self.schedule)
         return self._done if is_next and step >= self._next_substep_due else latest
 
-    def _prune_unpruned(self, weights: Vector, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
+    def _prune_unpruned(self, weights: Array, zeros: Mask, select: Selection, index: int) -> UnprunedOutcome:
         self._collector.store_arriving()
         if self._is_reached(zeros, self._progress, index):  # only zeros are pruned, and nothing has to compensate
             return magnitude_step(weights, select)._replace(predicted_loss_increase=0.0)

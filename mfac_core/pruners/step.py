@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from mfac_core.backends import Array, Device, array_namespace
+from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import independent_update, joint_update, saliency
 from mfac_core.settings.checks import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
 
-Vector = npt.NDArray[Any]
 Selection = Callable[[Array], Array]
 """Chooses the newly pruned weights by the saliencies of the unpruned ones: a boolean array on the same device."""
 
@@ -42,6 +38,7 @@ class PruneResult:
             ``None`` where there was none, as in magnitude pruning.
 
     Example:
+        >>> import numpy as np
         >>> from mfac_core import prune
         >>> result = prune(np.array([1.0, -3.0]), np.eye(2), sparsity=0.5)
         >>> result.weights.tolist(), result.masks.tolist(), result.sparsity
@@ -59,7 +56,7 @@ class PruneResult:
 
 
 class UnprunedOutcome(NamedTuple):
-    """What becomes of the ``d`` weights that were unpruned before a pruning step or sub-step.
+    """What becomes of the ``d`` weights that were unpruned before a pruning step or sub-step, on their device.
 
     Attributes:
         weights: The updated weights, newly pruned ones exactly 0, shape ``(d,)``.
@@ -68,14 +65,14 @@ class UnprunedOutcome(NamedTuple):
         damping: As in :class:`PruneResult`.
     """
 
-    weights: Vector
-    newly_pruned: npt.NDArray[np.bool_]
+    weights: Array
+    newly_pruned: Array
     predicted_loss_increase: float | None = None
     damping: tuple[float, float] | None = None
 
 
 def mfac_step(
-    weights: Vector,
+    weights: Array,
     source: GradientSource,
     select: Selection,
     *,
@@ -86,7 +83,7 @@ def mfac_step(
     """Prune by M-FAC saliency and compensate with the OBS update.
 
     Args:
-        weights: Unpruned weights, shape ``(d,)``, in host memory. Not modified.
+        weights: Unpruned weights, shape ``(d,)``, on any device. Not modified.
         source: Gradient samples of these weights.
         select: Chooses the newly pruned from the saliencies.
         damping: Added to the diagonal of the empirical Fisher, or ``auto``.
@@ -94,8 +91,9 @@ def mfac_step(
         devices: Where the blocks are computed.
     """
     fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
-    with fisher.home.backend.on(fisher.home.name):
-        working = fisher.home.asarray(weights, source.dtype)
+    home, place = fisher.home, device_of(weights)
+    with home.backend.on(home.name):
+        working = home.asarray(place.move(weights, home), source.dtype)
         # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
         scale = _power_of_two(working)
         working = working / scale
@@ -105,16 +103,23 @@ def mfac_step(
             change, increase = joint_update(fisher, working, chosen)
         else:
             change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
-        pruned = fisher.home.to_numpy(chosen)
-        updated = (weights + fisher.home.to_numpy(change * scale)).astype(weights.dtype, copy=False)
-    updated[pruned] = 0
-    return UnprunedOutcome(updated, pruned, increase * scale * scale, fisher.damping_range)
+        newly_pruned, change = home.move(chosen, place), home.move(change * scale, place)
+    with place.backend.on(place.name):
+        updated = _without(newly_pruned, place.asarray(weights + change, weights.dtype))
+    return UnprunedOutcome(updated, newly_pruned, increase * scale * scale, fisher.damping_range)
 
 
-def magnitude_step(weights: Vector, select: Selection) -> UnprunedOutcome:
+def magnitude_step(weights: Array, select: Selection) -> UnprunedOutcome:
     """Prune the smallest of the unpruned weights, chosen by their magnitudes; the others stay as they are."""
-    chosen = select(np.abs(weights))
-    return UnprunedOutcome(np.where(chosen, np.zeros_like(weights), weights), chosen)
+    device = device_of(weights)
+    with device.backend.on(device.name):
+        newly_pruned = select(array_namespace(weights).abs(weights))
+        return UnprunedOutcome(_without(newly_pruned, weights), newly_pruned)
+
+
+def _without(newly_pruned: Array, weights: Array) -> Array:
+    xp = array_namespace(weights)
+    return xp.where(newly_pruned, xp.zeros_like(weights), weights)
 
 
 def _power_of_two(x: Array) -> float:

@@ -73,7 +73,7 @@ def caption(records: Sequence[RunRecord]) -> str:
     """Return a sentence about the numbers behind ±, and over which seeds they are taken."""
     seeds = sorted({record.seed for record in records if record.seed is not None})
     if len(seeds) == 1:
-        return f"One seed ({seeds[0]}), which says nothing of the spread."
+        return f"One seed ({seeds[0]}), without an estimate of the spread."
     in_a_row = seeds == list(range(seeds[0], seeds[-1] + 1))
     named = f"{seeds[0]} to {seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
     return f"Means over {len(seeds)} seeds ({named}) and 95 % confidence intervals of the mean (Student's t)."

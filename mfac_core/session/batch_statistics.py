@@ -1,4 +1,4 @@
-"""The running statistics of batch normalization, estimated anew after pruning."""
+"""The running statistics of batch normalization, recalibrated after pruning."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
     "ENOUGH_BATCHES",
     "BatchStatistics",
     "LayerStatistics",
-    "estimated_anew_line",
+    "recalibrated_line",
     "no_statistics_line",
     "stale_statistics_line",
 ]
@@ -97,7 +97,7 @@ class LayerStatistics(ABC):
         logger: Where to log what was estimated.
 
     Attributes:
-        layers: The layers whose statistics may be estimated anew, by name.
+        layers: The layers whose statistics may be recalibrated, by name.
         frozen: Names of the frozen ones.
     """
 
@@ -106,10 +106,10 @@ class LayerStatistics(ABC):
         self.frozen = frozen
         self._logger = logger
 
-    def estimate_anew(
+    def recalibrate(
         self, sampler: Sampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
     ) -> int:
-        """Estimate the statistics as the average over the batches of one pass; an exception leaves them as they were.
+        """Replace the statistics by averages over the batches of one pass; an exception leaves them as they were.
 
         Args:
             sampler: Where the batches come from.
@@ -117,7 +117,7 @@ class LayerStatistics(ABC):
             options: Passed to the callable that makes the batches.
 
         Returns:
-            The number of layers whose statistics were estimated anew.
+            The number of layers whose statistics were recalibrated.
         """
         if not self.layers:
             self._logger.info("%s", no_statistics_line(self.frozen))
@@ -134,7 +134,7 @@ class LayerStatistics(ABC):
         except BaseException:
             self._restore(before)
             raise
-        self._logger.info("%s", estimated_anew_line(statistics, self.frozen))
+        self._logger.info("%s", recalibrated_line(statistics, self.frozen))
         return len(statistics.averages())
 
     @abstractmethod
@@ -159,7 +159,7 @@ class LayerStatistics(ABC):
 
 
 def no_statistics_line(frozen: Collection[str] = ()) -> str:
-    """Return the log line of a model that has no statistics to estimate anew.
+    """Return the log line of a model that has no statistics to recalibrate.
 
     Example:
         >>> no_statistics_line()
@@ -171,20 +171,20 @@ def no_statistics_line(frozen: Collection[str] = ()) -> str:
     return f"nothing to recalibrate: {why}"
 
 
-def estimated_anew_line(statistics: BatchStatistics, frozen: Collection[str] = ()) -> str:
-    """Return the log line about the statistics that were estimated anew.
+def recalibrated_line(statistics: BatchStatistics, frozen: Collection[str] = ()) -> str:
+    """Return the log line about the statistics that were recalibrated.
 
     Example:
         >>> statistics = BatchStatistics(["norm", "unused"])
         >>> statistics.add("norm", [0.0], [1.0])
         >>> statistics.num_batches = 1
-        >>> estimated_anew_line(statistics)
-        'statistics of 1 batch normalization layer estimated anew over 1 batch; no batch comes through unused'
+        >>> recalibrated_line(statistics)
+        'statistics of 1 batch normalization layer recalibrated over 1 batch; no batch comes through unused'
     """
     unused = f"; no batch comes through {join_names(statistics.unused)}" if statistics.unused else ""
     left = f"; frozen, and left as they are: {join_names(frozen)}" if frozen else ""
     layers = _counted(len(statistics.averages()), "batch normalization layer")
-    return f"statistics of {layers} estimated anew over {_counted(statistics.num_batches, 'batch', 'es')}{unused}{left}"
+    return f"statistics of {layers} recalibrated over {_counted(statistics.num_batches, 'batch', 'es')}{unused}{left}"
 
 
 def stale_statistics_line(layers: Collection[str], cure: str) -> str:
@@ -197,7 +197,7 @@ def stale_statistics_line(layers: Collection[str], cure: str) -> str:
     has = "has" if len(layers) == 1 else "have"
     return (
         f"{_counted(len(layers), 'batch normalization layer')} ({join_names(layers)}) still {has} the statistics of "
-        f"the weights before pruning, which can cost accuracy; {cure} estimates them anew"
+        f"the weights before pruning, which can cost accuracy; {cure} recalibrates them"
     )
 
 

@@ -1,4 +1,4 @@
-"""One pruning modifier at work on one model: gradients in, weights and masks out, whatever the framework."""
+"""One pruning modifier at work on one model: gradients in, weights and masks out, in any framework."""
 
 from __future__ import annotations
 
@@ -31,16 +31,12 @@ _M = TypeVar("_M")
 
 
 def draws_samples(settings: PruningSettings) -> bool:
-    """Return whether a modifier takes its gradients from a sampler, where there is one."""
+    """Return whether a modifier takes its gradients from a sampler if there is one."""
     return isinstance(settings, MFACSettings) and settings.gradient_origin == "auto"
 
 
 def combined_masks(masks: Iterable[Mapping[str, _M]]) -> dict[str, _M]:
-    """Return the masks that several modifiers hold together: a weight is kept that all of them keep.
-
-    Args:
-        masks: Of each modifier, name and boolean array or tensor; True keeps.
-    """
+    """Combine the masks of several modifiers, by name: a weight is kept if all of them keep it."""
     combined: dict[str, Any] = {}
     for each in masks:
         for name, mask in each.items():
@@ -53,15 +49,15 @@ class LivePruning(ABC):
 
     A subclass gives access to the model of a framework: :meth:`weights`, :meth:`write` and :meth:`snapshot`; for a
     gradient sampler also :meth:`gradient_samples` and :meth:`loss_function`. :meth:`drawing`, :meth:`apply`,
-    :meth:`report` and :meth:`pruned` are hooks for what else a framework needs.
+    :meth:`report` and :meth:`pruned` are hooks for anything else that a framework needs.
 
     Args:
         settings: What to prune, when and how.
-        sizes: The weights in scope: name and number.
+        sizes: The number of weights in each array in scope, by name.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
         axes: As in :func:`mfac_core.make_pruner`.
-        name: Name of the modifier in the log, empty where it is the only one.
+        name: Name of the modifier in the log, empty if it is the only one.
 
     Raises:
         SettingError: If ``mask_type`` of the settings does not fit the weights.
@@ -107,21 +103,21 @@ class LivePruning(ABC):
         """Register callbacks that restore the weights as they are now."""
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterable[Mapping[str, Array]]:
-        """Draw as many gradient samples as a pruner wants, by name; ``held_out`` takes batches beside them."""
+        """Draw as many gradient samples, by name, as the pruner needs; ``held_out`` gets further batches."""
         raise NotImplementedError(f"{type(self).__name__} has no gradient sampler")
 
     def loss_function(self) -> Callable[[Sequence[Any]], float] | None:
-        """Return a function that computes the mean loss of batches; None where there is no sampler."""
+        """Return a function that computes the mean loss of batches; None if there is no sampler."""
         return None
 
     def drawing(self) -> AbstractContextManager[None]:
-        """Return a context in which samples are drawn; after an exception the next try draws the same ones."""
+        """Return a context in which samples are drawn; after an exception, the next attempt draws the same ones."""
         return nullcontext()
 
     def apply(self, result: PruneResult, undo: ExitStack) -> None:
         """Hold new masks and reset stale optimizer state, once weights are written and before a sub-step is committed.
 
-        Each change registers in ``undo`` what takes it back.
+        Each change registers a callback in ``undo`` that reverts it.
         """
 
     def report(self, line: str, scheduled: ScheduledStep | None, step: int) -> None:
@@ -129,11 +125,11 @@ class LivePruning(ABC):
         self.logger.info("%s", line)
 
     def pruned(self, result: PruneResult, step: int) -> None:
-        """Take note of a pruning step that is complete; :attr:`masks` are empty where it releases them."""
+        """Handle a completed pruning step; :attr:`masks` are empty if it has released them."""
 
     @property
     def masks(self) -> dict[str, Mask]:
-        """The masks held now, True keeps; empty before the first pruning step and once released."""
+        """The current masks, True keeps; empty before the first pruning step and after their release."""
         has_begun = self._pruner.sparsity > 0 or self._pruner.next_step != self._pruner.schedule[0]
         return self._pruner.masks if has_begun and not self._pruner.is_released else {}
 
@@ -158,7 +154,7 @@ class LivePruning(ABC):
 
     @property
     def holds_zeros_only(self) -> bool:
-        """Whether it prunes nothing further and holds the zeros that exist."""
+        """Whether the modifier only holds the zeros that the weights have."""
         return isinstance(self.settings, ConstantSettings)
 
     @property
@@ -167,7 +163,7 @@ class LivePruning(ABC):
         return self._pruner.is_finished
 
     def needs_gradients(self, step: int) -> bool:
-        """Return whether the gradient that arrives after ``step`` completed optimizer steps is wanted."""
+        """Return whether the gradient that arrives after ``step`` completed optimizer steps is needed."""
         return self._pruner.needs_gradients(step)
 
     def observe(self, gradients: Mapping[str, Array]) -> None:
@@ -186,7 +182,7 @@ class LivePruning(ABC):
 
         Args:
             step: Completed optimizer steps.
-            others: Masks of other modifiers: what they prune stays zero.
+            others: Masks of other modifiers, whose pruned weights stay zero.
         """
         if not self._pruner.is_due(step):
             return
@@ -197,31 +193,31 @@ class LivePruning(ABC):
         self.pruned(result, step)
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
-        """Return all that a resumed run needs: arrays and plain values; without the gradient window if asked."""
+        """Return everything a resumed run needs, as arrays and plain values, with or without the gradient window."""
         state = self._pruner.state_dict()
         if not gradient_window:
             state.pop("window", None)
         return state
 
     def parsed(self, state: Mapping[str, Any]) -> Pruner:
-        """Return a pruner with a state of the same settings and weights. Nothing is changed yet.
+        """Return a pruner with a state; nothing is changed yet.
 
         Raises:
-            ValueError: If the state is broken or does not fit.
+            ValueError: If the state is broken, or belongs to other settings or weights.
         """
         pruner = copy(self._pruner)
         pruner.load_state_dict(state)
         return pruner
 
     def resume(self, pruner: Pruner) -> None:
-        """Continue from what :meth:`parsed` returned."""
+        """Resume with a pruner that :meth:`parsed` has returned."""
         self._pruner = pruner
 
     def unfinished(self, event: str, step: int) -> str:
-        """Return a warning that training ended before the last pruning step; empty where it is done.
+        """Return a warning that training ended before the last pruning step, or an empty string if it is done.
 
         Args:
-            event: What happened, such as ``fit ended``.
+            event: What has ended training, such as ``fit ended``.
             step: Completed optimizer steps.
         """
         if self.is_finished:
@@ -237,7 +233,7 @@ class LivePruning(ABC):
         )
 
     def _prune(self, step: int, others: Mapping[str, Mask], measurement: LossMeasurement) -> PruneResult:
-        """Do one sub-step completely, or leave everything as it was."""
+        """Do one sub-step; an exception leaves everything unchanged."""
         start = time.perf_counter()
         scheduled = self._pruner.next_step
         with self._sampled(step, measurement), ExitStack() as undo:
@@ -264,7 +260,7 @@ class LivePruning(ABC):
 
     @contextmanager
     def _sampled(self, step: int, measurement: LossMeasurement) -> Iterator[None]:
-        """Fill the gradient window with fresh samples for a block, where the pruning step uses a sampler."""
+        """Fill the gradient window with fresh samples for a block, if the pruning step uses a sampler."""
         pruner = self._pruner
         if not self._draws_samples or not isinstance(pruner, MFACPruner) or not pruner.uses_gradients(step):
             yield

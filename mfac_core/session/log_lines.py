@@ -1,4 +1,4 @@
-"""What a run says of its pruning steps in the log: the same sentences in every adapter."""
+"""Log lines about pruning steps, the same in every adapter."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ __all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
 
 
 def scope_in_line(modifier: str, names: Iterable[str]) -> str:
-    """Return which modifier and which weights a line is about.
-
-    Args:
-        modifier: Name of the modifier, from :func:`mfac_core.recipe.naming.modifier_names`.
-        names: Names of the weights in its scope.
-
-    Returns:
-        The names of the weights, after that of the modifier where there are several.
+    """Return the names of weights, after that of their modifier if there are several modifiers.
 
     Example:
         >>> scope_in_line("MFACPruningModifier 2", ["fc.weight"]), scope_in_line("", ["fc.weight"])
@@ -41,21 +34,7 @@ def pruning_step_line(
     seconds: float,
     measured_on: str = "",
 ) -> str:
-    """Return in one line what a pruning step has done.
-
-    Args:
-        result: What it has left.
-        settings: What its modifier says.
-        modifier: Name of its modifier, from :func:`mfac_core.recipe.naming.modifier_names`.
-        names: Names of the weights in scope.
-        step: Completed training steps.
-        steps_per_epoch: Training steps per epoch.
-        num_rows: Gradient samples that it drew on.
-        seconds: How long it took.
-        measured_on: What the change of the loss was measured on.
-
-    Returns:
-        The line.
+    """Return the line about a completed pruning step; ``measured_on`` names the batches of the measured loss change.
 
     Example:
         >>> import numpy as np
@@ -84,7 +63,7 @@ def pruning_step_line(
 
 
 def unfinished_line(
-    what: str,
+    event: str,
     *,
     modifier: str,
     names: Iterable[str],
@@ -93,19 +72,7 @@ def unfinished_line(
     sparsity: float,
     refused_rows: int,
 ) -> str:
-    """Return in one line that a run has ended before the last pruning step of a modifier.
-
-    Args:
-        what: What has happened, such as ``fit ended``.
-        modifier: Its name, from :func:`mfac_core.recipe.naming.modifier_names`.
-        names: Names of the weights in its scope.
-        epoch: Completed epochs.
-        due: Epoch of the pruning step.
-        sparsity: Sparsity that it has reached.
-        refused_rows: Gradient samples that held NaN or Inf.
-
-    Returns:
-        The line.
+    """Return the line about a run that has ended before the last pruning step of a modifier.
 
     Example:
         >>> unfinished_line(
@@ -116,6 +83,6 @@ def unfinished_line(
     """
     refused = f"; {refused_rows} gradient samples were refused for NaN or Inf" if refused_rows else ""
     return (
-        f"{what} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({scope_in_line(modifier, names)}): "
+        f"{event} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({scope_in_line(modifier, names)}): "
         f"sparsity is {sparsity:.4f}{refused}"
     )

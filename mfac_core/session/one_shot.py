@@ -36,8 +36,8 @@ def prune_in_one_shot(
             :func:`mfac_core.schedules.one_shot.one_shot_in_order`.
         statistics: The batch normalization of the model.
         sampler: The gradient sampler of the framework, or None.
-        recalibrate_batchnorm: Whether to estimate the statistics anew, over batches of the sampler.
-        cure: The call that estimates them anew later, for the warning that they are stale.
+        recalibrate_batchnorm: Whether to recalibrate the statistics over batches of the sampler.
+        cure: The call that recalibrates them later, for the warning that they are stale.
     """
     log = session.logger
     for warning in lint_one_shot(groups, [pruning.sizes for pruning in session.prunings]):
@@ -52,7 +52,7 @@ def prune_in_one_shot(
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for _, each in groups if isinstance(each, MFACSettings)), {})
-            statistics.estimate_anew(sampler, ENOUGH_BATCHES, options)
+            statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:
         return

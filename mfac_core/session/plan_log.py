@@ -1,4 +1,4 @@
-"""The plan of a run in the log: what each modifier matches, when it prunes, and what may not be intended."""
+"""Log the plan of a run: which weights each modifier matches, when it prunes, and settings that may not be intended."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def log_plan(
     trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
     logged: Container[str] = (),
 ) -> None:
-    """Log what each pruning modifier matches and when it prunes, and warn of settings that may not be intended.
+    """Log which weights each modifier prunes and when, and warn about settings that may not be intended.
 
     Args:
         logger: The logger of the adapter.
@@ -32,9 +32,9 @@ def log_plan(
         others: The settings of all other modifiers.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
-        epochs: Epochs of the training, where they are known.
+        epochs: Epochs of training, if known.
         trainable: The parameters that each modifier freezes or unfreezes.
-        logged: Warnings that the log has already.
+        logged: Warnings that are logged already.
     """
     plan = plan_model(
         [*(pruning.settings for pruning in prunings), *others],
@@ -58,5 +58,5 @@ def log_plan(
 def _devices(pruning: LivePruning) -> str:
     if not isinstance(pruning.settings, MFACSettings):
         return ""
-    why = " (the recipe names no devices: where the weights are, on a GPU if CuPy is installed)"
+    why = " (the recipe names no devices: those of the weights are used, GPUs if CuPy is installed)"
     return f"; computed on {', '.join(pruning.devices)}{why if pruning.settings.devices == ('auto',) else ''}"

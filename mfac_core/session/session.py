@@ -22,7 +22,7 @@ P = TypeVar("P", bound=LivePruning)
 
 
 class Changes(Protocol):
-    """What a recipe changes in training beside pruning."""
+    """The changes of training other than pruning."""
 
     def state_dict(self) -> Any:
         """Return the progress."""
@@ -31,7 +31,7 @@ class Changes(Protocol):
         """Raise ValueError for a state of another recipe."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Continue from a state that fits."""
+        """Resume from a state that fits."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class ParsedState:
 
 
 def gradual_in_order(settings: Iterable[PruningSettings]) -> list[PruningSettings]:
-    """Return the settings of all groups with a final sparsity of their own, in the order in which modifiers begin.
+    """Return the settings of each group of weights with one final sparsity, ordered by start epoch.
 
-    A modifier that follows another sees its zeros.
+    So a modifier sees the zeros of those that begin before it.
     """
     in_order = sorted(settings, key=lambda each: each.start_epoch)
     return [group for each in in_order for group in each.by_final_sparsity()]
@@ -64,7 +64,7 @@ def attached(settings: Sequence[PruningSettings], attach: Callable[[PruningSetti
     """Return modifiers attached to a model, in order; errors name the modifier.
 
     Args:
-        settings: What each modifier does.
+        settings: The settings of each modifier.
         attach: Attaches one of them, given its settings and its name in the log.
     """
     prunings = []
@@ -108,7 +108,7 @@ class Session(Generic[P]):
         self._changes = changes
 
     def zeros(self) -> ZeroCount:
-        """Count the zeros of pruned weights: what the weights are now, whatever has written them."""
+        """Count the zeros among pruned weights as they are now, whatever has written to the model."""
         weights = {name: array for pruning in self.prunings for name, array in pruning.weights().items()}
         return count_zeros(weights, combined_masks(pruning.masks for pruning in self.prunings))
 
@@ -120,7 +120,7 @@ class Session(Generic[P]):
         """Do the pruning steps that are due. An exception leaves each of them done completely, or not at all."""
         for pruning in self.prunings:
             if pruning.is_due(self.step):
-                # the update of one modifier must not move what another has pruned
+                # The update of one modifier must not move weights that another has pruned.
                 others = combined_masks(each.masks for each in self.prunings if each is not pruning)
                 pruning.prune_if_due(self.step, others)
 
@@ -135,7 +135,7 @@ class Session(Generic[P]):
             self.logger.warning("%s%s", warning, f"; {cause}" if cause else "")
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
-        """Return the progress: plain values, and the state of each modifier; gradient windows if asked."""
+        """Return the progress and the state of each modifier, with or without gradient windows."""
         return {
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -148,7 +148,7 @@ class Session(Generic[P]):
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
-            strict: Whether all of it must fit; otherwise what fits is taken, and the rest is logged.
+            strict: Whether all of it must fit; otherwise the rest is ignored with a warning.
 
         Raises:
             ValueError: If the state is broken, or belongs to another run.
@@ -164,12 +164,14 @@ class Session(Generic[P]):
             except ValueError as error:
                 if strict:
                     raise
-                self.logger.warning("learning rate and weight decay go by the epoch alone: %s", error)
+                self.logger.warning(
+                    "learning rates and weight decays follow the schedule from the current epoch: %s", error
+                )
                 changes = self._changes.state_dict()
         return ParsedState(step, steps_per_epoch, pruners, changes)
 
     def resume(self, parsed: ParsedState) -> None:
-        """Continue from a state that :meth:`parsed` has checked."""
+        """Resume from a state that :meth:`parsed` has checked."""
         for pruning, pruner in zip(self.prunings, parsed.pruners, strict=True):
             if pruner is not None:
                 pruning.resume(pruner)
@@ -186,7 +188,7 @@ class Session(Generic[P]):
             )
             if strict:
                 raise ValueError(difference)
-            self.logger.warning("only the first ones are taken: %s", difference)
+            self.logger.warning("modifiers are matched in order, and the rest is ignored: %s", difference)
         pruners: list[Pruner | None] = []
         for pruning, state in zip(self.prunings, states, strict=False):
             try:
@@ -202,5 +204,5 @@ class Session(Generic[P]):
         check_keys("a pruning modifier", state, ())
         its_own = state.get("steps_per_epoch", steps_per_epoch)
         if not isinstance(its_own, int) or its_own != steps_per_epoch:
-            refuse("steps_per_epoch of a pruning modifier", its_own, f"{steps_per_epoch} as of all")
+            refuse("steps_per_epoch of a pruning modifier", its_own, f"{steps_per_epoch}, as for the whole run")
         return pruning.parsed({**state, "steps_per_epoch": steps_per_epoch})

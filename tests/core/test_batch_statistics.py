@@ -10,8 +10,8 @@ from mfac_core.sample_batches import Sampler
 from mfac_core.session.batch_statistics import (
     BatchStatistics,
     LayerStatistics,
-    estimated_anew_line,
     no_statistics_line,
+    recalibrated_line,
     stale_statistics_line,
 )
 
@@ -58,14 +58,14 @@ def test_lines_name_layers_and_count_them():
     statistics.add("a", [0.0], [1.0])
     statistics.add("b", [0.0], [1.0])
     statistics.num_batches = 1200
-    assert estimated_anew_line(statistics, ["d"]) == (
-        "statistics of 2 batch normalization layers estimated anew over 1,200 batches; no batch comes through c; "
+    assert recalibrated_line(statistics, ["d"]) == (
+        "statistics of 2 batch normalization layers recalibrated over 1,200 batches; no batch comes through c; "
         "frozen, and left as they are: d"
     )
     assert no_statistics_line(["d"]) == "nothing to recalibrate: every batch normalization of the model is frozen (d)"
     assert stale_statistics_line(["a", "b"], "cure()") == (
         "2 batch normalization layers (a, b) still have the statistics of the weights before pruning, which can cost "
-        "accuracy; cure() estimates them anew"
+        "accuracy; cure() recalibrates them"
     )
 
 
@@ -99,15 +99,15 @@ class Norms(LayerStatistics):
 def test_layers_get_the_averages_and_what_no_batch_comes_through_stays(caplog):
     norms = Norms(["a", "b", "c"], frozen=["c"])
     with caplog.at_level(logging.INFO, logger="mfac_core"):
-        assert norms.estimate_anew(Sampler([{"a": 1.0}, {"a": 3.0}])) == 1
+        assert norms.recalibrate(Sampler([{"a": 1.0}, {"a": 3.0}])) == 1
     assert norms.layers == {"a": [2.0], "b": [0.0]}
     assert "over 2 batches; no batch comes through b; frozen, and left as they are: c" in caplog.text
-    assert Norms(["c"], frozen=["c"]).estimate_anew(Sampler([])) == 0
+    assert Norms(["c"], frozen=["c"]).recalibrate(Sampler([])) == 0
 
 
 def test_an_exception_leaves_statistics_as_they_were():
     norms = Norms(["a", "b"])
     for batches in ([{"a": 1.0}, {"b": np.nan}], []):
         with pytest.raises(ValueError, match="holds NaN or Inf|yields no batch"):
-            norms.estimate_anew(Sampler(batches))
+            norms.recalibrate(Sampler(batches))
         assert norms.layers == {"a": [0.0], "b": [0.0]}

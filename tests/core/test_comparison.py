@@ -59,7 +59,7 @@ def test_one_seed_has_no_intervals_and_says_so() -> None:
     one = [each for each in RECORDS if each.seed == 0]
 
     assert "±" not in printed(one)
-    assert caption(one) == "One seed (0), which says nothing of the spread."
+    assert caption(one) == "One seed (0), without an estimate of the spread."
 
 
 def test_each_sparsity_has_rows_of_its_own_from_low_to_high() -> None:

@@ -479,7 +479,7 @@ def test_steps_per_epoch_is_checked(function):
         function(recipe(mfac()), 0)
 
 
-def test_lint_model_checks_the_steps_per_epoch():
+def test_plan_model_checks_the_steps_per_epoch():
     with pytest.raises(SettingError, match="steps_per_epoch: 0 must be a positive integer"):
         plan_model([mfac()], [{"a": 1}], 0)
 

@@ -499,7 +499,7 @@ def test_what_is_not_an_array_is_refused_by_type():
         mfac_core.prune(np.ones(2), [[1.0, 2.0]], sparsity=0.5)
     with pytest.raises(TypeError, match=r"masks\['a'\]: .*list is not a NumPy or CuPy array"):
         mfac_core.prune({"a": np.ones(2)}, np.ones((1, 2)), sparsity=0.5, masks={"a": [True, True]})
-    with pytest.raises(TypeError, match=r"what the function gradients returned\['a'\]: .*NoneType is not"):
+    with pytest.raises(TypeError, match=r"the result of the function gradients\['a'\]: .*NoneType is not"):
         mfac_core.prune({"a": np.ones(2)}, lambda weights: {"a": None}, sparsity=0.5)
 
 
@@ -523,7 +523,7 @@ def test_whatever_can_be_called_with_the_weights_gives_gradients(gradients):
 @pytest.mark.parametrize(
     ("gradients", "message"),
     [
-        (lambda weights, count: None, r"gradients takes the arguments \(weights, count\), and it is called with the"),
+        (lambda weights, count: None, r"gradients takes the arguments \(weights, count\), but is called with the"),
         (Samples.of, r"gradients takes the arguments \(self, weights\)"),
         (lambda *, count: None, r"gradients takes the arguments \(\*, count\)"),
         (Samples, r"gradients is the class Samples; pass a function gradients\(weights\)"),
@@ -678,7 +678,7 @@ def test_a_function_gives_fresh_rows_for_each_part(parts, scope, update, caplog)
     assert any(np.any(stale.weights[name] != result.weights[name]) for name in SHAPES)
     (record,) = caplog.records
     count = parts.get("num_recomputations", 7)
-    assert record.getMessage().startswith(f"the {count} parts of this pruning step share the gradients that are given")
+    assert record.getMessage().startswith(f"the {count} sub-steps of this pruning step share the given gradients")
 
 
 def test_the_function_sees_the_weights_of_each_part_and_cannot_change_them():

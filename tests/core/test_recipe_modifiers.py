@@ -578,7 +578,7 @@ class TestModifiers:
             (
                 "LearningRateModifier",
                 "lr_kwargs: {step_size: 1, x: 1}",
-                "lr_kwargs: StepLR has no option 'x'; its options",
+                "lr_kwargs: StepLR has no option 'x'",
             ),
             ("LearningRateModifier", "init_lr: 0", "the rule is 0 < init_lr <= 1"),
             ("SetWeightDecayModifier", "weight_decay: -1", "weight_decay: -1.0 is out of range"),

@@ -1,11 +1,20 @@
-"""Where the gradient window is kept, and gradients that arrive from another device while training goes on."""
+"""Where weights and the gradient window are kept, and gradients that arrive from another device during training."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from mfac_core import DeviceError, MemoryBudgetError, MFACPruner, MFACSettings
+from mfac_core import (
+    ACDCSettings,
+    ConstantSettings,
+    DeviceError,
+    MagnitudeSettings,
+    MemoryBudgetError,
+    MFACPruner,
+    MFACSettings,
+    make_pruner,
+)
 from mfac_core.backends import Device, device_of, resolve_device, selection
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher.partition import BlockGroup, working_bytes
@@ -27,12 +36,23 @@ SHAPES = {"a": (5, 6), "b": (11,)}
 
 
 class Accelerator(StrictBackend):
-    """Virtual devices that training happens on; counts what is waited for and what host memory is asked of it."""
+    """Virtual devices that training happens on; counts waits, requests for host memory, and numbers that are moved."""
 
     def __init__(self, free_bytes=10**9):
         super().__init__(free_bytes=free_bytes)
         self.waited = 0
         self.pinned = 0
+        self.moved = {"up": [], "down": []}  # shapes of floating-point arrays
+
+    def asarray(self, x, device, dtype=None):
+        if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+            self.moved["up"].append(x.shape)
+        return super().asarray(x, device, dtype)
+
+    def to_numpy(self, x):
+        if not isinstance(x, np.ndarray) and "float" in str(x.dtype):
+            self.moved["down"].append(x.shape)
+        return super().to_numpy(x)
 
     def fetch(self, x):
         def wait():
@@ -54,7 +74,8 @@ def accelerator(monkeypatch):
         return device_of(x) if isinstance(x, np.ndarray) else Device(backend, str(x.device).split("'")[1])
 
     monkeypatch.setattr(selection, "_backends", lambda: (NumpyBackend(), backend))
-    for module in ("fisher.window_checks", "pruners.base", "pruners.collection", "pruners.mfac", "masks.layout"):
+    modules = ("base", "collection", "mfac", "step")
+    for module in ("fisher.window_checks", "masks.layout", *(f"pruners.{name}" for name in modules)):
         monkeypatch.setattr(f"mfac_core.{module}.device_of", of)
     return backend
 
@@ -141,6 +162,66 @@ def test_a_gradient_that_was_arriving_is_no_part_of_a_state_that_is_loaded(accel
     pruner.observe({name: Device(accelerator, "device1").asarray(array) for name, array in gradient_at(0).items()})
     pruner.load_state_dict(state)
     assert pruner.num_rows == 0
+
+
+@pytest.mark.parametrize("update", ["independent", "joint"])
+def test_weights_do_not_leave_their_device_in_a_pruning_step(update, accelerator):
+    """Masks travel, at one byte for each weight; the weights themselves would be four or eight."""
+    in_host_memory, pruner = (pruner_for(update=update, devices=(name,)) for name in ("cpu", "device1"))
+    place = Device(accelerator, "device1").asarray
+    for step in range(5):
+        in_host_memory.observe(gradient_at(step))
+        pruner.observe({name: place(array) for name, array in gradient_at(step).items()})
+    here, weights = gradient_at(1000), {name: place(array) for name, array in gradient_at(1000).items()}
+    assert pruner.num_rows == 5
+    accelerator.moved = {"up": [], "down": []}
+    result = pruner.prune(weights, STEPS)
+    vectors = [shape for moved in accelerator.moved.values() for shape in moved if len(shape) == 1 and shape[0] > 10]
+    assert not vectors and not set(SHAPES.values()) & {*accelerator.moved["up"], *accelerator.moved["down"]}
+    expected = in_host_memory.prune(here, STEPS)
+    for name in SHAPES:
+        assert isinstance(result.masks[name], np.ndarray) and result.weights[name].device == weights[name].device
+        np.testing.assert_array_equal(result.masks[name], expected.masks[name])
+        found = accelerator.to_numpy(result.weights[name])
+        np.testing.assert_allclose(found, expected.weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [("device1", "device2"), ("cpu", "device1"), ("device1", "cpu")])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        MagnitudeSettings(final_sparsity=0.5, end_epoch=0),
+        MagnitudeSettings(final_sparsity=0.5, initial_sparsity="__FROM_PARAM__", end_epoch=0),
+        ConstantSettings(),
+        ACDCSettings(compression_sparsity=0.5, end_epoch=0),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_weights_may_be_spread_over_devices(settings, places, accelerator):
+    def placed(name, array):
+        device = dict(zip(SHAPES, places, strict=True))[name]
+        return array if device == "cpu" else Device(accelerator, device).asarray(array)
+
+    here = gradient_at(1000)
+    here["a"][0] = 0
+    there = {name: placed(name, array) for name, array in here.items()}
+    expected, result = (make_pruner(settings, each, steps_per_epoch=1).prune(each) for each in (here, there))
+    for name in SHAPES:
+        np.testing.assert_array_equal(result.masks[name], expected.masks[name])
+        np.testing.assert_array_equal(accelerator.to_numpy(result.weights[name]), expected.weights[name])
+        assert type(result.weights[name]) is type(there[name]) and result.weights[name].device == there[name].device
+
+
+def test_weights_on_a_device_that_are_not_finite_are_refused_unless_they_are_pruned(accelerator):
+    place = Device(accelerator, "device1").asarray
+    weights, settings = gradient_at(1000), MagnitudeSettings(final_sparsity=0.5, end_epoch=0)
+    weights["b"][3] = np.nan
+    masks = {name: np.isfinite(array) for name, array in weights.items()}
+    there = {name: place(array) for name, array in weights.items()}
+    with pytest.raises(ValueError, match="weights hold NaN or Inf in b: training has diverged"):
+        make_pruner(settings, there, steps_per_epoch=1).prune(there)
+    result = make_pruner(settings, there, steps_per_epoch=1, masks=masks).prune(there)
+    assert not result.masks["b"][3] and accelerator.to_numpy(result.weights["b"])[3] == 0
 
 
 def test_the_first_device_with_room_keeps_the_window():

@@ -136,6 +136,25 @@ def test_the_window_of_a_run_is_kept_on_the_gpu_when_it_fits():
     assert bool((chunk == 1).all())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        mfac_core.MagnitudeSettings(final_sparsity=0.5, end_epoch=0, mask_type="2:4"),
+        mfac_core.MagnitudeSettings(final_sparsity=0.7, end_epoch=0),
+        mfac_core.ACDCSettings(compression_sparsity=0.7, end_epoch=0),
+        mfac_core.ConstantSettings(),
+    ],
+)
+def test_weights_on_cuda_are_pruned_there_to_the_same_masks(settings):
+    _, weights = problem(1, 4000)
+    weights[:300] = 0
+    here, there = {"w": weights.reshape(40, 100)}, {"w": cupy.asarray(weights).reshape(40, 100)}
+    host, device = (mfac_core.make_pruner(settings, each, steps_per_epoch=1).prune(each) for each in (here, there))
+    assert isinstance(device.weights["w"], cupy.ndarray)
+    np.testing.assert_array_equal(device.masks["w"], host.masks["w"])
+    np.testing.assert_array_equal(cupy.asnumpy(device.weights["w"]), host.weights["w"])
+
+
 def test_the_window_on_cuda_holds_the_same_rows():
     rng = np.random.default_rng(0)
     windows = [GradientWindow(70, 5, block_size=16, device=name) for name in ("cpu", "cuda:0")]

@@ -172,7 +172,7 @@ def test_frozen_layers_are_left_and_named(caplog):
         assert all(map(np.array_equal, before, statistics(model.get_layer("norm"))))
         model.trainable = False
         assert recalibrate_batchnorm(model, batches()) == 0
-    assert "1 batch normalization layer estimated anew over 5 batches; frozen, and left as they are: " in caplog.text
+    assert "1 batch normalization layer recalibrated over 5 batches; frozen, and left as they are: " in caplog.text
     assert "nothing to recalibrate: every batch normalization of the model is frozen" in caplog.text
 
 
@@ -219,7 +219,7 @@ def test_a_number_of_batches_may_be_given(monkeypatch, caplog):
     assert_statistics(model.get_layer("norm"), *expected(3))
     with caplog.at_level(logging.INFO, logger="mfac_keras"):  # arrays are cut into batches of 32
         recalibrate_batchnorm(model, tuple(np.concatenate(each) for each in zip(*batches(), strict=True)))
-    assert "estimated anew over 3 batches" in caplog.text
+    assert "recalibrated over 3 batches" in caplog.text
     with pytest.raises(ValueError, match="num_batches: 0 must be a positive integer"):
         recalibrate_batchnorm(model, batches(), num_batches=0)
 
@@ -266,7 +266,7 @@ def test_one_shot_recalibrates_on_request_and_says_otherwise_that_statistics_are
     prune_one_shot(twin, batches(), **keys)
     (line,) = stale(caplog)
     assert line.startswith("1 batch normalization layer (")
-    assert "mfac_keras.recalibrate_batchnorm(model, dataset) estimates them anew" in line
+    assert "mfac_keras.recalibrate_batchnorm(model, dataset) recalibrates them" in line
     norms = [each.get_layer("norm") for each in (model, twin)]
     assert not np.allclose(norms[0].moving_mean.numpy(), norms[1].moving_mean.numpy())
     recalibrate_batchnorm(twin, batches())

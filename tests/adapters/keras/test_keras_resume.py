@@ -244,7 +244,7 @@ def test_layers_that_are_frozen_are_let_go_with_a_word(task, caplog):
     masks = Masks(pruning)
     task.fit(model, pruning, masks, epochs=5, initial_epoch=3)
 
-    assert "since the state was saved, tiny/body/kernel left it (their masks are let go)" in caplog.text
+    assert "since the state was saved, tiny/body/kernel left it (their masks are released)" in caplog.text
     assert list(pruning.masks) == ["tiny/head/kernel"]
     np.testing.assert_array_equal(before["tiny/head/kernel"], masks.seen[0]["tiny/head/kernel"])
     np.testing.assert_array_equal(before["tiny/body/kernel"], model.get_layer("body").kernel.numpy() != 0)

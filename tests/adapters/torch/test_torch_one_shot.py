@@ -193,7 +193,7 @@ def test_statistics_that_stay_are_a_warning_that_names_the_cure(task, caplog):
     prune_one_shot(normalized(), task.batches, LOSS, sparsity=0.5, **FEW)
     (line,) = stale(caplog)
     assert line.startswith("1 batch normalization layer (1) still has the statistics")
-    assert "mfac_torch.recalibrate_batchnorm(model, loader) estimates them anew" in line
+    assert "mfac_torch.recalibrate_batchnorm(model, loader) recalibrates them" in line
     caplog.clear()
     prune_one_shot(task.model(), task.batches, LOSS, sparsity=0.5, **FEW)  # without such a layer
     held = ScheduledModifierManager.from_yaml("modifiers:\n- !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n")

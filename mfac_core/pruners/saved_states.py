@@ -1,0 +1,61 @@
+"""How the saved state of a pruner differs from the run that it is loaded into: other weights, another schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from mfac_core.backends import Array
+from mfac_core.schedules.pruning import ScheduledStep
+from mfac_core.weight_names import join_names
+
+__all__ = ["Vector", "other_schedule", "other_weights", "refuse_foreign", "schedule_table"]
+
+Vector = npt.NDArray[Any]
+
+
+def refuse_foreign(differences: Sequence[str]) -> NoReturn:
+    """Refuse a state that differs from this run."""
+    raise ValueError(
+        f"the state belongs to another recipe or model: {'; '.join(differences)}. "
+        "Resume with the recipe, the model and the steps_per_epoch that it was saved with"
+    )
+
+
+def other_weights(masks: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return how the weights that a state has masks for differ from those in scope."""
+    differences = []
+    lacking = [name for name in shapes if name not in masks]
+    if lacking:
+        differences.append(f"it has no mask for {join_names(lacking)}")
+    unknown = [str(name) for name in masks if name not in shapes]
+    if unknown:
+        differences.append(f"it has masks for {join_names(unknown)}, which are not pruned here")
+    reshaped = [name for name, shape in shapes.items() if name in masks and np.shape(masks[name]) != shape]
+    if reshaped:
+        name = reshaped[0]
+        differences.append(f"its {name} has shape {np.shape(masks[name])}, and here {shapes[name]}")
+    return differences
+
+
+def schedule_table(schedule: Sequence[ScheduledStep]) -> Vector:
+    """Return steps and sparsities in two columns, as states hold them."""
+    return np.array([(scheduled.step, scheduled.sparsity) for scheduled in schedule], np.float64)
+
+
+def other_schedule(saved: Vector, scheduled: Vector) -> str:
+    """Return the first difference between two tables of pruning steps that are not the same."""
+    numbered = enumerate(zip_longest(saved.tolist(), scheduled.tolist()), start=1)
+    number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])
+    return (
+        f"it has another method or schedule of pruning (pruning step {number} is {_described(then)}, and here "
+        f"{_described(now)})"
+    )
+
+
+def _described(scheduled: Sequence[float] | None) -> str:
+    return "lacking" if scheduled is None else f"at step {scheduled[0]:g} to sparsity {scheduled[1]:g}"
