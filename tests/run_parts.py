@@ -1,4 +1,4 @@
-"""Run targets of make one after another, whatever becomes of each, and say at the end how each of them ended.
+"""Run make targets one after another, whether or not they fail, and print a summary.
 
 python tests/run_parts.py make lint-rules tests-core      runs `make lint-rules`, then `make tests-core`
 
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def run(make: str, target: str) -> Outcome:
-    """Run a target and show what it prints; the line is kept in which pytest closes, or the last one of other tools."""
+    """Run a target and print its output; the closing line is that of pytest, or the last line of other tools."""
     print(f"== {target}", flush=True)
     started, closing = time.monotonic(), ""
     command = [make, "--no-print-directory", target]
