@@ -8,7 +8,6 @@ from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.loading import Recipe, load_recipe
 from mfac_core.recipe.modifiers import settings_from_keys
 from mfac_core.recipe.naming import modifier_name, name_in_messages, named_in_errors
-from mfac_core.recipe.overrides import recipe_with_variables
 from mfac_core.recipe.writing import recipe_text
 from mfac_core.settings.training import EpochRange, SetLearningRate
 
@@ -22,6 +21,5 @@ __all__ = [
     "name_in_messages",
     "named_in_errors",
     "recipe_text",
-    "recipe_with_variables",
     "settings_from_keys",
 ]

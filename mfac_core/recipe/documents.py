@@ -54,14 +54,10 @@ class Document:
     Args:
         source: Path of the recipe, or ``<text>``.
         root: The mapping at the top; lines of its nodes are lines of the source.
-        text: The whole text of the source.
-        parsed: The YAML that was parsed, with the same lines and blanks in place of the text around it.
     """
 
     source: str
     root: yaml.MappingNode
-    text: str
-    parsed: str
 
     def place(self, line: int | None = None, name: str = "") -> Place:
         """Return a place in this document."""
@@ -89,8 +85,7 @@ class Document:
 def read_document(path_or_text: str | os.PathLike[str], text_source: str = TEXT) -> Document:
     """Read a recipe from a path or a text into a checked node tree; messages call a text ``text_source``."""
     source, text, is_markdown = read_text(path_or_text, text_source)
-    root, parsed = _parse(yaml_of(text, source) if is_markdown else text, source)
-    document = Document(source, root, text, parsed)
+    document = Document(source, _parse(yaml_of(text, source) if is_markdown else text, source))
     errors = CollectedErrors()
     _check_keys(document, errors)
     _check_tags(document, errors)
@@ -99,17 +94,17 @@ def read_document(path_or_text: str | os.PathLike[str], text_source: str = TEXT)
     return document
 
 
-def _parse(text: str, source: str) -> tuple[yaml.MappingNode, str]:
-    """Return the mapping at the top and the text that it was parsed from, with indentation restored if it was lost."""
+def _parse(text: str, source: str) -> yaml.MappingNode:
+    """Return the mapping at the top, with indentation restored if it was lost."""
     with suppress(RecipeError):
         root = _compose(text, source)
         if not any(isinstance(item, yaml.ScalarNode) and item.value == "" for item in _modifier_items(root)):
-            return root, text
+            return root
     restored = restore_indentation(text)
     root = _compose(restored, source)
     if restored != text:
         _logger.info("%s: restored the indentation of modifier keys at column 0", source)
-    return root, restored
+    return root
 
 
 def _compose(text: str, source: str) -> yaml.MappingNode:

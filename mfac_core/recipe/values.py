@@ -29,17 +29,16 @@ def as_python(value: object) -> object:
     return value
 
 
-def flow_text(value: object, *, expressions: bool = False) -> str:
+def flow_text(value: object) -> str:
     """Return a value as one line of YAML that a recipe reads as the same value.
 
-    Text of the form ``eval(...)`` is refused, because a recipe reads it as an expression, unless ``expressions`` allows
-    it.
+    Text of the form ``eval(...)`` is refused, because a recipe reads it as an expression.
 
     Example:
         >>> flow_text({0.5: ["2:4", None, 1e-05, math.inf]})
         "{0.5: ['2:4', null, 1.0e-05, .inf]}"
     """
-    _check(value, expressions)
+    _check(value)
     text = yaml.dump(as_python(value), Dumper=_Dumper, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").removesuffix("\n")
 
@@ -58,18 +57,18 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _check(value: object, expressions: bool) -> None:
+def _check(value: object) -> None:
     value = as_python(value)
     if isinstance(value, list):
         for item in value:
-            _check(item, expressions)
+            _check(item)
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check(key, expressions)
-            _check(item, expressions)
+            _check(key)
+            _check(item)
     elif isinstance(value, str):
         stripped = value.strip()
-        if stripped.startswith("eval(") and stripped.endswith(")") and not expressions:
+        if stripped.startswith("eval(") and stripped.endswith(")"):
             raise ValueError(f"{value!r} is text that a recipe reads as an expression")
     elif not (value is None or isinstance(value, bool | int | float)):
         raise ValueError(f"{value!r} is of type {type(value).__name__}, which a recipe cannot hold")

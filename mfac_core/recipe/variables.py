@@ -84,14 +84,14 @@ class Variables:
         # Scalars alone: variables that use one another many times are evaluated once each.
         self._known: dict[_Name, object] = {}
         for name, value in replaced.items():
-            for key, entry in self.entries(name, document.place()).items():
+            for key, entry in self._entries_of(name, document.place()).items():
                 self._values[key] = value
                 # By node, so that an alias of the variable's anchor sees the value too. Where the variable is itself
                 # an alias, its node belongs to another variable, which stays as it is.
                 if entry.value.start_mark.index > entry.node.start_mark.index:
                     self._by_node[id(entry.value)] = value
 
-    def entries(self, name: str, place: Place) -> dict[_Name, Entry]:
+    def _entries_of(self, name: str, place: Place) -> dict[_Name, Entry]:
         """Return the entries of a variable: at most one at the top and in each stage, at least one in all."""
         found = {key: entry for key, entry in self._entries.items() if key[1] == name}
         if not found:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import RecipeError
-from mfac_core.recipe import load_recipe, recipe_with_variables
+from mfac_core.recipe import load_recipe
 from mfac_core.recipe.expressions import ExpressionError, evaluate
+from mfac_core.recipe.values import flow_text
 from mfac_core.recipe.variables import read_variables
 from mfac_core.settings.training import EpochRange, SetLearningRate
 from tests.core.recipe_lines import item, mfac, only, refusal
@@ -416,87 +417,7 @@ class TestExpressions:
         assert math.isfinite(value)
 
 
-class TestTextWithOtherValues:
-    TEXT = """<!-- a licence: epochs: 5 -->
----
-# The number of epochs
-epochs: &epochs 10.0   # ten
-mask: unstructured
-names:   # which
-  - a    # first
-  - b
-
-rows: {0.0: 3,   # few
-       0.5: 4}
-flat:
-- x
-- y
-same: *epochs
-empty:
-note: |
-  two
-  lines
-quoted: "a: b"
-stage:
-  epochs: 11
-  pruning_modifiers:
-    - !MFACPruningModifier {final_sparsity: 0.8, end_epoch: *epochs}
----
-epochs: 5
-"""
-
-    def changed(self, *lines: tuple[str, str]) -> str:
-        text = self.TEXT
-        for old, new in lines:
-            assert text.count(old) == 1
-            text = text.replace(old, new)
-        return text
-
-    @pytest.mark.parametrize(
-        ("values", "lines"),
-        [
-            ({}, []),
-            (
-                {"epochs": 20},
-                [("&epochs 10.0   # ten", "&epochs 20   # ten"), ("  epochs: 11", "  epochs: 20")],
-            ),
-            ({"mask": "2:4"}, [("mask: unstructured", "mask: '2:4'")]),
-            ({"mask": "1e-3"}, [("mask: unstructured", 'mask: "1e-3"')]),
-            ({"names": ["c"]}, [("- a    # first\n  - b", "[c]")]),
-            ({"names": 5}, [("- a    # first\n  - b", "5")]),
-            ({"rows": {0.0: 9}}, [("{0.0: 3,   # few\n       0.5: 4}", "{0.0: 9}")]),
-            ({"flat": ["z", "w"]}, [("flat:\n- x\n- y", "flat:\n [z, w]")]),
-            ({"same": 3}, [("same: *epochs", "same: 3")]),
-            ({"empty": 3}, [("empty:", "empty: 3")]),
-            ({"note": "one"}, [("|\n  two\n  lines", "one")]),
-            ({"quoted": True, "mask": None}, [('"a: b"', "true"), ("unstructured", "null")]),
-        ],
-    )
-    @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
-    def test_only_the_values_change(self, tmp_path, values, lines, line_end):
-        expected = self.changed(*lines).replace("\n", line_end)
-        text = self.TEXT.replace("\n", line_end)
-        assert recipe_with_variables(text, values) == expected
-        path = tmp_path / "recipe.md"
-        path.write_bytes(("\ufeff" + text).encode())
-        assert recipe_with_variables(path, values) == "\ufeff" + expected
-
-    @pytest.mark.parametrize(
-        "values", [{"epochs": 20}, {"epochs": "eval(4 * 4)"}, {"names": [], "flat": 1, "rows": [1]}, "epochs=3,mask=x"]
-    )
-    def test_it_loads_as_the_text_does_with_the_values(self, values):
-        assert only(recipe_with_variables(self.TEXT, values)) == only(self.TEXT, variables=values)
-
-    def test_a_recipe_that_lost_its_indentation(self):
-        text = "end: 3  # short\npruning_modifiers:\n- !GMPruningModifier\nfinal_sparsity: 0.8\nend_epoch: eval(end)\n"
-        assert recipe_with_variables(text, {"end": 4}) == text.replace("end: 3 ", "end: 4 ")
-
-    def test_unknown_names_and_values_that_no_recipe_holds(self):
-        with pytest.raises(RecipeError, match="variables: epoch is not a variable of this recipe .did you mean epochs"):
-            recipe_with_variables(self.TEXT, {"epoch": 3})
-        with pytest.raises(ValueError, match="which a recipe cannot hold"):
-            recipe_with_variables(self.TEXT, {"epochs": object()})
-
+class TestWrittenValues:
     @given(
         st.recursive(
             st.none()
@@ -509,9 +430,13 @@ epochs: 5
         )
     )
     def test_any_value_comes_back_as_it_was(self, value):
-        text = recipe_with_variables("x: &x 1  # y\nz: *x\n" + mfac("grad_sampler_kwargs: {v: eval(z)}"), {"x": value})
+        text = f"x: &x {flow_text(value)}\nz: *x\n" + mfac("grad_sampler_kwargs: {v: eval(z)}")
         if depth(value) <= 2:
             assert only(text).sampler_options == {"v": value}
+
+    def test_a_value_that_no_recipe_holds_is_refused(self):
+        with pytest.raises(ValueError, match="which a recipe cannot hold"):
+            flow_text(object())
 
 
 def depth(value: object) -> int:
