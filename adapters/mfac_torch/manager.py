@@ -190,6 +190,11 @@ class ScheduledModifierManager(ModifierList):
             ValueError: If no optimizer trains a parameter in scope, or the same optimizer is given twice.
         """
         refuse_unsupported("modify", unsupported)
+        if isinstance(wrap_optim, int | float):
+            raise TypeError(
+                f"wrap_optim is the number {wrap_optim!r}; pass a GradScaler or nothing, and the epoch by name: "
+                f"epoch={wrap_optim!r}"
+            )
         refuse_distributed()
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
@@ -253,6 +258,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already.
             NotImplementedError: If training is distributed over several processes.
+            RecipeError: If there is no pruning modifier.
             SettingError: If a modifier does not fit the model.
             TypeError: If M-FAC or the recalibration has no sampler, or an argument has the wrong type or is not
                 supported.
@@ -261,11 +267,11 @@ class ScheduledModifierManager(ModifierList):
         refuse_distributed()
         self._check_not_attached()
         settings = [modifier.settings for modifier in self.pruning_modifiers]
+        groups = one_shot_in_order(settings, epoch)
         sampler = self._sampler if grad_sampler is None else grad_sampler
         check_sampler(sampler, settings, recalibrate_batchnorm=recalibrate_batchnorm)
         model = unwrapped(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
-        groups = one_shot_in_order(settings, epoch)
         prunings = self._attach_prunings(
             model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers
         )

@@ -240,7 +240,7 @@ class LivePruning(ABC):
     def _prune(self, step: int, others: Mapping[str, Mask], measurement: LossMeasurement) -> PruneResult:
         """Do one sub-step; an exception leaves everything unchanged."""
         start = time.perf_counter()
-        scheduled = self._pruner.next_step
+        scheduled, substep = self._pruner.next_step, self._pruner.substep(step)
         with self._sampled(step, measurement), ExitStack() as undo:
             num_rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self.weights(), step) as result:
@@ -254,8 +254,10 @@ class LivePruning(ABC):
             settings=self.settings,
             modifier=self.name,
             names=self.sizes,
-            step=step,
+            # sub-steps precede the scheduled step; a pruning step may be late
+            step=step if scheduled is None else max(step, scheduled.step),
             steps_per_epoch=self._steps_per_epoch,
+            substep=substep,
             num_rows=num_rows,
             seconds=time.perf_counter() - start,
             measured_on=measurement.where,

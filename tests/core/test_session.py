@@ -200,3 +200,23 @@ def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
             np.testing.assert_array_equal(model.weights[name], before[name])
     session = run()
     assert session.prunings[0].sparsity == 0.6 and not session.zeros().regrown
+
+
+def test_the_log_counts_the_sub_steps_of_a_pruning_step(caplog):
+    def lines_of(start, end, until, **options):
+        caplog.clear()
+        model = Model()
+        recipe = "modifiers:" + MFAC.format(params="body", final=0.6, start=start, end=end)
+        session = session_of(recipe + "    num_recomputations: 3\n", model, **options)
+        session.prune_if_due()
+        train(session, model, until)
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+        return [message.partition(":")[0] for message in messages]
+
+    caplog.set_level(logging.INFO)
+
+    assert lines_of(1, 2, until=12) == [
+        "pruning step at epoch 1.00 (step 6)",
+        *(f"sub-step {number} of 3 of the pruning step at epoch 2.00 (step 12)" for number in (1, 2, 3)),
+    ]
+    assert lines_of(0, 0, until=0, sampled=True) == [f"pruning step, sub-step {number} of 3" for number in (1, 2, 3)]

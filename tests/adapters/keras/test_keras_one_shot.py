@@ -174,7 +174,7 @@ def test_a_recipe_means_what_it_says_and_the_log_says_where_that_differs(task, c
     model, twin = task.model(), task.model()
     with caplog.at_level(logging.INFO, logger="mfac_keras"):
         prune_one_shot(model, batches(task), recipe=task.recipe())
-    assert "than recommended: global_sparsity False (recommended: True), update independent (joint), " in caplog.text
+    assert "than recommended: global_sparsity false (recommended: true), update independent (joint), " in caplog.text
     as_there = {
         "global_sparsity": False,
         "update": "independent",
