@@ -33,7 +33,7 @@ from mfac_torch.conditions import (
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.sampling import GradSampler
+from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
 from mfac_torch.training_changes import TrainingChanges
@@ -42,8 +42,6 @@ from mfac_torch.wrappers import unwrapped
 __all__ = ["ScheduledModifierManager"]
 
 _logger = logging.getLogger("mfac_torch")
-
-Sampler = GradSampler | Mapping[str, Any]
 
 
 class ScheduledModifierManager(ModifierList):
@@ -83,7 +81,7 @@ class ScheduledModifierManager(ModifierList):
     _prunings: tuple[TorchPruning, ...] = ()
     _session: TrainingSession | None = None
     _loggers: ScalarLoggers | None = None
-    _sampler: Sampler | None = None
+    _sampler: SamplerArgument | None = None
     _epoch: float = 0.0
 
     @property
@@ -115,7 +113,7 @@ class ScheduledModifierManager(ModifierList):
         epoch: float = 0.0,
         loggers: ScalarLoggers | None = None,
         *,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         **unsupported: object,
     ) -> None:
         """Store arguments for a later call of :meth:`modify`; nothing else changes.
@@ -158,7 +156,7 @@ class ScheduledModifierManager(ModifierList):
         allow_parallel_module: bool = True,
         *,
         loggers: ScalarLoggers | None = None,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         **unsupported: object,
     ) -> Any:
         """Attach the modifiers to a model and its optimizers; the training loop stays as it is.
@@ -235,7 +233,7 @@ class ScheduledModifierManager(ModifierList):
         loggers: ScalarLoggers | None = None,
         finalize: bool = True,
         *,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         recalibrate_batchnorm: bool = False,
         **unsupported: object,
     ) -> None:
@@ -467,7 +465,7 @@ class ScheduledModifierManager(ModifierList):
         *,
         steps_per_epoch: int,
         optimizers: Sequence[torch.optim.Optimizer] = (),
-        sampler: Sampler | None,
+        sampler: SamplerArgument | None,
         loggers: ScalarLoggers | None,
     ) -> tuple[TorchPruning, ...]:
         functions = log_functions(self._loggers if loggers is None else loggers)

@@ -147,7 +147,7 @@ def test_a_state_is_checked_as_a_whole_before_anything_changes():
     assert fresh.zeros().pruned == 0
 
 
-@pytest.mark.parametrize("method", ["write", "apply"])
+@pytest.mark.parametrize("method", ["write", "enforce_masks"])
 @pytest.mark.parametrize("recipe", [TWO, ACDC])
 def test_a_pruning_step_that_fails_changes_nothing_and_its_retry_is_the_same(monkeypatch, method, recipe):
     failing, other = Model(), Model()
@@ -193,7 +193,7 @@ def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
         return session
 
     with monkeypatch.context() as patch:
-        patch.setattr(ArrayPruning, "pruned", lambda self, *_: 1 / (self.names == ["body"]))
+        patch.setattr(ArrayPruning, "after_pruning_step", lambda self, *_: 1 / (self.names == ["body"]))
         with pytest.raises(ZeroDivisionError):
             run()
         for name in SHAPES:
