@@ -157,11 +157,6 @@ class KerasPruning(LivePruning):
                 {name: gradients[id(each)].reshape(self.forms[name].shape) for name, each in self.variables.items()}
             )
 
-    def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
-        """Return all that a resumed run needs: arrays and plain values; without the gradient window if asked."""
-        state = super().state_dict()
-        return state if gradient_window else {**state, "window": None}
-
     def parsed(self, state: Mapping[str, Any]) -> Pruner:
         """Return a pruner with a state, which may have been saved with other paths and with another scope."""
         names = self.own_names(state)

@@ -14,9 +14,9 @@ from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
-from mfac_core.session.one_shot import prune_in_one_shot
+from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
 from mfac_core.session.session import Session, attached
-from mfac_core.settings.pruning import MFACSettings, PruningSettings
+from mfac_core.settings.pruning import PruningSettings
 from mfac_keras.batchnorm import MovingStatistics
 from mfac_keras.conditions import check_built, check_model, refuse_keras_2
 from mfac_keras.live_pruning import KerasPruning
@@ -101,14 +101,12 @@ def prune_one_shot(
     modifiers = modifiers_of(recipe, keys, recipe_variables, unsupported)
     groups = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
     settings = [at_once for _, at_once in groups]
-    if dataset is None and any(isinstance(each, MFACSettings) for each in settings):
-        raise TypeError(
-            "M-FAC in one shot needs gradients; pass batches (x, y) as dataset: prune_one_shot(model, dataset, ...)"
-        )
-    if dataset is None and recalibrate_batchnorm:
-        raise TypeError(
-            "recalibrate_batchnorm needs batches; pass them as dataset: prune_one_shot(model, dataset, ...)"
-        )
+    check_has_batches(
+        settings,
+        dataset,
+        recalibrate_batchnorm=recalibrate_batchnorm,
+        cure="pass batches (x, y) as dataset: prune_one_shot(model, dataset, ...)",
+    )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     logged: set[str] = set()
     prunings = attached(
@@ -118,8 +116,8 @@ def prune_one_shot(
         ),
     )
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
-    if recipe is None and recommended_line(given):
-        _logger.info("%s", recommended_line(given))
+    if recipe is None and (line := recommended_line(given)):
+        _logger.info("%s", line)
     prune_in_one_shot(
         Session(prunings, logger=_logger),
         groups,

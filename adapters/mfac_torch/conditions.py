@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed
 
 from mfac_core.settings.checks import check_number
-from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.session import is_attached
 
 __all__ = [
     "check_optimizers",
-    "check_sampler",
     "check_trained",
     "refuse_distributed",
     "refuse_unsupported",
@@ -43,17 +41,6 @@ def whole_steps(steps_per_epoch: float) -> int:
     if whole != steps_per_epoch:
         _logger.info("steps_per_epoch %g is rounded up to %d", steps_per_epoch, whole)
     return whole
-
-
-def check_sampler(sampler: object, settings: Iterable[PruningSettings], *, recalibrate_batchnorm: bool) -> None:
-    """Raise TypeError if pruning in one shot needs a gradient sampler and there is none."""
-    if sampler is not None:
-        return
-    cure = "pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()"
-    if any(isinstance(each, MFACSettings) for each in settings):
-        raise TypeError(f"M-FAC in one shot needs gradients; {cure}")
-    if recalibrate_batchnorm:
-        raise TypeError(f"recalibrate_batchnorm needs batches; {cure}")
 
 
 def refuse_distributed() -> None:

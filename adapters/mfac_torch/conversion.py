@@ -38,7 +38,9 @@ def to_array(tensor: torch.Tensor) -> Array:
         >>> to_array(torch.ones(2, dtype=torch.bfloat16))
         array([1., 1.], dtype=float32)
     """
-    _check_dense_float(tensor)
+    reason = _why_not_prunable(tensor)
+    if reason:
+        raise TypeError(f"a tensor cannot be read as an array: it is {reason}")
     tensor = tensor.detach()
     if tensor.dtype not in {torch.float32, torch.float64}:
         tensor = tensor.to(torch.float32)
@@ -134,21 +136,12 @@ def _why_not_prunable(tensor: torch.Tensor) -> str:
     if tensor.is_meta:
         return "on the meta device, without values; materialize the model first"
     if tensor.layout != torch.strided:
-        return f"of the layout {tensor.layout}; make it dense"
+        return f"of the layout {tensor.layout}; make it dense (Embedding: sparse=False)"
     if tensor.is_complex():
         return f"complex ({tensor.dtype}); take it out of params, or keep real and imaginary part as two parameters"
     if not tensor.dtype.is_floating_point:
         return f"of dtype {tensor.dtype} (quantized?); prune first, and convert it then, or take it out of params"
     return ""
-
-
-def _check_dense_float(tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"a tensor of layout {tensor.layout} is not supported; make it dense (Embedding: sparse=False)")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"a tensor of dtype {tensor.dtype} is not supported; only floating-point weights are pruned")
-    if tensor.is_meta:
-        raise TypeError("a tensor on the meta device has no values; materialize the model before pruning")
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import nn
 
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
-from mfac_core.session.one_shot import prune_in_one_shot
+from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import Session, attached, gradual_in_order
 from mfac_core.settings.checks import check_number
@@ -23,7 +23,6 @@ from mfac_torch.batchnorm import RunningStatistics
 from mfac_torch.checkpoint import load_checkpoint, write_checkpoint
 from mfac_torch.conditions import (
     check_optimizers,
-    check_sampler,
     check_trained,
     refuse_distributed,
     refuse_unsupported,
@@ -267,7 +266,12 @@ class ScheduledModifierManager(ModifierList):
         settings = [modifier.settings for modifier in self.pruning_modifiers]
         groups = one_shot_in_order(settings, epoch)
         sampler = self._sampler if grad_sampler is None else grad_sampler
-        check_sampler(sampler, settings, recalibrate_batchnorm=recalibrate_batchnorm)
+        check_has_batches(
+            settings,
+            sampler,
+            recalibrate_batchnorm=recalibrate_batchnorm,
+            cure="pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()",
+        )
         model = unwrapped(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
         prunings = self._attach_prunings(

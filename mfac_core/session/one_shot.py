@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,7 +16,19 @@ from mfac_core.session.live_pruning import LivePruning
 from mfac_core.session.session import P, Session
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 
-__all__ = ["prune_in_one_shot"]
+__all__ = ["check_has_batches", "prune_in_one_shot"]
+
+
+def check_has_batches(
+    settings: Iterable[PruningSettings], batches: object, *, recalibrate_batchnorm: bool, cure: str
+) -> None:
+    """Raise TypeError if pruning in one shot needs batches and there are none; ``cure`` says how to pass them."""
+    if batches is not None:
+        return
+    if any(isinstance(each, MFACSettings) for each in settings):
+        raise TypeError(f"M-FAC in one shot needs gradients; {cure}")
+    if recalibrate_batchnorm:
+        raise TypeError(f"recalibrate_batchnorm needs batches; {cure}")
 
 
 def prune_in_one_shot(

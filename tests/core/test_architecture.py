@@ -1,18 +1,12 @@
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ADAPTERS = (ROOT / "adapters" / "mfac_torch", ROOT / "adapters" / "mfac_keras")
-PACKAGES = (ROOT / "mfac_core", *ADAPTERS)
-
-
-def modules(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+PACKAGES = (ROOT / "mfac_core", ROOT / "adapters" / "mfac_torch", ROOT / "adapters" / "mfac_keras")
 
 
 def map_of_modules() -> set[str]:
@@ -41,15 +35,6 @@ def test_the_design_lists_the_modules_that_exist_and_no_others(package: Path) ->
     exist = {path.relative_to(ROOT).as_posix() for path in package.rglob("*.py") if path.name != "__init__.py"}
 
     assert {path for path in map_of_modules() if path.startswith(prefix)} == exist
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.name)
-def test_an_adapter_says_which_modules_it_has(adapter: Path) -> None:
-    text = ast.get_docstring(ast.parse((adapter / "__init__.py").read_text(encoding="utf-8"))) or ""
-    heads = [line.partition(":")[0] for line in text.splitlines() if line.startswith("* ")]
-    names = {f"{name}.py" for head in heads for name in re.findall("``(\\w+)``", head)}
-
-    assert names - {"backends.py"} == modules(adapter)
 
 
 def test_the_folder_of_adapters_is_no_package() -> None:

@@ -274,7 +274,7 @@ def test_one_shot_recalibrates_on_request_and_says_otherwise_that_statistics_are
     caplog.clear()
     prune_one_shot(model, recipe="modifiers:\n- !ConstantPruningModifier {params: __ALL_PRUNABLE__}\n")
     assert not stale(caplog)  # no weight has moved
-    with pytest.raises(TypeError, match="recalibrate_batchnorm needs batches; pass them as dataset"):
+    with pytest.raises(TypeError, match="recalibrate_batchnorm needs batches; pass batches .x, y. as dataset"):
         prune_one_shot(
             model,
             recipe="modifiers:\n- !MagnitudePruningModifier {final_sparsity: 0.9, end_epoch: 0.0}\n",
