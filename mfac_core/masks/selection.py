@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.schedules.substeps import Sparsity, of_layer
 from mfac_core.settings.checks import Scope
@@ -17,7 +18,6 @@ from mfac_core.settings.checks import Scope
 __all__ = ["least_salient", "newly_pruned"]
 
 Vector = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
 
 
 def newly_pruned(

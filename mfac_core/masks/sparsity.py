@@ -6,15 +6,13 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-import numpy.typing as npt
 
+from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.schedules.substeps import Sparsity, of_layer
 from mfac_core.settings.checks import Scope
 
 __all__ = ["attained_sparsity", "is_reached", "out_of_reach", "sparsity_of_zeros"]
-
-Mask = npt.NDArray[np.bool_]
 
 
 def sparsity_of_zeros(

@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.layout import scatter_unpruned, take_unpruned
+from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned
 from mfac_core.masks.patterns import snap_to_n_of_m
-from mfac_core.pruners.base import Mask, Outcome, Pruner
+from mfac_core.pruners.base import Outcome, Pruner
 from mfac_core.pruners.step import magnitude_step
 from mfac_core.settings.pruning import ACDCSettings
 

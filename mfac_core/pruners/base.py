@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core.backends import Array, check_float, device_of
-from mfac_core.masks.layout import WeightLayout, scatter_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.masks.selection import newly_pruned
 from mfac_core.masks.sparsity import out_of_reach
-from mfac_core.pruners.saved_states import Vector, other_schedule, other_weights, refuse_foreign, schedule_table
+from mfac_core.pruners.saved_states import ScheduleTable, other_schedule, other_weights, refuse_foreign, schedule_table
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
@@ -28,11 +27,9 @@ from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
-__all__ = ["Mask", "Outcome", "Progress", "Pruner"]
+__all__ = ["Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
-
-Mask = npt.NDArray[np.bool_]
 
 _NEARLY_ALL = 0.99
 """From this sparsity on, the settings ask for layers without any weight: no warning."""
@@ -427,7 +424,7 @@ class Pruner(ABC):
                 sparsity,
             )
 
-    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+    def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
         return np.array_equal(saved, scheduled)
 
     def _warn_of_empty(self, alive: Mask, mask: Mask, scheduled: ScheduledStep) -> None:

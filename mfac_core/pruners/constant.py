@@ -10,9 +10,9 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
-from mfac_core.masks.layout import scatter_unpruned, take_unpruned, zeros_of
-from mfac_core.pruners.base import Mask, Outcome, Pruner
-from mfac_core.pruners.saved_states import Vector
+from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.pruners.base import Outcome, Pruner
+from mfac_core.pruners.saved_states import ScheduleTable
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import ConstantSettings
@@ -81,6 +81,6 @@ class ConstantPruner(Pruner):
         held = cast(float, initial)  # as measured above
         return pruning_schedule(self.settings, steps_per_epoch, sparsities=(held, held))
 
-    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+    def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
         # the sparsity that is held comes from the weights, not from the schedule
         return saved.shape == scheduled.shape and np.array_equal(saved[:, 0], scheduled[:, 0])

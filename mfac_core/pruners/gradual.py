@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.layout import take_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
-from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner
+from mfac_core.pruners.base import Outcome, Progress, Pruner
 from mfac_core.pruners.saved_states import refuse_foreign
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at

@@ -12,8 +12,9 @@ from typing import Any
 from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
+from mfac_core.masks.layout import Mask
 from mfac_core.masks.sparsity import attained_sparsity
-from mfac_core.pruners.base import Mask, Progress
+from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
