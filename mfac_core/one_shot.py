@@ -16,7 +16,7 @@ from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
-from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.selection import MaskRule, newly_pruned
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
@@ -128,7 +128,7 @@ def prune(
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
-    patterns = mask_patterns(mask_type, layout.shapes, _named_axes(axes))
+    rule = MaskRule(layout.segments, scope, mask_patterns(mask_type, layout.shapes, _named_axes(axes)))
     vector = layout.flatten(named)
     mask = _flat_mask(masks, layout)
     layout.check_finite(vector, mask, "prune from finite weights, or mask these")
@@ -139,7 +139,7 @@ def prune(
 
     rows_at = _rows_for_substeps(gradients, weights, layout, in_form)
     # zeros are pruned first, whether a mask has pruned them already or not
-    reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+    reached = sparsity_of_zeros(zeros_of(vector), rule)
     substeps = num_substeps(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
@@ -153,7 +153,7 @@ def prune(
         updated, chosen, substep_increase, used_damping = mfac_step(
             take_unpruned(vector, mask),
             source,
-            partial(newly_pruned, mask=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=mask, sparsity=wanted, rule=rule),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),
@@ -161,9 +161,9 @@ def prune(
         vector = scatter_unpruned(updated, mask)
         mask[mask] = ~device_of(chosen).to_numpy(chosen)
         increase += substep_increase or 0.0
-        if is_reached(~mask, sparsity, layout.segments, scope, patterns):
+        if is_reached(~mask, sparsity, rule):
             break
-        reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+        reached = sparsity_of_zeros(zeros_of(vector), rule)
     placed = {name: device_of(named[name]).asarray(each) for name, each in layout.unflatten(mask).items()}
     return PruneResult(
         weights=in_form(vector),

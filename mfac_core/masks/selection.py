@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,19 +16,27 @@ from mfac_core.masks.patterns import MaskPattern
 from mfac_core.schedules.substeps import Sparsity, of_layer
 from mfac_core.settings.checks import Scope
 
-__all__ = ["least_salient", "newly_pruned"]
+__all__ = ["MaskRule", "least_salient", "newly_pruned"]
 
 Vector = npt.NDArray[Any]
 
 
-def newly_pruned(
-    saliencies: Array,
-    mask: Mask,
-    sparsity: Sparsity,
-    segments: Mapping[str, tuple[int, int]],
-    scope: Scope,
-    patterns: Mapping[str, MaskPattern] | None = None,
-) -> Array:
+@dataclass(frozen=True)
+class MaskRule:
+    """The rule by which a mask is chosen: which weights compete, and which are pruned together.
+
+    Args:
+        segments: First and one-past-last position of each layer among the ``n`` weights.
+        scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
+        patterns: How the weights of each layer are grouped; ``None`` if each is pruned on its own.
+    """
+
+    segments: Mapping[str, tuple[int, int]]
+    scope: Scope
+    patterns: Mapping[str, MaskPattern] | None = None
+
+
+def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule) -> Array:
     """Choose the weights to prune so that a sparsity is reached.
 
     Without patterns exactly ``round(n * sparsity)`` of ``n`` weights are pruned. Groups are ranked by the mean saliency
@@ -43,10 +52,7 @@ def newly_pruned(
         saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
         mask: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
         sparsity: Pruned fraction to reach, in ``[0, 1]``; one per layer only if the scope is ``layer``.
-        segments: First and one-past-last position of each layer among the ``n`` weights.
-        scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
-        patterns: How the weights of each layer are grouped; ``None`` if each is pruned on its own. Groups are ranked in
-            host memory.
+        rule: Which weights compete, and which are pruned together. Groups are ranked in host memory.
 
     Returns:
         Which of the unpruned weights are pruned now, shape ``(d,)``, on the device of the saliencies; none if the
@@ -57,18 +63,17 @@ def newly_pruned(
 
     Example:
         >>> s = np.array([3.0, 1.0, 2.0, 0.5])
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 2), "b": (2, 4)}, "layer").tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 2), "b": (2, 4)}, "layer")).tolist()
         [False, True, False, True]
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 2), "b": (2, 4)}, "global").tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 2), "b": (2, 4)}, "global")).tolist()
         [False, True, False, True]
         >>> pairs = {"a": MaskPattern((4,), (0,), outputs=1, inputs=2)}
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 4)}, "layer", pairs).tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 4)}, "layer", pairs)).tolist()
         [False, False, True, True]
     """
-    if patterns is not None:
-        return _newly_pruned_groups(saliencies, mask, sparsity, segments, scope, patterns)
-    if scope == "global":
-        segments = {"all": (0, len(mask))}
+    if rule.patterns is not None:
+        return _newly_pruned_groups(saliencies, mask, sparsity, rule, rule.patterns)
+    segments = {"all": (0, len(mask))} if rule.scope == "global" else rule.segments
     chosen = []
     position = 0
     for name, (start, stop) in segments.items():
@@ -107,12 +112,7 @@ def least_salient(saliencies: Array, count: int) -> Array:
 
 
 def _newly_pruned_groups(
-    saliencies: Array,
-    mask: Mask,
-    sparsity: Sparsity,
-    segments: Mapping[str, tuple[int, int]],
-    scope: Scope,
-    patterns: Mapping[str, MaskPattern],
+    saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule, patterns: Mapping[str, MaskPattern]
 ) -> Array:
     device = device_of(saliencies)
     # pruned weights have saliency 0 in the means of their groups
@@ -121,12 +121,12 @@ def _newly_pruned_groups(
     if np.isnan(values).any():
         raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
     chosen = np.zeros(len(mask), bool)
-    if scope == "layer":
-        for name, (start, stop) in segments.items():
+    if rule.scope == "layer":
+        for name, (start, stop) in rule.segments.items():
             here = slice(start, stop)
             chosen[here] = _choose(values[here], mask[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
     else:
-        in_order = [patterns[name] for name in segments]
+        in_order = [patterns[name] for name in rule.segments]
         chosen = _choose(values, mask, in_order, of_layer(sparsity, "all"), by_groups=False)
     return device.asarray(chosen[mask])
 

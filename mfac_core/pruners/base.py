@@ -16,7 +16,7 @@ import numpy as np
 from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.selection import MaskRule, newly_pruned
 from mfac_core.masks.sparsity import out_of_reach
 from mfac_core.pruners.saved_states import ScheduleTable, other_schedule, other_weights, refuse_foreign, schedule_table
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
@@ -132,9 +132,10 @@ class Pruner(ABC):
             flat = self.layout.flatten(masks)
             mask = device_of(flat).to_numpy(flat).astype(bool)
         # constant masks choose no weights: their settings have neither scope nor mask type
-        self._scope: Scope = getattr(settings, "scope", "layer")
+        scope: Scope = getattr(settings, "scope", "layer")
         self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
-        self._patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        self._rule = MaskRule(self.layout.segments, scope, patterns)
         initial = self._measured_sparsity(weights, mask)
         self._progress = Progress(mask, self._schedule_at(steps_per_epoch, initial), initial)
         self._warned_empty: set[str] = set()
@@ -411,10 +412,10 @@ class Pruner(ABC):
 
     def _newly_pruned(self, saliencies: Array, sparsity: Sparsity) -> Array:
         """Choose which of the unpruned weights are pruned so that a sparsity is reached."""
-        return newly_pruned(saliencies, self._mask, sparsity, self.layout.segments, self._scope, self._patterns)
+        return newly_pruned(saliencies, self._mask, sparsity, self._rule)
 
     def _warn_of_unreachable(self, sparsity: float) -> None:
-        limited = out_of_reach(sparsity, self._scope, self._patterns)
+        limited = out_of_reach(sparsity, self._rule)
         if limited:
             _logger.warning(
                 "mask_type %s does not divide the inputs of %s: the sparsity there ends below %g; take what has too "
@@ -429,7 +430,7 @@ class Pruner(ABC):
 
     def _warn_of_empty(self, alive: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
         """Warn once of each array whose last weights this pruning step prunes."""
-        if self._scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
+        if self._rule.scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
             return
         emptied = [
             name
@@ -443,7 +444,7 @@ class Pruner(ABC):
                 "%stake it out of params, or prune less",
                 scheduled.epoch,
                 join_names(emptied),
-                "" if self._scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",
+                "" if self._rule.scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
     def _latest(self, step: int) -> int:

@@ -70,7 +70,7 @@ class GradualPruner(Pruner):
     def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
         if self.settings.initial_sparsity != FROM_PARAM:
             return None
-        return self._sparsity_of(zeros_of(self.layout.flatten(weights)) | ~mask)
+        return sparsity_of_zeros(zeros_of(self.layout.flatten(weights)) | ~mask, self._rule)
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         # the sparsity that was measured then counts, whatever the weights show now
@@ -107,7 +107,7 @@ class GradualPruner(Pruner):
     def _is_reached(self, zeros: Mask, progress: Progress, index: int) -> bool:
         """Return whether zeros make up the sparsity of the pruning step with this index."""
         wanted = self._sparsity_at(progress, index)
-        return is_reached(zeros, wanted, self.layout.segments, self._scope, self._patterns)
+        return is_reached(zeros, wanted, self._rule)
 
     def _sparsity_at(self, progress: Progress, index: int) -> Sparsity:
         """Return the sparsity after the pruning step with this index."""
@@ -121,9 +121,6 @@ class GradualPruner(Pruner):
             name: sparsity_at(passed, initial=initial, final=max(initial, final), interpolation=interpolation)
             for name, initial in measured.items()
         }
-
-    def _sparsity_of(self, zeros: Mask) -> Sparsity:
-        return sparsity_of_zeros(zeros, self.layout.segments, self._scope, self._patterns)
 
     def _schedule_at(self, steps_per_epoch: int, initial: Sparsity | None) -> tuple[ScheduledStep, ...]:
         final = self._final_sparsity

@@ -13,7 +13,7 @@ from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import Mask
-from mfac_core.masks.sparsity import attained_sparsity
+from mfac_core.masks.sparsity import attained_sparsity, sparsity_of_zeros
 from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
@@ -166,7 +166,7 @@ class MFACPruner(GradualPruner):
             The sparsity of each pruning step, and a function that gives the mask size for a sparsity.
         """
         sparsities = [self._sparsity_at(self._progress, index) for index in range(len(self.schedule))]
-        return sparsities, attained_sparsity(self.layout.segments, self._scope, self._patterns)
+        return sparsities, attained_sparsity(self._rule)
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the pruner needs the gradient that arrives after ``step`` completed optimizer steps.
@@ -309,7 +309,7 @@ class MFACPruner(GradualPruner):
 
     def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         return substep_sparsity(
-            self._sparsity_of(zeros),
+            sparsity_of_zeros(zeros, self._rule),
             self._sparsity_at(self._progress, index),
             self._substeps_of(index) - self._substeps_done_of(index),
             self.settings.recomputation_spacing,
@@ -356,7 +356,7 @@ class MFACPruner(GradualPruner):
     def _substeps_needed(self, progress: Progress, index: int) -> int:
         """Return the number of sub-steps of the pruning step with this index, if it starts from this mask."""
         wanted = self._sparsity_at(progress, index)
-        return num_substeps(self._sparsity_of(~progress.mask), wanted, self.settings.num_recomputations)
+        return num_substeps(sparsity_of_zeros(~progress.mask, self._rule), wanted, self.settings.num_recomputations)
 
     def _num_gradients_of(self, progress: MFACProgress) -> int:
         """Return the rows of the window before the next pruning step, or before any further one."""
