@@ -139,6 +139,7 @@ class Pruner(ABC):
         initial = self._measured_sparsity(weights, mask)
         self._progress = Progress(mask, self._schedule_at(steps_per_epoch, initial), initial)
         self._warned_empty: set[str] = set()
+        self._warn_at_start()
 
     @property
     def schedule(self) -> tuple[ScheduledStep, ...]:
@@ -413,6 +414,9 @@ class Pruner(ABC):
     def _newly_pruned(self, saliencies: Array, sparsity: Sparsity) -> Array:
         """Choose which of the unpruned weights are pruned so that a sparsity is reached."""
         return newly_pruned(saliencies, self._mask, sparsity, self._rule)
+
+    def _warn_at_start(self) -> None:
+        """Warn of settings that do not fit the weights; by default there is nothing to warn of."""
 
     def _warn_of_unreachable(self, sparsity: float) -> None:
         limited = out_of_reach(sparsity, self._rule)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -37,19 +37,6 @@ class GradualPruner(Pruner):
     """
 
     settings: GradualSettings
-
-    def __init__(
-        self,
-        settings: GradualSettings,
-        weights: Mapping[str, Array],
-        *,
-        steps_per_epoch: int,
-        masks: Mapping[str, Array] | None = None,
-        axes: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:
-        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        self._warn_of_sparser()
-        self._warn_of_unreachable(self._final_sparsity)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as arrays and numbers only.
@@ -132,7 +119,7 @@ class GradualPruner(Pruner):
             self.settings, steps_per_epoch, sparsities=(first, last if max(values) > final else final)
         )
 
-    def _warn_of_sparser(self) -> None:
+    def _warn_at_start(self) -> None:
         measured = self._progress.initial_sparsity or 0.0
         by_name = measured if isinstance(measured, Mapping) else {"the weights": measured}
         above = [name for name, initial in by_name.items() if initial > self._final_sparsity]
@@ -142,6 +129,7 @@ class GradualPruner(Pruner):
                 ", ".join(above),
                 self._final_sparsity,
             )
+        self._warn_of_unreachable(self._final_sparsity)
 
 
 class MagnitudePruner(GradualPruner):
