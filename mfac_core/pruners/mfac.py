@@ -17,7 +17,7 @@ from mfac_core.masks.sparsity import attained_sparsity, sparsity_of_zeros
 from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
-from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
+from mfac_core.pruners.memory import MasksToCome, WindowMemory, choose_window_device
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
 from mfac_core.schedules.pruning import num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, num_substeps, substep_due, substep_sparsity
@@ -119,10 +119,10 @@ class MFACPruner(GradualPruner):
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
         where_weights_are = device_of(weights[self.layout.names[0]])
         self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
-        run = (self.layout.num_weights, self.schedule, self.masks_to_come())
-        window_device = choose_window_device(
-            settings.gradients_device, self._devices, window_bytes(settings, *run, live_gradients=live_gradients)
+        memory = WindowMemory(
+            settings, self.layout.num_weights, self.schedule, self.masks_to_come(), live_gradients=live_gradients
         )
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes())
         self._live = live_gradients
         self._logged: set[str] = set()
         collector = GradientCollector(
@@ -137,7 +137,7 @@ class MFACPruner(GradualPruner):
         self._progress = self._with_next_pruning(
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
-        self.needed_bytes = check_memory(settings, window_device, *run, live_gradients=live_gradients)
+        self.needed_bytes = memory.check(window_device)
 
     @property
     def num_gradients(self) -> int:
