@@ -35,7 +35,7 @@ from mfac_core.settings.checks import (
     checked_mask_type,
 )
 
-__all__ = ["Gradients", "prune"]
+__all__ = ["Gradients", "as_given", "by_name", "named_axes", "prune"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -119,7 +119,7 @@ def prune(
     mask_type = checked_mask_type(mask_type, [sparsity])
     sparsity = snap_to_n_of_m(mask_type, float(sparsity)) if sparsity else 0.0
 
-    named = _named(weights)
+    named = by_name(weights)
     _check_arrays("weights", weights)
     if not callable(gradients):
         _check_arrays("gradients", gradients)
@@ -128,14 +128,14 @@ def prune(
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
-    rule = MaskRule(layout.segments, scope, mask_patterns(mask_type, layout.shapes, _named_axes(axes)))
+    rule = MaskRule(layout.segments, scope, mask_patterns(mask_type, layout.shapes, named_axes(axes)))
     vector = layout.flatten(named)
     mask = _flat_mask(masks, layout)
     layout.check_finite(vector, mask, "prune from finite weights, or mask these")
     vector = scatter_unpruned(take_unpruned(vector, mask), mask)
 
     def in_form(values: Array) -> Any:
-        return _in_form(layout.unflatten_like(values, named), weights)
+        return as_given(layout.unflatten_like(values, named), weights)
 
     rows_at = _rows_for_substeps(gradients, weights, layout, in_form)
     # zeros are pruned first, whether a mask has pruned them already or not
@@ -167,25 +167,27 @@ def prune(
     placed = {name: device_of(named[name]).asarray(each) for name, each in layout.unflatten(mask).items()}
     return PruneResult(
         weights=in_form(vector),
-        masks=_in_form(placed, weights),
+        masks=as_given(placed, weights),
         sparsity=int(np.count_nonzero(~mask)) / layout.num_weights,
         predicted_loss_increase=increase,
         damping=used_damping,
     )
 
 
-def _named(arrays: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+def by_name(arrays: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return arrays by name; a single one gets a name of its own."""
     return arrays if isinstance(arrays, Mapping) else {_ARRAY: arrays}
 
 
-def _named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]] | None:
+def named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]] | None:
+    """Return permutations of axes by name, with the name that :func:`by_name` gives."""
     return axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
 
 
 def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
     if masks is None:
         return np.ones(layout.num_weights, bool)
-    named = _named(masks)
+    named = by_name(masks)
     layout.check(named, "masks")
     for name, mask in named.items():
         if np.dtype(mask.dtype) != np.bool_:
@@ -282,5 +284,6 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
     return [array_namespace(array).asarray(array, dtype=wanted) for array in arrays]
 
 
-def _in_form(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+def as_given(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+    """Return arrays in the form in which weights are given: a mapping, or one array."""
     return arrays if isinstance(weights, Mapping) else arrays[_ARRAY]
