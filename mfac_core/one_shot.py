@@ -17,7 +17,7 @@ from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
 from mfac_core.masks.selection import MaskRule, newly_pruned
-from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
+from mfac_core.masks.sparsity import is_reached, pruned_fraction, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (
@@ -168,7 +168,7 @@ def prune(
     return PruneResult(
         weights=in_form(vector),
         masks=as_given(placed, weights),
-        sparsity=int(np.count_nonzero(~mask)) / layout.num_weights,
+        sparsity=pruned_fraction(mask),
         predicted_loss_increase=increase,
         damping=used_damping,
     )

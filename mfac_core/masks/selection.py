@@ -118,8 +118,7 @@ def _newly_pruned_groups(
     # pruned weights have saliency 0 in the means of their groups
     values = np.zeros(len(mask))
     values[mask] = device.to_numpy(saliencies)
-    if np.isnan(values).any():
-        raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
+    least_salient(values, 0)  # refuses NaN
     chosen = np.zeros(len(mask), bool)
     if rule.scope == "layer":
         for name, (start, stop) in rule.segments.items():

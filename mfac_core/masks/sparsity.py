@@ -12,7 +12,12 @@ from mfac_core.masks.patterns import MaskPattern
 from mfac_core.masks.selection import MaskRule
 from mfac_core.schedules.substeps import Sparsity, of_layer
 
-__all__ = ["attained_sparsity", "is_reached", "out_of_reach", "sparsity_of_zeros"]
+__all__ = ["attained_sparsity", "is_reached", "out_of_reach", "pruned_fraction", "sparsity_of_zeros"]
+
+
+def pruned_fraction(mask: Mask) -> float:
+    """Return the pruned fraction of all weights, whatever their pattern."""
+    return int(np.count_nonzero(~mask)) / len(mask)
 
 
 def sparsity_of_zeros(zeros: Mask, rule: MaskRule) -> float | dict[str, float]:

@@ -17,7 +17,7 @@ from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.masks.selection import MaskRule, newly_pruned
-from mfac_core.masks.sparsity import out_of_reach
+from mfac_core.masks.sparsity import out_of_reach, pruned_fraction
 from mfac_core.pruners.saved_states import ScheduleTable, other_schedule, other_weights, refuse_foreign, schedule_table
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
@@ -154,7 +154,7 @@ class Pruner(ABC):
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        return _pruned_fraction(self._mask)
+        return pruned_fraction(self._mask)
 
     @property
     def is_finished(self) -> bool:
@@ -314,7 +314,7 @@ class Pruner(ABC):
         yield PruneResult(
             weights={**given, **self.layout.unflatten_like(outcome.weights, weights)},
             masks=self.layout.unflatten(outcome.mask.copy()),
-            sparsity=_pruned_fraction(outcome.mask),
+            sparsity=pruned_fraction(outcome.mask),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
             completes_step=after.done > index,
@@ -480,10 +480,6 @@ class Pruner(ABC):
         ``weights`` are all weights in scope, on the device of the first; ``is_zero`` says in host memory which of them
         are 0, whether pruned or not.
         """
-
-
-def _pruned_fraction(mask: Mask) -> float:
-    return int(np.count_nonzero(~mask)) / len(mask)
 
 
 def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
