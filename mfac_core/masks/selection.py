@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
-from mfac_core.schedules.substeps import Sparsity, of_layer
+from mfac_core.schedules.substeps import Sparsity, layer_sparsity
 from mfac_core.settings.checks import Scope
 
 __all__ = ["MaskRule", "least_salient", "newly_pruned"]
@@ -80,7 +80,7 @@ def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRu
         unpruned = int(np.count_nonzero(mask[start:stop]))
         pruned = (stop - start) - unpruned
         in_layer = saliencies[position : position + unpruned]
-        chosen.append(least_salient(in_layer, round((stop - start) * of_layer(sparsity, name)) - pruned))
+        chosen.append(least_salient(in_layer, round((stop - start) * layer_sparsity(sparsity, name)) - pruned))
         position += unpruned
     return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
@@ -122,11 +122,11 @@ def _newly_pruned_groups(
     chosen = np.zeros(len(mask), bool)
     if rule.scope == "layer":
         for name, (start, stop) in rule.segments.items():
-            here = slice(start, stop)
-            chosen[here] = _choose(values[here], mask[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
+            here, target = slice(start, stop), layer_sparsity(sparsity, name)
+            chosen[here] = _choose(values[here], mask[here], [patterns[name]], target, by_groups=True)
     else:
         in_order = [patterns[name] for name in rule.segments]
-        chosen = _choose(values, mask, in_order, of_layer(sparsity, "all"), by_groups=False)
+        chosen = _choose(values, mask, in_order, layer_sparsity(sparsity, "all"), by_groups=False)
     return device.asarray(chosen[mask])
 
 
@@ -134,8 +134,8 @@ def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsit
     """Choose among consecutive arrays, each with a pattern of its own."""
     if not len(mask):
         return np.zeros(0, bool)
-    kept_of_each = patterns[0].kept_of_each  # the same for all arrays, as all have one mask type
-    if kept_of_each is None:
+    unpruned_per_group = patterns[0].unpruned_per_group  # the same for all arrays, as all have one mask type
+    if unpruned_per_group is None:
         firsts = np.cumsum([0, *(pattern.num_groups for pattern in patterns)])
         groups = [pattern.groups() + first for pattern, first in zip(patterns, firsts, strict=False)]
         return _choose_groups(values, mask, np.concatenate(groups), sparsity, by_groups=by_groups)
@@ -144,7 +144,7 @@ def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsit
         np.where(found < 0, -1, found + first)
         for found, first in zip((pattern.members() for pattern in patterns), firsts, strict=False)
     ]
-    return _choose_n_of_m(values, mask, np.concatenate(members), sparsity, kept_of_each)
+    return _choose_n_of_m(values, mask, np.concatenate(members), sparsity, unpruned_per_group)
 
 
 def _choose_groups(values: Vector, mask: Mask, groups: Vector, sparsity: float, *, by_groups: bool) -> Mask:
@@ -164,10 +164,10 @@ def _choose_groups(values: Vector, mask: Mask, groups: Vector, sparsity: float, 
     return np.asarray(pruned[groups])
 
 
-def _choose_n_of_m(values: Vector, mask: Mask, members: Vector, sparsity: float, kept_of_each: int) -> Mask:
+def _choose_n_of_m(values: Vector, mask: Mask, members: Vector, sparsity: float, unpruned_per_group: int) -> Mask:
     ranked = np.where(mask, values, -1.0)[members]
     ranked[members < 0] = -2.0  # missing inputs of a short group come first, then pruned weights
-    first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - kept_of_each]
+    first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - unpruned_per_group]
     candidates = np.take_along_axis(members, first, axis=1)
     # in the order of the array, so that ties are broken as without a pattern
     candidates = np.sort(candidates[candidates >= 0])

@@ -10,7 +10,7 @@ import numpy as np
 from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.masks.selection import MaskRule
-from mfac_core.schedules.substeps import Sparsity, of_layer
+from mfac_core.schedules.substeps import Sparsity, layer_sparsity
 
 __all__ = ["attained_sparsity", "is_reached", "out_of_reach", "pruned_fraction", "sparsity_of_zeros"]
 
@@ -54,11 +54,11 @@ def is_reached(zeros: Mask, sparsity: Sparsity, rule: MaskRule) -> bool:
     """
     fitting = _fitting(zeros, rule)
     if rule.scope == "layer":
-        return all(count >= round(total * of_layer(sparsity, name)) for name, (count, total) in fitting.items())
+        return all(count >= round(total * layer_sparsity(sparsity, name)) for name, (count, total) in fitting.items())
     count, total = (sum(column) for column in zip((0, 0), *fitting.values(), strict=True))
-    wanted = total * of_layer(sparsity, "all")
+    wanted = total * layer_sparsity(sparsity, "all")
     # which number of whole groups comes closest depends on the size of the next group
-    of_groups = any(pattern.kept_of_each is None for pattern in (rule.patterns or {}).values())
+    of_groups = any(pattern.unpruned_per_group is None for pattern in (rule.patterns or {}).values())
     return bool(count >= (wanted if of_groups else round(wanted)))
 
 
@@ -77,22 +77,22 @@ def attained_sparsity(rule: MaskRule) -> Callable[[Sparsity], tuple[Sparsity, in
     of_groups = {
         name: np.bincount(pattern.groups())
         for name, pattern in patterns.items()
-        if pattern.kept_of_each is None and sizes[name]
+        if pattern.unpruned_per_group is None and sizes[name]
     }
-    most = {name: pattern.most_pruned for name, pattern in patterns.items()}
+    most = {name: pattern.max_pruned for name, pattern in patterns.items()}
 
     def within_layers(sparsity: Sparsity) -> tuple[Sparsity, int]:
         reached, num_kept = {}, 0
         for name, size in sizes.items():
             total = len(of_groups[name]) if name in of_groups else size
-            pruned = min(round(total * of_layer(sparsity, name)), most.get(name, size))
+            pruned = min(round(total * layer_sparsity(sparsity, name)), most.get(name, size))
             reached[name] = pruned / total if total else 0.0
             num_kept += size - (int(np.sort(of_groups[name])[:pruned].sum()) if name in of_groups else pruned)
         return reached, num_kept
 
     def over_all(sparsity: Sparsity) -> tuple[Sparsity, int]:
         total = sum(sizes.values())
-        wanted = total * of_layer(sparsity, "all")
+        wanted = total * layer_sparsity(sparsity, "all")
         if of_groups:  # the closest number of groups misses by at most half of the largest group
             pruned = max(0, math.ceil(wanted - max(counts.max() for counts in of_groups.values()) / 2))
         else:
@@ -109,11 +109,11 @@ def out_of_reach(sparsity: float, rule: MaskRule) -> dict[str, float]:
     other arrays make up for them.
 
     Example:
-        >>> patterns = {"a": MaskPattern((2, 3), (0, 1), outputs=1, inputs=4, kept_of_each=2)}
+        >>> patterns = {"a": MaskPattern((2, 3), (0, 1), outputs=1, inputs=4, unpruned_per_group=2)}
         >>> out_of_reach(0.5, MaskRule({"a": (0, 6)}, "layer", patterns))
         {'a': 0.3333333333333333}
     """
-    most = {name: (pattern.most_pruned, math.prod(pattern.shape)) for name, pattern in (rule.patterns or {}).items()}
+    most = {name: (pattern.max_pruned, math.prod(pattern.shape)) for name, pattern in (rule.patterns or {}).items()}
     attainable, total = (sum(column) for column in zip((0, 0), *most.values(), strict=True))
     if rule.scope == "global" and attainable >= round(total * sparsity):
         return {}
@@ -133,10 +133,10 @@ def _fitting(zeros: Mask, rule: MaskRule) -> dict[str, tuple[int, int]]:
 def _fitting_zeros(zeros: Mask, pattern: MaskPattern, *, by_groups: bool) -> tuple[int, int]:
     if not len(zeros):
         return 0, 0
-    if pattern.kept_of_each is not None:
+    if pattern.unpruned_per_group is not None:
         members = pattern.members()
         exists = members >= 0  # a short group lacks some
-        most = np.maximum(exists.sum(axis=1) - pattern.kept_of_each, 0)
+        most = np.maximum(exists.sum(axis=1) - pattern.unpruned_per_group, 0)
         return int(np.minimum((zeros[members] & exists).sum(axis=1), most).sum()), len(zeros)
     groups = pattern.groups()
     sizes = np.bincount(groups)

@@ -18,7 +18,13 @@ from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_o
 from mfac_core.masks.patterns import mask_patterns
 from mfac_core.masks.selection import MaskRule, newly_pruned
 from mfac_core.masks.sparsity import out_of_reach, pruned_fraction
-from mfac_core.pruners.saved_states import ScheduleTable, other_schedule, other_weights, refuse_foreign, schedule_table
+from mfac_core.pruners.saved_states import (
+    ScheduleTable,
+    other_schedule,
+    other_weights,
+    refuse_other_run,
+    schedule_table,
+)
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
@@ -375,7 +381,7 @@ class Pruner(ABC):
         if not isinstance(state["method"], str):
             refuse("method", state["method"], "the name of a pruner")
         if state["method"] != own:
-            refuse_foreign([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
+            refuse_other_run([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
         initial = self._parsed_initial_sparsity(state)
         check_keys("a pruner (its masks)", state["masks"], ())
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
@@ -386,7 +392,7 @@ class Pruner(ABC):
         if not self._is_same_schedule(saved, schedule_table(scheduled)):
             differences.append(other_schedule(saved, schedule_table(scheduled)))
         if differences:
-            refuse_foreign(differences)
+            refuse_other_run(differences)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
         done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(scheduled))
@@ -432,14 +438,14 @@ class Pruner(ABC):
     def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
         return np.array_equal(saved, scheduled)
 
-    def _warn_of_empty(self, alive: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
+    def _warn_of_empty(self, nonzero: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
         """Warn once of each array whose last weights this pruning step prunes."""
         if self._rule.scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
             return
         emptied = [
             name
             for name, (start, stop) in self.layout.segments.items()
-            if name not in self._warned_empty and not mask[start:stop].any() and alive[start:stop].any()
+            if name not in self._warned_empty and not mask[start:stop].any() and nonzero[start:stop].any()
         ]
         self._warned_empty.update(emptied)
         if emptied:

@@ -15,7 +15,7 @@ from mfac_core.masks.layout import Mask, take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.base import Outcome, Progress, Pruner
-from mfac_core.pruners.saved_states import refuse_foreign
+from mfac_core.pruners.saved_states import refuse_other_run
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at
 from mfac_core.schedules.substeps import Sparsity
@@ -69,18 +69,18 @@ class GradualPruner(Pruner):
                 refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
         held, expected = 0 if saved is None else len(saved), len(_values(own))
         if held != expected:
-            refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
+            refuse_other_run([f"it holds {held} initial sparsities, and this run has {expected}"])
         if isinstance(own, Mapping):
             return dict(zip(own, saved.tolist(), strict=True))
         return own if saved is None else float(saved[0])
 
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         zeros = ~self._mask | is_zero
-        select = partial(self._newly_pruned, sparsity=self._wanted_sparsity(zeros, index))
+        select = partial(self._newly_pruned, sparsity=self._target_sparsity(zeros, index))
         unpruned = take_unpruned(weights, self._mask)
         return Outcome.of_unpruned(self._mask, self._prune_unpruned(unpruned, zeros, select, index))
 
-    def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
+    def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the sparsity to reach now, in the pruning step with this index.
 
         Zeros, shape ``(n,)``, go first, whether they are pruned already or not.

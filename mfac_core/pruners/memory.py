@@ -13,7 +13,7 @@ from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
 from mfac_core.fisher.partition import partition, working_bytes
 from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
-from mfac_core.schedules.substeps import Sparsity, num_substeps, of_layer, substep_sparsity
+from mfac_core.schedules.substeps import Sparsity, layer_sparsity, num_substeps, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 
 __all__ = [
@@ -125,7 +125,7 @@ class WindowMemory:
         """
         sparsities, reaches = self.masks or (
             [scheduled.sparsity for scheduled in self.schedule],
-            lambda sparsity: (sparsity, self.num_weights - round(self.num_weights * of_layer(sparsity, ""))),
+            lambda sparsity: (sparsity, self.num_weights - round(self.num_weights * layer_sparsity(sparsity, ""))),
         )
         settings, last = self.settings, len(self.schedule) - 1
         # the sparsity reached before a pruning step determines the rows of its window

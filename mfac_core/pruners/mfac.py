@@ -117,8 +117,8 @@ class MFACPruner(GradualPruner):
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        where_weights_are = device_of(weights[self.layout.names[0]])
-        self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
+        weights_device = device_of(weights[self.layout.names[0]])
+        self._devices = (weights_device,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
         memory = WindowMemory(
             settings, self.layout.num_weights, self.schedule, self.masks_to_come(), live_gradients=live_gradients
         )
@@ -131,7 +131,7 @@ class MFACPruner(GradualPruner):
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
-            feeds=[device for device in self._devices if not device.is_host],
+            consumers=[device for device in self._devices if not device.is_host],
             warn_once=self._warn_once,
         )
         self._progress = self._with_next_pruning(
@@ -307,7 +307,7 @@ class MFACPruner(GradualPruner):
             progress.collector.load_window(state["window"], self._num_gradients_of(saved))
         return progress
 
-    def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
+    def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         return substep_sparsity(
             sparsity_of_zeros(zeros, self._rule),
             self._sparsity_at(self._progress, index),
@@ -338,13 +338,13 @@ class MFACPruner(GradualPruner):
         """
         mask, done, num_steps = progress.mask, progress.done, len(progress.schedule)
 
-        def asks_for_zeros(index: int) -> bool:
+        def needs_new_zeros(index: int) -> bool:
             return not self._is_reached(~mask, progress, index)
 
         # sparsity never falls, so that a bisection finds the step; most often it is the very next one
         next_pruning = done
-        if done < num_steps and not asks_for_zeros(done):
-            next_pruning += bisect_left(range(done, num_steps), True, key=asks_for_zeros)
+        if done < num_steps and not needs_new_zeros(done):
+            next_pruning += bisect_left(range(done, num_steps), True, key=needs_new_zeros)
         if substeps is None:
             substeps = self._substeps_needed(progress, next_pruning) if next_pruning < num_steps else 1
         progress = replace(progress, next_pruning=next_pruning, substeps=substeps)

@@ -13,12 +13,12 @@ from mfac_core.backends import Array
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.weight_names import join_names
 
-__all__ = ["ScheduleTable", "other_schedule", "other_weights", "refuse_foreign", "schedule_table"]
+__all__ = ["ScheduleTable", "other_schedule", "other_weights", "refuse_other_run", "schedule_table"]
 
 ScheduleTable = npt.NDArray[Any]
 
 
-def refuse_foreign(differences: Sequence[str]) -> NoReturn:
+def refuse_other_run(differences: Sequence[str]) -> NoReturn:
     """Refuse a state that differs from this run."""
     raise ValueError(
         f"the state belongs to another recipe or model: {'; '.join(differences)}. "

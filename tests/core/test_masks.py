@@ -293,4 +293,4 @@ def test_what_keeps_a_sparsity_from_being_reached():
 def test_no_more_than_can_be_pruned_is_pruned(shape, mask_type):
     pattern = mask_patterns(mask_type, {"a": shape})["a"]
     most = 1 - int(mask_type[0]) / int(mask_type[2])
-    assert np.sum(~select(np.zeros(shape), most, mask_type, shape)) == pattern.most_pruned
+    assert np.sum(~select(np.zeros(shape), most, mask_type, shape)) == pattern.max_pruned
