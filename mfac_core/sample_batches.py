@@ -28,7 +28,7 @@ __all__ = [
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
 
-_MOST_WITHOUT_LENGTH = 1000
+_MAX_WITHOUT_LENGTH = 1000
 """Batches of one pass over data that may have no end."""
 
 _logger = logging.getLogger("mfac_core")
@@ -167,7 +167,7 @@ def batches_of_one_pass(
             "num_batches", f"{at_most!r} must be a positive integer, or None for all batches of one pass over the data"
         )
     opened = _opened(source, options or {})
-    limit = _MOST_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
+    limit = _MAX_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
     drawn = 0
     for batch in islice(opened, limit):
         yield batch
