@@ -200,12 +200,12 @@ def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     ]
 
 
-def _hold_out(held_out: HeldOut, batches: Iterator[Any], begun_anew: Callable[[], Iterable[Any]]) -> None:
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], restarted: Callable[[], Iterable[Any]]) -> None:
     held_out.batches.extend(islice(batches, held_out.wanted))
     lacking = held_out.wanted - len(held_out.batches)
     if lacking:
         held_out.are_new = False
-        held_out.batches.extend(islice(begun_anew(), lacking))
+        held_out.batches.extend(islice(restarted(), lacking))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

@@ -94,7 +94,7 @@ class GradientSampler(Sampler):
                 samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32)
             )
         finally:
-            _put_back(metrics)
+            _restore(metrics)
 
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches in inference mode; metrics do not change.
@@ -118,7 +118,7 @@ class GradientSampler(Sampler):
         try:
             losses = [float(keras.ops.convert_to_numpy(evaluate(_batch(each)))) for each in batches]
         finally:
-            _put_back(metrics)
+            _restore(metrics)
         return mean_loss(losses)
 
     def forward(self, model: Any, batch: Any, *, training: bool = False) -> Any:
@@ -164,7 +164,7 @@ def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
     return [(variable, variable.numpy()) for variable in variables]
 
 
-def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
+def _restore(values: Iterable[tuple[Any, Any]]) -> None:
     for variable, value in values:  # some losses have metrics of their own
         variable.assign(value)
 

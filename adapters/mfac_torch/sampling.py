@@ -22,7 +22,7 @@ from mfac_torch.batches import (
 )
 from mfac_torch.evaluation import in_mode, requiring_gradients, without_gradients
 
-__all__ = ["GradSampler", "sampler_of"]
+__all__ = ["GradSampler", "SamplerArgument", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
@@ -97,7 +97,7 @@ class GradSampler(Sampler):
         self._takes_first_entry = False
 
     @classmethod
-    def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
+    def of(cls, sampler: SamplerArgument) -> Self | GradSampler:
         """Return a sampler from a sampler or from the older dictionary form.
 
         Args:
@@ -257,6 +257,10 @@ class GradSampler(Sampler):
                 "loss_fn of the GradSampler does not take the tuple that the model returns; it gets the first entry"
             )
             return loss
+
+
+SamplerArgument = GradSampler | Mapping[str, Any]
+"""A sampler, or the older dictionary form that :meth:`GradSampler.of` takes."""
 
 
 def sampler_of(loader: Any, loss_fn: Any = None) -> GradSampler:

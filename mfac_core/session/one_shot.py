@@ -20,7 +20,7 @@ __all__ = ["prune_in_one_shot"]
 
 
 def prune_in_one_shot(
-    session: Session[P],
+    session: Session[P, Any],
     groups: Sequence[tuple[PruningSettings, PruningSettings]],
     statistics: LayerStatistics,
     *,
