@@ -25,7 +25,7 @@ _STDIN = "-"
 _JSON_VERSION = 1
 """Version of the objects that ``--json`` prints: incremented if a key is removed or changes its meaning."""
 
-_LARGEST_SEED = 2**31 - 1
+_MAX_SEED = 2**31 - 1
 _HAS_WARNINGS = 1
 _HAS_ERRORS = 2
 _EXIT_CODES = "Exit codes: 0 success; 1 warnings, with --strict; 2 errors, or wrong arguments."
@@ -91,7 +91,7 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if missing.")] = Path("mfac-demo"),
     seed: Annotated[
-        int, typer.Option(min=0, max=_LARGEST_SEED, help="First seed of data order, weights and gradient samples.")
+        int, typer.Option(min=0, max=_MAX_SEED, help="First seed of data order, weights and gradient samples.")
     ] = 0,
     seeds: Annotated[
         int | None,

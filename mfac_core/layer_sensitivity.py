@@ -18,7 +18,7 @@ from mfac_core.backends import Array, Device, array_namespace, check_float, devi
 from mfac_core.errors import SettingError
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.one_shot import prune
+from mfac_core.one_shot import Gradients, as_given, by_name, named_axes, prune
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
 from mfac_core.settings.checks import (
     Damping,
@@ -42,12 +42,7 @@ __all__ = ["SPARSITIES", "Sensitivity", "sensitivity"]
 SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 """The sparsities at which each layer is measured by default."""
 
-Gradients = Array | Mapping[str, Array]
-"""Gradient samples, one per row."""
-
 _logger = logging.getLogger("mfac_core")
-
-_ARRAY = "weights"  # the name of a single array, as in prune
 
 
 @dataclass(frozen=True)
@@ -230,8 +225,7 @@ def sensitivity(
         >>> result.final_sparsity(3.0)
         {0.5: ['first']}
     """
-    named = weights if isinstance(weights, Mapping) else {_ARRAY: weights}
-    named_axes = axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
+    named, axes = by_name(weights), named_axes(axes)
     if not callable(loss):
         raise TypeError(f"loss is a {type(loss).__name__}; pass a function that returns the loss of weights")
     levels = _checked_sparsities(sparsities)
@@ -242,11 +236,11 @@ def sensitivity(
     mask_type = checked_mask_type(mask_type, levels)
     resolve_devices(devices)
     layout = _checked_layout(named)
-    mask_patterns(mask_type, layout.shapes, named_axes)
+    mask_patterns(mask_type, layout.shapes, axes)
     rows_of = _rows_of(gradients, weights, layout)
 
     def loss_of(pruned: Mapping[str, Array]) -> float:
-        return _checked_loss(loss({**named, **pruned} if isinstance(weights, Mapping) else {**named, **pruned}[_ARRAY]))
+        return _checked_loss(loss(as_given({**named, **pruned}, weights)))
 
     prune_layer = partial(
         prune,
@@ -267,7 +261,7 @@ def sensitivity(
         predicted: dict[str, tuple[float, ...]] = {}
         for name, array in named.items():
             pruned, masks = {name: array}, {name: device_of(array).asarray(np.ones(tuple(array.shape), bool))}
-            own_axes = None if named_axes is None or name not in named_axes else {name: named_axes[name]}
+            own_axes = None if axes is None or name not in axes else {name: axes[name]}
             losses, increases = [dense_loss], [0.0]
             for level in levels:
                 result = prune_layer(pruned, rows_of(name), sparsity=level, masks=masks, axes=own_axes)
@@ -323,7 +317,7 @@ def _rows_of(
         draw = gradients
 
         def fresh(layer: Mapping[str, Array]) -> Gradients:
-            return _in_rows(draw(dict(layer) if isinstance(weights, Mapping) else layer[_ARRAY]))
+            return _in_rows(draw(as_given(dict(layer), weights)))
 
         return lambda name: fresh
     if isinstance(gradients, Mapping):

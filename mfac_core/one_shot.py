@@ -16,8 +16,8 @@ from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns, snap_to_n_of_m
-from mfac_core.masks.selection import newly_pruned
-from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
+from mfac_core.masks.selection import MaskRule, newly_pruned
+from mfac_core.masks.sparsity import is_reached, pruned_fraction, sparsity_of_zeros
 from mfac_core.pruners.step import PruneResult, mfac_step
 from mfac_core.schedules.substeps import num_substeps, substep_sparsity
 from mfac_core.settings.checks import (
@@ -35,7 +35,7 @@ from mfac_core.settings.checks import (
     checked_mask_type,
 )
 
-__all__ = ["Gradients", "prune"]
+__all__ = ["Gradients", "as_given", "by_name", "named_axes", "prune"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -119,7 +119,7 @@ def prune(
     mask_type = checked_mask_type(mask_type, [sparsity])
     sparsity = snap_to_n_of_m(mask_type, float(sparsity)) if sparsity else 0.0
 
-    named = _named(weights)
+    named = by_name(weights)
     _check_arrays("weights", weights)
     if not callable(gradients):
         _check_arrays("gradients", gradients)
@@ -128,18 +128,18 @@ def prune(
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
-    patterns = mask_patterns(mask_type, layout.shapes, _named_axes(axes))
+    rule = MaskRule(layout.segments, scope, mask_patterns(mask_type, layout.shapes, named_axes(axes)))
     vector = layout.flatten(named)
     mask = _flat_mask(masks, layout)
     layout.check_finite(vector, mask, "prune from finite weights, or mask these")
     vector = scatter_unpruned(take_unpruned(vector, mask), mask)
 
     def in_form(values: Array) -> Any:
-        return _in_form(layout.unflatten_like(values, named), weights)
+        return as_given(layout.unflatten_like(values, named), weights)
 
     rows_at = _rows_for_substeps(gradients, weights, layout, in_form)
     # zeros are pruned first, whether a mask has pruned them already or not
-    reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+    reached = sparsity_of_zeros(zeros_of(vector), rule)
     substeps = num_substeps(reached, sparsity, num_recomputations)
     increase = 0.0
     used_damping = None
@@ -153,7 +153,7 @@ def prune(
         updated, chosen, substep_increase, used_damping = mfac_step(
             take_unpruned(vector, mask),
             source,
-            partial(newly_pruned, mask=mask, sparsity=wanted, segments=layout.segments, scope=scope, patterns=patterns),
+            partial(newly_pruned, mask=mask, sparsity=wanted, rule=rule),
             damping=damping,
             update=update,
             devices=resolve_devices(devices),
@@ -161,31 +161,33 @@ def prune(
         vector = scatter_unpruned(updated, mask)
         mask[mask] = ~device_of(chosen).to_numpy(chosen)
         increase += substep_increase or 0.0
-        if is_reached(~mask, sparsity, layout.segments, scope, patterns):
+        if is_reached(~mask, sparsity, rule):
             break
-        reached = sparsity_of_zeros(zeros_of(vector), layout.segments, scope, patterns)
+        reached = sparsity_of_zeros(zeros_of(vector), rule)
     placed = {name: device_of(named[name]).asarray(each) for name, each in layout.unflatten(mask).items()}
     return PruneResult(
         weights=in_form(vector),
-        masks=_in_form(placed, weights),
-        sparsity=int(np.count_nonzero(~mask)) / layout.num_weights,
+        masks=as_given(placed, weights),
+        sparsity=pruned_fraction(mask),
         predicted_loss_increase=increase,
         damping=used_damping,
     )
 
 
-def _named(arrays: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+def by_name(arrays: Array | Mapping[str, Array]) -> Mapping[str, Array]:
+    """Return arrays by name; a single one gets a name of its own."""
     return arrays if isinstance(arrays, Mapping) else {_ARRAY: arrays}
 
 
-def _named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]] | None:
+def named_axes(axes: Sequence[int] | Mapping[str, Sequence[int]] | None) -> Mapping[str, Sequence[int]] | None:
+    """Return permutations of axes by name, with the name that :func:`by_name` gives."""
     return axes if axes is None or isinstance(axes, Mapping) else {_ARRAY: axes}
 
 
 def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) -> npt.NDArray[np.bool_]:
     if masks is None:
         return np.ones(layout.num_weights, bool)
-    named = _named(masks)
+    named = by_name(masks)
     layout.check(named, "masks")
     for name, mask in named.items():
         if np.dtype(mask.dtype) != np.bool_:
@@ -282,5 +284,6 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
     return [array_namespace(array).asarray(array, dtype=wanted) for array in arrays]
 
 
-def _in_form(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+def as_given(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:
+    """Return arrays in the form in which weights are given: a mapping, or one array."""
     return arrays if isinstance(weights, Mapping) else arrays[_ARRAY]

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import warn_once
@@ -28,7 +28,7 @@ __all__ = [
 BatchSource = Iterable[Any] | Callable[..., Iterable[Any]]
 """Batches, or a function that makes them."""
 
-_MOST_WITHOUT_LENGTH = 1000
+_MAX_WITHOUT_LENGTH = 1000
 """Batches of one pass over data that may have no end."""
 
 _logger = logging.getLogger("mfac_core")
@@ -55,6 +55,8 @@ class Sampler:
     Args:
         source: The batches, or a function that makes them.
     """
+
+    _logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
 
     def __init__(self, source: BatchSource) -> None:
         self._source = source
@@ -106,7 +108,7 @@ class Sampler:
                 )
             zero = [index for index in zero if gradients[index] is None or not gradients[index].any()]
             if number == count:  # before the last sample is yielded: the caller may not ask for another
-                warn_once(_logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
+                warn_once(self._logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
             yield [zeros(index) if gradient is None else gradient for index, gradient in enumerate(gradients)]
 
 
@@ -165,7 +167,7 @@ def batches_of_one_pass(
             "num_batches", f"{at_most!r} must be a positive integer, or None for all batches of one pass over the data"
         )
     opened = _opened(source, options or {})
-    limit = _MOST_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
+    limit = _MAX_WITHOUT_LENGTH if at_most is None and not _has_length(opened) else at_most
     drawn = 0
     for batch in islice(opened, limit):
         yield batch

@@ -122,6 +122,7 @@ def prune_one_shot(
         Session(prunings, logger=_logger),
         groups,
         MovingStatistics(model),
+        modifiers=[gradual for gradual, _ in groups],
         sampler=sampler,
         recalibrate_batchnorm=recalibrate_batchnorm,
         cure="mfac_keras.recalibrate_batchnorm(model, dataset)",

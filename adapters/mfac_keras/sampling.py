@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ class GradientSampler(Sampler):
     Raises:
         TypeError: If the dataset is neither iterable nor callable, or the loss is not a loss.
     """
+
+    _logger = logging.getLogger("mfac_keras")
 
     def __init__(self, dataset: Any, loss: Any = None) -> None:
         if not (loss is None or callable(loss) or isinstance(loss, str | Mapping)):

@@ -281,6 +281,7 @@ class ScheduledModifierManager(ModifierList):
             Session(prunings, logger=_logger),
             groups,
             RunningStatistics(model),
+            modifiers=settings,
             sampler=sampler,
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="mfac_torch.recalibrate_batchnorm(model, loader)",

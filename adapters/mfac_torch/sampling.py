@@ -26,8 +26,6 @@ __all__ = ["GradSampler", "SamplerArgument", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
-_logger = logging.getLogger("mfac_torch")
-
 
 class GradSampler(Sampler):
     """Draws gradient samples: the gradients of a loss, one per batch of a data loader.
@@ -61,6 +59,8 @@ class GradSampler(Sampler):
         >>> [row["weight"].shape for row in sampler.gradients(model, {"weight": model.weight}, count=2)]
         [torch.Size([1, 4]), torch.Size([1, 4])]
     """
+
+    _logger = logging.getLogger("mfac_torch")
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class GradSampler(Sampler):
             except Exception:
                 raise error from None
             self._takes_first_entry = True
-            _logger.info(
+            self._logger.info(
                 "loss_fn of the GradSampler does not take the tuple that the model returns; it gets the first entry"
             )
             return loss

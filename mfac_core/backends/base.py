@@ -80,9 +80,6 @@ class Backend(Protocol):
     def synchronize(self, device: str) -> None:
         """Wait until ``device`` has finished all queued work."""
 
-    def release(self, device: str) -> None:
-        """Free cached memory of ``device``."""
-
 
 @dataclass(frozen=True)
 class Device:

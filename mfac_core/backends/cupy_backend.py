@@ -158,11 +158,6 @@ class CupyBackend:
         with self.on(device):
             cupy.cuda.get_current_stream().synchronize()
 
-    def release(self, device: str) -> None:
-        """Return the unused blocks of CuPy's pool to the GPU."""
-        with self.on(device):
-            cupy.get_default_memory_pool().free_all_blocks()
-
     def _lend(self, device: str, slot: _Slot, arrays: list[Array]) -> Iterator[list[Array]]:
         with self.on(device):
             slot.work.wait_event(slot.copied)

@@ -94,9 +94,6 @@ class NumpyBackend:
     def synchronize(self, device: str) -> None:
         """Do nothing: calls return when their work is done."""
 
-    def release(self, device: str) -> None:
-        """Do nothing: NumPy frees memory itself."""
-
 
 def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):

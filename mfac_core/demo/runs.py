@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +17,7 @@ import numpy as np
 from mfac_core import terminal
 from mfac_core.backends import resolve_devices
 from mfac_core.errors import RecipeError, SettingError
-from mfac_core.recipe import Recipe, Settings, load_recipe
+from mfac_core.recipe import Recipe, load_recipe
 from mfac_core.report import comparison
 from mfac_core.report import run as report
 from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, MFACSettings
@@ -41,9 +41,6 @@ __all__ = [
     "SPARSITIES",
     "Demo",
     "Pruned",
-    "by_method",
-    "compare_gradual",
-    "compare_over_seeds",
     "pruned",
     "recipe_path",
     "run",
@@ -144,9 +141,7 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
     )
 
 
-def compare_over_seeds(
-    demo: Callable[[int], Demo], seeds: Sequence[int], *, console: Console | None = None
-) -> list[Pruned]:
+def _compare_over_seeds(demo: Callable[[int], Demo], seeds: Sequence[int], console: Console) -> list[Pruned]:
     """For each seed, prune in one shot by both methods, then train the networks with their zeros held.
 
     Returns for each seed, sparsity and method the network without training and after each number of epochs.
@@ -176,7 +171,7 @@ def compare_over_seeds(
     return results
 
 
-def compare_gradual(demo: Demo, recipe: Recipe, *, console: Console | None = None) -> list[Pruned]:
+def _compare_gradual(demo: Demo, recipe: Recipe, console: Console) -> list[Pruned]:
     """Train a network, then prune copies of it during further training: by M-FAC, and by magnitude."""
     results = []
     with _progress(console) as progress:
@@ -185,17 +180,6 @@ def compare_gradual(demo: Demo, recipe: Recipe, *, console: Console | None = Non
             advance = _bar(progress, f"{method}: pruning while training", round(recipe.max_epochs))
             results.append(demo.train_by_recipe(_recipe_by(method, recipe), method, dense, advance))
     return results
-
-
-def by_method(modifiers: Iterable[Settings], method: str) -> tuple[Settings, ...]:
-    """Return a recipe's modifiers for M-FAC, or for magnitude with the same schedule, masks and scope."""
-    if method == "M-FAC":
-        return tuple(modifiers)
-    names = [field.name for field in dataclasses.fields(GradualSettings)]
-    return tuple(
-        MagnitudeSettings(**{name: getattr(each, name) for name in names}) if isinstance(each, MFACSettings) else each
-        for each in modifiers
-    )
 
 
 def pruned(
@@ -272,7 +256,7 @@ def _checked(recipe: Path, demo: Demo) -> Recipe:
 def _run_recipe(demo: Demo, recipe: Recipe, seed: int, output: Path) -> str:
     console = terminal.console()
     terminal.say(f"Pruning a network for handwritten digits with {recipe.source}, compared with magnitude pruning.")
-    results = compare_gradual(demo, recipe, console=console)
+    results = _compare_gradual(demo, recipe, console)
     records = [result.record for result in results]
     console.print(report.table(records))
     terminal.say(f"This is an example with one seed ({seed}): another seed or another processor gives other numbers.")
@@ -286,7 +270,7 @@ def _run_over_seeds(demo: Callable[[int], Demo], seeds: range, output: Path) -> 
     console = terminal.console()
     first, recipe = demo(seeds[0]), recipe_path(ONE_SHOT)
     terminal.say(f"Pruning networks for handwritten digits in one shot with {recipe}, compared with magnitude pruning.")
-    results = compare_over_seeds(demo, seeds, console=console)
+    results = _compare_over_seeds(demo, seeds, console)
     records = [result.record for result in results]
     console.print(comparison.table(records))
     for line in (comparison.caption(records), _WHY_MORE_EPOCHS, _OTHER_PROCESSOR):
@@ -321,11 +305,23 @@ def _at_sparsity(sparsity: float, recipe: Recipe) -> Recipe:
 
 
 def _recipe_by(method: str, recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, modifiers=by_method(recipe.modifiers, method))
+    """Return a recipe for M-FAC as it is, or for magnitude with the same schedule, masks and scope."""
+    if method == "M-FAC":
+        return recipe
+    names = [field.name for field in dataclasses.fields(GradualSettings)]
+    return dataclasses.replace(
+        recipe,
+        modifiers=tuple(
+            MagnitudeSettings(**{name: getattr(each, name) for name in names})
+            if isinstance(each, MFACSettings)
+            else each
+            for each in recipe.modifiers
+        ),
+    )
 
 
 @contextmanager
-def _progress(console: Console | None) -> Iterator[Progress]:
+def _progress(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
@@ -334,7 +330,7 @@ def _progress(console: Console | None) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=console is None) as progress:
+    with Progress(*columns, console=console) as progress:
         yield progress
 
 

@@ -27,7 +27,7 @@ RETAINED_FRACTION = 0.25
 """Share of a device's free memory that factors retained between the two passes may take. They never take more than half
 of the memory of the gradients."""
 
-_LEAST_COLUMNS = 32
+_MIN_COLUMNS = 32
 
 _logger = logging.getLogger("mfac_core")
 
@@ -154,7 +154,7 @@ class BlockwiseFisher:
         out = xp.zeros_like(x)
         columns, results = (each if each.ndim == 2 else each[:, None] for each in (x, out))
         # no more columns at once than there are rows, so that they take no more memory than the gradients of a group
-        at_once = max(self.source.count, _LEAST_COLUMNS)
+        at_once = max(self.source.count, _MIN_COLUMNS)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
             factored = self.factor(index, device, chunks)
@@ -163,7 +163,7 @@ class BlockwiseFisher:
                 some = slice(first, min(first + at_once, columns.shape[1]))
                 right = self.take(columns[:, some], index, device)
                 products = [
-                    factored.of_blocks(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
+                    factored.select_blocks(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
                     for blocks in cache_slices(chunks)
                 ]
                 product = array_namespace(right).concat(products, axis=0)

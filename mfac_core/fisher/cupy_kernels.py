@@ -10,9 +10,9 @@ import numpy as np
 
 from mfac_core.backends import Array
 
-__all__ = ["LARGEST_FACTOR", "SmallFactors", "column_sums_of_squares", "inverse_factor", "matmul", "saliency"]
+__all__ = ["MAX_FACTOR", "SmallFactors", "column_sums_of_squares", "inverse_factor", "matmul", "saliency"]
 
-LARGEST_FACTOR = 32
+MAX_FACTOR = 32
 """Rows of the largest matrix that :func:`inverse_factor` takes: one for each thread of a warp."""
 
 
@@ -89,7 +89,7 @@ def inverse_factor(matrices: Array, shift: Array | float) -> tuple[Array, Array]
     for the zeros above the diagonal.
 
     Args:
-        matrices: Symmetric, shape ``(n, k, k)`` with ``k`` up to :data:`LARGEST_FACTOR`, float32 or float64, with any
+        matrices: Symmetric, shape ``(n, k, k)`` with ``k`` up to :data:`MAX_FACTOR`, float32 or float64, with any
             strides; only the lower triangle is read. Not modified.
         shift: Added to the diagonal: one number, or an array of ``n`` numbers, one for each matrix.
 
@@ -100,8 +100,8 @@ def inverse_factor(matrices: Array, shift: Array | float) -> tuple[Array, Array]
         ValueError: If the matrices are too large.
     """
     count, _, size = matrices.shape
-    if size > LARGEST_FACTOR:
-        raise ValueError(f"matrices have {size} rows; inverse_factor takes up to {LARGEST_FACTOR}")
+    if size > MAX_FACTOR:
+        raise ValueError(f"matrices have {size} rows; inverse_factor takes up to {MAX_FACTOR}")
     with matrices.device:
         inverses = cupy.empty(matrices.shape, matrices.dtype)
         diagonals = cupy.empty((count, size), matrices.dtype)
@@ -112,14 +112,14 @@ def inverse_factor(matrices: Array, shift: Array | float) -> tuple[Array, Array]
             shifts = cupy.ascontiguousarray(shifts)
             kernel = _inverse_factor({"f": "float", "d": "double"}[matrices.dtype.char])
             arguments = (matrices, inverses, diagonals, shifts, count, np.int32(size), *strides)
-            kernel((blocks,), (LARGEST_FACTOR, _WARPS), arguments)
+            kernel((blocks,), (MAX_FACTOR, _WARPS), arguments)
     return inverses, diagonals
 
 
 class SmallFactors:
     """:func:`inverse_factor` as :class:`mfac_core.fisher.kernels.SmallFactors`."""
 
-    largest = LARGEST_FACTOR
+    largest = MAX_FACTOR
 
     def __call__(self, matrices: Array, shift: Array | float) -> tuple[Array, Array]:
         """Return ``L^-1`` and the diagonal of ``L``."""
@@ -130,7 +130,7 @@ _THREADS = 256
 
 _WARPS = 4  # matrices of one thread block: 34 KB of shared memory at most, of the 48 KB that need no opt-in
 
-_LARGEST_INT = 2**31 - 1  # cuBLAS takes sizes and leading dimensions as 32-bit integers
+_MAX_INT = 2**31 - 1  # cuBLAS takes sizes and leading dimensions as 32-bit integers
 
 # A thread block sums a tile of neighbouring columns of one matrix. Threads with one threadIdx.x share a column: each
 # takes every blockDim.y-th row of it, and a tree reduction in shared memory adds up their sums.
@@ -263,7 +263,7 @@ def _suit_cublas(a: Array, b: Array) -> bool:
         and a.dtype.char in "fd"
         and a.size > 0
         and b.size > 0
-        and max(*a.shape, *b.shape) <= _LARGEST_INT
+        and max(*a.shape, *b.shape) <= _MAX_INT
     )
 
 
@@ -277,16 +277,16 @@ def _operand(x: Array) -> tuple[Array, int, int, int]:
     if stride >= 0:
         # contiguous rows, `leading` numbers apart
         leading = row_stride if rows > 1 else columns
-        if (column_stride == 1 or columns == 1) and columns <= leading <= _LARGEST_INT:
+        if (column_stride == 1 or columns == 1) and columns <= leading <= _MAX_INT:
             return x, cublas.CUBLAS_OP_N, leading, stride
         # contiguous columns, `leading` numbers apart: the same memory, to be transposed
         leading = column_stride if columns > 1 else rows
-        if (row_stride == 1 or rows == 1) and rows <= leading <= _LARGEST_INT:
+        if (row_stride == 1 or rows == 1) and rows <= leading <= _MAX_INT:
             return x, cublas.CUBLAS_OP_T, leading, stride
     return cupy.ascontiguousarray(x), cublas.CUBLAS_OP_N, columns, rows * columns
 
 
 @cache
 def _inverse_factor(real: str) -> Any:
-    options = (f"-DREAL={real}", f"-DWARPS={_WARPS}", f"-DLARGEST={LARGEST_FACTOR}")
+    options = (f"-DREAL={real}", f"-DWARPS={_WARPS}", f"-DLARGEST={MAX_FACTOR}")
     return cupy.RawKernel(_INVERSE_FACTOR, "inverse_factor", options)

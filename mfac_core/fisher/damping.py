@@ -18,14 +18,14 @@ __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 AUTO_SHARE = 0.1
 """Damping ``auto`` of a block, relative to the mean diagonal of its empirical Fisher."""
 
-LEAST_SHARE = 1e-12
+MIN_SHARE = 1e-12
 """Lower bound of the mean diagonal of a block, relative to the mean over all weights.
 
 The weights of a block without curvature then have the smallest saliencies, ranked by magnitude among themselves: far
 below the others, but not so far that float32 could not represent them.
 """
 
-LEAST_DAMPING = 1e-200
+MIN_DAMPING = 1e-200
 """The smallest damping, whatever the gradients: float64 can hardly represent the inverse of a smaller one."""
 
 _Vector = npt.NDArray[np.float64]
@@ -70,10 +70,10 @@ def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vecto
     overall = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))
     if not overall:
         return [np.ones(len(mean)) for mean in means], 1.0
-    shares = [AUTO_SHARE * np.maximum(mean, LEAST_SHARE * overall) for mean in means]
+    shares = [AUTO_SHARE * np.maximum(mean, MIN_SHARE * overall) for mean in means]
     # frexp gives a mantissa in [0.5, 1): the unit is the power of two at or below the typical damping
-    typical = max(AUTO_SHARE * overall, LEAST_DAMPING)
-    return [np.maximum(share, LEAST_DAMPING) for share in shares], math.ldexp(1.0, math.frexp(typical)[1] - 1)
+    typical = max(AUTO_SHARE * overall, MIN_DAMPING)
+    return [np.maximum(share, MIN_DAMPING) for share in shares], math.ldexp(1.0, math.frexp(typical)[1] - 1)
 
 
 def damping_text(smallest: float, largest: float) -> str:
@@ -91,6 +91,6 @@ def _mean_diagonals(chunks: Sequence[Array], dtype: Any) -> Array:
     total = None
     for chunk in chunks:
         for sums in spread(column_sums_of_squares, split_for_threads(xp.asarray(chunk, dtype=dtype))):
-            of_blocks = xp.sum(xp.asarray(sums, dtype=xp.float64), axis=-1)
-            total = of_blocks if total is None else total + of_blocks
+            block_sums = xp.sum(xp.asarray(sums, dtype=xp.float64), axis=-1)
+            total = block_sums if total is None else total + block_sums
     return total / (chunks[0].shape[-2] * sum(int(chunk.shape[-1]) for chunk in chunks))

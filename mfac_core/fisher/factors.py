@@ -54,7 +54,7 @@ The true error is mostly below the estimate, and up to eight times above it wher
 most 4e-5 was seen over random ensembles of up to 1400 samples.
 """
 
-LARGEST_ERROR = 1e-4
+MAX_ERROR = 1e-4
 """Estimated relative error above which a block is refused even in float64."""
 
 CANCELLED = 1e-4
@@ -92,7 +92,7 @@ class Factor(Protocol):
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``; shape ``(n, B)``, in the dtype of ``c``."""
 
-    def of_blocks(self, blocks: slice) -> Factor:
+    def select_blocks(self, blocks: slice) -> Factor:
         """Return the factor of some of the blocks."""
 
 
@@ -127,7 +127,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, A
                 chunks, damping = _select_blocks(chunks, damping, in_float64)
             exact = _form(chunks).of(chunks, damping, xp.float64)
             refined, error = exact.diagonal(chunks)
-            is_accurate = bool(xp.all(error <= LARGEST_ERROR))
+            is_accurate = bool(xp.all(error <= MAX_ERROR))
         except np.linalg.LinAlgError:
             is_accurate = False
     if not is_accurate:
@@ -237,7 +237,7 @@ class _DualFactor:
         xp = array_namespace(chunks[0])
 
         def one_minus_sums(converted: Iterable[Array], blocks: slice) -> Array:
-            lower = self.lower.of_blocks(blocks)
+            lower = self.lower.select_blocks(blocks)
             sums = [total for chunk in converted for total in spread(lower.column_sums, _cache_columns(chunk))]
             return 1 - _concat(sums, axis=-1)
 
@@ -251,7 +251,7 @@ class _DualFactor:
         epsilon = float(xp.finfo(self.dtype).eps)
         error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
         error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
-        if self.in_float64 and not bool(xp.all(error <= LARGEST_ERROR)):
+        if self.in_float64 and not bool(xp.all(error <= MAX_ERROR)):
             # the estimate is far too high where samples repeat: measure the solves themselves before refusing
             error = epsilon * self._error_of_solves(chunks, remainder)
         return remainder, error + epsilon * restored
@@ -276,8 +276,8 @@ class _DualFactor:
         # (m damping I + G^T G)^-1 G^T = G^T S^-1: no difference, in which digits could cancel
         return xp.asarray(_columns_times(chunks, self._solve(right[..., None]))[..., 0], dtype=coefficients.dtype)
 
-    def of_blocks(self, blocks: slice) -> _DualFactor:
-        lower, norms, shift = self.lower.of_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
+    def select_blocks(self, blocks: slice) -> _DualFactor:
+        lower, norms, shift = self.lower.select_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
         return replace(self, lower=lower, norms=norms, shift=shift)
 
     def _amplification(self) -> Array:
@@ -333,7 +333,7 @@ class _DualFactor:
         xp = array_namespace(remainder)
 
         def amplified(converted: Iterable[Array], blocks: slice) -> Array:
-            lower = self.lower.of_blocks(blocks)
+            lower = self.lower.select_blocks(blocks)
             norms = self.norms[blocks, :, None]
             solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in converted]
             return _concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
@@ -412,8 +412,8 @@ class _PrimalFactor:
         product = _columns_times(chunks, right[..., None]) / coefficients.shape[-1]
         return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64))[..., 0], dtype=coefficients.dtype)
 
-    def of_blocks(self, blocks: slice) -> _PrimalFactor:
-        lower, norms, damping = self.lower.of_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
+    def select_blocks(self, blocks: slice) -> _PrimalFactor:
+        lower, norms, damping = self.lower.select_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
         return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _solve(self, right: Array) -> Array:
@@ -447,16 +447,16 @@ class _MixedFactor:
         refined = self.exact.apply_to_rows(_select(chunks, self.in_float64), selected)
         return _merge(self.in_float64, self.base.apply_to_rows(chunks, coefficients), refined)
 
-    def of_blocks(self, blocks: slice) -> Factor:
+    def select_blocks(self, blocks: slice) -> Factor:
         # `exact` holds its blocks without gaps: count those before and within the slice
         xp = array_namespace(self.in_float64)
         first, count = (int(xp.count_nonzero(self.in_float64[some])) for some in (slice(0, blocks.start), blocks))
         if not count:
-            return self.base.of_blocks(blocks)
-        exact = self.exact.of_blocks(slice(first, first + count))
+            return self.base.select_blocks(blocks)
+        exact = self.exact.select_blocks(slice(first, first + count))
         if count == blocks.stop - blocks.start:
             return exact
-        return _MixedFactor(self.base.of_blocks(blocks), exact, self.in_float64[blocks])
+        return _MixedFactor(self.base.select_blocks(blocks), exact, self.in_float64[blocks])
 
 
 _Form = type[_DualFactor] | type[_PrimalFactor]

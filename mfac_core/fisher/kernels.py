@@ -25,7 +25,7 @@ __all__ = [
 GRAM_PANEL = 256
 """Rows of a symmetric product that are computed at once where the library does not use the symmetry."""
 
-LARGEST_FACTOR = 16
+MAX_FACTOR = 16
 """Largest matrices that the portable form factors in one call: on a CPU, LAPACK is slow for a batch of larger ones."""
 
 
@@ -115,7 +115,7 @@ class _BorderedFactors:
     """
 
     def __init__(self, like: Array) -> None:
-        self.largest = min(LARGEST_FACTOR, like.shape[-1])
+        self.largest = min(MAX_FACTOR, like.shape[-1])
         # the borders are the same at each call, so only the upper left corner is written again
         self._bordered = {self.largest: _bordered(like, self.largest)}
 

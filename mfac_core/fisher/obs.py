@@ -86,9 +86,9 @@ def independent_update(
         # the diagonal is in units of `fisher.unit`, and the factor applies damping F^-1
         right = right * xp.asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
         for blocks in cache_slices(chunks):
-            of_blocks, factored = [chunk[blocks, :, :] for chunk in chunks], factor.of_blocks(blocks)
-            change = -factored.apply(of_blocks, right[blocks, :, None])[..., 0]
-            yield _Update(blocks, of_blocks, change, factored.in_float64 is not False)
+            selected, factored = [chunk[blocks, :, :] for chunk in chunks], factor.select_blocks(blocks)
+            change = -factored.apply(selected, right[blocks, :, None])[..., 0]
+            yield _Update(blocks, selected, change, factored.in_float64 is not False)
 
     return _change(fisher, weights, newly_pruned, updates)
 
@@ -114,13 +114,13 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
         mask = ~fisher.take(newly_pruned, index, device)
         damping = fisher.damping(index, device)  # of the whole block: F_KK is a submatrix of the same F
         for blocks in cache_slices(chunks):
-            of_blocks = [chunk[blocks, :, :] for chunk in chunks]
+            selected = [chunk[blocks, :, :] for chunk in chunks]
             # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
-            restricted = _zero_columns(of_blocks, mask[blocks, :])
+            restricted = _zero_columns(selected, mask[blocks, :])
             factored, _ = evaluate(restricted, damping[blocks])
             in_float64 = factored.in_float64 is not False
-            rows = gradients_times(of_blocks, _in_precision(pruned[blocks, :], in_float64))
-            yield _Update(blocks, of_blocks, factored.apply_to_rows(restricted, rows), in_float64)
+            rows = gradients_times(selected, _in_precision(pruned[blocks, :], in_float64))
+            yield _Update(blocks, selected, factored.apply_to_rows(restricted, rows), in_float64)
 
     return _change(fisher, weights, newly_pruned, updates)
 

@@ -42,7 +42,7 @@ class TriangularFactor:
         itemsize = array_namespace(self.pivots).finfo(self.pivots.dtype).bits // 8
         return int(itemsize * sum(math.prod(x.shape) for x in (*self.left, *self.inverses)))
 
-    def of_blocks(self, blocks: slice) -> TriangularFactor:
+    def select_blocks(self, blocks: slice) -> TriangularFactor:
         """Return the factors of some of the matrices, as views."""
         return TriangularFactor(
             [x[blocks, :, :] for x in self.left], [x[blocks, :, :] for x in self.inverses], self.pivots[blocks, :]

@@ -29,7 +29,7 @@ class GradientWindow:
         num_gradients: Rows ``m`` that the window holds; a further row replaces the oldest.
         block_size: Weights per Fisher block; ``None`` means one block.
         device: Where the rows are stored, a name or a device.
-        feeds: Devices that compute with the rows: rows in host memory are stored so that copies to them are fast.
+        consumers: Devices that compute with the rows: rows in host memory are stored so that copies to them are fast.
         dtype: dtype of the rows.
 
     Example:
@@ -47,7 +47,7 @@ class GradientWindow:
         *,
         block_size: int | None,
         device: str | Device = "cpu",
-        feeds: Sequence[Device] = (),
+        consumers: Sequence[Device] = (),
         dtype: Any = np.float32,
     ) -> None:
         self.num_weights = num_weights
@@ -59,9 +59,9 @@ class GradientWindow:
         self._pushed = 0  # rows since the window was empty
         self._rebuilt_with = 0  # rows taken over from another window
         self._overwritten: int | None = None  # the value of `_pushed` when a row was begun over the oldest
-        self._feeds = tuple(feeds)
+        self._consumers = tuple(consumers)
         # stored groups suit the device with the largest groups, as others can work on subgroups
-        self._group_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *feeds))
+        self._group_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *consumers))
         self.stored_groups = self._partition(num_weights, num_gradients)
         self._storage = [self._allocate(group, num_gradients) for group in self.stored_groups]
 
@@ -142,7 +142,7 @@ class GradientWindow:
             num_gradients,
             block_size=self.block_size,
             device=self.device,
-            feeds=self._feeds,
+            consumers=self._consumers,
             dtype=self.dtype,
         )
         with self.device.backend.on(self.device.name):
@@ -252,8 +252,8 @@ class GradientWindow:
     def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
         shapes = [(group.count, num_gradients, width) for width in group.chunk_widths]
         # page-locked memory, where the backend has it: copies from it to a GPU do not wait
-        if self.device.is_host and self._feeds:
-            return [self._feeds[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
+        if self.device.is_host and self._consumers:
+            return [self._consumers[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
 
     def _chronological(self) -> npt.NDArray[np.intp]:

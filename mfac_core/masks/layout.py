@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 
-__all__ = ["WeightLayout", "scatter_unpruned", "take_unpruned", "zeros_of"]
+__all__ = ["Mask", "WeightLayout", "scatter_unpruned", "take_unpruned", "zeros_of"]
 
 Mask = npt.NDArray[np.bool_]
+"""In host memory; True keeps."""
 
 
 class WeightLayout:

@@ -24,7 +24,7 @@ __all__ = ["MaskPattern", "mask_patterns", "snap_to_n_of_m"]
 _ROUNDED = 0.01
 """Largest difference from ``1 - N/M`` that a sparsity has by rounding."""
 
-_MOST_NAMED = 10
+_MAX_NAMED = 10
 """Number of arrays that a message names."""
 
 # Why arrays cannot have a pattern, and the cure
@@ -50,7 +50,7 @@ class MaskPattern:
         outputs: Outputs of a group.
         inputs: Inputs of a group; the last group of a row is short if they do not divide the row.
         whole_kernel: Whether a group holds all positions of the kernel; else each position has groups of its own.
-        kept_of_each: Smallest number of weights that each group keeps; ``None`` if a group is pruned as a whole.
+        unpruned_per_group: Smallest number of weights that each group keeps; ``None`` if a group is pruned as a whole.
 
     Example:
         >>> MaskPattern((2, 4), (0, 1), outputs=1, inputs=2).groups().tolist()
@@ -62,7 +62,7 @@ class MaskPattern:
     outputs: int
     inputs: int
     whole_kernel: bool = False
-    kept_of_each: int | None = None
+    unpruned_per_group: int | None = None
 
     @property
     def num_groups(self) -> int:
@@ -74,13 +74,13 @@ class MaskPattern:
         return math.ceil(outputs / self.outputs) * kernel * math.ceil(inputs / self.inputs)
 
     @property
-    def most_pruned(self) -> int:
+    def max_pruned(self) -> int:
         """Largest number of weights that can be pruned."""
         outputs, kernel, inputs = self._extents
-        if self.kept_of_each is None:
+        if self.unpruned_per_group is None:
             return outputs * kernel * inputs
         whole, short = divmod(inputs, self.inputs)
-        in_a_row = whole * (self.inputs - self.kept_of_each) + max(short - self.kept_of_each, 0)
+        in_a_row = whole * (self.inputs - self.unpruned_per_group) + max(short - self.unpruned_per_group, 0)
         return outputs * kernel * in_a_row
 
     def groups(self) -> npt.NDArray[np.int32]:
@@ -161,7 +161,7 @@ def mask_patterns(
             refused.setdefault(why, []).append(f"{name!r} of shape {shape} ({_in_words(patterns[name])})")
     if refused:
         reasons = [
-            f"{reason.format(mask_type=_written(mask_type), arrays=join_names(arrays, _MOST_NAMED))}; {cure}, or leave "
+            f"{reason.format(mask_type=_written(mask_type), arrays=join_names(arrays, _MAX_NAMED))}; {cure}, or leave "
             f"{'it' if len(arrays) == 1 else 'them'} out of params"
             for (reason, cure), arrays in refused.items()
         ]
@@ -212,7 +212,7 @@ def _pattern(mask_type: MaskType, shape: tuple[int, ...], axes: tuple[int, ...],
             return MaskPattern(shape, axes, high, wide)
         case _:
             kept, of_each = map(int, str(mask_type).split(":"))
-            return MaskPattern(shape, axes, 1, of_each, kept_of_each=kept)
+            return MaskPattern(shape, axes, 1, of_each, unpruned_per_group=kept)
 
 
 def _refusal(mask_type: MaskType, pattern: MaskPattern) -> tuple[str, str] | None:
@@ -221,7 +221,7 @@ def _refusal(mask_type: MaskType, pattern: MaskPattern) -> tuple[str, str] | Non
     if isinstance(mask_type, tuple) and (outputs % pattern.outputs or inputs % pattern.inputs):
         return _NOT_DIVIDED
     is_one_group = pattern.num_groups == 1 and math.prod(pattern.shape) > 1
-    return _ONE_GROUP if is_one_group and pattern.kept_of_each is None else None
+    return _ONE_GROUP if is_one_group and pattern.unpruned_per_group is None else None
 
 
 def _written(mask_type: MaskType) -> str:

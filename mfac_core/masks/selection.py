@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
-from mfac_core.schedules.substeps import Sparsity, of_layer
+from mfac_core.schedules.substeps import Sparsity, layer_sparsity
 from mfac_core.settings.checks import Scope
 
-__all__ = ["least_salient", "newly_pruned"]
+__all__ = ["MaskRule", "least_salient", "newly_pruned"]
 
 Vector = npt.NDArray[Any]
-Mask = npt.NDArray[np.bool_]
 
 
-def newly_pruned(
-    saliencies: Array,
-    mask: Mask,
-    sparsity: Sparsity,
-    segments: Mapping[str, tuple[int, int]],
-    scope: Scope,
-    patterns: Mapping[str, MaskPattern] | None = None,
-) -> Array:
+@dataclass(frozen=True)
+class MaskRule:
+    """The rule by which a mask is chosen: which weights compete, and which are pruned together.
+
+    Args:
+        segments: First and one-past-last position of each layer among the ``n`` weights.
+        scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
+        patterns: How the weights of each layer are grouped; ``None`` if each is pruned on its own.
+    """
+
+    segments: Mapping[str, tuple[int, int]]
+    scope: Scope
+    patterns: Mapping[str, MaskPattern] | None = None
+
+
+def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule) -> Array:
     """Choose the weights to prune so that a sparsity is reached.
 
     Without patterns exactly ``round(n * sparsity)`` of ``n`` weights are pruned. Groups are ranked by the mean saliency
@@ -43,10 +52,7 @@ def newly_pruned(
         saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
         mask: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
         sparsity: Pruned fraction to reach, in ``[0, 1]``; one per layer only if the scope is ``layer``.
-        segments: First and one-past-last position of each layer among the ``n`` weights.
-        scope: ``layer`` reaches the sparsity in each layer, ``global`` over all.
-        patterns: How the weights of each layer are grouped; ``None`` if each is pruned on its own. Groups are ranked in
-            host memory.
+        rule: Which weights compete, and which are pruned together. Groups are ranked in host memory.
 
     Returns:
         Which of the unpruned weights are pruned now, shape ``(d,)``, on the device of the saliencies; none if the
@@ -57,25 +63,24 @@ def newly_pruned(
 
     Example:
         >>> s = np.array([3.0, 1.0, 2.0, 0.5])
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 2), "b": (2, 4)}, "layer").tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 2), "b": (2, 4)}, "layer")).tolist()
         [False, True, False, True]
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 2), "b": (2, 4)}, "global").tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 2), "b": (2, 4)}, "global")).tolist()
         [False, True, False, True]
         >>> pairs = {"a": MaskPattern((4,), (0,), outputs=1, inputs=2)}
-        >>> newly_pruned(s, np.ones(4, bool), 0.5, {"a": (0, 4)}, "layer", pairs).tolist()
+        >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 4)}, "layer", pairs)).tolist()
         [False, False, True, True]
     """
-    if patterns is not None:
-        return _newly_pruned_groups(saliencies, mask, sparsity, segments, scope, patterns)
-    if scope == "global":
-        segments = {"all": (0, len(mask))}
+    if rule.patterns is not None:
+        return _newly_pruned_groups(saliencies, mask, sparsity, rule, rule.patterns)
+    segments = {"all": (0, len(mask))} if rule.scope == "global" else rule.segments
     chosen = []
     position = 0
     for name, (start, stop) in segments.items():
         unpruned = int(np.count_nonzero(mask[start:stop]))
         pruned = (stop - start) - unpruned
         in_layer = saliencies[position : position + unpruned]
-        chosen.append(least_salient(in_layer, round((stop - start) * of_layer(sparsity, name)) - pruned))
+        chosen.append(least_salient(in_layer, round((stop - start) * layer_sparsity(sparsity, name)) - pruned))
         position += unpruned
     return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
@@ -107,27 +112,21 @@ def least_salient(saliencies: Array, count: int) -> Array:
 
 
 def _newly_pruned_groups(
-    saliencies: Array,
-    mask: Mask,
-    sparsity: Sparsity,
-    segments: Mapping[str, tuple[int, int]],
-    scope: Scope,
-    patterns: Mapping[str, MaskPattern],
+    saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule, patterns: Mapping[str, MaskPattern]
 ) -> Array:
     device = device_of(saliencies)
     # pruned weights have saliency 0 in the means of their groups
     values = np.zeros(len(mask))
     values[mask] = device.to_numpy(saliencies)
-    if np.isnan(values).any():
-        raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
+    least_salient(values, 0)  # refuses NaN
     chosen = np.zeros(len(mask), bool)
-    if scope == "layer":
-        for name, (start, stop) in segments.items():
-            here = slice(start, stop)
-            chosen[here] = _choose(values[here], mask[here], [patterns[name]], of_layer(sparsity, name), by_groups=True)
+    if rule.scope == "layer":
+        for name, (start, stop) in rule.segments.items():
+            here, target = slice(start, stop), layer_sparsity(sparsity, name)
+            chosen[here] = _choose(values[here], mask[here], [patterns[name]], target, by_groups=True)
     else:
-        in_order = [patterns[name] for name in segments]
-        chosen = _choose(values, mask, in_order, of_layer(sparsity, "all"), by_groups=False)
+        in_order = [patterns[name] for name in rule.segments]
+        chosen = _choose(values, mask, in_order, layer_sparsity(sparsity, "all"), by_groups=False)
     return device.asarray(chosen[mask])
 
 
@@ -135,8 +134,8 @@ def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsit
     """Choose among consecutive arrays, each with a pattern of its own."""
     if not len(mask):
         return np.zeros(0, bool)
-    kept_of_each = patterns[0].kept_of_each  # the same for all arrays, as all have one mask type
-    if kept_of_each is None:
+    unpruned_per_group = patterns[0].unpruned_per_group  # the same for all arrays, as all have one mask type
+    if unpruned_per_group is None:
         firsts = np.cumsum([0, *(pattern.num_groups for pattern in patterns)])
         groups = [pattern.groups() + first for pattern, first in zip(patterns, firsts, strict=False)]
         return _choose_groups(values, mask, np.concatenate(groups), sparsity, by_groups=by_groups)
@@ -145,7 +144,7 @@ def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsit
         np.where(found < 0, -1, found + first)
         for found, first in zip((pattern.members() for pattern in patterns), firsts, strict=False)
     ]
-    return _choose_n_of_m(values, mask, np.concatenate(members), sparsity, kept_of_each)
+    return _choose_n_of_m(values, mask, np.concatenate(members), sparsity, unpruned_per_group)
 
 
 def _choose_groups(values: Vector, mask: Mask, groups: Vector, sparsity: float, *, by_groups: bool) -> Mask:
@@ -165,10 +164,10 @@ def _choose_groups(values: Vector, mask: Mask, groups: Vector, sparsity: float, 
     return np.asarray(pruned[groups])
 
 
-def _choose_n_of_m(values: Vector, mask: Mask, members: Vector, sparsity: float, kept_of_each: int) -> Mask:
+def _choose_n_of_m(values: Vector, mask: Mask, members: Vector, sparsity: float, unpruned_per_group: int) -> Mask:
     ranked = np.where(mask, values, -1.0)[members]
     ranked[members < 0] = -2.0  # missing inputs of a short group come first, then pruned weights
-    first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - kept_of_each]
+    first = np.argsort(ranked, axis=1, kind="stable")[:, : members.shape[1] - unpruned_per_group]
     candidates = np.take_along_axis(members, first, axis=1)
     # in the order of the array, so that ties are broken as without a pattern
     candidates = np.sort(candidates[candidates >= 0])

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.layout import scatter_unpruned, take_unpruned
+from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned
 from mfac_core.masks.patterns import snap_to_n_of_m
-from mfac_core.pruners.base import Mask, Outcome, Pruner
+from mfac_core.pruners.base import Outcome, Pruner
 from mfac_core.pruners.step import magnitude_step
 from mfac_core.settings.pruning import ACDCSettings
 
@@ -36,17 +35,11 @@ class ACDCPruner(Pruner):
 
     settings: ACDCSettings
 
-    def __init__(
-        self,
-        settings: ACDCSettings,
-        weights: Mapping[str, Array],
-        *,
-        steps_per_epoch: int,
-        masks: Mapping[str, Array] | None = None,
-        axes: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:
-        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        self._sparsity = snap_to_n_of_m(settings.mask_type, settings.compression_sparsity)
+    @property
+    def _sparsity(self) -> float:
+        return snap_to_n_of_m(self.settings.mask_type, self.settings.compression_sparsity)
+
+    def _warn_at_start(self) -> None:
         self._warn_of_unreachable(self._sparsity)
 
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:

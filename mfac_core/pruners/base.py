@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core.backends import Array, check_float, device_of
-from mfac_core.masks.layout import WeightLayout, scatter_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_of
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import newly_pruned
-from mfac_core.masks.sparsity import out_of_reach
-from mfac_core.pruners.saved_states import Vector, other_schedule, other_weights, refuse_foreign, schedule_table
+from mfac_core.masks.selection import MaskRule, newly_pruned
+from mfac_core.masks.sparsity import out_of_reach, pruned_fraction
+from mfac_core.pruners.saved_states import (
+    ScheduleTable,
+    other_schedule,
+    other_weights,
+    refuse_other_run,
+    schedule_table,
+)
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
@@ -28,11 +33,9 @@ from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_array, checked_integer, refuse
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
-__all__ = ["Mask", "Outcome", "Progress", "Pruner"]
+__all__ = ["Outcome", "Progress", "Pruner"]
 
 _logger = logging.getLogger("mfac_core")
-
-Mask = npt.NDArray[np.bool_]
 
 _NEARLY_ALL = 0.99
 """From this sparsity on, the settings ask for layers without any weight: no warning."""
@@ -135,12 +138,14 @@ class Pruner(ABC):
             flat = self.layout.flatten(masks)
             mask = device_of(flat).to_numpy(flat).astype(bool)
         # constant masks choose no weights: their settings have neither scope nor mask type
-        self._scope: Scope = getattr(settings, "scope", "layer")
+        scope: Scope = getattr(settings, "scope", "layer")
         self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
-        self._patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        self._rule = MaskRule(self.layout.segments, scope, patterns)
         initial = self._measured_sparsity(weights, mask)
         self._progress = Progress(mask, self._schedule_at(steps_per_epoch, initial), initial)
         self._warned_empty: set[str] = set()
+        self._warn_at_start()
 
     @property
     def schedule(self) -> tuple[ScheduledStep, ...]:
@@ -155,7 +160,7 @@ class Pruner(ABC):
     @property
     def sparsity(self) -> float:
         """Pruned fraction of all weights in scope."""
-        return _pruned_fraction(self._mask)
+        return pruned_fraction(self._mask)
 
     @property
     def is_finished(self) -> bool:
@@ -326,7 +331,7 @@ class Pruner(ABC):
         yield PruneResult(
             weights={**given, **self.layout.unflatten_like(outcome.weights, weights)},
             masks=self.layout.unflatten(outcome.mask.copy()),
-            sparsity=_pruned_fraction(outcome.mask),
+            sparsity=pruned_fraction(outcome.mask),
             predicted_loss_increase=outcome.predicted_loss_increase,
             resets_optimizer=outcome.resets_optimizer,
             completes_step=after.done > index,
@@ -387,7 +392,7 @@ class Pruner(ABC):
         if not isinstance(state["method"], str):
             refuse("method", state["method"], "the name of a pruner")
         if state["method"] != own:
-            refuse_foreign([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
+            refuse_other_run([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
         initial = self._parsed_initial_sparsity(state)
         check_keys("a pruner (its masks)", state["masks"], ())
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
@@ -398,7 +403,7 @@ class Pruner(ABC):
         if not self._is_same_schedule(saved, schedule_table(scheduled)):
             differences.append(other_schedule(saved, schedule_table(scheduled)))
         if differences:
-            refuse_foreign(differences)
+            refuse_other_run(differences)
         for name, shape in self.layout.shapes.items():
             checked_array(f"masks[{name!r}]", state["masks"][name], np.bool_, len(shape))
         done = checked_integer("pruning_steps_done", state["pruning_steps_done"], at_most=len(scheduled))
@@ -425,10 +430,13 @@ class Pruner(ABC):
 
     def _newly_pruned(self, saliencies: Array, sparsity: Sparsity) -> Array:
         """Choose which of the unpruned weights are pruned so that a sparsity is reached."""
-        return newly_pruned(saliencies, self._mask, sparsity, self.layout.segments, self._scope, self._patterns)
+        return newly_pruned(saliencies, self._mask, sparsity, self._rule)
+
+    def _warn_at_start(self) -> None:
+        """Warn of settings that do not fit the weights; by default there is nothing to warn of."""
 
     def _warn_of_unreachable(self, sparsity: float) -> None:
-        limited = out_of_reach(sparsity, self._scope, self._patterns)
+        limited = out_of_reach(sparsity, self._rule)
         if limited:
             _logger.warning(
                 "mask_type %s does not divide the inputs of %s: the sparsity there ends below %g; take what has too "
@@ -438,17 +446,17 @@ class Pruner(ABC):
                 sparsity,
             )
 
-    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+    def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
         return np.array_equal(saved, scheduled)
 
-    def _warn_of_empty(self, alive: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
+    def _warn_of_empty(self, nonzero: Mask, mask: Mask, scheduled: ScheduledStep) -> None:
         """Warn once of each array whose last weights this pruning step prunes."""
-        if self._scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
+        if self._rule.scope == "layer" and scheduled.sparsity >= _NEARLY_ALL:
             return
         emptied = [
             name
             for name, (start, stop) in self.layout.segments.items()
-            if name not in self._warned_empty and not mask[start:stop].any() and alive[start:stop].any()
+            if name not in self._warned_empty and not mask[start:stop].any() and nonzero[start:stop].any()
         ]
         self._warned_empty.update(emptied)
         if emptied:
@@ -457,7 +465,7 @@ class Pruner(ABC):
                 "%stake it out of params, or prune less",
                 scheduled.epoch,
                 join_names(emptied),
-                "" if self._scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",
+                "" if self._rule.scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",
             )
 
     def _latest(self, step: int) -> int:
@@ -489,10 +497,6 @@ class Pruner(ABC):
         ``weights`` are all weights in scope, on the device of the first; ``is_zero`` says in host memory which of them
         are 0, whether pruned or not.
         """
-
-
-def _pruned_fraction(mask: Mask) -> float:
-    return int(np.count_nonzero(~mask)) / len(mask)
 
 
 def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:

@@ -28,7 +28,7 @@ class GradientCollector:
         num_gradients: Rows that the window holds at most.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
-        feeds: As in :class:`GradientWindow`.
+        consumers: As in :class:`GradientWindow`.
         warn_once: Logs a message unless one about the same subject has been logged: ``warn_once(subject, message)``.
         window: The samples stored so far; ``None`` before the first, which takes the memory.
         refused_rows: Samples that were left out because they held NaN or Inf.
@@ -39,7 +39,7 @@ class GradientCollector:
     num_gradients: int
     block_size: int | None
     device: Device
-    feeds: Sequence[Device]
+    consumers: Sequence[Device]
     warn_once: Callable[[str, str], None]
     window: GradientWindow | None = None
     refused_rows: int = 0
@@ -131,7 +131,7 @@ class GradientCollector:
             num_gradients,
             block_size=self.block_size,
             device=self.device,
-            feeds=self.feeds,
+            consumers=self.consumers,
         )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
-from mfac_core.masks.layout import scatter_unpruned, take_unpruned, zeros_of
-from mfac_core.pruners.base import Mask, Outcome, Pruner
-from mfac_core.pruners.saved_states import Vector
+from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.pruners.base import Outcome, Pruner
+from mfac_core.pruners.saved_states import ScheduleTable
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.pruning import ConstantSettings
@@ -49,26 +49,26 @@ class ConstantPruner(Pruner):
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         if self._releases(index):
             return Outcome(weights, np.ones_like(self._mask))
-        mask, unheld = self._found(self._mask, is_zero)
-        unheld = [name for name in unheld if not is_adapter(name)]  # adapters are known to begin at zero
-        if unheld:
+        mask, unmasked = self._found(self._mask, is_zero)
+        unmasked = [name for name in unmasked if not is_adapter(name)]  # adapters are known to begin at zero
+        if unmasked:
             _logger.warning(
                 "zero throughout, and assumed to begin at zero rather than to be pruned, so not held: %s; to hold them "
                 "at zero, write their exact names in params",
-                join_names(unheld),
+                join_names(unmasked),
             )
         return Outcome(scatter_unpruned(take_unpruned(weights, mask), mask), mask)
 
     def _found(self, mask: Mask, is_zero: Mask) -> tuple[Mask, list[str]]:
         """Return the mask of the weights that are not zero, and the arrays that are zero throughout but not held."""
         found = mask & ~is_zero
-        unheld = []
+        unmasked = []
         for name, (start, stop) in self.layout.segments.items():
             if start < stop and is_zero[start:stop].all() and name not in self.settings.params:
                 found[start:stop] = mask[start:stop]
                 if found[start:stop].any():
-                    unheld.append(name)
-        return found, unheld
+                    unmasked.append(name)
+        return found, unmasked
 
     def _releases(self, index: int) -> bool:
         return self.schedule[index].epoch == self.settings.end_epoch
@@ -81,6 +81,6 @@ class ConstantPruner(Pruner):
         held = cast(float, initial)  # as measured above
         return pruning_schedule(self.settings, steps_per_epoch, sparsities=(held, held))
 
-    def _is_same_schedule(self, saved: Vector, scheduled: Vector) -> bool:
+    def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
         # the sparsity that is held comes from the weights, not from the schedule
         return saved.shape == scheduled.shape and np.array_equal(saved[:, 0], scheduled[:, 0])

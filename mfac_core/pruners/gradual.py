@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.layout import take_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, take_unpruned, zeros_of
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
-from mfac_core.pruners.base import Mask, Outcome, Progress, Pruner
-from mfac_core.pruners.saved_states import refuse_foreign
+from mfac_core.pruners.base import Outcome, Progress, Pruner
+from mfac_core.pruners.saved_states import refuse_other_run
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step
 from mfac_core.schedules.pruning import ScheduledStep, one_final_sparsity, pruning_schedule, sparsity_at
 from mfac_core.schedules.substeps import Sparsity
@@ -38,19 +38,6 @@ class GradualPruner(Pruner):
 
     settings: GradualSettings
 
-    def __init__(
-        self,
-        settings: GradualSettings,
-        weights: Mapping[str, Array],
-        *,
-        steps_per_epoch: int,
-        masks: Mapping[str, Array] | None = None,
-        axes: Mapping[str, Sequence[int]] | None = None,
-    ) -> None:
-        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        self._warn_of_sparser()
-        self._warn_of_unreachable(self._final_sparsity)
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as arrays and numbers only.
 
@@ -70,7 +57,7 @@ class GradualPruner(Pruner):
     def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
         if self.settings.initial_sparsity != FROM_PARAM:
             return None
-        return self._sparsity_of(zeros_of(self.layout.flatten(weights)) | ~mask)
+        return sparsity_of_zeros(zeros_of(self.layout.flatten(weights)) | ~mask, self._rule)
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         # the sparsity that was measured then counts, whatever the weights show now
@@ -82,18 +69,18 @@ class GradualPruner(Pruner):
                 refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
         held, expected = 0 if saved is None else len(saved), len(_values(own))
         if held != expected:
-            refuse_foreign([f"it holds {held} initial sparsities, and this run has {expected}"])
+            refuse_other_run([f"it holds {held} initial sparsities, and this run has {expected}"])
         if isinstance(own, Mapping):
             return dict(zip(own, saved.tolist(), strict=True))
         return own if saved is None else float(saved[0])
 
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         zeros = ~self._mask | is_zero
-        select = partial(self._newly_pruned, sparsity=self._wanted_sparsity(zeros, index))
+        select = partial(self._newly_pruned, sparsity=self._target_sparsity(zeros, index))
         unpruned = take_unpruned(weights, self._mask)
         return Outcome.of_unpruned(self._mask, self._prune_unpruned(unpruned, zeros, select, index))
 
-    def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
+    def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the sparsity to reach now, in the pruning step with this index.
 
         Zeros, shape ``(n,)``, go first, whether they are pruned already or not.
@@ -107,7 +94,7 @@ class GradualPruner(Pruner):
     def _is_reached(self, zeros: Mask, progress: Progress, index: int) -> bool:
         """Return whether zeros make up the sparsity of the pruning step with this index."""
         wanted = self._sparsity_at(progress, index)
-        return is_reached(zeros, wanted, self.layout.segments, self._scope, self._patterns)
+        return is_reached(zeros, wanted, self._rule)
 
     def _sparsity_at(self, progress: Progress, index: int) -> Sparsity:
         """Return the sparsity after the pruning step with this index."""
@@ -122,9 +109,6 @@ class GradualPruner(Pruner):
             for name, initial in measured.items()
         }
 
-    def _sparsity_of(self, zeros: Mask) -> Sparsity:
-        return sparsity_of_zeros(zeros, self.layout.segments, self._scope, self._patterns)
-
     def _schedule_at(self, steps_per_epoch: int, initial: Sparsity | None) -> tuple[ScheduledStep, ...]:
         final = self._final_sparsity
         values = _values(initial) or [float(self.settings.initial_sparsity)]
@@ -135,7 +119,7 @@ class GradualPruner(Pruner):
             self.settings, steps_per_epoch, sparsities=(first, last if max(values) > final else final)
         )
 
-    def _warn_of_sparser(self) -> None:
+    def _warn_at_start(self) -> None:
         measured = self._progress.initial_sparsity or 0.0
         by_name = measured if isinstance(measured, Mapping) else {"the weights": measured}
         above = [name for name, initial in by_name.items() if initial > self._final_sparsity]
@@ -145,6 +129,7 @@ class GradualPruner(Pruner):
                 ", ".join(above),
                 self._final_sparsity,
             )
+        self._warn_of_unreachable(self._final_sparsity)
 
 
 class MagnitudePruner(GradualPruner):

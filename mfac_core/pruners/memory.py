@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
 from mfac_core.fisher.partition import partition, working_bytes
 from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
-from mfac_core.schedules.substeps import Sparsity, num_substeps, of_layer, substep_sparsity
+from mfac_core.schedules.substeps import Sparsity, layer_sparsity, num_substeps, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 
 __all__ = [
     "WINDOW_ITEMSIZE",
     "MasksToCome",
-    "check_memory",
+    "WindowMemory",
     "choose_window_device",
-    "needed_bytes",
-    "peak_window",
-    "window_bytes",
 ]
 
 WINDOW_ITEMSIZE = 4
@@ -38,70 +36,120 @@ sparsity then reached and the number of weights left, from :func:`mfac_core.mask
 _logger = logging.getLogger("mfac_core")
 
 
-def peak_window(
-    settings: MFACSettings, num_weights: int, schedule: Sequence[ScheduledStep], masks: MasksToCome | None = None
-) -> tuple[int, int]:
-    """Return rows and columns of the largest gradient window of a run; without ``masks``, by scheduled sparsities.
+@dataclass(frozen=True)
+class WindowMemory:
+    """The gradient windows of a run, and the bytes that they need.
 
-    Example:
-        >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
-        >>> peak_window(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)])
-        (512, 500)
-    """
-    sequences = _window_sequences(settings, num_weights, schedule, masks, skips=False)
-    return max((window for windows in sequences for window in windows), key=_size)
-
-
-def window_bytes(
-    settings: MFACSettings,
-    num_weights: int,
-    schedule: Sequence[ScheduledStep],
-    masks: MasksToCome | None = None,
-    *,
-    live_gradients: bool = True,
-) -> int:
-    """Return the largest number of bytes that gradient windows take at one time.
-
-    With live gradients rows outlive a pruning step, so the next window is made beside the one before.
+    Args:
+        settings: What to prune, when and how.
+        num_weights: Number of weights in scope.
+        schedule: The pruning steps.
+        masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
+        live_gradients: Whether gradients arrive while training. Their rows outlive a pruning step, so the next window
+            is made beside the one before.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
-        >>> schedule = [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)]
-        >>> window_bytes(settings, 1000, schedule, live_gradients=False), window_bytes(settings, 1000, schedule)
-        (256000, 384000)
+        >>> memory = WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)])
+        >>> memory.peak(), memory.window_bytes(), replace(memory, live_gradients=False).window_bytes()
+        ((64, 1000), 384000, 256000)
     """
-    largest = 0
-    for windows in _window_sequences(settings, num_weights, schedule, masks, skips=live_gradients):
-        both = [_size(one) + _size(other) for one, other in pairwise(windows) if one != other and live_gradients]
-        largest = max(largest, *map(_size, windows), *both)
-    return largest * WINDOW_ITEMSIZE
 
+    settings: MFACSettings
+    num_weights: int
+    schedule: Sequence[ScheduledStep]
+    masks: MasksToCome | None = None
+    live_gradients: bool = True
 
-def needed_bytes(
-    settings: MFACSettings,
-    num_weights: int,
-    schedule: Sequence[ScheduledStep],
-    masks: MasksToCome | None = None,
-    *,
-    live_gradients: bool = True,
-) -> int:
-    """Return the bytes that a run needs on the device of its gradient window.
+    def peak(self) -> tuple[int, int]:
+        """Return rows and columns of the largest gradient window.
 
-    The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
-    window is made beside the one before.
-    """
-    rows, columns = peak_window(settings, num_weights, schedule, masks)
-    block_size = settings.block_size or max(columns, 1)
-    # all blocks but the last are alike: one of them and the last tell the largest
-    distinct = min(columns, block_size + columns % block_size)
-    blocks = partition(distinct, settings.block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
-    working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
-    windows = window_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
-    return max(rows * columns * WINDOW_ITEMSIZE + working, windows)
+        Example:
+            >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
+            >>> WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)]).peak()
+            (512, 500)
+        """
+        return max((window for windows in self._sequences(skips=False) for window in windows), key=math.prod)
+
+    def window_bytes(self) -> int:
+        """Return the largest number of bytes that gradient windows take at one time."""
+        live, largest = self.live_gradients, 0
+        for windows in self._sequences(skips=live):
+            both = [math.prod(one) + math.prod(other) for one, other in pairwise(windows) if one != other and live]
+            largest = max(largest, *map(math.prod, windows), *both)
+        return largest * WINDOW_ITEMSIZE
+
+    def needed_bytes(self) -> int:
+        """Return the bytes that the run needs on the device of its gradient window.
+
+        The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
+        window is made beside the one before.
+        """
+        rows, columns = self.peak()
+        block_size = self.settings.block_size
+        # all blocks but the last are alike: one of them and the last tell the largest
+        alike = block_size or max(columns, 1)
+        distinct = min(columns, alike + columns % alike)
+        blocks = partition(distinct, block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
+        working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
+        return max(rows * columns * WINDOW_ITEMSIZE + working, self.window_bytes())
+
+    def check(self, device: Device) -> int:
+        """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
+        needed = self.needed_bytes()
+        free = device.backend.free_bytes(device.name)
+        if free is None or needed <= free:
+            return needed
+        rows, columns = self.peak()
+
+        def bytes_for(rows: int) -> int:
+            return replace(self, settings=replace(self.settings, num_gradients=rows or 1)).needed_bytes()
+
+        fitting = bisect_right(range(rows), free, key=bytes_for) - 1
+        cure = (
+            f"num_gradients of at most {fitting} would fit"
+            if fitting > 0
+            else "choose a smaller block_size, fewer weights in params, or a machine with more memory"
+        )
+        raise MemoryBudgetError(
+            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned "
+            "weights, and room for computation or for the window that follows a pruning step), but only "
+            f"{free:,} are free; {cure}"
+        )
+
+    def _sequences(self, *, skips: bool) -> Iterator[list[tuple[int, int]]]:
+        """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
+
+        With ``skips``, also for each pruning step that is done in place of the one before: one that waits for rows is
+        passed over when the next falls due.
+        """
+        sparsities, reaches = self.masks or (
+            [scheduled.sparsity for scheduled in self.schedule],
+            lambda sparsity: (sparsity, self.num_weights - round(self.num_weights * layer_sparsity(sparsity, ""))),
+        )
+        settings, last = self.settings, len(self.schedule) - 1
+        # the sparsity reached before a pruning step determines the rows of its window
+        before = [0.0, *(scheduled.sparsity for scheduled in self.schedule)]
+        rows = [num_gradients_at(settings.num_gradients, sparsity) for sparsity in before]
+        reached, columns = reaches(0.0)
+        for index in range(last + 1):
+            for to in range(index, min(index + skips, last) + 1):
+                now, unpruned = reached, columns
+                windows = [(rows[index], unpruned)]
+                for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
+                    wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
+                    now, left = reaches(wanted)
+                    unpruned = min(unpruned, left)
+                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
+                if to == index:
+                    after = now, unpruned
+                # no window follows the last pruning step
+                yield windows[:-1] if to == last else windows
+            reached, columns = after
 
 
 def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
-    """Return the wanted device; for ``auto`` the first GPU with room for :func:`window_bytes`, else host memory."""
+    """Return the wanted device; for ``auto`` the first GPU with room for windows of so many bytes, else host memory."""
     if wanted != "auto":
         return resolve_device(wanted)
     elsewhere = [device for device in devices if not device.is_host]
@@ -118,78 +166,3 @@ def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int)
             ", ".join(map(str, elsewhere)),
         )
     return resolve_device("cpu")
-
-
-def check_memory(
-    settings: MFACSettings,
-    device: Device,
-    num_weights: int,
-    schedule: Sequence[ScheduledStep],
-    masks: MasksToCome | None = None,
-    *,
-    live_gradients: bool = True,
-) -> int:
-    """Return :func:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
-
-    def bytes_for(settings: MFACSettings) -> int:
-        return needed_bytes(settings, num_weights, schedule, masks, live_gradients=live_gradients)
-
-    needed = bytes_for(settings)
-    free = device.backend.free_bytes(device.name)
-    if free is None or needed <= free:
-        return needed
-    rows, columns = peak_window(settings, num_weights, schedule, masks)
-    fitting = (
-        bisect_right(range(rows), free, key=lambda rows: bytes_for(replace(settings, num_gradients=rows or 1))) - 1
-    )
-    cure = (
-        f"num_gradients of at most {fitting} would fit"
-        if fitting > 0
-        else "choose a smaller block_size, fewer weights in params, or a machine with more memory"
-    )
-    raise MemoryBudgetError(
-        f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned weights, "
-        "and room for computation or for the window that follows a pruning step), but only "
-        f"{free:,} are free; {cure}"
-    )
-
-
-def _window_sequences(
-    settings: MFACSettings,
-    num_weights: int,
-    schedule: Sequence[ScheduledStep],
-    masks: MasksToCome | None,
-    *,
-    skips: bool,
-) -> Iterator[list[tuple[int, int]]]:
-    """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
-
-    With ``skips``, also for each pruning step that is done in place of the one before: one that waits for rows is
-    passed over when the next falls due.
-    """
-    sparsities, reaches = masks or (
-        [scheduled.sparsity for scheduled in schedule],
-        lambda sparsity: (sparsity, num_weights - round(num_weights * of_layer(sparsity, ""))),
-    )
-    # the sparsity reached before a pruning step determines the rows of its window
-    before = [0.0, *(scheduled.sparsity for scheduled in schedule)]
-    rows = [num_gradients_at(settings.num_gradients, sparsity) for sparsity in before]
-    reached, columns = reaches(0.0)
-    for index in range(len(schedule)):
-        for to in range(index, min(index + 1 + skips, len(schedule))):
-            now, unpruned = reached, columns
-            windows = [(rows[index], unpruned)]
-            for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
-                wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
-                now, left = reaches(wanted)
-                unpruned = min(unpruned, left)
-                windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
-            if to == index:
-                after = now, unpruned
-            # no window follows the last pruning step
-            yield windows[:-1] if to == len(schedule) - 1 else windows
-        reached, columns = after
-
-
-def _size(window: tuple[int, int]) -> int:
-    return window[0] * window[1]

@@ -12,11 +12,12 @@ from typing import Any
 from mfac_core.backends import Array, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
-from mfac_core.masks.sparsity import attained_sparsity
-from mfac_core.pruners.base import Mask, Progress
+from mfac_core.masks.layout import Mask
+from mfac_core.masks.sparsity import attained_sparsity, sparsity_of_zeros
+from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.gradual import GradualPruner
-from mfac_core.pruners.memory import MasksToCome, check_memory, choose_window_device, window_bytes
+from mfac_core.pruners.memory import MasksToCome, WindowMemory, choose_window_device
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
 from mfac_core.schedules.pruning import num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, num_substeps, substep_due, substep_sparsity
@@ -116,12 +117,12 @@ class MFACPruner(GradualPruner):
         axes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        where_weights_are = device_of(weights[self.layout.names[0]])
-        self._devices = (where_weights_are,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
-        run = (self.layout.num_weights, self.schedule, self.masks_to_come())
-        window_device = choose_window_device(
-            settings.gradients_device, self._devices, window_bytes(settings, *run, live_gradients=live_gradients)
+        weights_device = device_of(weights[self.layout.names[0]])
+        self._devices = (weights_device,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
+        memory = WindowMemory(
+            settings, self.layout.num_weights, self.schedule, self.masks_to_come(), live_gradients=live_gradients
         )
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes())
         self._live = live_gradients
         self._logged: set[str] = set()
         collector = GradientCollector(
@@ -130,13 +131,13 @@ class MFACPruner(GradualPruner):
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
-            feeds=[device for device in self._devices if not device.is_host],
+            consumers=[device for device in self._devices if not device.is_host],
             warn_once=self._warn_once,
         )
         self._progress = self._with_next_pruning(
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
-        self.needed_bytes = check_memory(settings, window_device, *run, live_gradients=live_gradients)
+        self.needed_bytes = memory.check(window_device)
 
     @property
     def num_gradients(self) -> int:
@@ -177,7 +178,7 @@ class MFACPruner(GradualPruner):
             The sparsity of each pruning step, and a function that gives the mask size for a sparsity.
         """
         sparsities = [self._sparsity_at(self._progress, index) for index in range(len(self.schedule))]
-        return sparsities, attained_sparsity(self.layout.segments, self._scope, self._patterns)
+        return sparsities, attained_sparsity(self._rule)
 
     def needs_gradients(self, step: int) -> bool:
         """Return whether the pruner needs the gradient that arrives after ``step`` completed optimizer steps.
@@ -318,9 +319,9 @@ class MFACPruner(GradualPruner):
             progress.collector.load_window(state["window"], self._num_gradients_of(saved))
         return progress
 
-    def _wanted_sparsity(self, zeros: Mask, index: int) -> Sparsity:
+    def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         return substep_sparsity(
-            self._sparsity_of(zeros),
+            sparsity_of_zeros(zeros, self._rule),
             self._sparsity_at(self._progress, index),
             self._substeps_of(index) - self._substeps_done_of(index),
             self.settings.recomputation_spacing,
@@ -349,13 +350,13 @@ class MFACPruner(GradualPruner):
         """
         mask, done, num_steps = progress.mask, progress.done, len(progress.schedule)
 
-        def asks_for_zeros(index: int) -> bool:
+        def needs_new_zeros(index: int) -> bool:
             return not self._is_reached(~mask, progress, index)
 
         # sparsity never falls, so that a bisection finds the step; most often it is the very next one
         next_pruning = done
-        if done < num_steps and not asks_for_zeros(done):
-            next_pruning += bisect_left(range(done, num_steps), True, key=asks_for_zeros)
+        if done < num_steps and not needs_new_zeros(done):
+            next_pruning += bisect_left(range(done, num_steps), True, key=needs_new_zeros)
         if substeps is None:
             substeps = self._substeps_needed(progress, next_pruning) if next_pruning < num_steps else 1
         progress = replace(progress, next_pruning=next_pruning, substeps=substeps)
@@ -367,7 +368,7 @@ class MFACPruner(GradualPruner):
     def _substeps_needed(self, progress: Progress, index: int) -> int:
         """Return the number of sub-steps of the pruning step with this index, if it starts from this mask."""
         wanted = self._sparsity_at(progress, index)
-        return num_substeps(self._sparsity_of(~progress.mask), wanted, self.settings.num_recomputations)
+        return num_substeps(sparsity_of_zeros(~progress.mask, self._rule), wanted, self.settings.num_recomputations)
 
     def _num_gradients_of(self, progress: MFACProgress) -> int:
         """Return the rows of the window before the next pruning step, or before any further one."""

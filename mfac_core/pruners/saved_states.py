@@ -13,12 +13,12 @@ from mfac_core.backends import Array
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.weight_names import join_names
 
-__all__ = ["Vector", "other_schedule", "other_weights", "refuse_foreign", "schedule_table"]
+__all__ = ["ScheduleTable", "other_schedule", "other_weights", "refuse_other_run", "schedule_table"]
 
-Vector = npt.NDArray[Any]
+ScheduleTable = npt.NDArray[Any]
 
 
-def refuse_foreign(differences: Sequence[str]) -> NoReturn:
+def refuse_other_run(differences: Sequence[str]) -> NoReturn:
     """Refuse a state that differs from this run."""
     raise ValueError(
         f"the state belongs to another recipe or model: {'; '.join(differences)}. "
@@ -42,12 +42,12 @@ def other_weights(masks: Mapping[str, Array], shapes: Mapping[str, tuple[int, ..
     return differences
 
 
-def schedule_table(schedule: Sequence[ScheduledStep]) -> Vector:
+def schedule_table(schedule: Sequence[ScheduledStep]) -> ScheduleTable:
     """Return steps and sparsities in two columns, as states hold them."""
     return np.array([(scheduled.step, scheduled.sparsity) for scheduled in schedule], np.float64)
 
 
-def other_schedule(saved: Vector, scheduled: Vector) -> str:
+def other_schedule(saved: ScheduleTable, scheduled: ScheduleTable) -> str:
     """Return the first difference between two tables of pruning steps that are not the same."""
     numbered = enumerate(zip_longest(saved.tolist(), scheduled.tolist()), start=1)
     number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])

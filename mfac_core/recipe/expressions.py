@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 
 __all__ = ["ExpressionError", "evaluate"]
 
-_LONGEST = 1000
+_MAX_LENGTH = 1000
 # No integer grows beyond what a float can hold, so that no operation can take long.
-_LARGEST = int(1e308)
-_MOST_DECIMALS = 300
+_MAX_INT = int(1e308)
+_MAX_DECIMALS = 300
 
 _BINARY: Mapping[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
@@ -43,8 +43,8 @@ def evaluate(expression: str, variable: Lookup) -> int | float:
         >>> evaluate("warmup + max(2, epochs // 4)", {"warmup": 1.5, "epochs": 30}.__getitem__)
         8.5
     """
-    if len(expression) > _LONGEST:
-        raise ExpressionError(f"it is longer than {_LONGEST} characters")
+    if len(expression) > _MAX_LENGTH:
+        raise ExpressionError(f"it is longer than {_MAX_LENGTH} characters")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -76,7 +76,7 @@ def _number(node: ast.expr, variable: Lookup) -> int | float:
     value = _value(node, variable)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ExpressionError(f"{ast.unparse(node)} is {value!r}, which is not a number")
-    if not (abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)):
+    if not (abs(value) <= _MAX_INT if isinstance(value, int) else math.isfinite(value)):
         raise ExpressionError(f"{ast.unparse(node)} is too large, or not a number")
     return value
 
@@ -91,7 +91,7 @@ def _compute(operation: Callable[..., float], *arguments: object) -> float:
 
 
 def _power(base: float, exponent: float) -> float:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > _LARGEST.bit_length() + 1:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * exponent > _MAX_INT.bit_length() + 1:
         raise ExpressionError(f"{base} ** {exponent} is too large")
     result = _compute(operator.pow, base, exponent)
     if isinstance(result, complex):
@@ -112,7 +112,7 @@ def _call(name: str, arguments: list[ast.expr], variable: Lookup) -> object:
             return round(_number(arguments[0], variable))
         case "round", 2:
             decimals = _number(arguments[1], variable)
-            if not isinstance(decimals, int) or abs(decimals) > _MOST_DECIMALS:
+            if not isinstance(decimals, int) or abs(decimals) > _MAX_DECIMALS:
                 raise ExpressionError(f"round(..., {decimals}) needs a whole number of decimals")
             return _compute(round, _number(arguments[0], variable), decimals)
     if name in {"abs", "float", "int", "max", "min", "round"}:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mfac_core.recipe.places import nearest
 from mfac_core.settings.pruning import FROM_PARAM
@@ -50,8 +50,13 @@ class Key(NamedTuple):
 
     field: str | None
     convert: Callable[[object], object] = _same
-    write: Callable[[object], object] | None = _same
+    write: Callable[[Any], object] | None = _same
     note: Callable[[object], str] = lambda value: ""
+
+
+def _unless(default: object, write: Callable[[Any], object] = _same) -> Callable[[Any], object]:
+    """Return a function for :attr:`Key.write` that omits the key for the default."""
+    return lambda value: OMIT if value == default else write(value)
 
 
 def fixed(value: object, cure: str) -> Key:
@@ -104,10 +109,6 @@ def _end_or_never(value: object) -> object:
     return math.inf if number == -1 else number
 
 
-def _write_end(value: object) -> object:
-    return -1.0 if value == math.inf else value
-
-
 def _initial_sparsity(value: object) -> object:
     if value == FROM_PARAM:
         return value
@@ -141,28 +142,12 @@ def _excluded(value: object) -> tuple[str, ...]:
         raise ValueError("must be a name or a list of names, such as [stem, fc.weight]") from None
 
 
-def _write_excluded(value: object) -> object:
-    return _write_names(value) if value else OMIT
-
-
-def _write_names(value: object) -> object:
-    return list(value)  # type: ignore[call-overload]
-
-
 def _devices(value: object) -> tuple[str, ...]:
     if value is None:
         return ("auto",)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError('must be a list of device names, such as ["cuda:0"]; an empty list means the CPU')
     return tuple(value) or ("cpu",)
-
-
-def _write_devices(value: object) -> object:
-    return OMIT if value == ("auto",) else _write_names(value)
-
-
-def _write_device(value: object) -> object:
-    return OMIT if value == "auto" else value
 
 
 def _block_size(value: object) -> object:
@@ -187,18 +172,10 @@ def _sampler_note(value: object) -> str:
     return "false means the same as no key: without a gradient sampler, gradients of training are used"
 
 
-def _write_gradient_origin(value: object) -> object:
-    return True if value == "training" else OMIT
-
-
 def _sampler_options(value: object) -> object:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError("must be a mapping of arguments for the function that makes the batches")
     return {} if value is None else value
-
-
-def _write_sampler_options(value: object) -> object:
-    return value or OMIT
 
 
 def _param_groups(value: object) -> object:
@@ -207,10 +184,6 @@ def _param_groups(value: object) -> object:
     if not isinstance(value, list):
         raise ValueError("must be a list of indices of parameter groups, such as [0]")
     return tuple(value)
-
-
-def _write_param_groups(value: object) -> object:
-    return OMIT if value is None else _write_names(value)
 
 
 _SCHEDULE_OPTIONS = {"lr_min": "eta_min", "cycle_epochs": "T_0"}
@@ -235,21 +208,17 @@ def _write_schedule_options(value: object) -> object:
     return {names.get(name, name): option for name, option in value.items()}  # type: ignore[attr-defined]
 
 
-def _pages_note(value: object) -> str:
-    return "has no effect and can be removed; blocks are streamed, so pages are not needed"
-
-
 _WITHOUT_EFFECT = Key(None)
 _START = Key("start_epoch", _start_epoch)
 _END = Key("end_epoch", _number)
-_END_OR_NEVER = Key("end_epoch", _end_or_never, _write_end)
-_PARAMS = Key("params", _names, _write_names)
+_END_OR_NEVER = Key("end_epoch", _end_or_never, lambda end: -1.0 if end == math.inf else end)
+_PARAMS = Key("params", _names, list)
 # The last name is the one in messages and written recipes.
 _EXCLUDE: Mapping[str, Key] = {
     "ignore": Key("exclude", _excluded, None),
-    "exclude": Key("exclude", _excluded, _write_excluded),
+    "exclude": Key("exclude", _excluded, _unless((), list)),
 }
-_PARAM_GROUPS = Key("param_groups", _param_groups, _write_param_groups)
+_PARAM_GROUPS = Key("param_groups", _param_groups, _unless(None, list))
 _FREQUENCY = Key("update_frequency", _number)
 _LOGGING: Mapping[str, Key] = {"log_types": _WITHOUT_EFFECT}
 _CONSTANT_LOGGING: Mapping[str, Key] = {"constant_logging": _WITHOUT_EFFECT, **_LOGGING}
@@ -276,17 +245,21 @@ MFAC_OPTIONS: Mapping[str, Key] = {
     "fisher_block_size": Key("block_size", _block_size),
     "damp": Key("damping", _damping),
     "available_gpus": Key("devices", _devices, None),
-    "grads_device": Key("gradients_device", write=_write_device),
-    "num_pages": Key(None, note=_pages_note),
+    "grads_device": Key("gradients_device", write=_unless("auto")),
+    "num_pages": Key(
+        None, note=lambda pages: "has no effect and can be removed; blocks are streamed, so pages are not needed"
+    ),
 }
 MFAC_KEYS: Mapping[str, Key] = {
     **MFAC_OPTIONS,
-    "available_devices": Key("devices", _devices, _write_devices),
+    "available_devices": Key("devices", _devices, _unless(("auto",), list)),
     "update": Key("update"),
     "num_recomputations": Key("num_recomputations", _recomputations),
     "recomputation_spacing": Key("recomputation_spacing"),
-    "use_gradient_buffering": Key("gradient_origin", _gradient_origin, _write_gradient_origin, _sampler_note),
-    "grad_sampler_kwargs": Key("sampler_options", _sampler_options, _write_sampler_options),
+    "use_gradient_buffering": Key(
+        "gradient_origin", _gradient_origin, _unless("auto", lambda origin: True), _sampler_note
+    ),
+    "grad_sampler_kwargs": Key("sampler_options", _sampler_options, _unless({})),
 }
 CONSTANT_KEYS: Mapping[str, Key] = {
     "params": _PARAMS,

@@ -12,8 +12,8 @@ from mfac_core.weight_names import ALL_PRUNABLE, join_names, names_of_shapes, se
 
 __all__ = ["match_shapes", "parse_shapes", "read_shapes"]
 
-_LONGEST_HEADER = 100_000_000
-_LONGEST_AXIS = 2**63 - 1
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_AXIS_LENGTH = 2**63 - 1
 # Layers store these beside their parameters; they are never pruned.
 _BUFFERS = frozenset(
     {
@@ -48,7 +48,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
     name = os.fspath(path)
     with open(name, "rb") as file:
         size = int.from_bytes(file.read(8), "little") if name.endswith(".safetensors") else None
-        if size is not None and size > _LONGEST_HEADER:
+        if size is not None and size > _MAX_HEADER_BYTES:
             raise ValueError(f"{name}: this is not a safetensors file")
         content = file.read() if size is None else file.read(size)
     return parse_shapes(content, name, is_safetensors=size is not None)
@@ -115,7 +115,7 @@ def match_shapes(
 
 
 def _is_shape(shape: object) -> bool:
-    return isinstance(shape, list) and all(type(length) is int and 0 <= length <= _LONGEST_AXIS for length in shape)
+    return isinstance(shape, list) and all(type(length) is int and 0 <= length <= _MAX_AXIS_LENGTH for length in shape)
 
 
 def _is_float(entry: object) -> bool:

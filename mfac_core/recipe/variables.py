@@ -31,7 +31,7 @@ VariableValues = Mapping[str, object] | str
 """Values for variables: a mapping, JSON text, or ``name=value,other=value``."""
 
 _DEEPEST = 4
-_MOST_VALUES = 100_000
+_MAX_VALUES = 100_000
 _NOT_VARIABLES = frozenset({"version", METADATA})
 _GIVEN = Place("variables")
 _CURE = 'write a mapping, JSON, or "name=value,other=value"'
@@ -105,8 +105,8 @@ class Variables:
 
     def _value(self, node: yaml.Node, place: Place, stage: str, inside: tuple[_Name, ...], depth: int = 0) -> object:
         self._read += 1
-        if self._read > _MOST_VALUES:
-            raise place.error(f"this holds more than {_MOST_VALUES} values; no key of a recipe needs that")
+        if self._read > _MAX_VALUES:
+            raise place.error(f"this holds more than {_MAX_VALUES} values; no key of a recipe needs that")
         if id(node) in self._by_node:
             return self._evaluated(self._by_node[id(node)], place, stage, inside, depth)
         if isinstance(node, yaml.ScalarNode):

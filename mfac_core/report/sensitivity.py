@@ -35,10 +35,10 @@ _DECADES = 4
 _CELL = (0.62, 0.3)
 """Width and height of a number in the picture, in inches."""
 
-_MOST_PIXELS = 60_000
+_MAX_PIXELS = 60_000
 """The maximum height of a picture in pixels: Matplotlib draws up to 65,535."""
 
-_LONGEST_NAME = 48
+_MAX_NAME_LENGTH = 48
 """The maximum number of characters of a layer's name in the picture."""
 
 
@@ -104,7 +104,7 @@ def draw_increases(
 
     rows, columns = len(measured), len(sparsities)
     size = (2 * _CELL[0] * columns + 5.0, max(_CELL[1] * rows + 2.0, 3.3))
-    figure = Figure(figsize=size, layout="constrained", dpi=min(150, _MOST_PIXELS / size[1]))
+    figure = Figure(figsize=size, layout="constrained", dpi=min(150, _MAX_PIXELS / size[1]))
     left, right = figure.subplots(1, 2, sharey=True)
     values = [_matrix(increases) for increases in (measured, predicted)]
     norm = _norm(np.concatenate(values))
@@ -161,4 +161,4 @@ def _size(number: int) -> str:
 
 def _shortened(name: str) -> str:
     text = plain_text(name).replace("$", r"\$")
-    return text if len(text) <= _LONGEST_NAME else f"…{text[1 - _LONGEST_NAME :]}"
+    return text if len(text) <= _MAX_NAME_LENGTH else f"…{text[1 - _MAX_NAME_LENGTH :]}"

@@ -27,7 +27,7 @@ __all__ = [
 MANY_STEPS = 1_000_000
 """Steps per epoch so many that no two pruning steps share one: for schedules of which only the epochs are known."""
 
-_MOST_PRUNING_STEPS = 1_000_000
+_MAX_PRUNING_STEPS = 1_000_000
 # fraction of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end
 _NOISE = 1e-6
 
@@ -170,10 +170,10 @@ def pruning_epochs(settings: PruningSettings) -> tuple[float, ...]:
         return (start, end)
     frequency = settings.update_frequency
     periods = (end - start) / frequency
-    if periods > _MOST_PRUNING_STEPS:
+    if periods > _MAX_PRUNING_STEPS:
         raise SettingError(
             "update_frequency",
-            f"{frequency} epochs makes more than {_MOST_PRUNING_STEPS} pruning steps from epoch {start} to {end}; "
+            f"{frequency} epochs makes more than {_MAX_PRUNING_STEPS} pruning steps from epoch {start} to {end}; "
             "write a larger number of epochs between two pruning steps",
         )
     before_end = max(1, math.ceil(periods - _NOISE))

@@ -14,58 +14,58 @@ from typing import overload
 
 from mfac_core.settings.checks import Recomputations, Spacing
 
-__all__ = ["MOST_REMOVED", "Sparsity", "num_substeps", "of_layer", "substep_sparsity", "substep_due"]
+__all__ = ["MAX_REMOVED", "Sparsity", "layer_sparsity", "num_substeps", "substep_sparsity", "substep_due"]
 
 Sparsity = float | Mapping[str, float]
 """Pruned fraction: one number, or one per layer by name (with scope ``layer``)."""
 
-MOST_REMOVED = 0.22
+MAX_REMOVED = 0.22
 """The largest fraction of what is left that one sub-step removes if the number of sub-steps is ``auto``."""
 
 _NOISE = 1e-9
 
 
-def num_substeps(reached: Sparsity, wanted: Sparsity, num_recomputations: Recomputations) -> int:
+def num_substeps(current: Sparsity, target: Sparsity, num_recomputations: Recomputations) -> int:
     """Return the number of sub-steps of a pruning step; exactly 1 if the sparsity is reached already.
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
-        wanted: Sparsity of the pruning step; 1 only for a layer of zeros.
+        current: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
+        target: Sparsity of the pruning step; 1 only for a layer of zeros.
         num_recomputations: The number itself; or ``auto`` for as many that none removes more than
-            :data:`MOST_REMOVED` of what is left, in any layer.
+            :data:`MAX_REMOVED` of what is left, in any layer.
 
     Example:
         >>> [num_substeps(0.0, sparsity, "auto") for sparsity in (0.0, 0.2, 0.9, 0.95, 0.98)]
         [1, 1, 10, 13, 16]
     """
-    ways = [(now, of_layer(wanted, name)) for name, now in _by_name(reached).items()]
+    pairs = [(now, layer_sparsity(target, name)) for name, now in _by_name(current).items()]
     # a layer that keeps nothing has been all zeros from the beginning: these are pruned in any number of sub-steps
-    left = [(1 - final) / (1 - now) for now, final in ways if now < final < 1]
+    left = [(1 - final) / (1 - now) for now, final in pairs if now < final < 1]
     if not left:
         return 1
     if num_recomputations != "auto":
         return num_recomputations
-    return max(1, math.ceil(math.log(min(left)) / math.log(1 - MOST_REMOVED) - _NOISE))
+    return max(1, math.ceil(math.log(min(left)) / math.log(1 - MAX_REMOVED) - _NOISE))
 
 
 @overload
-def substep_sparsity(reached: float, wanted: float, substeps_left: int, spacing: Spacing) -> float: ...
+def substep_sparsity(current: float, target: float, substeps_left: int, spacing: Spacing) -> float: ...
 @overload
-def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity: ...
-def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity:
+def substep_sparsity(current: Sparsity, target: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity: ...
+def substep_sparsity(current: Sparsity, target: Sparsity, substeps_left: int, spacing: Spacing) -> Sparsity:
     """Return the sparsity that the next sub-step of a pruning step reaches.
 
     With ``k`` sub-steps left, each takes the unpruned fraction from ``a`` towards ``b`` by the factor
     ``(b / a) ** (1 / k)`` (geometric), or reduces it by ``(a - b) / k`` (linear).
 
     Args:
-        reached: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
-        wanted: Sparsity of the pruning step, below 1.
+        current: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
+        target: Sparsity of the pruning step, below 1.
         substeps_left: Sub-steps to go, the next one included.
         spacing: ``geometric`` or ``linear``.
 
     Returns:
-        A sparsity for :func:`mfac_core.masks.selection.newly_pruned`; exactly ``wanted`` for the last sub-step, and if
+        A sparsity for :func:`mfac_core.masks.selection.newly_pruned`; exactly ``target`` for the last sub-step, and if
         it is reached already.
 
     Example:
@@ -75,7 +75,7 @@ def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, sp
         [0.5, 0.375]
     """
     if substeps_left == 1:
-        return wanted
+        return target
 
     def of_next(now: float, final: float) -> float:
         if now >= final:
@@ -84,9 +84,9 @@ def substep_sparsity(reached: Sparsity, wanted: Sparsity, substeps_left: int, sp
             return now + (final - now) / substeps_left
         return 1 - (1 - now) * math.pow((1 - final) / (1 - now), 1 / substeps_left)
 
-    if isinstance(reached, Mapping):
-        return {name: of_next(now, of_layer(wanted, name)) for name, now in reached.items()}
-    return of_next(reached, of_layer(wanted, _ALL))
+    if isinstance(current, Mapping):
+        return {name: of_next(now, layer_sparsity(target, name)) for name, now in current.items()}
+    return of_next(current, layer_sparsity(target, _ALL))
 
 
 def substep_due(scheduled: int, before: int | None, substep: int, substeps: int, num_gradients: int) -> int:
@@ -117,7 +117,7 @@ def substep_due(scheduled: int, before: int | None, substep: int, substeps: int,
 _ALL = "all"
 
 
-def of_layer(sparsity: Sparsity, name: str) -> float:
+def layer_sparsity(sparsity: Sparsity, name: str) -> float:
     """Return the sparsity of one layer."""
     return sparsity[name] if isinstance(sparsity, Mapping) else sparsity
 

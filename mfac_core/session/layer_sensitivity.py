@@ -12,7 +12,7 @@ from typing import Any
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.errors import SettingError
 from mfac_core.layer_sensitivity import Sensitivity, sensitivity
-from mfac_core.pruners.memory import check_memory
+from mfac_core.pruners.memory import WindowMemory
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.settings.checks import Damping, MaskType, Recomputations, is_integer
 from mfac_core.settings.pruning import MFACSettings
@@ -149,4 +149,4 @@ def check_rows_fit(weights: Mapping[str, Array], num_gradients: int, block_size:
     settings = MFACSettings(final_sparsity=0.5, end_epoch=0.0, num_gradients=num_gradients, block_size=block_size)
     device = device_of(next(iter(weights.values())))
     step = ScheduledStep(step=0, epoch=0.0, sparsity=0.5)
-    check_memory(settings, device, sum(sizes) if together else max(sizes), [step], live_gradients=False)
+    WindowMemory(settings, sum(sizes) if together else max(sizes), [step], live_gradients=False).check(device)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from mfac_core.pruners.memory import WINDOW_ITEMSIZE, needed_bytes, peak_window
+from mfac_core.pruners.memory import WINDOW_ITEMSIZE, WindowMemory
 from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.linting import model_notes, model_warnings
 from mfac_core.recipe.loading import Recipe
@@ -153,9 +153,10 @@ def _modifier_plan(
     plan = ModifierPlan(name, dict(weights), tuple(schedule_rows(name, settings, steps_per_epoch)))
     if not isinstance(settings, MFACSettings):
         return plan
-    run = (settings, plan.num_weights, pruning_schedule(settings, steps_per_epoch))
     is_live = not sampled or settings.gradient_origin == "training"
-    return plan._replace(window=peak_window(*run), needed_bytes=needed_bytes(*run, live_gradients=is_live))
+    schedule = pruning_schedule(settings, steps_per_epoch)
+    memory = WindowMemory(settings, plan.num_weights, schedule, live_gradients=is_live)
+    return plan._replace(window=memory.peak(), needed_bytes=memory.needed_bytes())
 
 
 def _in_words(schedule: Sequence[ScheduledStep]) -> str:

@@ -348,7 +348,7 @@ def _filled_window(machine: Machine, shape: Shape) -> tuple[GradientWindow, floa
         window = GradientWindow(shape.d, shape.m, block_size=shape.block_size, device=device)
         store = window.push
     else:
-        window = GradientWindow(shape.d, shape.m, block_size=shape.block_size, device="cpu", feeds=[device])
+        window = GradientWindow(shape.d, shape.m, block_size=shape.block_size, device="cpu", consumers=[device])
 
         def store(row: Array) -> None:
             window.push(device.backend.fetch(row)())

@@ -91,9 +91,6 @@ class StrictBackend:
     def synchronize(self, device: str) -> None:
         pass
 
-    def release(self, device: str) -> None:
-        pass
-
 
 def strict_devices(count: int, backend: StrictBackend | None = None) -> tuple[Device, ...]:
     """Return the first ``count`` virtual devices, driven by one backend."""

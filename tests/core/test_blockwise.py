@@ -68,9 +68,9 @@ def test_only_the_blocks_that_need_float64_get_it(m, width, device):
         found = host(again.apply(chunks, given[..., None])).reshape(-1) / DAMPING
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
         for part in (slice(0, 1), slice(0, 2), slice(1, 2), slice(2, 6), slice(4, 6)):
-            found = host(again.of_blocks(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None]))[
-                ..., 0
-            ]
+            found = host(
+                again.select_blocks(part).apply([chunk[part, :, :] for chunk in chunks], given[part, :, None])
+            )[..., 0]
             within = wanted.reshape(BLOCKS, width)[part]
             np.testing.assert_allclose(found / DAMPING, within, rtol=0, atol=1e-4 * np.abs(within).max())
 

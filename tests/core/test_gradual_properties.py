@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.pruners import MFACPruner, make_pruner
-from mfac_core.pruners.memory import window_bytes
+from mfac_core.pruners.memory import WindowMemory
 from mfac_core.settings.pruning import FROM_PARAM, MFACSettings
 
 SHAPES = {"a": (6, 8), "b": (2, 4), "c": (4, 4)}
@@ -165,9 +165,9 @@ def test_gradient_windows_never_take_more_than_was_counted(run, refused):
     made, weights, steps_per_epoch, live = run
     with measured_windows() as most:
         pruner = make_pruner(made, weights, steps_per_epoch=steps_per_epoch, live_gradients=live)
-        counted = window_bytes(
+        counted = WindowMemory(
             made, pruner.layout.num_weights, pruner.schedule, pruner.masks_to_come(), live_gradients=live
-        )
+        ).window_bytes()
         for _ in trained(pruner, weights, live, all_steps(made, steps_per_epoch), refused):
             pass
     assert 0 <= most[0] <= counted
@@ -186,5 +186,5 @@ def test_windows_that_layers_of_other_sparsities_leave_are_counted():
     )
     pruner = make_pruner(made, weights, steps_per_epoch=8)
     assert pruner.schedule[0].sparsity == 0.45
-    of_means = window_bytes(made, 2000, pruner.schedule)
-    assert window_bytes(made, 2000, pruner.schedule, pruner.masks_to_come()) > of_means
+    of_means = WindowMemory(made, 2000, pruner.schedule).window_bytes()
+    assert WindowMemory(made, 2000, pruner.schedule, pruner.masks_to_come()).window_bytes() > of_means

@@ -8,7 +8,7 @@ import pytest
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import MemoryBudgetError, SettingError
 from mfac_core.pruners import make_pruner
-from mfac_core.pruners.memory import peak_window
+from mfac_core.pruners.memory import WindowMemory
 from mfac_core.recipe import EpochRange, Recipe, SetLearningRate
 from mfac_core.recipe.linting import lint, lint_one_shot, notes
 from mfac_core.schedules.pruning import pruning_schedule
@@ -372,7 +372,7 @@ class TestModel:
     def test_the_window_is_that_of_the_memory_check(self, changes):
         settings = mfac(**changes)
         (modifier,) = self.plan(settings, weights=[{"a": 997}]).modifiers
-        assert modifier.window == peak_window(settings, 997, pruning_schedule(settings, 10))
+        assert modifier.window == WindowMemory(settings, 997, pruning_schedule(settings, 10)).peak()
 
     def test_the_bytes_are_those_of_the_check_before_the_run(self, monkeypatch):
         settings = mfac(num_gradients=500, initial_sparsity=0.2, end_epoch=3.0, block_size=2)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import least_salient, newly_pruned
+from mfac_core.masks.selection import MaskRule, least_salient, newly_pruned
 from mfac_core.masks.sparsity import out_of_reach, sparsity_of_zeros
 from tests import reference
 from tests.core.strict_backend import strict_devices
@@ -38,7 +38,7 @@ def test_selection_equals_the_oracle_within_its_scope(saliencies, sparsity, data
     kept = np.array(data.draw(st.lists(st.booleans(), min_size=len(saliencies), max_size=len(saliencies))), dtype=bool)
     first = data.draw(st.integers(0, len(saliencies)))
     segments = {"a": (0, first), "b": (first, len(saliencies))}
-    chosen = newly_pruned(saliencies[kept], kept, sparsity, segments, scope)
+    chosen = newly_pruned(saliencies[kept], kept, sparsity, MaskRule(segments, scope))
     after = kept.copy()
     after[kept] = ~chosen
     groups = [slice(None)] if scope == "global" else [slice(*bounds) for bounds in segments.values()]
@@ -51,15 +51,15 @@ def test_selection_equals_the_oracle_within_its_scope(saliencies, sparsity, data
 def test_layers_do_not_compete_and_all_weights_do():
     saliencies, kept = np.array([1.0, 2.0, 3.0, 4.0, 50.0, 60.0]), np.ones(6, bool)
     segments = {"a": (0, 4), "b": (4, 6)}
-    layer = newly_pruned(saliencies, kept, 0.5, segments, "layer")
-    overall = newly_pruned(saliencies, kept, 0.5, segments, "global")
+    layer = newly_pruned(saliencies, kept, 0.5, MaskRule(segments, "layer"))
+    overall = newly_pruned(saliencies, kept, 0.5, MaskRule(segments, "global"))
     np.testing.assert_array_equal(layer, [True, True, False, False, True, False])
     np.testing.assert_array_equal(overall, [True, True, True, False, False, False])
 
 
 def test_what_is_pruned_already_counts():
     kept = np.array([True, False, True, False, True, True])
-    chosen = newly_pruned(np.array([4.0, 3.0, 2.0, 1.0]), kept, 0.5, {"a": (0, 6)}, "layer")
+    chosen = newly_pruned(np.array([4.0, 3.0, 2.0, 1.0]), kept, 0.5, MaskRule({"a": (0, 6)}, "layer"))
     np.testing.assert_array_equal(chosen, [False, False, False, True])
 
 
@@ -72,7 +72,7 @@ def test_a_saliency_that_is_nan_is_refused(count):
 def test_each_layer_reaches_its_own_sparsity():
     saliencies, kept = np.arange(12.0), np.ones(12, bool)
     segments = {"a": (0, 4), "b": (4, 12)}
-    chosen = newly_pruned(saliencies, kept, {"b": 0.25, "a": 0.75}, segments, "layer")
+    chosen = newly_pruned(saliencies, kept, {"b": 0.25, "a": 0.75}, MaskRule(segments, "layer"))
     np.testing.assert_array_equal(np.flatnonzero(chosen), [0, 1, 2, 4, 5])
 
 
@@ -118,7 +118,7 @@ def test_grouped_selection_equals_the_oracle(case, sparsity, scope):
     for name, shape in shapes.items():
         segments[name] = (start, start + int(np.prod(shape)))
         start = segments[name][1]
-    chosen = newly_pruned(values[kept], kept, sparsity, segments, scope, patterns)
+    chosen = newly_pruned(values[kept], kept, sparsity, MaskRule(segments, scope, patterns))
     assert chosen.dtype == np.bool_ and chosen.shape == (np.sum(kept),)
     after = kept.copy()
     after[kept] = ~chosen
@@ -144,7 +144,7 @@ def select(values, sparsity, mask_type, shape, kept=None, scope="layer"):
     kept = np.ones(len(values), bool) if kept is None else np.asarray(kept, bool).ravel()
     patterns = mask_patterns(mask_type, {"a": shape})
     after = kept.copy()
-    after[kept] = ~newly_pruned(values[kept], kept, sparsity, {"a": (0, len(values))}, scope, patterns)
+    after[kept] = ~newly_pruned(values[kept], kept, sparsity, MaskRule({"a": (0, len(values))}, scope, patterns))
     return after.reshape(shape)
 
 
@@ -182,7 +182,7 @@ def test_over_all_weights_groups_of_different_sizes_come_closest_to_the_sparsity
     kept, segments = np.ones(16, bool), {"a": (0, 12), "b": (12, 16)}
     # in rising order of means: 1, 6, 1, 1, 6, 1 weights
     for wanted, pruned in [(0, 0), (1, 1), (3, 1), (4, 1), (5, 7), (7, 7), (8, 8), (9, 9), (12, 9), (13, 15), (16, 16)]:
-        chosen = newly_pruned(values, kept, wanted / 16, segments, "global", patterns)
+        chosen = newly_pruned(values, kept, wanted / 16, MaskRule(segments, "global", patterns))
         assert np.sum(chosen) == pruned, wanted
 
 
@@ -227,7 +227,7 @@ def test_candidates_of_n_of_m_compete_over_all_weights():
     values = np.array([10.0, 20, 30, 40, 1, 2, 3, 4, 50, 60, 70, 80])
     segments = {"a": (0, 4), "b": (4, 12)}
     for wanted, pruned in [(2, [4, 5]), (4, [0, 1, 4, 5]), (6, [0, 1, 4, 5, 8, 9])]:
-        chosen = newly_pruned(values, np.ones(12, bool), wanted / 12, segments, "global", patterns)
+        chosen = newly_pruned(values, np.ones(12, bool), wanted / 12, MaskRule(segments, "global", patterns))
         assert np.flatnonzero(chosen).tolist() == pruned
 
 
@@ -246,7 +246,7 @@ def test_groups_of_saliencies_on_another_device(monkeypatch):
     monkeypatch.setattr("mfac_core.masks.selection.device_of", lambda x: other)
     patterns = mask_patterns("filter", {"a": (2, 2)})
     values = np.array([0.0, 9.0, 3.0, 3.0])
-    chosen = newly_pruned(other.asarray(values), np.ones(4, bool), 0.5, {"a": (0, 4)}, "layer", patterns)
+    chosen = newly_pruned(other.asarray(values), np.ones(4, bool), 0.5, MaskRule({"a": (0, 4)}, "layer", patterns))
     assert chosen.device == other.asarray(values).device
     np.testing.assert_array_equal(device.to_numpy(chosen), [False, False, True, True])
 
@@ -258,7 +258,7 @@ def zeros_of(weights, scope, mask_type="unstructured"):
         start += np.size(array)
     flat = np.concatenate([np.ravel(array) == 0 for array in weights.values()])
     shapes = {name: np.shape(array) for name, array in weights.items()}
-    return sparsity_of_zeros(flat, segments, scope, mask_patterns(mask_type, shapes))
+    return sparsity_of_zeros(flat, MaskRule(segments, scope, mask_patterns(mask_type, shapes)))
 
 
 def test_the_sparsity_of_zeros_per_layer_and_over_all():
@@ -278,13 +278,13 @@ def test_only_zeros_that_fit_the_mask_type_count():
 
 def test_what_keeps_a_sparsity_from_being_reached():
     patterns = mask_patterns("2:4", {"a": (2, 3), "b": (2, 8, 3), "c": (4, 1), "d": (2, 7)})
-    assert out_of_reach(0.5, "layer", patterns) == {"a": 1 / 3, "c": 0.0, "d": 3 / 7}
-    assert out_of_reach(0.3, "layer", patterns) == {"c": 0.0}
-    assert out_of_reach(0.5, "layer", mask_patterns("2:4", {"a": (1, 5)})) == {}  # round(2.5) is 2
-    assert out_of_reach(0.5, "global", patterns) == {"a": 1 / 3, "c": 0.0, "d": 3 / 7}
-    assert out_of_reach(0.3, "global", patterns) == {}
-    assert out_of_reach(0.9, "layer", mask_patterns("block4", {"a": (2, 3)})) == {}
-    assert out_of_reach(0.9, "global", None) == {}
+    assert out_of_reach(0.5, MaskRule({}, "layer", patterns)) == {"a": 1 / 3, "c": 0.0, "d": 3 / 7}
+    assert out_of_reach(0.3, MaskRule({}, "layer", patterns)) == {"c": 0.0}
+    assert out_of_reach(0.5, MaskRule({}, "layer", mask_patterns("2:4", {"a": (1, 5)}))) == {}  # round(2.5) is 2
+    assert out_of_reach(0.5, MaskRule({}, "global", patterns)) == {"a": 1 / 3, "c": 0.0, "d": 3 / 7}
+    assert out_of_reach(0.3, MaskRule({}, "global", patterns)) == {}
+    assert out_of_reach(0.9, MaskRule({}, "layer", mask_patterns("block4", {"a": (2, 3)}))) == {}
+    assert out_of_reach(0.9, MaskRule({}, "global", None)) == {}
 
 
 @given(
@@ -293,4 +293,4 @@ def test_what_keeps_a_sparsity_from_being_reached():
 def test_no_more_than_can_be_pruned_is_pruned(shape, mask_type):
     pattern = mask_patterns(mask_type, {"a": shape})["a"]
     most = 1 - int(mask_type[0]) / int(mask_type[2])
-    assert np.sum(~select(np.zeros(shape), most, mask_type, shape)) == pattern.most_pruned
+    assert np.sum(~select(np.zeros(shape), most, mask_type, shape)) == pattern.max_pruned

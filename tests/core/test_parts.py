@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mfac_core.schedules.substeps import MOST_REMOVED, num_substeps, substep_due, substep_sparsity
+from mfac_core.schedules.substeps import MAX_REMOVED, num_substeps, substep_due, substep_sparsity
 
 BELOW_1 = st.one_of(st.sampled_from([0.0, 0.5, 0.25, 0.98]), st.floats(0, 0.999))
 
@@ -36,9 +36,9 @@ def test_auto_is_the_least_number_that_never_removes_too_much(one, other):
     reached, wanted = sorted([one, other])
     parts = num_substeps(reached, wanted, "auto")
     kept = np.subtract(1, way(reached, wanted, parts, "geometric"))
-    assert np.all(kept[1:] >= kept[:-1] * (1 - MOST_REMOVED) * (1 - 1e-6))
+    assert np.all(kept[1:] >= kept[:-1] * (1 - MAX_REMOVED) * (1 - 1e-6))
     if parts > 1:
-        assert math.pow((1 - wanted) / (1 - reached), 1 / (parts - 1)) < 1 - MOST_REMOVED
+        assert math.pow((1 - wanted) / (1 - reached), 1 / (parts - 1)) < 1 - MAX_REMOVED
 
 
 @pytest.mark.parametrize(("number", "parts"), [(4, 4), ("auto", 3)])

@@ -22,7 +22,7 @@ from mfac_core import (
 from mfac_core.backends import resolve_device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.pruners import ACDCPruner, ConstantPruner
-from mfac_core.pruners.memory import peak_window
+from mfac_core.pruners.memory import WindowMemory
 from mfac_core.schedules.pruning import num_gradients_at
 from mfac_core.settings.pruning import ACDCSettings, ConstantSettings
 from tests import reference
@@ -566,9 +566,9 @@ def test_memory_is_counted_at_the_largest_window_of_the_run():
     schedule = make_mfac().schedule
     early = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 110})
     late = replace(SETTINGS, num_gradients={0.0: 100, 0.5: 1000})
-    assert peak_window(early, TOTAL, schedule) == (100, TOTAL)
+    assert WindowMemory(early, TOTAL, schedule).peak() == (100, TOTAL)
     reached = next(scheduled.sparsity for scheduled in schedule if scheduled.sparsity >= 0.5)
-    assert peak_window(late, TOTAL, schedule) == (1000, TOTAL - round(TOTAL * reached))
+    assert WindowMemory(late, TOTAL, schedule).peak() == (1000, TOTAL - round(TOTAL * reached))
 
 
 def test_magnitude_pruning_takes_the_smallest_and_moves_nothing():

@@ -97,7 +97,7 @@ class OfUnknownLength:
 
 @pytest.mark.parametrize("source", [itertools.count, lambda: OfUnknownLength(10)])
 def test_one_pass_over_data_that_may_have_no_end_ends_somewhere(source, monkeypatch, caplog):
-    monkeypatch.setattr(sample_batches, "_MOST_WITHOUT_LENGTH", 4)
+    monkeypatch.setattr(sample_batches, "_MAX_WITHOUT_LENGTH", 4)
     with caplog.at_level("INFO", logger="mfac_core"):
         assert list(batches_of_one_pass(source)) == [0, 1, 2, 3]
     assert "no length: one pass over them is taken to end after 4 batches" in caplog.text

@@ -189,7 +189,9 @@ def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
             [at_once for _, at_once in groups], lambda each, name: ArrayPruning(each, model, sampled=True, name=name)
         )
         session = Session(prunings, logger=LOGGER)
-        prune_in_one_shot(session, groups, NoStatistics(), sampler=None, recalibrate_batchnorm=False, cure="")
+        prune_in_one_shot(
+            session, groups, NoStatistics(), modifiers=[], sampler=None, recalibrate_batchnorm=False, cure=""
+        )
         return session
 
     with monkeypatch.context() as patch:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings, make_pruner
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.masks.selection import newly_pruned
+from mfac_core.masks.selection import MaskRule, newly_pruned
 from mfac_core.masks.sparsity import is_reached
 from mfac_core.settings.pruning import FROM_PARAM
 from tests import reference
@@ -205,12 +205,12 @@ def test_a_sparsity_that_is_reached_chooses_nothing(scope, mask_type, sparsity, 
     layout = WeightLayout({"a": (4, 6), "b": (2, 12), "c": (6, 2)})
     patterns = mask_patterns(mask_type, layout.shapes, None)
     kept = rng.random(layout.num_weights) < rng.random()
-    options = dict(segments=layout.segments, scope=scope, patterns=patterns)
-    chosen = newly_pruned(rng.random(int(kept.sum())), kept, sparsity, **options)
-    if is_reached(~kept, sparsity, **options):
+    rule = MaskRule(layout.segments, scope, patterns)
+    chosen = newly_pruned(rng.random(int(kept.sum())), kept, sparsity, rule)
+    if is_reached(~kept, sparsity, rule):
         assert not chosen.any()
     elif patterns is None:
         assert chosen.any()
     weights = np.where(rng.random(layout.num_weights) < 0.5, 0.0, rng.random(layout.num_weights))
-    if is_reached(~kept | (weights == 0), sparsity, **options):
-        assert not weights[kept][newly_pruned(weights[kept], kept, sparsity, **options)].any()
+    if is_reached(~kept | (weights == 0), sparsity, rule):
+        assert not weights[kept][newly_pruned(weights[kept], kept, sparsity, rule)].any()

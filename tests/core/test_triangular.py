@@ -5,7 +5,7 @@ import pytest
 
 from mfac_core.fisher.kernels import (
     GRAM_PANEL,
-    LARGEST_FACTOR,
+    MAX_FACTOR,
     column_sums_of_squares,
     lower_gram,
     matmul,
@@ -52,7 +52,7 @@ def test_solves_and_sums_equal_those_of_the_dense_factor(size, dtype):
 def test_the_factors_of_some_of_the_matrices(size):
     factor, lower = factored(size, np.float64)
     b = np.ones((1, size, 2))
-    close(factor.of_blocks(slice(1, 2)).solve(b), np.linalg.solve(lower[1:], b), np.float64)
+    close(factor.select_blocks(slice(1, 2)).solve(b), np.linalg.solve(lower[1:], b), np.float64)
 
 
 def test_bytes_are_those_of_the_panels():
@@ -70,7 +70,7 @@ def test_a_matrix_that_is_not_positive_definite_is_refused(size):
 
 
 @DTYPES
-@pytest.mark.parametrize("size", [1, 2, 7, LARGEST_FACTOR])
+@pytest.mark.parametrize("size", [1, 2, 7, MAX_FACTOR])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_small_factors_are_inverses_with_exact_zeros_above(size, scale, dtype):
     matrices = (spd(3, size, np.float64) * scale).astype(dtype)
@@ -82,9 +82,9 @@ def test_small_factors_are_inverses_with_exact_zeros_above(size, scale, dtype):
 
 
 def test_small_factors_can_be_used_again_for_smaller_matrices():
-    matrices = spd(1, LARGEST_FACTOR, np.float64)
+    matrices = spd(1, MAX_FACTOR, np.float64)
     small = small_factors(matrices)
-    for size in (LARGEST_FACTOR, 3, LARGEST_FACTOR, 5):
+    for size in (MAX_FACTOR, 3, MAX_FACTOR, 5):
         inverse, _ = small(matrices[:, :size, :size], 0.0)
         close(inverse, np.linalg.inv(np.linalg.cholesky(matrices[:, :size, :size])), np.float64)
 

@@ -18,7 +18,7 @@ from mfac_core import (
 from mfac_core.backends import Device, device_of, resolve_device, selection
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher.partition import BlockGroup, working_bytes
-from mfac_core.pruners.memory import check_memory, choose_window_device, peak_window
+from mfac_core.pruners.memory import WindowMemory, choose_window_device
 from mfac_core.schedules.pruning import pruning_schedule
 from tests.core.strict_backend import StrictBackend, strict_devices
 
@@ -261,9 +261,9 @@ def test_a_device_that_is_named_is_taken():
 
 def test_a_run_needs_its_largest_window_and_room_to_work_in():
     schedule = pruning_schedule(SETTINGS, STEPS)
-    rows, columns = peak_window(SETTINGS, 41, schedule)
+    rows, columns = WindowMemory(SETTINGS, 41, schedule).peak()
     needed = 4 * rows * columns + 2 * working_bytes(BlockGroup(0, 1, (7,)), rows, 4)
     (enough,), (too_little,) = (strict_devices(1, StrictBackend(free)) for free in (needed, needed - 1))
-    assert check_memory(SETTINGS, enough, 41, schedule) == needed
+    assert WindowMemory(SETTINGS, 41, schedule).check(enough) == needed
     with pytest.raises(MemoryBudgetError, match=f"{needed:,}"):
-        check_memory(SETTINGS, too_little, 41, schedule)
+        WindowMemory(SETTINGS, 41, schedule).check(too_little)

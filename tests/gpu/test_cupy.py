@@ -109,7 +109,7 @@ def test_blocks_that_need_float64_get_it_on_cuda_with_the_window_on_either_side(
     rows = rng.standard_normal((40, 6 * 100)).astype(np.float32)
     rows[:, 100:200] = rows[:1, 100:200] + 1e-3 * rows[:, 100:200]
     devices = (resolve_device("cuda:0"),)
-    window = GradientWindow(600, 40, block_size=100, device=place, feeds=devices if place == "cpu" else ())
+    window = GradientWindow(600, 40, block_size=100, device=place, consumers=devices if place == "cpu" else ())
     for row in rows:
         window.push(row)
     fisher = BlockwiseFisher(window, damping=1e-4, devices=devices, keep=keep)

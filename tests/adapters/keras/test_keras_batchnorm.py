@@ -214,7 +214,7 @@ def test_a_number_of_batches_may_be_given(monkeypatch, caplog):
     assert_statistics(model.get_layer("norm"), *expected(2))
     recalibrate_batchnorm(model, batches(), num_batches=9)
     assert_statistics(model.get_layer("norm"), *expected(5))
-    monkeypatch.setattr(sample_batches, "_MOST_WITHOUT_LENGTH", 3)
+    monkeypatch.setattr(sample_batches, "_MAX_WITHOUT_LENGTH", 3)
     recalibrate_batchnorm(model, lambda: iter(batches()))
     assert_statistics(model.get_layer("norm"), *expected(3))
     with caplog.at_level(logging.INFO, logger="mfac_keras"):  # arrays are cut into batches of 32

@@ -218,7 +218,7 @@ def test_a_number_of_batches_may_be_given(monkeypatch):
     for given, taken in ((2, 2), (None, 3), (9, 3)):
         recalibrate_batchnorm(model, INPUTS, num_batches=given)
         assert model.num_batches_tracked == taken
-    monkeypatch.setattr(sample_batches, "_MOST_WITHOUT_LENGTH", 2)
+    monkeypatch.setattr(sample_batches, "_MAX_WITHOUT_LENGTH", 2)
     recalibrate_batchnorm(model, lambda: iter(INPUTS))
     assert model.num_batches_tracked == 2
     with pytest.raises(ValueError, match="num_batches: 0 must be a positive integer"):

@@ -233,3 +233,24 @@ def test_batches_to_recalibrate_with_get_the_options_of_the_recipe(task):
         normalized(), grad_sampler=GradSampler(batches, LOSS), recalibrate_batchnorm=True
     )
     assert asked == [16, 16, 16]  # for the samples, to measure the loss on, and to recalibrate with
+
+
+def test_a_recipe_that_prunes_nothing_yet_has_its_options_and_its_log_all_the_same(caplog):
+    caplog.set_level(logging.INFO, "mfac_torch")
+    sizes = []
+
+    def batches(size):
+        sizes.append(size)
+        return [(torch.randn(size, 6), torch.randn(size, 3))]
+
+    model = normalized()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    modifier = MFACPruningModifier(
+        final_sparsity=0.5, start_epoch=4.0, end_epoch=8.0, grad_sampler_kwargs={"size": 16}, **FEW
+    )
+    ScheduledModifierManager([modifier]).apply(
+        model, epoch=2.0, grad_sampler=GradSampler(batches, LOSS), recalibrate_batchnorm=True
+    )
+    assert sizes == [16]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert "with other settings than recommended: " in caplog.text
