@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import warn_once
@@ -55,6 +55,8 @@ class Sampler:
     Args:
         source: The batches, or a function that makes them.
     """
+
+    _logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
 
     def __init__(self, source: BatchSource) -> None:
         self._source = source
@@ -106,7 +108,7 @@ class Sampler:
                 )
             zero = [index for index in zero if gradients[index] is None or not gradients[index].any()]
             if number == count:  # before the last sample is yielded: the caller may not ask for another
-                warn_once(_logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
+                warn_once(self._logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
             yield [zeros(index) if gradient is None else gradient for index, gradient in enumerate(gradients)]
 
 
@@ -198,12 +200,12 @@ def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     ]
 
 
-def _hold_out(held_out: HeldOut, batches: Iterator[Any], begun_anew: Callable[[], Iterable[Any]]) -> None:
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], restarted: Callable[[], Iterable[Any]]) -> None:
     held_out.batches.extend(islice(batches, held_out.wanted))
     lacking = held_out.wanted - len(held_out.batches)
     if lacking:
         held_out.are_new = False
-        held_out.batches.extend(islice(begun_anew(), lacking))
+        held_out.batches.extend(islice(restarted(), lacking))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

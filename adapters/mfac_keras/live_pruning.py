@@ -112,7 +112,7 @@ class KerasPruning(LivePruning):
         assert self._sampler is not None
         return partial(self._sampler.loss, self._model)
 
-    def apply(self, result: PruneResult, undo: ExitStack) -> None:
+    def enforce_masks(self, result: PruneResult, undo: ExitStack) -> None:
         """Reset the state of the optimizer where weights have come back; the hooks hold the masks."""
         if result.resets_optimizer and self._optimizer is not None:
             slots = list(state_to_reset(self._optimizer, self.variables.values()))

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
@@ -101,8 +100,6 @@ def prune_one_shot(
         keys = recommended_keys(recipe_keys, sparsity)
     modifiers = modifiers_of(recipe, keys, recipe_variables, unsupported)
     groups = one_shot_in_order(each for each in modifiers if isinstance(each, PruningSettings))
-    if not groups:
-        raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
     settings = [at_once for _, at_once in groups]
     if dataset is None and any(isinstance(each, MFACSettings) for each in settings):
         raise TypeError(
@@ -127,6 +124,7 @@ def prune_one_shot(
         Session(prunings, logger=_logger),
         groups,
         MovingStatistics(model),
+        modifiers=[gradual for gradual, _ in groups],
         sampler=sampler,
         recalibrate_batchnorm=recalibrate_batchnorm,
         cure="mfac_keras.recalibrate_batchnorm(model, dataset)",

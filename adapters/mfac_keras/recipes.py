@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mfac_core.errors import RecipeError
 from mfac_core.recipe import Recipe, load_recipe, settings_from_keys
+from mfac_core.schedules.one_shot import NOTHING_TO_DO
 from mfac_core.settings.training import EpochRange
 
 __all__ = ["modifiers_of"]
@@ -40,5 +41,5 @@ def modifiers_of(
     else:
         modifiers = (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, variables, unsupported)).modifiers
     if all(isinstance(modifier, EpochRange) for modifier in modifiers):
-        raise RecipeError("the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier")
+        raise RecipeError(NOTHING_TO_DO)
     return modifiers

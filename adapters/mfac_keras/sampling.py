@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ class GradientSampler(Sampler):
     Raises:
         TypeError: If the dataset is neither iterable nor callable, or the loss is not a loss.
     """
+
+    _logger = logging.getLogger("mfac_keras")
 
     def __init__(self, dataset: Any, loss: Any = None) -> None:
         if not (loss is None or callable(loss) or isinstance(loss, str | Mapping)):
@@ -91,7 +94,7 @@ class GradientSampler(Sampler):
                 samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32)
             )
         finally:
-            _put_back(metrics)
+            _restore(metrics)
 
     def loss(self, model: Any, batches: Iterable[Any]) -> float:
         """Return the mean loss of batches in inference mode; metrics do not change.
@@ -115,7 +118,7 @@ class GradientSampler(Sampler):
         try:
             losses = [float(keras.ops.convert_to_numpy(evaluate(_batch(each)))) for each in batches]
         finally:
-            _put_back(metrics)
+            _restore(metrics)
         return mean_loss(losses)
 
     def forward(self, model: Any, batch: Any, *, training: bool = False) -> Any:
@@ -161,7 +164,7 @@ def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
     return [(variable, variable.numpy()) for variable in variables]
 
 
-def _put_back(values: Iterable[tuple[Any, Any]]) -> None:
+def _restore(values: Iterable[tuple[Any, Any]]) -> None:
     for variable, value in values:  # some losses have metrics of their own
         variable.assign(value)
 

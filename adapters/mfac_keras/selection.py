@@ -98,7 +98,7 @@ def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True
     """
     named = _learnable(model)
     with _hint_for_pytorch(*params):
-        matched = names_in_layers(params, _names(model, named), strict=strict)
+        matched = names_in_layers(params, _names(model, named), _logger, strict=strict)
     return {name: variable for name, variable in named.items() if name in matched}
 
 

@@ -30,7 +30,7 @@ __all__ = ["TrainingSession", "new_session"]
 _logger = logging.getLogger("mfac_keras")
 
 
-class TrainingSession(Session[KerasPruning]):
+class TrainingSession(Session[KerasPruning, TrainingChanges]):
     """Runs the modifiers of a recipe while Keras trains, by hooks in the training step.
 
     Args:
@@ -59,7 +59,6 @@ class TrainingSession(Session[KerasPruning]):
         step: int,
     ) -> None:
         super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
-        self._training = changes
         self._steps_per_execution = steps_per_execution
         self._hooks = hooks
         self._variables = _in_scope(prunings)
@@ -87,7 +86,7 @@ class TrainingSession(Session[KerasPruning]):
     @property
     def learning_rate(self) -> float | None:
         """The learning rate of the last step, where the recipe sets it."""
-        return self._training.learning_rate
+        return self._changes.learning_rate
 
     def zeros(self) -> ZeroCount:
         """Count the zeros of pruned weights, whatever has written them."""
@@ -99,11 +98,11 @@ class TrainingSession(Session[KerasPruning]):
         log_plan(
             _logger,
             self.prunings,
-            self._training.settings,
+            self._changes.settings,
             self.steps_per_epoch,
             sampled=sampled,
             epochs=epochs,
-            trainable=self._training.trainable,
+            trainable=self._changes.trainable,
         )
 
     def begin(self) -> None:
@@ -220,7 +219,7 @@ class TrainingSession(Session[KerasPruning]):
         coming = range(self.step, self.step + self._steps_per_execution)
         self._taps = any(pruning.needs_gradients(step) for step in coming for pruning in self.prunings)
         self._hooks.tap(self._taps)
-        self._training.make(self.step)
+        self._changes.make_due(self.step)
 
     def _hold_masks(self) -> None:
         self._sparsity = None

@@ -55,7 +55,7 @@ class TrainingChanges:
         self._hooks = hooks
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._found = [_found(model, each) for each in self._trainable.settings]
+        self._matched = [_matched_variables(model, each) for each in self._trainable.settings]
         self._frozen_now: list[Any] = []
         self._rates: dict[int, float] = {}  # as set last, by group; setting one again takes time
         for each in self._options.settings:
@@ -65,7 +65,7 @@ class TrainingChanges:
         self._refuse_scheduled()
         self._refuse_unfreezing(model)
 
-    def make(self, step: int) -> None:
+    def make_due(self, step: int) -> None:
         """Make the changes that are due for the training step that comes after ``step`` completed ones."""
         rates: dict[int, float] = {}
         decays: dict[int, float] = {}
@@ -79,7 +79,7 @@ class TrainingChanges:
     @property
     def trainable(self) -> list[tuple[TrainableParams, Collection[str]]]:
         """The settings that freeze or unfreeze variables, with the paths of these variables."""
-        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._found, strict=True)]
+        return [(each, found.keys()) for each, found in zip(self._trainable.settings, self._matched, strict=True)]
 
     @property
     def learning_rate(self) -> float | None:
@@ -152,7 +152,7 @@ class TrainingChanges:
     def _frozen(self, step: int) -> list[Any]:
         is_trained: dict[int, tuple[Any, bool]] = {}
         for each, found, active in zip(
-            self._trainable.settings, self._found, self._trainable.active(step), strict=True
+            self._trainable.settings, self._matched, self._trainable.active(step), strict=True
         ):
             if active:
                 is_trained.update({id(variable): (variable, each.trainable) for variable in found.values()})
@@ -172,7 +172,7 @@ class TrainingChanges:
 
     def _refuse_unfreezing(self, model: Any) -> None:
         trained = {id(variable) for variable in model.trainable_variables}
-        for each, found in zip(self._trainable.settings, self._found, strict=True):
+        for each, found in zip(self._trainable.settings, self._matched, strict=True):
             frozen = [name for name, variable in found.items() if id(variable) not in trained]
             if each.trainable and frozen:
                 with named_in_errors(each):
@@ -188,6 +188,6 @@ def _rate_of(optimizer: Any) -> float:
     return float(optimizer.learning_rate.numpy())
 
 
-def _found(model: Any, settings: TrainableParams) -> dict[str, Any]:
+def _matched_variables(model: Any, settings: TrainableParams) -> dict[str, Any]:
     with named_in_errors(settings):
         return matching_variables(model, settings.params, strict=settings.strict)

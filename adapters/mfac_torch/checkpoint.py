@@ -109,7 +109,12 @@ def _load_weights(model: nn.Module, weights: Any, undo: ExitStack) -> None:
 
 
 def _load_optimizers(optimizers: Sequence[torch.optim.Optimizer], states: Any, undo: ExitStack) -> None:
-    if not isinstance(states, list) or len(states) != len(optimizers):
+    if not isinstance(states, list):
+        raise ValueError(
+            f"the checkpoint is broken: optimizers is a {type(states).__name__} and must be a list; load another "
+            "checkpoint"
+        )
+    if len(states) != len(optimizers):
         raise ValueError(
             f"the checkpoint holds the state of {len(states)} optimizers, and this run has {len(optimizers)}; pass "
             "the optimizers that it was saved with, in the same order"

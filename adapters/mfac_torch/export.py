@@ -196,7 +196,7 @@ def to_semi_structured(model: nn.Module, params: Sequence[str] | None = None) ->
 
     owners = _owners(model)
     linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    names = list(select_parameters(model, params)) if params else list(masks_of(model))
+    names = list(masks_of(model)) if params is None else list(select_parameters(model, params))
     weights = {name: _parameter(model, name) for name in names}
     if params is None:
         weights = {name: weight for name, weight in weights.items() if id(weight) in linear}

@@ -13,7 +13,7 @@ from typing import Any
 
 from mfac_core.weight_names import join_names
 from mfac_torch.manager import ScheduledModifierManager
-from mfac_torch.sampling import GradSampler
+from mfac_torch.sampling import SamplerArgument
 from mfac_torch.zeros import apply_masks
 
 try:
@@ -77,7 +77,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         recipe: str | os.PathLike[str] | ScheduledModifierManager,
         *,
         steps_per_epoch: int | None = None,
-        grad_sampler: GradSampler | Mapping[str, Any] | None = None,
+        grad_sampler: SamplerArgument | None = None,
         gradient_window: bool = True,
     ) -> None:
         self.manager = (

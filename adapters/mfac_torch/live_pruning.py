@@ -145,7 +145,7 @@ class TorchPruning(LivePruning):
             restore_random_state(before)
             raise
 
-    def apply(self, result: PruneResult, undo: ExitStack) -> None:
+    def enforce_masks(self, result: PruneResult, undo: ExitStack) -> None:
         """Hold the new masks, and reset optimizer state at pruned weights."""
         held_masks = HeldMasks(self.parameters)
         held_masks.hold(result.masks)
@@ -157,7 +157,7 @@ class TorchPruning(LivePruning):
         undo.callback(setattr, self, "held_masks", self.held_masks)
         self.held_masks = held_masks
 
-    def pruned(self, result: PruneResult, step: int) -> None:
+    def after_pruning_step(self, result: PruneResult, step: int) -> None:
         """Release the masks if the pruner has, and pass the sparsity of each parameter to the loggers."""
         if not self.masks:
             self.held_masks.release()

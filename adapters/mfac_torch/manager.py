@@ -33,7 +33,7 @@ from mfac_torch.conditions import (
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.sampling import GradSampler
+from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
 from mfac_torch.training_changes import TrainingChanges
@@ -42,8 +42,6 @@ from mfac_torch.wrappers import unwrapped
 __all__ = ["ScheduledModifierManager"]
 
 _logger = logging.getLogger("mfac_torch")
-
-Sampler = GradSampler | Mapping[str, Any]
 
 
 class ScheduledModifierManager(ModifierList):
@@ -83,7 +81,7 @@ class ScheduledModifierManager(ModifierList):
     _prunings: tuple[TorchPruning, ...] = ()
     _session: TrainingSession | None = None
     _loggers: ScalarLoggers | None = None
-    _sampler: Sampler | None = None
+    _sampler: SamplerArgument | None = None
     _epoch: float = 0.0
 
     @property
@@ -115,7 +113,7 @@ class ScheduledModifierManager(ModifierList):
         epoch: float = 0.0,
         loggers: ScalarLoggers | None = None,
         *,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         **unsupported: object,
     ) -> None:
         """Store arguments for a later call of :meth:`modify`; nothing else changes.
@@ -158,7 +156,7 @@ class ScheduledModifierManager(ModifierList):
         allow_parallel_module: bool = True,
         *,
         loggers: ScalarLoggers | None = None,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         **unsupported: object,
     ) -> Any:
         """Attach the modifiers to a model and its optimizers; the training loop stays as it is.
@@ -190,6 +188,11 @@ class ScheduledModifierManager(ModifierList):
             ValueError: If no optimizer trains a parameter in scope, or the same optimizer is given twice.
         """
         refuse_unsupported("modify", unsupported)
+        if isinstance(wrap_optim, int | float):
+            raise TypeError(
+                f"wrap_optim is the number {wrap_optim!r}; pass a GradScaler or nothing, and the epoch by name: "
+                f"epoch={wrap_optim!r}"
+            )
         refuse_distributed()
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
@@ -230,7 +233,7 @@ class ScheduledModifierManager(ModifierList):
         loggers: ScalarLoggers | None = None,
         finalize: bool = True,
         *,
-        grad_sampler: Sampler | None = None,
+        grad_sampler: SamplerArgument | None = None,
         recalibrate_batchnorm: bool = False,
         **unsupported: object,
     ) -> None:
@@ -253,6 +256,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already.
             NotImplementedError: If training is distributed over several processes.
+            RecipeError: If there is no pruning modifier.
             SettingError: If a modifier does not fit the model.
             TypeError: If M-FAC or the recalibration has no sampler, or an argument has the wrong type or is not
                 supported.
@@ -261,11 +265,11 @@ class ScheduledModifierManager(ModifierList):
         refuse_distributed()
         self._check_not_attached()
         settings = [modifier.settings for modifier in self.pruning_modifiers]
+        groups = one_shot_in_order(settings, epoch)
         sampler = self._sampler if grad_sampler is None else grad_sampler
         check_sampler(sampler, settings, recalibrate_batchnorm=recalibrate_batchnorm)
         model = unwrapped(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
-        groups = one_shot_in_order(settings, epoch)
         prunings = self._attach_prunings(
             model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers
         )
@@ -273,6 +277,7 @@ class ScheduledModifierManager(ModifierList):
             Session(prunings, logger=_logger),
             groups,
             RunningStatistics(model),
+            modifiers=settings,
             sampler=sampler,
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="mfac_torch.recalibrate_batchnorm(model, loader)",
@@ -461,7 +466,7 @@ class ScheduledModifierManager(ModifierList):
         *,
         steps_per_epoch: int,
         optimizers: Sequence[torch.optim.Optimizer] = (),
-        sampler: Sampler | None,
+        sampler: SamplerArgument | None,
         loggers: ScalarLoggers | None,
     ) -> tuple[TorchPruning, ...]:
         functions = log_functions(self._loggers if loggers is None else loggers)

@@ -22,11 +22,9 @@ from mfac_torch.batches import (
 )
 from mfac_torch.evaluation import in_mode, requiring_gradients, without_gradients
 
-__all__ = ["GradSampler", "sampler_of"]
+__all__ = ["GradSampler", "SamplerArgument", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
-
-_logger = logging.getLogger("mfac_torch")
 
 
 class GradSampler(Sampler):
@@ -61,6 +59,8 @@ class GradSampler(Sampler):
         >>> [row["weight"].shape for row in sampler.gradients(model, {"weight": model.weight}, count=2)]
         [torch.Size([1, 4]), torch.Size([1, 4])]
     """
+
+    _logger = logging.getLogger("mfac_torch")
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class GradSampler(Sampler):
         self._takes_first_entry = False
 
     @classmethod
-    def of(cls, sampler: GradSampler | Mapping[str, Any]) -> Self | GradSampler:
+    def of(cls, sampler: SamplerArgument) -> Self | GradSampler:
         """Return a sampler from a sampler or from the older dictionary form.
 
         Args:
@@ -253,10 +253,14 @@ class GradSampler(Sampler):
             except Exception:
                 raise error from None
             self._takes_first_entry = True
-            _logger.info(
+            self._logger.info(
                 "loss_fn of the GradSampler does not take the tuple that the model returns; it gets the first entry"
             )
             return loss
+
+
+SamplerArgument = GradSampler | Mapping[str, Any]
+"""A sampler, or the older dictionary form that :meth:`GradSampler.of` takes."""
 
 
 def sampler_of(loader: Any, loss_fn: Any = None) -> GradSampler:

@@ -94,7 +94,7 @@ def matching_parameters(model: nn.Module, params: Sequence[str], *, strict: bool
     The name of a layer means all parameters in it. An entry that matches nothing is an error if ``strict``, otherwise a
     warning.
     """
-    matched = names_in_layers(params, _names(model), strict=strict)
+    matched = names_in_layers(params, _names(model), _logger, strict=strict)
     return {name: parameter for name, parameter in model.named_parameters() if name in matched}
 
 

@@ -32,7 +32,7 @@ def is_attached(optimizer: torch.optim.Optimizer) -> bool:
     return optimizer in _optimizers_with_hooks
 
 
-class TrainingSession(Session[TorchPruning]):
+class TrainingSession(Session[TorchPruning, TrainingChanges]):
     """Runs the modifiers of a recipe by hooks on the optimizers of a PyTorch model.
 
     A step counts once the first optimizer has made it; a step that mixed precision skips does not.
@@ -62,7 +62,6 @@ class TrainingSession(Session[TorchPruning]):
     ) -> None:
         super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
         self.optimizers = optimizers
-        self._training = changes
         self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch)
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels. So that a step counts
@@ -90,7 +89,7 @@ class TrainingSession(Session[TorchPruning]):
                     undo.callback(handles[-1].remove)
             undo.callback(_optimizers_with_hooks.difference_update, self.optimizers)
             _optimizers_with_hooks.update(self.optimizers)
-            self._training.set_trained(self.step, undo)
+            self._changes.set_trained(self.step, undo)
             undo.pop_all()
         self._handles = handles
         self.monitor.attach(self.step)
@@ -105,7 +104,7 @@ class TrainingSession(Session[TorchPruning]):
             handle.remove()
         self._handles = []
         _optimizers_with_hooks.difference_update(self.optimizers)
-        self._training.restore()
+        self._changes.restore()
 
     def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return the progress, the state of each pruning modifier, and that of the random number generators.
@@ -165,7 +164,7 @@ class TrainingSession(Session[TorchPruning]):
                 self.step,
             )
         super().resume(parsed)
-        self._training.set_trained(self.step)
+        self._changes.set_trained(self.step)
         self.monitor.record_versions()
         self._counts = False
         self._observed_at = [-1] * len(self.optimizers)
@@ -181,7 +180,7 @@ class TrainingSession(Session[TorchPruning]):
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
             self.prune_if_due()
-        self._training.set_options(self.step)
+        self._changes.set_options(self.step)
         # With a closure, the gradients are computed inside the step. args[0] is the optimizer itself.
         if kwargs.get("closure") is not None:
             return args, {**kwargs, "closure": self._observing(number, kwargs["closure"])}
@@ -213,7 +212,7 @@ class TrainingSession(Session[TorchPruning]):
         if number == 0 and self._counts and not _is_skipped(self.optimizers[0]):
             self._counts = False
             self.step += 1
-            self._training.set_trained(self.step)
+            self._changes.set_trained(self.step)
         self.monitor.step_ended(number, self.step)
         if number == self._last:
             self.prune_if_due()

@@ -8,12 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mfac_torch.manager import ScheduledModifierManager
-from mfac_torch.sampling import GradSampler
+from mfac_torch.sampling import SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers
 from mfac_torch.tensor_files import read_tensors, write_tensors
 
@@ -79,7 +78,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         recipe: str | os.PathLike[str] | ScheduledModifierManager,
         *,
         steps_per_epoch: int | None = None,
-        grad_sampler: GradSampler | Mapping[str, Any] | None = None,
+        grad_sampler: SamplerArgument | None = None,
         loggers: ScalarLoggers | None = None,
         gradient_window: bool = True,
         resume_from_checkpoint: str | os.PathLike[str] | None = None,

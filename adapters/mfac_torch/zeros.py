@@ -96,10 +96,16 @@ def _matched(masks: Masks, tensors: Mapping[str, torch.Tensor]) -> dict[str, str
                 f"the mask of {name} fits none of the tensors ({join_names(tensors) or 'there are none'}); pass the "
                 "model or the state dict that the masks belong to"
             )
-        if len(found) > 1 or found[0] in matched.values():
+        if len(found) > 1:
             raise ValueError(
-                f"the mask of {name} fits several tensors, or one that has a mask already ({join_names(found)}); "
-                "pass the part of the model that the masks belong to"
+                f"the mask of {name} fits several tensors ({join_names(found)}); pass the part of the model that the "
+                "masks belong to"
+            )
+        other = next((other for other, tensor in matched.items() if tensor == found[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the masks of {other} and {name} both fit {found[0]}; pass the model or the state dict that the masks "
+                "belong to"
             )
         if mask.shape != tensors[found[0]].shape:
             raise ValueError(

@@ -182,6 +182,17 @@ class Pruner(ABC):
         """Whether some sub-steps of the next pruning step are done."""
         return False
 
+    def substep(self, step: int) -> tuple[int, int]:
+        """Return which sub-step of a pruning step is due, counted from 1, and how many sub-steps there are.
+
+        Args:
+            step: Completed optimizer steps, at which a pruning step is due.
+
+        Returns:
+            1 and 1: this pruner does a pruning step at once.
+        """
+        return 1, 1
+
     @property
     def num_rows(self) -> int:
         """Gradient samples that are stored now."""

@@ -149,6 +149,18 @@ class MFACPruner(GradualPruner):
         """Whether some sub-steps of the next pruning step are done."""
         return self._progress.substeps_done > 0
 
+    def substep(self, step: int) -> tuple[int, int]:
+        """Return which sub-step of a pruning step is due, counted from 1, and how many sub-steps there are.
+
+        Args:
+            step: Completed optimizer steps, at which a pruning step is due.
+
+        Returns:
+            Both numbers.
+        """
+        index = self._latest(step)
+        return self._substeps_done_of(index) + 1, self._substeps_of(index)
+
     @property
     def num_rows(self) -> int:
         """Gradient samples that the window holds now."""

@@ -197,8 +197,8 @@ def _meaning(written: _Written, modifier: ModifierFormat, misspelled: set[str]) 
     known = [key for key in (*modifier.keys, *modifier.nested) if not written.nested_in or key in allowed]
     keys = f"the keys are {', '.join(known)}"
     if written.key in modifier.keys:
-        beside = f"write {written.key} beside {written.nested_in}, not in it"
-        raise written.place.error(f"unknown key; {keys}; {beside}")
+        cure = f"write {written.key} beside {written.nested_in}, not in it"
+        raise written.place.error(f"unknown key; {keys}; {cure}")
     misspelled.update(nearest_names(written.key, known))
     raise written.place.error(f"unknown key{nearest(written.key, known)}; {keys}")
 

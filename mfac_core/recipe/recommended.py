@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mfac_core.recipe.keys import MFAC_KEYS, SCOPE
 from mfac_core.recipe.modifiers import settings_from_keys
+from mfac_core.recipe.values import flow_text
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 
 __all__ = ["RECOMMENDED", "differs_line", "recommended_keys", "recommended_line"]
@@ -49,9 +50,9 @@ def recommended_line(keys: Mapping[str, object]) -> str:
 
     Example:
         >>> recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4, "update": "joint"})
-        'one-shot pruning with recommended settings where none are given: global_sparsity True, num_grads 256'
+        'one-shot pruning with recommended settings where none are given: global_sparsity true, num_grads 256'
     """
-    taken = ", ".join(f"{key} {value}" for key, value in _recommended_beside(keys).items())
+    taken = ", ".join(f"{key} {flow_text(value)}" for key, value in _recommended_beside(keys).items())
     return f"one-shot pruning with recommended settings where none are given: {taken}" if taken else ""
 
 
@@ -64,7 +65,7 @@ def differs_line(settings: PruningSettings) -> str:
         >>> differs_line(settings)
         ''
         >>> differs_line(replace(settings, scope="layer"))
-        'one-shot pruning with other settings than recommended: global_sparsity False (recommended: True)'
+        'one-shot pruning with other settings than recommended: global_sparsity false (recommended: true)'
     """
     if not isinstance(settings, MFACSettings):
         return ""
@@ -77,7 +78,7 @@ def differs_line(settings: PruningSettings) -> str:
             written = meaning.write(value_here)
             if isinstance(written, Mapping) and list(written) == [0.0]:  # num_grads, as it is most often given
                 written = written[0.0]
-            differs.append(f"{key} {written} ({'' if differs else 'recommended: '}{value})")
+            differs.append(f"{key} {flow_text(written)} ({'' if differs else 'recommended: '}{flow_text(value)})")
     return f"one-shot pruning with other settings than recommended: {', '.join(differs)}" if differs else ""
 
 

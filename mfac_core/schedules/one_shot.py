@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from mfac_core.errors import SettingError
+from mfac_core.errors import RecipeError, SettingError
 from mfac_core.schedules.pruning import MANY_STEPS, pruning_schedule
 from mfac_core.settings.pruning import (
     FROM_PARAM,
@@ -19,7 +19,9 @@ from mfac_core.settings.pruning import (
     PruningSettings,
 )
 
-__all__ = ["one_shot", "one_shot_in_order"]
+__all__ = ["NOTHING_TO_DO", "one_shot", "one_shot_in_order"]
+
+NOTHING_TO_DO = "the recipe has no pruning modifier, so there is nothing to do; add an !MFACPruningModifier"
 
 
 def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
@@ -54,8 +56,13 @@ def one_shot_in_order(
 
     Each pair holds the settings of the gradual run, which show whether two modifiers prune at the same time or one
     after the other, and those of :func:`one_shot`.
+
+    Raises:
+        RecipeError: If there are no settings.
     """
     in_order = sorted(settings, key=lambda each: each.start_epoch)
+    if not in_order:
+        raise RecipeError(NOTHING_TO_DO)
     return [(gradual, at_once) for gradual in in_order for at_once in one_shot(gradual, epoch)]
 
 

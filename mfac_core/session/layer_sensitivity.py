@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from mfac_core.backends import Array, array_namespace, device_of
@@ -14,6 +16,7 @@ from mfac_core.pruners.memory import WindowMemory
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.settings.checks import Damping, MaskType, Recomputations, is_integer
 from mfac_core.settings.pruning import MFACSettings
+from mfac_core.settings.spellings import RECIPE_SPELLINGS
 from mfac_core.weight_names import join_names
 
 __all__ = ["check_rows_fit", "model_sensitivity", "stacked_rows"]
@@ -21,6 +24,18 @@ __all__ = ["check_rows_fit", "model_sensitivity", "stacked_rows"]
 _logger = logging.getLogger("mfac_core")
 
 
+@contextmanager
+def _named_as_in_recipes() -> Iterator[None]:
+    """Raise errors about a setting under its name in recipes, which is that of the adapters' arguments too."""
+    try:
+        yield
+    except SettingError as error:
+        keys = {field: key for key, field in RECIPE_SPELLINGS.items()}
+        key = keys.get(error.field, error.field)
+        raise SettingError(key, re.sub(rf"\b{error.field}\b", key, error.message)) from error
+
+
+@_named_as_in_recipes()
 def model_sensitivity(
     weights: Mapping[str, Array],
     *,

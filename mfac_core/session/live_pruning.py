@@ -48,8 +48,8 @@ class LivePruning(ABC):
     """The pruning steps and the masks of one modifier on one model, which is changed in place.
 
     A subclass gives access to the model of a framework: :meth:`weights`, :meth:`write` and :meth:`snapshot`; for a
-    gradient sampler also :meth:`gradient_samples` and :meth:`loss_function`. :meth:`drawing`, :meth:`apply`,
-    :meth:`report` and :meth:`pruned` are hooks for anything else that a framework needs.
+    gradient sampler also :meth:`gradient_samples` and :meth:`loss_function`. :meth:`drawing`, :meth:`enforce_masks`,
+    :meth:`report` and :meth:`after_pruning_step` are hooks for anything else that a framework needs.
 
     Args:
         settings: What to prune, when and how.
@@ -114,7 +114,7 @@ class LivePruning(ABC):
         """Return a context in which samples are drawn; after an exception, the next attempt draws the same ones."""
         return nullcontext()
 
-    def apply(self, result: PruneResult, undo: ExitStack) -> None:
+    def enforce_masks(self, result: PruneResult, undo: ExitStack) -> None:
         """Hold new masks and reset stale optimizer state, once weights are written and before a sub-step is committed.
 
         Each change registers a callback in ``undo`` that reverts it.
@@ -124,7 +124,7 @@ class LivePruning(ABC):
         """Log a pruning step, or a sub-step."""
         self.logger.info("%s", line)
 
-    def pruned(self, result: PruneResult, step: int) -> None:
+    def after_pruning_step(self, result: PruneResult, step: int) -> None:
         """Handle a completed pruning step; :attr:`masks` are empty if it has released them."""
 
     @property
@@ -195,7 +195,7 @@ class LivePruning(ABC):
         result = self._prune(step, others or {}, measurement)
         while self._pruner.is_due(step):
             result = self._prune(step, others or {}, measurement)
-        self.pruned(result, step)
+        self.after_pruning_step(result, step)
 
     def state_dict(self, *, gradient_window: bool = True) -> dict[str, Any]:
         """Return everything a resumed run needs, as arrays and plain values, with or without the gradient window."""
@@ -240,13 +240,13 @@ class LivePruning(ABC):
     def _prune(self, step: int, others: Mapping[str, Mask], measurement: LossMeasurement) -> PruneResult:
         """Do one sub-step; an exception leaves everything unchanged."""
         start = time.perf_counter()
-        scheduled = self._pruner.next_step
+        scheduled, substep = self._pruner.next_step, self._pruner.substep(step)
         with self._sampled(step, measurement), ExitStack() as undo:
             num_rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self.weights(), step) as result:
                 self.snapshot(undo)
                 self.write({name: _masked(array, others.get(name)) for name, array in result.weights.items()})
-                self.apply(result, undo)
+                self.enforce_masks(result, undo)
                 measured = measurement.end(result)
             undo.pop_all()
         line = pruning_step_line(
@@ -254,8 +254,10 @@ class LivePruning(ABC):
             settings=self.settings,
             modifier=self.name,
             names=self.sizes,
-            step=step,
+            # sub-steps precede the scheduled step; a pruning step may be late
+            step=step if scheduled is None else max(step, scheduled.step),
             steps_per_epoch=self._steps_per_epoch,
+            substep=substep,
             num_rows=num_rows,
             seconds=time.perf_counter() - start,
             measured_on=measurement.where,

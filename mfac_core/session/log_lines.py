@@ -30,11 +30,15 @@ def pruning_step_line(
     names: Iterable[str],
     step: int,
     steps_per_epoch: int,
+    substep: tuple[int, int] = (1, 1),
     num_rows: int,
     seconds: float,
     measured_on: str = "",
 ) -> str:
-    """Return the line about a completed pruning step; ``measured_on`` names the batches of the measured loss change.
+    """Return the line about a completed pruning step, or about a sub-step: its number, and how many there are.
+
+    ``measured_on`` names the batches of the measured loss change. At step 0, as in one shot, the line of a sub-step
+    gives neither epoch nor step, because all of its pruning step is done before training.
 
     Example:
         >>> import numpy as np
@@ -56,10 +60,13 @@ def pruning_step_line(
         by_mfac += f", predicted loss increase {increase:.3g} (in-sample)"
     if result.measured_loss_change is not None:
         by_mfac += f", measured loss change {result.measured_loss_change:+.3g} on {measured_on}"
-    return (
-        f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step}): sparsity {result.sparsity:.4f}{by_mfac}, "
-        f"{seconds:.2f} s ({scope_in_line(modifier, names)})"
-    )
+    number, count = substep
+    subject = f"pruning step at epoch {step / steps_per_epoch:.2f} (step {step})"
+    if count > 1:
+        which = f"sub-step {number} of {count}"
+        subject = f"{which} of the {subject}" if step else f"pruning step, {which}"
+    scope = scope_in_line(modifier, names)
+    return f"{subject}: sparsity {result.sparsity:.4f}{by_mfac}, {seconds:.2f} s ({scope})"
 
 
 def unfinished_line(

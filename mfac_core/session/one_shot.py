@@ -20,10 +20,11 @@ __all__ = ["prune_in_one_shot"]
 
 
 def prune_in_one_shot(
-    session: Session[P],
+    session: Session[P, Any],
     groups: Sequence[tuple[PruningSettings, PruningSettings]],
     statistics: LayerStatistics,
     *,
+    modifiers: Sequence[PruningSettings],
     sampler: Any,
     recalibrate_batchnorm: bool,
     cure: str,
@@ -35,6 +36,8 @@ def prune_in_one_shot(
         groups: For each of them, the gradual settings and those of one shot, from
             :func:`mfac_core.schedules.one_shot.one_shot_in_order`.
         statistics: The batch normalization of the model.
+        modifiers: The gradual settings of the recipe, also of modifiers that prune nothing at this epoch. The first for
+            M-FAC gives the sampler options of the recalibration.
         sampler: The gradient sampler of the framework, or None.
         recalibrate_batchnorm: Whether to recalibrate the statistics over batches of the sampler.
         cure: The call that recalibrates them later, for the warning that they are stale.
@@ -42,8 +45,7 @@ def prune_in_one_shot(
     log = session.logger
     for warning in lint_one_shot(groups, [pruning.sizes for pruning in session.prunings]):
         log.warning("%s", warning)
-    modifiers = list({id(gradual): gradual for gradual, _ in groups}.values())
-    for line in filter(None, map(differs_line, modifiers)):
+    for line in dict.fromkeys(filter(None, map(differs_line, modifiers))):
         log.info("%s", line)
     before = [_host_weights(pruning) for pruning in session.prunings]
     with ExitStack() as undo:
@@ -51,7 +53,7 @@ def prune_in_one_shot(
             undo.callback(pruning.write, weights)
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
-            options = next((each.sampler_options for _, each in groups if isinstance(each, MFACSettings)), {})
+            options = next((each.sampler_options for each in modifiers if isinstance(each, MFACSettings)), {})
             statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:

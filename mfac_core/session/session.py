@@ -34,6 +34,9 @@ class Changes(Protocol):
         """Resume from a state that fits."""
 
 
+C = TypeVar("C", bound=Changes | None)
+
+
 @dataclass(frozen=True)
 class ParsedState:
     """A state that fits a session, checked as a whole before anything changes.
@@ -74,7 +77,7 @@ def attached(settings: Sequence[PruningSettings], attach: Callable[[PruningSetti
     return tuple(prunings)
 
 
-class Session(Generic[P]):
+class Session(Generic[P, C]):
     """All modifiers of a recipe at work on one model.
 
     Args:
@@ -95,7 +98,7 @@ class Session(Generic[P]):
     def __init__(
         self,
         prunings: Sequence[P],
-        changes: Changes | None = None,
+        changes: C = None,  # type: ignore[assignment]  # C is None in one shot
         *,
         steps_per_epoch: int = 1,
         step: int = 0,

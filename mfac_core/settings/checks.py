@@ -183,8 +183,10 @@ def checked_num_gradients(value: object) -> Mapping[float, int]:
     An integer holds from 0.0 on; a mapping must have that key.
     """
     rule = "must be a positive integer, or a mapping from sparsity to positive integers with the key 0.0"
+    if is_integer(value) and value > 0:
+        return {0.0: int(value)}
     if is_integer(value):
-        value = {0.0: value}
+        raise SettingError("num_gradients", f"{value!r} must be a positive integer")
     if not isinstance(value, Mapping) or not value:
         raise SettingError("num_gradients", f"{value!r} {rule}, such as {{0.0: 64, 0.5: 128}}")
     checked: dict[float, int] = {}

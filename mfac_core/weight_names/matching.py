@@ -13,8 +13,6 @@ from mfac_core.weight_names.suggestions import why_nothing_matches
 
 __all__ = ["excluded_names", "matching_names", "names_in_layers", "selected_names"]
 
-_logger = logging.getLogger("mfac_core")
-
 
 def matching_names(
     entry: str, model: ModelNames, *, setting: str = "params", whole_layers: bool = False, strict: bool = True
@@ -104,14 +102,14 @@ def excluded_names(exclude: Sequence[str], model: ModelNames) -> set[str]:
     return {name for names in _matches("exclude", exclude, model).values() for name in names}
 
 
-def names_in_layers(params: Sequence[str], model: ModelNames, *, strict: bool) -> set[str]:
+def names_in_layers(params: Sequence[str], model: ModelNames, logger: logging.Logger, *, strict: bool) -> set[str]:
     """Return the first names of the weights that entries match, where the name of a layer means all weights in it.
 
-    An entry that matches nothing is an error if ``strict``; otherwise a warning names it.
+    An entry that matches nothing is an error if ``strict``; otherwise the logger warns of it.
     """
     matches = _matches("params", params, model, whole_layers=True, strict=strict)
     for entry in [entry for entry, names in matches.items() if not names]:
-        _logger.warning("params: %r matches no %s of the model and is left out", entry, model.kind)
+        logger.warning("params: %r matches no %s of the model and is left out", entry, model.kind)
     return {name for names in matches.values() for name in names}
 
 

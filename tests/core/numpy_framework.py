@@ -74,7 +74,7 @@ class ArrayPruning(LivePruning):
     def loss_function(self):
         return lambda batches: float(np.mean([self.model.loss(each) for each in batches]))
 
-    def apply(self, result, undo):
+    def enforce_masks(self, result, undo):
         if result.resets_optimizer:
             for name in self.names:
                 undo.callback(np.copyto, self.model.momentum[name], self.model.momentum[name].copy())

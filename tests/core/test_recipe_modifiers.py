@@ -186,7 +186,7 @@ class TestMFACPruningModifier:
             ("mask_type: [1, 0]", "mask_type: [1, 0] is not a mask type"),
             ("mask_type: null", "mask_type: None is not a mask type"),
             ("global_sparsity: 1", "global_sparsity: 1 must be true (all weights compete) or false"),
-            ("num_grads: 0", "num_grads: 0 at sparsity 0.0 is not a number of rows"),
+            ("num_grads: 0", "num_grads: 0 must be a positive integer"),
             ("num_grads: true", "num_grads: True must be a positive integer, or a mapping"),
             ("num_grads: '64'", "num_grads: '64' must be a positive integer, or a mapping"),
             ("num_grads: [64]", "num_grads: [64] must be a positive integer, or a mapping"),

@@ -56,7 +56,7 @@ def test_the_sparsity_has_two_names_of_which_one_is_given():
 def test_each_of_the_weights_that_a_sparsity_names_gets_it():
     keys = recommended_keys({}, {0.8: ["a", "b"]})
     assert keys["global_sparsity"] is False
-    assert "global_sparsity False" in recommended_line({"final_sparsity": {0.8: ["a", "b"]}})
+    assert "global_sparsity false" in recommended_line({"final_sparsity": {0.8: ["a", "b"]}})
     assert recommended_keys({"global_sparsity": True}, {0.8: ["a", "b"]})["global_sparsity"] is True
 
 
@@ -71,7 +71,7 @@ def test_a_line_says_where_settings_differ_from_those_recommended():
     own = settings_from_keys("OBSPruningModifier", {**OTHERS, "final_sparsity": 0.9, "end_epoch": 0.0})
     line = differs_line(own)
     assert line.startswith(
-        "one-shot pruning with other settings than recommended: global_sparsity False (recommended: True), "
+        "one-shot pruning with other settings than recommended: global_sparsity false (recommended: true), "
     )
     assert all(f"{key} " in line for key in RECOMMENDED)
     assert line.endswith("num_grads 7 (256)")  # a number, as it was given

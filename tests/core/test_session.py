@@ -147,7 +147,7 @@ def test_a_state_is_checked_as_a_whole_before_anything_changes():
     assert fresh.zeros().pruned == 0
 
 
-@pytest.mark.parametrize("method", ["write", "apply"])
+@pytest.mark.parametrize("method", ["write", "enforce_masks"])
 @pytest.mark.parametrize("recipe", [TWO, ACDC])
 def test_a_pruning_step_that_fails_changes_nothing_and_its_retry_is_the_same(monkeypatch, method, recipe):
     failing, other = Model(), Model()
@@ -189,14 +189,36 @@ def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
             [at_once for _, at_once in groups], lambda each, name: ArrayPruning(each, model, sampled=True, name=name)
         )
         session = Session(prunings, logger=LOGGER)
-        prune_in_one_shot(session, groups, NoStatistics(), sampler=None, recalibrate_batchnorm=False, cure="")
+        prune_in_one_shot(
+            session, groups, NoStatistics(), modifiers=[], sampler=None, recalibrate_batchnorm=False, cure=""
+        )
         return session
 
     with monkeypatch.context() as patch:
-        patch.setattr(ArrayPruning, "pruned", lambda self, *_: 1 / (self.names == ["body"]))
+        patch.setattr(ArrayPruning, "after_pruning_step", lambda self, *_: 1 / (self.names == ["body"]))
         with pytest.raises(ZeroDivisionError):
             run()
         for name in SHAPES:
             np.testing.assert_array_equal(model.weights[name], before[name])
     session = run()
     assert session.prunings[0].sparsity == 0.6 and not session.zeros().regrown
+
+
+def test_the_log_counts_the_sub_steps_of_a_pruning_step(caplog):
+    def lines_of(start, end, until, **options):
+        caplog.clear()
+        model = Model()
+        recipe = "modifiers:" + MFAC.format(params="body", final=0.6, start=start, end=end)
+        session = session_of(recipe + "    num_recomputations: 3\n", model, **options)
+        session.prune_if_due()
+        train(session, model, until)
+        messages = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+        return [message.partition(":")[0] for message in messages]
+
+    caplog.set_level(logging.INFO)
+
+    assert lines_of(1, 2, until=12) == [
+        "pruning step at epoch 1.00 (step 6)",
+        *(f"sub-step {number} of 3 of the pruning step at epoch 2.00 (step 12)" for number in (1, 2, 3)),
+    ]
+    assert lines_of(0, 0, until=0, sampled=True) == [f"pruning step, sub-step {number} of 3" for number in (1, 2, 3)]

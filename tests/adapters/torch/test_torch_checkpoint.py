@@ -21,6 +21,7 @@ from mfac_torch import (
     SetLearningRateModifier,
 )
 from mfac_torch.export import load_masks, save_masks
+from mfac_torch.tensor_files import read_tensors, write_tensors
 
 
 class Run:
@@ -139,6 +140,14 @@ def test_a_file_of_something_else_is_refused(task, tmp_path):
     torch.save({"model": {}}, tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"c\.pt is not a checkpoint of a manager"):
         Run(task).manager.load_checkpoint(tmp_path / "c.pt")
+
+
+def test_optimizers_that_are_no_list_are_refused(task, tmp_path):
+    run = Run(task)
+    run.manager.save_checkpoint(tmp_path / "c.pt")
+    write_tensors(tmp_path / "c.pt", {**read_tensors(tmp_path / "c.pt"), "optimizers": 3})
+    with pytest.raises(ValueError, match="the checkpoint is broken: optimizers is a int and must be a list"):
+        run.manager.load_checkpoint(tmp_path / "c.pt")
 
 
 def other_model(run):

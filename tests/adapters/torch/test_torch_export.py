@@ -175,6 +175,8 @@ def test_widths_and_layers_that_have_no_pattern_are_named():
         to_semi_structured(model)
     with pytest.raises(ValueError, match="0.weight is not the weight of a Linear layer"):
         to_semi_structured(model, ["0.weight"])
+    with pytest.raises(ValueError, match="must be a name or a non-empty list"):
+        to_semi_structured(model, [])
     with pytest.raises(ValueError, match="no Linear layer of the model has a weight that is zero"):
         to_semi_structured(nn.Sequential(nn.Linear(4, 4)))
 

@@ -8,7 +8,9 @@ from torch import nn
 
 from mfac_core import RecipeError, SettingError, load_recipe
 from mfac_core.recipe.recommended import RECOMMENDED
+from mfac_core.recipe.values import flow_text
 from mfac_torch import (
+    EpochRangeModifier,
     GradSampler,
     MFACPruningModifier,
     ScheduledModifierManager,
@@ -63,9 +65,14 @@ def test_the_log_says_which_settings_are_taken(task, caplog):
     taken = next(
         line for line in lines if line.startswith("one-shot pruning with recommended settings where none are given: ")
     )
-    assert all(f"{key} {value}" in taken for key, value in RECOMMENDED.items() if key not in FEW)
+    assert all(f"{key} {flow_text(value)}" in taken for key, value in RECOMMENDED.items() if key not in FEW)
     assert "num_grads" not in taken
     assert "one-shot pruning with other settings than recommended: num_grads 4 (recommended: 256)" in lines
+
+
+def test_a_recipe_that_prunes_nothing_is_refused(task):
+    with pytest.raises(RecipeError, match="no pruning modifier, so there is nothing to do"):
+        ScheduledModifierManager([EpochRangeModifier(end_epoch=3.0)]).apply(task.model())
 
 
 def test_a_recipe_that_is_applied_means_what_it_says_and_the_log_says_where_that_differs(task, caplog):
@@ -73,7 +80,7 @@ def test_a_recipe_that_is_applied_means_what_it_says_and_the_log_says_where_that
     sampler = GradSampler(task.batches, LOSS)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         ScheduledModifierManager.from_yaml(task.recipe()).apply(model, grad_sampler=sampler)
-    assert "than recommended: global_sparsity False (recommended: True), update independent (joint), " in caplog.text
+    assert "than recommended: global_sparsity false (recommended: true), update independent (joint), " in caplog.text
     prune_one_shot(
         twin,
         task.batches,
@@ -226,3 +233,24 @@ def test_batches_to_recalibrate_with_get_the_options_of_the_recipe(task):
         normalized(), grad_sampler=GradSampler(batches, LOSS), recalibrate_batchnorm=True
     )
     assert asked == [16, 16, 16]  # for the samples, to measure the loss on, and to recalibrate with
+
+
+def test_a_recipe_that_prunes_nothing_yet_has_its_options_and_its_log_all_the_same(caplog):
+    caplog.set_level(logging.INFO, "mfac_torch")
+    sizes = []
+
+    def batches(size):
+        sizes.append(size)
+        return [(torch.randn(size, 6), torch.randn(size, 3))]
+
+    model = normalized()
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    modifier = MFACPruningModifier(
+        final_sparsity=0.5, start_epoch=4.0, end_epoch=8.0, grad_sampler_kwargs={"size": 16}, **FEW
+    )
+    ScheduledModifierManager([modifier]).apply(
+        model, epoch=2.0, grad_sampler=GradSampler(batches, LOSS), recalibrate_batchnorm=True
+    )
+    assert sizes == [16]
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+    assert "with other settings than recommended: " in caplog.text

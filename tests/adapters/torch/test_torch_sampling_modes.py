@@ -423,6 +423,7 @@ def test_what_a_reentrant_checkpoint_loses_is_said(caplog):
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
         list(sampler.gradients(model, dict(model.named_parameters()), 1))
     assert "zero in every gradient sample for a.weight, a.bias, so" in caplog.text
+    assert {record.name for record in caplog.records} == {"mfac_torch"}
 
 
 def test_batches_that_the_model_does_not_take_are_refused_with_a_loss_too():

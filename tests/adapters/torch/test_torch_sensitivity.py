@@ -238,7 +238,10 @@ def test_a_shuffling_loader_serves(model, batches) -> None:
     (dict(num_batches=0), SettingError, "num_batches: 0 must be a positive integer"),
     (dict(num_grads={0.0: 64}), SettingError, "the same for all layers"),
     (dict(sparsities=(0.9, 0.5)), SettingError, "each above the one before"),
-    (dict(damp=0.0), SettingError, "damping"),
+    (dict(num_grads="x"), SettingError, "^num_grads: 'x' must be a positive integer"),
+    (dict(num_grads=0), SettingError, "^num_grads: 0 must be a positive integer"),
+    (dict(damp=0.0), SettingError, "^damp: 0.0 is out of range; the rule is damp > 0"),
+    (dict(fisher_block_size=0), SettingError, "^fisher_block_size: 0 must be a positive integer"),
     (dict(mask_type="2:3"), SettingError, "2:3 allows a sparsity of at most"),
 ])  # fmt: skip
 def test_bad_settings_are_refused_by_name(model, batches, keys, error, message) -> None:

@@ -221,11 +221,13 @@ def test_the_modifier_that_begins_later_decides(task):
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["0.bias"]
 
 
-def test_names_that_match_nothing_may_be_allowed(task):
+def test_names_that_match_nothing_may_be_allowed(task, caplog):
     model = task.model()
     manager = ScheduledModifierManager([freezing(params=["nothing", "2.bias"], params_strict=False)])
     manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.1), task.steps_per_epoch)
     assert not model[2].bias.requires_grad
+    (warning,) = [record for record in caplog.records if "is left out" in record.getMessage()]
+    assert (warning.levelname, warning.name) == ("WARNING", "mfac_torch")
 
 
 # --- resumed
