@@ -279,8 +279,8 @@ def sensitivity(
                     )
                     losses[-1] = math.inf
                     break
-            measured[name] = _filled((loss - dense_loss for loss in losses[1:]), len(levels))
-            predicted[name] = _filled(increases[1:], len(levels))
+            measured[name] = _padded_with_inf((loss - dense_loss for loss in losses[1:]), len(levels))
+            predicted[name] = _padded_with_inf(increases[1:], len(levels))
     sizes = {name: math.prod(shape) for name, shape in layout.shapes.items()}
     return Sensitivity(dense_loss, levels, measured, predicted, sizes)
 
@@ -357,7 +357,7 @@ def _checked_loss(value: Any) -> float:
         raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error
 
 
-def _filled(increases: Iterable[float], length: int) -> tuple[float, ...]:
+def _padded_with_inf(increases: Iterable[float], length: int) -> tuple[float, ...]:
     return tuple(islice(chain(increases, repeat(math.inf)), length))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from mfac_core.recipe import name_in_messages, settings_from_keys
+from mfac_core.recipe import display_name, settings_from_keys
 from mfac_core.settings.pruning import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
 from mfac_core.settings.training import (
     EpochRange,
@@ -341,4 +341,4 @@ _CLASSES: dict[str, type[Modifier]] = {
 
 def modifier_for(settings: Settings) -> Modifier:
     """Return the modifier with these settings."""
-    return _CLASSES[name_in_messages(settings)].from_settings(settings)
+    return _CLASSES[display_name(settings)].from_settings(settings)

@@ -53,7 +53,7 @@ class Backend(Protocol):
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         """Start a copy of ``x`` to host memory, and return a function that waits for it and returns it."""
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
+    def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on ``device``, and copy those of the next load meanwhile.
 
         The arrays are valid until the next item is requested.

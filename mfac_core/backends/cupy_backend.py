@@ -88,7 +88,7 @@ class CupyBackend:
         weakref.finalize(wait, done.synchronize)
         return wait
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
+    def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on the GPU ``device``; while one item is worked on, the next is copied.
 
         Work on an item belongs on the stream that was current when the first item was requested. The item after the
@@ -97,7 +97,7 @@ class CupyBackend:
 
         Args:
             device: The GPU.
-            loads: Functions that return NumPy arrays, or CuPy arrays on any GPU; called in order, one item ahead.
+            loaders: Functions that return NumPy arrays, or CuPy arrays on any GPU; called in order, one item ahead.
         """
         with self.on(device):
             work = cupy.cuda.get_current_stream()
@@ -105,7 +105,7 @@ class CupyBackend:
             slots = (_Slot(work, copies), _Slot(work, copies))
         waiting: tuple[_Slot, list[Array]] | None = None
         try:
-            for slot, load in zip(itertools.cycle(slots), loads, strict=False):
+            for slot, load in zip(itertools.cycle(slots), loaders, strict=False):
                 with self.on(device):
                     arrays = slot.fill(load)
                 if waiting:

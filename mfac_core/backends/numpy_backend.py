@@ -52,9 +52,9 @@ class NumpyBackend:
         """Return a function that returns ``x`` itself."""
         return lambda: np.asarray(x)
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
+    def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load, which need no copy."""
-        for load in loads:
+        for load in loaders:
             yield [np.asarray(x) for x in load()]
 
     def on(self, device: str) -> AbstractContextManager[Any]:

@@ -12,14 +12,14 @@ import numpy as np
 
 from mfac_core.backends.base import Array
 
-__all__ = ["spare_threads", "split_columns", "split_for_threads", "spread"]
+__all__ = ["map_on_threads", "spare_threads", "split_columns", "split_for_threads"]
 
 _threads: ContextVar[int] = ContextVar("threads", default=1)
 
 
 @contextmanager
 def spare_threads(count: int) -> Iterator[None]:
-    """Let :func:`spread` use ``count`` threads within this context, in the thread that opens it."""
+    """Let :func:`map_on_threads` use ``count`` threads within this context, in the thread that opens it."""
     token = _threads.set(count)
     try:
         yield
@@ -27,14 +27,14 @@ def spare_threads(count: int) -> Iterator[None]:
         _threads.reset(token)
 
 
-def spread(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[Array]:
+def map_on_threads(function: Callable[[Array], Array], pieces: Sequence[Array]) -> list[Array]:
     """Return ``function(piece)`` for each piece, in order, computed on the spare threads.
 
     The threads of BLAS are no substitute: for thin products they can wait for each other far longer than they work.
 
     Example:
         >>> with spare_threads(2):
-        ...     spread(float, [np.array(1), np.array(2)])
+        ...     map_on_threads(float, [np.array(1), np.array(2)])
         [1.0, 2.0]
     """
     threads = min(_threads.get(), len(pieces))

@@ -65,7 +65,7 @@ class BlockwiseFisher:
         source: The gradient samples.
         damping: Added to the diagonal of the empirical Fisher, positive; ``auto`` measures the gradients first.
         devices: Where the groups are computed; the first is the home.
-        keep: Whether factors are retained for one more use (``once``), for all uses (``always``) or ``never``.
+        retain: Whether factors are retained for one more use (``once``), for all uses (``always``) or ``never``.
 
     Attributes:
         unit: Power of two near the measured dampings; 1 if the damping is a number. In this unit float32 can represent
@@ -85,7 +85,7 @@ class BlockwiseFisher:
         *,
         damping: Damping,
         devices: Sequence[str | Device] | str | Device,
-        keep: Literal["once", "always", "never"] = "once",
+        retain: Literal["once", "always", "never"] = "once",
     ) -> None:
         self.source = source
         self._devices = {device.name: device for device in resolve_devices(devices)}
@@ -110,9 +110,9 @@ class BlockwiseFisher:
         # which blocks of each group need float64; None until its diagonal has been computed
         self._in_float64: list[InFloat64 | None] = [None] * len(self.groups)
         self._retained: dict[int, Factor] = {}
-        self._keep = keep
+        self._retention = retain
         # the devices share half of the memory of the gradients equally
-        most = float("inf") if keep == "always" else total / 2 / len(shares)
+        most = float("inf") if retain == "always" else total / 2 / len(shares)
         self._room = {
             name: int(min(RETAINED_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()
         }
@@ -212,14 +212,14 @@ class BlockwiseFisher:
             ValueError: If a row of the gradients holds NaN or Inf.
             IllConditionedError: If a block cannot be inverted.
         """
-        retained = self._retained.get(index) if self._keep == "always" else self._take_retained(index, device)
+        retained = self._retained.get(index) if self._retention == "always" else self._take_retained(index, device)
         if retained is not None:
             return retained
         in_float64 = self._in_float64[index]
         if in_float64 is None:
             return self._evaluate(index, device, chunks)[0]
         factored = factor(chunks, self.damping(index, device), in_float64)
-        if self._keep == "always":
+        if self._retention == "always":
             self._retain(index, device, factored)
         return factored
 
@@ -267,7 +267,7 @@ class BlockwiseFisher:
         # a backend loads groups ahead, so several may be taken from the queue before the first is worked on
         taken: deque[int] = deque()
 
-        def loads() -> Iterator[Callable[[], list[Array]]]:
+        def loaders() -> Iterator[Callable[[], list[Array]]]:
             while queue:
                 try:
                     index = queue.popleft()
@@ -278,7 +278,7 @@ class BlockwiseFisher:
 
         with device.backend.on(device.name):
             try:
-                with closing(device.backend.stream(device.name, loads())) as items:
+                with closing(device.backend.stream(device.name, loaders())) as items:
                     for chunks in items:
                         task(taken.popleft(), device, chunks)
             except BaseException:
@@ -321,7 +321,7 @@ class BlockwiseFisher:
     def _retain(self, index: int, device: Device, factored: Factor) -> None:
         # a factor of the primal form is as large as the dense inverse of its blocks
         is_block_sized = self.groups[index].width <= self.source.count
-        if self._keep == "never" or (self._keep == "once" and is_block_sized):
+        if self._retention == "never" or (self._retention == "once" and is_block_sized):
             return
         with self._lock:
             if index not in self._retained and factored.num_bytes <= self._room[device.name]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.threads import split_for_threads, spread
+from mfac_core.backends.threads import map_on_threads, split_for_threads
 from mfac_core.fisher.kernels import column_sums_of_squares
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
@@ -90,7 +90,7 @@ def _mean_diagonals(chunks: Sequence[Array], dtype: Any) -> Array:
     xp = array_namespace(chunks[0])
     total = None
     for chunk in chunks:
-        for sums in spread(column_sums_of_squares, split_for_threads(xp.asarray(chunk, dtype=dtype))):
+        for sums in map_on_threads(column_sums_of_squares, split_for_threads(xp.asarray(chunk, dtype=dtype))):
             block_sums = xp.sum(xp.asarray(sums, dtype=xp.float64), axis=-1)
             total = block_sums if total is None else total + block_sums
     return total / (chunks[0].shape[-2] * sum(int(chunk.shape[-1]) for chunk in chunks))

@@ -39,7 +39,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.threads import split_columns, split_for_threads, spread
+from mfac_core.backends.threads import map_on_threads, split_columns, split_for_threads
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
@@ -238,7 +238,7 @@ class _DualFactor:
 
         def one_minus_sums(converted: Iterable[Array], blocks: slice) -> Array:
             lower = self.lower.select_blocks(blocks)
-            sums = [total for chunk in converted for total in spread(lower.column_sums, _cache_columns(chunk))]
+            sums = [total for chunk in converted for total in map_on_threads(lower.column_sums, _cache_columns(chunk))]
             return 1 - _concat(sums, axis=-1)
 
         remainder = _over_cache_slices(chunks, self.dtype, one_minus_sums)
@@ -525,7 +525,7 @@ def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
     total = None
     # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
-        for product in spread(lower_gram, split_for_threads(chunk)):
+        for product in map_on_threads(lower_gram, split_for_threads(chunk)):
             total = product if total is None else total + product
     return total
 

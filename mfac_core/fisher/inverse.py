@@ -89,7 +89,7 @@ class InverseFisher:
     ) -> None:
         self._home = device_of(gradients)
         self._fisher = BlockwiseFisher(
-            GradientMatrix([gradients], block_size=block_size), damping=damping, devices=devices, keep="always"
+            GradientMatrix([gradients], block_size=block_size), damping=damping, devices=devices, retain="always"
         )
         self.shape = (self._fisher.source.num_weights,) * 2
 

@@ -85,8 +85,8 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         warnings.append(f"of {count} gradient samples only 1 is distinct, so that the Fisher has rank 1. {_ONE_BATCH}")
     elif seen.is_alike:
         warnings.append(
-            f"the {count} gradient samples are nearly equal (their differences are {seen.spread / seen.squares:.1g} of "
-            f"their squared norm), so that the Fisher has hardly more than rank 1. {_ONE_BATCH}"
+            f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} "
+            f"of their squared norm), so that the Fisher has hardly more than rank 1. {_ONE_BATCH}"
         )
     elif seen.distinct < count:
         warnings.append(
@@ -102,13 +102,13 @@ class _Seen:
 
     Attributes:
         squares: Sum of the squares of all entries.
-        spread: Sum of the squared differences from the mean of the rows.
+        deviation: Sum of the squared differences from the mean of the rows.
         largest_trace: The largest trace of the empirical Fisher of a block.
         distinct: Number of rows that differ from each other, bit for bit.
     """
 
     def __init__(self, source: GradientSource) -> None:
-        self.squares = self.spread = self.largest_trace = 0.0
+        self.squares = self.deviation = self.largest_trace = 0.0
         self.distinct = min(source.count, 1)
         self._count = source.count
         self._noise = _ROUNDING_ERRORS * float(np.finfo(source.dtype).eps)
@@ -128,7 +128,7 @@ class _Seen:
     @property
     def is_alike(self) -> bool:
         """Whether there are several rows, nearly equal to each other."""
-        return self._count > 1 and self.spread <= _NEARLY_EQUAL * self.squares < math.inf
+        return self._count > 1 and self.deviation <= _NEARLY_EQUAL * self.squares < math.inf
 
     def is_lost_under(self, damping: Damping) -> bool:
         """Return whether the empirical Fisher is negligible beside the damping."""
@@ -142,7 +142,7 @@ class _Seen:
         squares = xp.sum(wide * wide, axis=(1, 2))
         differences = wide - xp.mean(wide, axis=1, keepdims=True)
         self.squares += float(xp.sum(squares))
-        self.spread += float(xp.sum(differences * differences))
+        self.deviation += float(xp.sum(differences * differences))
         # trace(G^T G / m) is the sum of squares over m; pieces of one block add up
         trace = float(xp.max(squares)) / self._count
         self._block_trace = trace if begins_block else self._block_trace + trace

@@ -90,10 +90,10 @@ def mfac_step(
         update: ``independent`` or ``joint``.
         devices: Where the blocks are computed.
     """
-    fisher = BlockwiseFisher(source, damping=damping, devices=devices, keep="never" if update == "joint" else "once")
-    home, place = fisher.home, device_of(weights)
-    with home.backend.on(home.name):
-        working = home.asarray(place.move(weights, home), source.dtype)
+    fisher = BlockwiseFisher(source, damping=damping, devices=devices, retain="never" if update == "joint" else "once")
+    compute_device, weights_device = fisher.home, device_of(weights)
+    with compute_device.backend.on(compute_device.name):
+        working = compute_device.asarray(weights_device.move(weights, compute_device), source.dtype)
         # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
         scale = _power_of_two(working)
         working = working / scale
@@ -103,9 +103,10 @@ def mfac_step(
             change, increase = joint_update(fisher, working, chosen)
         else:
             change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
-        newly_pruned, change = home.move(chosen, place), home.move(change * scale, place)
-    with place.backend.on(place.name):
-        updated = _without(newly_pruned, place.asarray(weights + change, weights.dtype))
+        newly_pruned = compute_device.move(chosen, weights_device)
+        change = compute_device.move(change * scale, weights_device)
+    with weights_device.backend.on(weights_device.name):
+        updated = _without(newly_pruned, weights_device.asarray(weights + change, weights.dtype))
     return UnprunedOutcome(updated, newly_pruned, increase * scale * scale, fisher.damping_range)
 
 

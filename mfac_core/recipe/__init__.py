@@ -7,7 +7,7 @@ settings into YAML.
 from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.loading import Recipe, load_recipe
 from mfac_core.recipe.modifiers import settings_from_keys
-from mfac_core.recipe.naming import modifier_name, name_in_messages, named_in_errors
+from mfac_core.recipe.naming import display_name, modifier_name, named_in_errors
 from mfac_core.recipe.writing import recipe_text
 from mfac_core.settings.training import EpochRange, SetLearningRate
 
@@ -18,7 +18,7 @@ __all__ = [
     "Settings",
     "load_recipe",
     "modifier_name",
-    "name_in_messages",
+    "display_name",
     "named_in_errors",
     "recipe_text",
     "settings_from_keys",

@@ -18,7 +18,7 @@ import yaml
 from mfac_core.errors import RecipeError
 from mfac_core.recipe.front_matter import TEXT, read_text, yaml_of
 from mfac_core.recipe.indentation import restore_indentation
-from mfac_core.recipe.nodes import STANDARD, Entry, entries, identity, line_of, shown_tag
+from mfac_core.recipe.nodes import STANDARD, Entry, entries, key_identity, line_of, tag_text
 from mfac_core.recipe.places import CollectedErrors, Place
 
 __all__ = ["METADATA", "Document", "Section", "read_document"]
@@ -168,7 +168,7 @@ def _check_keys_of(node: yaml.MappingNode, document: Document, errors: Collected
         with errors.collect(place.line):
             if not isinstance(key, yaml.ScalarNode):
                 raise place.error("a key must be a single value, not a list or a mapping")
-            known = identity(key, place)
+            known = key_identity(key, place)
             if known in written:
                 twice = f"the key {key.value} is given twice, on lines {line_of(written[known][0])} and {line_of(key)}"
                 if not is_modifier:
@@ -190,7 +190,7 @@ def _check_tags(document: Document, errors: CollectedErrors) -> None:
         place = document.place(line_of(node))
         errors.add(
             place.line,
-            place.error(f"the tag {shown_tag(node.tag)} is not allowed here: a recipe is plain data; {cure}"),
+            place.error(f"the tag {tag_text(node.tag)} is not allowed here: a recipe is plain data; {cure}"),
         )
 
 

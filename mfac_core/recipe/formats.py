@@ -39,7 +39,7 @@ from mfac_core.settings.training import (
     TrainingSettings,
 )
 
-__all__ = ["MODIFIERS", "Absent", "ModifierFormat", "Settings", "is_out_of_scope"]
+__all__ = ["MODIFIERS", "Absent", "ModifierFormat", "Settings", "is_unsupported"]
 
 Settings = PruningSettings | TrainingSettings
 """The settings of one modifier."""
@@ -167,7 +167,7 @@ MODIFIERS: Mapping[str, ModifierFormat] = {
 }
 """Name of a modifier in recipes -> how it is written."""
 
-_OUT_OF_SCOPE = frozenset(
+_UNSUPPORTED = frozenset(
     {
         "ASRegModifier",
         "ActivationSparsityModifier",
@@ -202,6 +202,6 @@ _OUT_OF_SCOPE = frozenset(
 )
 
 
-def is_out_of_scope(name: str) -> bool:
+def is_unsupported(name: str) -> bool:
     """Return whether a modifier of SparseML is known and refused: it prunes by another method, or does not prune."""
-    return name in _OUT_OF_SCOPE
+    return name in _UNSUPPORTED

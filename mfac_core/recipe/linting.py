@@ -8,7 +8,7 @@ from itertools import combinations, islice
 
 from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.loading import Recipe
-from mfac_core.recipe.naming import name_in_messages, named_groups, numbered_names
+from mfac_core.recipe.naming import display_name, named_groups, numbered_names
 from mfac_core.schedules.pruning import MANY_STEPS, pruning_schedule
 from mfac_core.schedules.rows import schedule_rows, substeps_while_training
 from mfac_core.settings.pruning import (
@@ -297,7 +297,7 @@ def _begins_too_late(settings: Iterable[Settings], end_of_training: tuple[float,
     for each in settings:
         if not isinstance(each, PruningSettings | EpochRange) and each.start_epoch >= end:
             yield (
-                f"{name_in_messages(each)}: nothing happens, because its start_epoch {each.start_epoch:g} lies at or "
+                f"{display_name(each)}: nothing happens, because its start_epoch {each.start_epoch:g} lies at or "
                 f"after the end of training at epoch {end:g}{source}; train longer or begin earlier"
             )
 
@@ -319,8 +319,8 @@ def _same_learning_rate(settings: Iterable[Settings]) -> Iterator[str]:
         end = first.start_epoch if isinstance(first, SetLearningRate) else first.end_epoch
         if first.start_epoch < second.start_epoch < end and not are_apart:
             yield (
-                f"{name_in_messages(second)} sets the learning rate at epoch {second.start_epoch:g}, while "
-                f"{name_in_messages(first)} moves it from epoch {first.start_epoch:g} to {end:g}: the one that begins "
+                f"{display_name(second)} sets the learning rate at epoch {second.start_epoch:g}, while "
+                f"{display_name(first)} moves it from epoch {first.start_epoch:g} to {end:g}: the one that begins "
                 "later takes precedence until it ends, then the other continues; let one end before the other begins"
             )
 
@@ -335,7 +335,7 @@ def _pruned_while_frozen(
             overlap = pruning.start_epoch < freezing.end_epoch and freezing.start_epoch <= pruning.end_epoch
             if shared and overlap and not freezing.trainable and not isinstance(pruning, ConstantSettings):
                 yield (
-                    f"{name} prunes {join_names(shared, at_most=3)} while {name_in_messages(freezing)} freezes them: "
+                    f"{name} prunes {join_names(shared, at_most=3)} while {display_name(freezing)} freezes them: "
                     "pruning steps change frozen weights too; end pruning before that, or take them out of params"
                 )
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import yaml
 
 from mfac_core.recipe.documents import METADATA, Document, read_document
-from mfac_core.recipe.formats import Settings, is_out_of_scope
+from mfac_core.recipe.formats import Settings, is_unsupported
 from mfac_core.recipe.front_matter import TEXT
 from mfac_core.recipe.modifiers import name_of, read_modifier
 from mfac_core.recipe.nodes import Entry, data, entries, line_of
@@ -140,14 +140,14 @@ def _items(document: Document, errors: CollectedErrors) -> Iterator[_Item]:
                 with errors.collect(place.line):
                     for inner in entries(entry.value, place):
                         with errors.collect(inner.line):
-                            yield _keyed(inner, document.place(inner.line), section.stage)
+                            yield _item_of_key(inner, document.place(inner.line), section.stage)
             elif not (isinstance(entry.value, yaml.ScalarNode) and entry.value.value == ""):
                 errors.add(place.line, place.error(_NOT_A_LIST))
 
 
-def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
+def _item_of_key(entry: Entry, place: Place, stage: str) -> _Item:
     """Return the item for a key in a mapping of modifiers, the form of SparseML 1.6 and later."""
-    if is_out_of_scope(entry.key):
+    if is_unsupported(entry.key):
         return _Item(entry.key, entry.value, place, stage)
     if not entry.key.endswith("Modifier"):
         raise place._replace(name=entry.key).error(_NOT_A_MODIFIER)
@@ -158,7 +158,7 @@ def _keyed(entry: Entry, place: Place, stage: str) -> _Item:
 
 
 def _is_skipped(item: _Item) -> bool:
-    if not is_out_of_scope(item.name):
+    if not is_unsupported(item.name):
         return False
     _logger.warning(item.place.message(f"{item.name} is not supported and is left out"), extra={"asked_for": True})
     return True

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mfac_core.errors import SettingError
-from mfac_core.recipe.formats import MODIFIERS, ModifierFormat, Settings, is_out_of_scope
+from mfac_core.recipe.formats import MODIFIERS, ModifierFormat, Settings, is_unsupported
 from mfac_core.recipe.keys import Key
 from mfac_core.recipe.nodes import Entry, entries
 from mfac_core.recipe.places import CollectedErrors, Place, nearest, nearest_names
@@ -132,7 +132,7 @@ class _Written(NamedTuple):
 def _format(name: str, place: Place) -> ModifierFormat:
     if name in MODIFIERS:
         return MODIFIERS[name]
-    if is_out_of_scope(name):
+    if is_unsupported(name):
         raise place._replace(name="").error(
             f'{name} is not supported; remove it from the recipe, or load it with unsupported="skip"; {_supported()}'
         )

@@ -11,8 +11,8 @@ from mfac_core.settings.pruning import GradualSettings, MagnitudeSettings, Pruni
 
 __all__ = [
     "modifier_name",
-    "modifier_names",
-    "name_in_messages",
+    "log_names",
+    "display_name",
     "named_groups",
     "named_in_errors",
     "numbered_names",
@@ -50,11 +50,11 @@ def modifier_name(settings: Settings) -> str:
         raise TypeError(f"{type(settings).__name__} is not the settings class of any modifier") from None
 
 
-def name_in_messages(settings: Settings) -> str:
+def display_name(settings: Settings) -> str:
     """Return the name that the recipe gives a modifier, or that of :func:`modifier_name`.
 
     Example:
-        >>> name_in_messages(MagnitudeSettings(final_sparsity=0.9, end_epoch=3.0, written_as="GMPruningModifier"))
+        >>> display_name(MagnitudeSettings(final_sparsity=0.9, end_epoch=3.0, written_as="GMPruningModifier"))
         'GMPruningModifier'
     """
     written = getattr(settings, "written_as", "")
@@ -76,7 +76,7 @@ def named_in_errors(settings: Settings) -> Iterator[None]:
     try:
         yield
     except SettingError as error:
-        error.args = (f"{name_in_messages(settings)}.{error}",)
+        error.args = (f"{display_name(settings)}.{error}",)
         raise
 
 
@@ -84,7 +84,7 @@ def numbered_names(pruning: Iterable[PruningSettings]) -> list[tuple[str, Prunin
     """Return each pruning modifier with its name, numbered if there are several."""
     pruning = list(pruning)
     return [
-        (f"{name_in_messages(settings)} {number}" if len(pruning) > 1 else name_in_messages(settings), settings)
+        (f"{display_name(settings)} {number}" if len(pruning) > 1 else display_name(settings), settings)
         for number, settings in enumerate(pruning, start=1)
     ]
 
@@ -106,12 +106,12 @@ def named_groups(pruning: Iterable[PruningSettings]) -> list[tuple[str, PruningS
     return found
 
 
-def modifier_names(pruning: Iterable[PruningSettings]) -> list[str]:
+def log_names(pruning: Iterable[PruningSettings]) -> list[str]:
     """Return the names that tell pruning modifiers apart in the log; an empty one for a single modifier.
 
     Example:
         >>> settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=2.0)
-        >>> modifier_names([settings]), modifier_names([settings, settings])
+        >>> log_names([settings]), log_names([settings, settings])
         ([''], ['MagnitudePruningModifier 1', 'MagnitudePruningModifier 2'])
     """
     names = [name for name, _ in numbered_names(pruning)]

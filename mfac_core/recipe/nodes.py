@@ -16,11 +16,11 @@ __all__ = [
     "Entry",
     "data",
     "entries",
-    "identity",
+    "key_identity",
     "line_of",
     "pairs",
     "scalar_value",
-    "shown_tag",
+    "tag_text",
 ]
 
 STANDARD = "tag:yaml.org,2002:"
@@ -53,7 +53,7 @@ def pairs(mapping: yaml.MappingNode, place: Place) -> list[tuple[yaml.ScalarNode
     """Return the keys and values of a mapping as nodes; its own keys win over merged ones."""
     found: dict[tuple[bool, object], tuple[yaml.ScalarNode, yaml.Node]] = {}
     for key, value in _all_pairs(mapping, place, inside=()):
-        found.setdefault(identity(key, place), (key, value))
+        found.setdefault(key_identity(key, place), (key, value))
     return list(found.values())
 
 
@@ -72,11 +72,11 @@ def scalar_value(node: yaml.ScalarNode, place: Place) -> object:
     try:
         value: object = yaml.constructor.SafeConstructor().construct_object(node)
     except (ValueError, KeyError, IndexError) as error:
-        raise place.error(f"{node.value!r} is not a valid {shown_tag(node.tag)}") from error
+        raise place.error(f"{node.value!r} is not a valid {tag_text(node.tag)}") from error
     return value
 
 
-def identity(key: yaml.ScalarNode, place: Place) -> tuple[bool, object]:
+def key_identity(key: yaml.ScalarNode, place: Place) -> tuple[bool, object]:
     """Return what makes two keys the same: 0 and 0.0 are, 1 and true are not."""
     value = scalar_value(key, place)
     return isinstance(value, bool), value
@@ -87,7 +87,7 @@ def line_of(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def shown_tag(tag: str) -> str:
+def tag_text(tag: str) -> str:
     """Return a tag as it is written in YAML."""
     return "!!" + tag.removeprefix(STANDARD) if tag.startswith(STANDARD) else tag
 

@@ -34,12 +34,12 @@ def learning_rate_at(
         case SetLearningRate():
             return settings.learning_rate
         case LearningRateFunction():
-            return _of_function(settings, elapsed)
+            return _function_value(settings, elapsed)
         case LearningRateSchedule():
-            return _of_schedule(settings, elapsed)
+            return _schedule_value(settings, elapsed)
 
 
-def _of_function(settings: LearningRateFunction, elapsed: float) -> float:
+def _function_value(settings: LearningRateFunction, elapsed: float) -> float:
     duration = settings.end_epoch - settings.start_epoch
     if elapsed >= duration - _NOISE:
         return settings.final
@@ -54,7 +54,7 @@ def _of_function(settings: LearningRateFunction, elapsed: float) -> float:
     return settings.initial + passed * (settings.final - settings.initial)
 
 
-def _of_schedule(settings: LearningRateSchedule, elapsed: float) -> float:
+def _schedule_value(settings: LearningRateSchedule, elapsed: float) -> float:
     options: Mapping[str, Any] = settings.options
     gamma = float(options.get("gamma", 0.1))
     duration = settings.end_epoch - settings.start_epoch

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners import Pruner
 from mfac_core.recipe import named_in_errors
-from mfac_core.recipe.naming import modifier_names
+from mfac_core.recipe.naming import log_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse
@@ -71,7 +71,7 @@ def attached(settings: Sequence[PruningSettings], attach: Callable[[PruningSetti
         attach: Attaches one of them, given its settings and its name in the log.
     """
     prunings = []
-    for each, name in zip(settings, modifier_names(settings), strict=True):
+    for each, name in zip(settings, log_names(settings), strict=True):
         with named_in_errors(each):
             prunings.append(attach(each, name))
     return tuple(prunings)

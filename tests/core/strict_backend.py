@@ -68,8 +68,8 @@ class StrictBackend:
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         return lambda: self.to_numpy(x)
 
-    def stream(self, device: str, loads: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
-        for load in loads:
+    def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
+        for load in loaders:
             yield [self.asarray(x, device) for x in load()]
 
     def speed(self, device: str) -> float:

@@ -11,7 +11,7 @@ import pytest
 import mfac_core
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.backends.threads import spare_threads, spread
+from mfac_core.backends.threads import map_on_threads, spare_threads
 from mfac_core.fisher import blockwise, factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
@@ -144,7 +144,7 @@ def test_factors_as_large_as_dense_inverses_are_not_retained(monkeypatch):
 
 def test_no_factor_is_retained_if_none_is_wanted():
     source = GradientMatrix([gradients_of_both_kinds(M, 2 * B)], block_size=2 * B)
-    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"), keep="never")
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=Device(RoomyBackend(), "cpu"), retain="never")
     fisher.diagonal()
     assert not fisher._retained
 
@@ -290,7 +290,7 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
 
 def test_what_is_said_of_overflow_holds_in_spread_work_too():
     with spare_threads(2), np.errstate(over="raise"), pytest.raises(FloatingPointError):
-        spread(lambda x: x * x, [np.array([1e300])] * 2)
+        map_on_threads(lambda x: x * x, [np.array([1e300])] * 2)
 
 
 @pytest.mark.parametrize("damping", [1e-300, 1e-45, 1e300])

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import mfac_core
-from mfac_core.backends import selection
+from mfac_core.backends import lookup
 from mfac_core.cli import app
 from mfac_core.report.run import RunRecord, write_json
 
@@ -772,7 +772,7 @@ def test_plan_refuses_a_safetensors_header_that_holds_no_entries(
 def test_check_warns_of_a_gpu_that_is_not_here(
     write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
-    monkeypatch.setattr(selection, "_has_cupy", lambda: False)
+    monkeypatch.setattr(lookup, "_has_cupy", lambda: False)
 
     result = mfac("check", write_recipe(f"{RECIPE}    {key}\n"), "--strict")
 

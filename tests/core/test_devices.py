@@ -213,8 +213,8 @@ def test_groups_in_host_memory_stay_small_however_much_there_is(monkeypatch):
 
 def test_a_device_may_load_groups_ahead_of_the_one_that_is_worked_on():
     class Eager(StrictBackend):
-        def stream(self, device, loads):
-            yield from list(super().stream(device, loads))
+        def stream(self, device, loaders):
+            yield from list(super().stream(device, loaders))
 
     gradients = make_gradients(4, 60)
     here = mfac_core.inverse_fisher(gradients, block_size=5, damping=1e-2).diagonal()

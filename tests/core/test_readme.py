@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mfac_core.backends import selection
+from mfac_core.backends import lookup
 from mfac_core.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_no_block_needs_a_file(tmp_path: Path) -> None:
 def test_check_finds_nothing_to_warn_of_in_the_recipe_on_a_machine_without_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(selection, "_has_cupy", lambda: False)
+    monkeypatch.setattr(lookup, "_has_cupy", lambda: False)
     (recipe,) = blocks("yaml")
 
     result = CliRunner().invoke(app, ["check", "-", "--strict", "--steps-per-epoch", "1000"], input=recipe)

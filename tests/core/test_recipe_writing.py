@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core.errors import SettingError
-from mfac_core.recipe import load_recipe, modifier_name, name_in_messages, recipe_text, settings_from_keys
+from mfac_core.recipe import display_name, load_recipe, modifier_name, recipe_text, settings_from_keys
 from mfac_core.settings.pruning import (
     FROM_PARAM,
     ACDCSettings,
@@ -176,10 +176,10 @@ class TestWriting:
         settings = settings_from_keys(modifier, {"final_sparsity": {0.5: ["a"], 0.6: ["b"]}, "end_epoch": 1})
         (again,) = load_recipe(recipe_text([settings])).modifiers
         assert again == settings
-        assert {name_in_messages(part) for part in settings.by_final_sparsity()} == {modifier}
-        assert name_in_messages(again) == modifier_name(settings)
+        assert {display_name(part) for part in settings.by_final_sparsity()} == {modifier}
+        assert display_name(again) == modifier_name(settings)
         other = ConstantSettings(written_as=modifier)  # what was turned into settings of another kind
-        assert name_in_messages(other) == "ConstantPruningModifier"
+        assert display_name(other) == "ConstantPruningModifier"
 
     def test_numbers_of_numpy_are_written_as_numbers(self):
         settings = MagnitudeSettings(final_sparsity=np.float64(0.5), end_epoch=np.int64(3))

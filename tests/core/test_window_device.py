@@ -15,7 +15,7 @@ from mfac_core import (
     MFACSettings,
     make_pruner,
 )
-from mfac_core.backends import Device, device_of, resolve_device, selection
+from mfac_core.backends import Device, device_of, lookup, resolve_device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher.partition import BlockGroup, working_bytes
 from mfac_core.pruners.memory import WindowMemory, choose_window_device
@@ -73,7 +73,7 @@ def accelerator(monkeypatch):
     def of(x):
         return device_of(x) if isinstance(x, np.ndarray) else Device(backend, str(x.device).split("'")[1])
 
-    monkeypatch.setattr(selection, "_backends", lambda: (NumpyBackend(), backend))
+    monkeypatch.setattr(lookup, "_backends", lambda: (NumpyBackend(), backend))
     modules = ("base", "collection", "mfac", "step")
     for module in ("fisher.window_checks", "masks.layout", *(f"pruners.{name}" for name in modules)):
         monkeypatch.setattr(f"mfac_core.{module}.device_of", of)

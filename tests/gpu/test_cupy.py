@@ -103,8 +103,8 @@ def test_a_pruning_step_on_cuda_equals_one_on_the_cpu(m, d, block_size, damping,
 
 
 @pytest.mark.parametrize("place", ["cpu", "cuda:0"])
-@pytest.mark.parametrize("keep", ["once", "never"])
-def test_blocks_that_need_float64_get_it_on_cuda_with_the_window_on_either_side(place, keep):
+@pytest.mark.parametrize("retain", ["once", "never"])
+def test_blocks_that_need_float64_get_it_on_cuda_with_the_window_on_either_side(place, retain):
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((40, 6 * 100)).astype(np.float32)
     rows[:, 100:200] = rows[:1, 100:200] + 1e-3 * rows[:, 100:200]
@@ -112,7 +112,7 @@ def test_blocks_that_need_float64_get_it_on_cuda_with_the_window_on_either_side(
     window = GradientWindow(600, 40, block_size=100, device=place, consumers=devices if place == "cpu" else ())
     for row in rows:
         window.push(row)
-    fisher = BlockwiseFisher(window, damping=1e-4, devices=devices, keep=keep)
+    fisher = BlockwiseFisher(window, damping=1e-4, devices=devices, retain=retain)
     host = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=100, damping=1e-4)
     np.testing.assert_allclose(cupy.asnumpy(fisher.diagonal()), host.diagonal(), rtol=1e-4)
     x = rng.standard_normal(600)

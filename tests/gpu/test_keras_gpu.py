@@ -18,7 +18,7 @@ keras = pytest.importorskip("keras")
 pytest.importorskip(os.environ["KERAS_BACKEND"])
 
 from mfac_core import MFACPruner, load_recipe, make_pruner  # noqa: E402
-from mfac_core.backends import selection  # noqa: E402
+from mfac_core.backends import lookup  # noqa: E402
 from mfac_keras import MFACPruningCallback, conversion  # noqa: E402
 from mfac_keras.backends import current_backend  # noqa: E402
 
@@ -181,7 +181,7 @@ def assert_masks_are_those_of_the_core(calls):
 
 
 def test_without_cupy_the_pruning_step_works_in_host_memory_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(selection, "_has_cupy", lambda: False)
+    monkeypatch.setattr(lookup, "_has_cupy", lambda: False)
     conversion._array_device.cache_clear()
     try:
         array = current_backend().to_array(keras.Variable(VALUES))
