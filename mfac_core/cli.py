@@ -70,7 +70,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and stop.")
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Second-order (M-FAC) pruning of neural networks."""
@@ -91,7 +91,10 @@ def demo(
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results; created if missing.")] = Path("mfac-demo"),
     seed: Annotated[
-        int, typer.Option(min=0, max=_MAX_SEED, help="First seed of data order, weights and gradient samples.")
+        int,
+        typer.Option(
+            min=0, max=_MAX_SEED, help="First seed; it sets data order, initial weights and gradient samples."
+        ),
     ] = 0,
     seeds: Annotated[
         int | None,
@@ -102,7 +105,7 @@ def demo(
     from mfac_core import DeviceError, MemoryBudgetError, RecipeError, SettingError
 
     if recipe is not None and seeds is not None:
-        _fail("give either --recipe or --seeds: a recipe of your own runs with one seed, which --seed names")
+        _fail("give either --recipe or --seeds: a recipe runs with one seed, which --seed sets")
     asked = {} if seeds is None else {"seeds": seeds}
     try:
         _demo_runner(framework)(recipe=recipe, output=output, seed=seed, **asked)

@@ -1,6 +1,6 @@
 """Files that are complete or do not exist: every file of a run is written here.
 
-A process that is killed while it writes leaves the old file untouched. The new content goes to a file beside the old
+A process that is killed while it writes leaves the old file untouched. The new content goes to a file next to the old
 one, reaches the disk, and takes its name in one step.
 """
 
@@ -41,7 +41,7 @@ def write_file(
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
-        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; name a file in it")
+        raise IsADirectoryError(f"{os.fspath(path)!r} is a folder; give the path of a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.unfinished")  # in the same folder: renaming needs one disk
     try:

@@ -43,7 +43,7 @@ def selection_warnings(
 ) -> list[str]:
     """Return warnings about the weights that keywords, patterns and names of layers select.
 
-    Weights that are selected by their own names, or that ``exclude`` takes out, raise no warning.
+    Weights that are selected by their own names, or that ``exclude`` removes, raise no warning.
 
     Args:
         params: The entries of ``params``.

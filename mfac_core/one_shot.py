@@ -78,7 +78,7 @@ def prune(
         masks: Which weights are unpruned so far (True), in the form of ``weights``; ``None`` means all.
         block_size: Weights per Fisher block; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
-            of that diagonal, measured anew for each Fisher. Then the scale of the gradients does not matter.
+            of that diagonal, measured for each Fisher. Then the scale of the gradients does not matter.
         scope: Where saliencies compete: within each ``layer``, or ``global`` over all weights.
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
             a block; for their rules see :func:`mfac_core.masks.selection.newly_pruned`.
@@ -249,7 +249,7 @@ def _check_arrays(what: str, arrays: object) -> None:
 
 
 def _warn_of_gradients(source: GradientMatrix, damping: Damping, num_sharing: int) -> None:
-    """Warn of gradient samples without information, and of sub-steps that share the samples of the first."""
+    """Warn about gradient samples without information, and of sub-steps that share the samples of the first."""
     for warning in window_warnings(source, damping=damping):
         _logger.warning(warning)
     if num_sharing > 1:

@@ -84,7 +84,7 @@ class Sampler:
         """Return the batches of one pass over the data.
 
         Args:
-            at_most: The maximum number of batches; ``None`` for all, of data without a length the first 1,000.
+            at_most: The maximum number of batches; ``None`` for all, or the first 1,000 of data without a length.
             options: Passed to the callable that makes the batches.
 
         Returns:
@@ -147,16 +147,16 @@ def batches_to_sample(
         if drawn == before:
             if drawn == 0:
                 raise ValueError(_no_batch(source))
-            _logger.warning("the data ended after %d of %d gradient samples and cannot be started again", drawn, count)
+            _logger.warning("the data ended after %d of %d gradient samples and cannot be restarted", drawn, count)
             return
         if before == 0:
-            _logger.info("the data ended after %d of %d gradient samples; starting them again", drawn, count)
+            _logger.info("the data ended after %d of %d gradient samples and are restarted", drawn, count)
 
 
 def batches_of_one_pass(
     source: BatchSource, at_most: int | None = None, options: Mapping[str, object] | None = None
 ) -> Iterator[Any]:
-    """Yield the batches of one pass over the data, at most ``at_most``; of data without a length the first 1,000.
+    """Yield the batches of one pass over the data, at most ``at_most``; or the first 1,000 of data without a length.
 
     Example:
         >>> list(batches_of_one_pass(["first", "second"])), list(batches_of_one_pass(["first", "second"], 1))
@@ -175,7 +175,7 @@ def batches_of_one_pass(
     if not drawn:
         raise ValueError(_no_batch(source))
     if at_most is None and drawn == limit:
-        _logger.info("the data have no length: one pass over them is taken to end after %d batches", drawn)
+        _logger.info("the data have no length: the first %d batches count as one pass", drawn)
 
 
 def mean_loss(losses: Iterable[float]) -> float:
@@ -220,8 +220,8 @@ def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]
 
 def _no_batch(source: BatchSource) -> str:
     return (
-        f"the source of batches (a {type(source).__name__}) yields no batch; a used-up generator must be passed as a "
-        "callable that makes a new one"
+        f"the source of batches (a {type(source).__name__}) yields no batch; instead of a generator that is exhausted, "
+        "pass a callable that returns a new one"
     )
 
 

@@ -13,7 +13,7 @@ __all__ = ["assign_all", "snapshot"]
 
 
 def snapshot(variables: Iterable[Any], undo: ExitStack) -> None:
-    """Register callbacks that restore the values that variables have now.
+    """Register callbacks that restore the current values of variables.
 
     Example:
         >>> import keras
@@ -29,7 +29,7 @@ def snapshot(variables: Iterable[Any], undo: ExitStack) -> None:
 
 
 def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
-    """Assign a value to each variable; after an exception all have the values of before.
+    """Assign a value to each variable; after an exception, all have their old values.
 
     Example:
         >>> import keras

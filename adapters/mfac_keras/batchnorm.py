@@ -29,10 +29,10 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
     """Recalibrate the moving statistics of batch normalization: replace them by averages over batches.
 
     One-shot pruning changes the inputs of these layers, but not their statistics. For the batches measured here, only
-    these layers run as in training: dropout is not active. Momenta are restored afterwards. After an exception, here or
-    in the model, the statistics are the old ones.
+    these layers run as in training: dropout is not active. Momenta are restored afterwards. An exception leaves the
+    statistics unchanged.
 
-    Layers that no batch comes through do not change, nor do frozen ones (``trainable=False``), which Keras runs in
+    Layers that no batch reaches do not change, nor do frozen ones (``trainable=False``), which Keras runs in
     inference mode in training too.
 
     Args:
@@ -114,7 +114,7 @@ class MovingStatistics(LayerStatistics):
 
 
 def _measured(call: Callable[..., Any], name: str, layer: Any, statistics: BatchStatistics) -> Callable[..., Any]:
-    """Return the call of a layer in training mode, followed by adding its statistics to those of the other batches."""
+    """Return the call of a layer in training mode, which then adds its statistics to those of the other batches."""
     signature = inspect.signature(call)
 
     @functools.wraps(call)

@@ -37,23 +37,23 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
     Args:
         recipe: Path of a recipe, the text of one, or a :class:`mfac_core.Recipe`.
         sampler: Batches to sample gradients from at each pruning step, see
-            :class:`mfac_keras.sampling.GradientSampler`; ``None`` takes the gradients of training.
+            :class:`mfac_keras.sampling.GradientSampler`; ``None`` uses the gradients of training.
         loss: The loss of the sampled batches; ``None`` is the loss that the model was compiled with.
         optimizer: The optimizer that trains the weights in scope, if it is not ``model.optimizer``.
-        state_path: The file for the state of pruning, written after each epoch, from which a later run resumes.
-        save_window: Whether to save the gradient window too; otherwise a resumed run collects it anew.
+        state_path: The file of the pruning state: written after each epoch, read when a later run resumes.
+        save_window: Whether to save the gradient window too; otherwise a resumed run collects a new one.
         steps_per_epoch: Training steps per epoch, for data whose length Keras does not know.
         verbose: 1 prints a line for each pruning step, 0 does not; the log has the line either way.
         recipe_variables: Values that override those of the recipe's variables.
-        unsupported: How to treat a modifier that is out of scope, such as one that quantizes: ``error``, or ``skip`` it
-            with a warning.
+        unsupported: ``error`` refuses modifiers that are known but not supported, such as quantization; ``skip`` leaves
+            them out, with a warning.
         **recipe_keys: Instead of a recipe, the keys of an ``MFACPruningModifier``: ``final_sparsity``, ``end_epoch``,
             ``num_grads``, ``fisher_block_size``, ``damp``, ...
 
     Raises:
         RecipeError: If the recipe or a key is wrong; the message names the key, the rule and the cure.
         SettingError: If ``steps_per_epoch`` is not a positive integer.
-        TypeError: If neither a recipe nor keys are given, or both, or if the optimizer or the loss is one of Keras 2.
+        TypeError: If neither a recipe nor keys are given, or both, or if the optimizer or the loss belongs to Keras 2.
 
     Example:
         >>> model = keras.Sequential([keras.Input([8]), keras.layers.Dense(4)])
@@ -83,7 +83,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         super().__init__()
         self._modifiers = modifiers_of(recipe, recipe_keys, recipe_variables, unsupported)
         if loss is not None and sampler is None:
-            raise TypeError("loss is the loss of sampled batches; pass the batches too, as sampler=dataset")
+            raise TypeError("loss applies to sampled batches only; pass the batches as well, as sampler=dataset")
         refuse_keras_2("the loss", loss)
         if optimizer is not None:
             check_optimizer(optimizer)
@@ -103,7 +103,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """The masks held now by variable path, True keeps; after ``fit``, the last ones."""
+        """The current masks by variable path, True keeps; after ``fit``, the last ones."""
         session = self._session or self._last_session
         return {} if session is None else session.masks
 
@@ -126,7 +126,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         check_model(self.model)
 
     def close(self) -> None:
-        """Detach from model and optimizer; ``fit`` does so by itself, also when a training step raises."""
+        """Detach from model and optimizer; ``fit`` does so by itself, even if a training step raises."""
         if self._session is not None:
             self._session.detach()
             self._last_session, self._session = self._session, None
@@ -195,7 +195,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             logs["sparsity"] = 0.0 if self._session is None else self._session.sparsity
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Leave the metrics alone from now on: they are those of an evaluation.
+        """Stop adding to the metrics, which belong to an evaluation now.
 
         Args:
             logs: Not used.
@@ -203,7 +203,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._is_testing = True
 
     def on_test_end(self, logs: Any = None) -> None:
-        """Add to the metrics again: they are those of training.
+        """Add to the metrics again, which belong to training now.
 
         Args:
             logs: Not used.
@@ -211,7 +211,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._is_testing = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Check that the optimizer trains the weights in scope, and save the state of pruning.
+        """Check that the optimizer trains the weights in scope, and save the pruning state.
 
         Args:
             epoch: The epoch that has ended, from 0.
@@ -228,7 +228,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._save()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Detach, and warn if pruning is not complete or another callback has restored pruned weights.
+        """Detach, and warn if pruning is not complete or another callback has made pruned weights nonzero.
 
         Args:
             logs: Not used.
@@ -290,7 +290,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         elif self._last_session is not None and self.sparsity:
             _logger.warning(
                 "this callback has pruned in an earlier fit (sparsity %.4f) and starts over at epoch 0: its masks are "
-                "released, and weights grow back until they are pruned again; to resume, pass initial_epoch=... to fit",
+                "released, and weights regrow until they are pruned again; to resume, pass initial_epoch=... to fit",
                 self.sparsity,
             )
         elif self._state_path is not None:
@@ -307,7 +307,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         steps_per_epoch = self._clock.steps_per_epoch
         if steps_per_epoch is None:
             _logger.warning(
-                "no epoch was left to train, and masks and sparsity of the earlier training are unknown: pass "
+                "there was no epoch left to train, so the masks and the sparsity of the earlier run are unknown; pass "
                 "steps_per_epoch=... to MFACPruningCallback, or the state_path of that run"
             )
             return
@@ -319,7 +319,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             state = read_state(state_path, check_state)
             _logger.warning(
                 "%s holds the state of a run at step %d, which will be replaced, because this fit starts at epoch 0; "
-                "to resume, use BackupAndRestore beside this callback, or pass initial_epoch=... to fit",
+                "to resume, use BackupAndRestore together with this callback, or pass initial_epoch=... to fit",
                 state_path,
                 state["step"],
             )
@@ -335,7 +335,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
 
     def _resume(self, session: TrainingSession) -> None:
         found = resume(session, self._saved_states())
-        # a state that is later than the one that was found is replaced
+        # a later state than the one that was found is replaced
         self._keeps_previous = found is None or not found.is_previous
 
     def _saved_states(self) -> Iterator[SavedState]:

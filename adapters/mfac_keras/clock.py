@@ -1,4 +1,4 @@
-"""Where in training a fit is: its epoch, its step, and how many steps an epoch has."""
+"""The current epoch and step of a fit, and the number of steps per epoch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ __all__ = ["TrainingClock"]
 
 
 class TrainingClock:
-    """Counts the epochs and the training steps of one fit after another.
+    """Counts epochs and training steps, fit after fit.
 
     Args:
-        steps_per_epoch: Training steps per epoch as given by the user; ``None`` takes the number that Keras knows, or
+        steps_per_epoch: Training steps per epoch as given by the user; ``None`` uses the number that Keras knows, or
             counts the steps of the first epoch.
 
     Attributes:
         steps_per_epoch: Training steps per epoch; ``None`` while unknown.
         first_epoch: The epoch that the fit began with; ``None`` before it.
-        epoch: The epoch of now, from 0; ``None`` before the first of the fit.
+        epoch: The current epoch, from 0; ``None`` before the first one of the fit.
         steps_in_epoch: Completed training steps of this epoch.
 
     Raises:
@@ -37,18 +37,18 @@ class TrainingClock:
         return (self.epoch or 0) * (self.steps_per_epoch or 0) + self.steps_in_epoch
 
     def begin_fit(self, steps_per_epoch: int | None) -> None:
-        """Start anew for another fit.
+        """Reset all counts for another fit.
 
         Args:
-            steps_per_epoch: The number that Keras knows, if it does.
+            steps_per_epoch: The number of steps per epoch, if Keras knows it.
 
         Raises:
-            ValueError: If another number was given.
+            ValueError: If it differs from the number that the user gave.
         """
         if self._given is not None and steps_per_epoch is not None and self._given != steps_per_epoch:
             raise ValueError(
-                f"steps_per_epoch is {self._given} for MFACPruningCallback, and an epoch of this fit has "
-                f"{steps_per_epoch} steps; leave it out where Keras knows the length of the data"
+                f"MFACPruningCallback got steps_per_epoch={self._given}, but an epoch of this fit has "
+                f"{steps_per_epoch} steps; omit steps_per_epoch if Keras knows the length of the data"
             )
         self.steps_per_epoch = self._given or steps_per_epoch
         self.first_epoch = self.epoch = None
@@ -61,10 +61,10 @@ class TrainingClock:
             self.first_epoch = epoch
 
     def count(self, steps_in_epoch: int) -> None:
-        """Count the training steps of this epoch; an execution of several may go beyond the end of the data."""
+        """Set the number of completed steps of this epoch; an execution of several steps may overrun the data."""
         self.steps_in_epoch = min(steps_in_epoch, self.steps_per_epoch or steps_in_epoch)
 
     def end_epoch(self) -> None:
-        """Take the steps of this epoch as those of every epoch, where their number is unknown."""
+        """If the number of steps per epoch is unknown, set it to that of the epoch that has ended."""
         if self.steps_per_epoch is None:
             self.steps_per_epoch = self.steps_in_epoch or None

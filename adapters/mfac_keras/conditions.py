@@ -34,7 +34,7 @@ def check_model(model: Any) -> None:
     cure = "use mfac_torch, which prunes torch modules" if is_torch else "pass the model itself"
     if isinstance(model, keras.layers.Layer):  # on the torch backend layers are torch modules too
         cure = "put the layer into a model, such as keras.Sequential([layer])"
-    raise TypeError(f"the model is a {_class_of(model)}, and pruning needs a keras.Model of Keras 3; {cure}")
+    raise TypeError(f"the model is a {_class_of(model)}, but pruning needs a keras.Model of Keras 3; {cure}")
 
 
 def check_built(model: Any) -> None:
@@ -58,8 +58,8 @@ def check_optimizer(optimizer: Any) -> None:
     refuse_keras_2("the optimizer", optimizer)
     found = "there is none" if optimizer is None else f"it is a {_class_of(optimizer)}"
     raise TypeError(
-        f"pruning follows the optimizer that trains the model, and {found}; compile the model with the optimizer, or "
-        "pass the one that train_step uses, a keras.optimizers.Optimizer, as optimizer=..."
+        f"pruning follows the optimizer that trains the model, but {found}; compile the model with an optimizer, or "
+        "pass the keras.optimizers.Optimizer that train_step uses as optimizer=..."
     )
 
 
@@ -73,8 +73,8 @@ def refuse_keras_2(what: str, thing: Any) -> None:
     package = next((package for package in _KERAS_2 for module in modules if module.startswith(f"{package}.")), None)
     if package is not None:
         raise TypeError(
-            f"{what} is a {_class_of(thing)} of Keras 2 ({package}), and pruning needs Keras 3: make it with `import "
-            "keras`; where TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it"
+            f"{what} is a {_class_of(thing)} of Keras 2 ({package}), but pruning needs Keras 3: create it with `import "
+            "keras`; if TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it"
         )
 
 
@@ -102,8 +102,8 @@ def check_trained(scopes: Iterable[Mapping[str, Any]], optimizer: Any) -> None:
         missing = [name for name, variable in variables.items() if id(variable) not in trained]
         if missing:
             raise ValueError(
-                f"{optimizer.name} does not train {', '.join(missing)}, so their masks could not be held; pass the "
-                "optimizer that does as optimizer=..., or name in params only what it trains"
+                f"{optimizer.name} does not train {', '.join(missing)}, so they could not be kept sparse; pass the "
+                "optimizer that trains them as optimizer=..., or list in params only what it trains"
             )
 
 

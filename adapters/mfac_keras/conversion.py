@@ -18,11 +18,11 @@ _logger = logging.getLogger("mfac_keras")
 
 
 def gpu_array(tensor: Any, index: int, *, on_default_stream: bool) -> Array:
-    """Return a float32 or float64 tensor on an NVIDIA GPU as a CuPy array, or as a NumPy array where CuPy is missing.
+    """Return a float32 or float64 tensor on an NVIDIA GPU as a CuPy array, or as a NumPy array if CuPy is missing.
 
     The array shares the tensor's memory if the framework computes on CUDA's default stream, as torch does. The core
-    reads on that stream, and asynchronously; a framework with streams of its own would not wait for it before it reuses
-    the memory, so its tensor is copied. Exporting the tensor without a stream waits for its values.
+    reads asynchronously on that stream; a framework with other streams would reuse the memory without waiting, so its
+    tensor is copied. Exporting a tensor without a stream waits until its values are computed.
     """
     device = _array_device(index)
     if device is None:

@@ -59,8 +59,8 @@ def sensitivity(
         num_recomputations: In how many sub-steps each sparsity is reached from the one before, each with gradient
             samples of its own if these are fresh; ``auto`` is best if the sparsities lie far apart.
         num_batches: Batches to measure the loss on, drawn once; the loss is their mean.
-        held_out: Batches to draw them from, in the form of those of ``dataset``, such as validation data; ``None``
-            takes those of ``dataset``.
+        held_out: Batches to draw them from, in the form of those of ``dataset``, such as validation data; ``None`` uses
+            those of ``dataset``.
         fisher_block_size: Weights per Fisher block; ``None`` means one block.
         damp: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean of
             that diagonal.

@@ -31,7 +31,7 @@ class PyTorchForm:
         axes: Permutation of the variable's axes into PyTorch's order.
         permuted_shape: Shape of the permuted variable.
         shape: Shape of PyTorch's weight, in which some of these axes are merged.
-        core_axes: Permutation of PyTorch's axes to (output, *window, input), where it is not PyTorch's usual one; the
+        core_axes: Permutation of PyTorch's axes to (output, *window, input), if it is not PyTorch's usual one; the
             axes of output and input alone for a stack of matrices.
     """
 
@@ -41,11 +41,11 @@ class PyTorchForm:
     core_axes: tuple[int, ...] | None = None
 
     def of(self, array: Array) -> Array:
-        """Return an array of the variable's shape in PyTorch's layout, as a view where possible."""
+        """Return an array of the variable's shape in PyTorch's layout, as a view if possible."""
         return array.transpose(self.axes).reshape(self.shape)
 
     def back(self, array: Array) -> Array:
-        """Return an array in PyTorch's layout in the variable's own, as a view where possible."""
+        """Return an array in PyTorch's layout in the variable's own, as a view if possible."""
         inverse = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return array.reshape(self.permuted_shape).transpose(inverse)
 
@@ -54,8 +54,8 @@ def pytorch_forms(model: Any, variables: Mapping[str, Any]) -> dict[str, PyTorch
     """Return the PyTorch form of each variable, by name.
 
     Variables that PyTorch has in the same order (embeddings, biases), and those of custom layers whose names are not
-    those of Keras' kernels, stay as they are; of three or more axes, the last are the inputs and the one before it the
-    outputs.
+    those of Keras' kernels, stay as they are; if they have three or more axes, the last axis holds the inputs and the
+    one before it the outputs.
 
     Example:
         >>> model = keras.Sequential([keras.Input([8, 8, 3]), keras.layers.Conv2D(4, 5)])

@@ -38,14 +38,14 @@ class KerasPruning(LivePruning):
         model: The model, built.
         steps_per_epoch: Training steps per epoch.
         optimizer: The optimizer that trains the model, built; None in one shot.
-        sampler: Where gradient samples come from, unless the settings ask for those of training; None takes those of
+        sampler: Where gradient samples come from, unless the settings ask for those of training; None uses those of
             training.
         verbose: Whether to print a line for each pruning step.
         name: As in :class:`LivePruning`.
-        logged: Warnings about the selection that the log has already; new ones are added.
+        logged: Warnings about the selection that are logged already; new ones are added.
 
     Attributes:
-        variables: The variables in scope by path; frozen ones only where nothing but zeros is held.
+        variables: The variables in scope by path; frozen ones only if nothing but zeros is held.
         forms: Their forms in PyTorch by path.
 
     Raises:
@@ -97,12 +97,12 @@ class KerasPruning(LivePruning):
             variable.assign(to_tensor(self.forms[name].back(weights[name])))
 
     def snapshot(self, undo: ExitStack) -> None:
-        """Register callbacks that restore the variables as they are now."""
+        """Register callbacks that restore the current values of the variables."""
         snapshot(self.variables.values(), undo)
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterator[Mapping[str, Array]]:
-        """Draw gradient samples, and batches beside them."""
-        assert self._sampler is not None  # samples are drawn only where there is one
+        """Draw gradient samples; ``held_out`` gets further batches."""
+        assert self._sampler is not None  # samples are drawn only if there is one
         variables, options = list(self.variables.values()), pruner.settings.sampler_options
         for row in self._sampler.gradients(self._model, variables, pruner.num_gradients, options, held_out=held_out):
             yield {name: form.of(array) for (name, form), array in zip(self.forms.items(), row, strict=True)}
@@ -113,7 +113,7 @@ class KerasPruning(LivePruning):
         return partial(self._sampler.loss, self._model)
 
     def enforce_masks(self, result: PruneResult, undo: ExitStack) -> None:
-        """Reset the state of the optimizer where weights have come back; the hooks hold the masks."""
+        """Reset the state of the optimizer if weights regrow; the hooks hold the masks."""
         if result.resets_optimizer and self._optimizer is not None:
             slots = list(state_to_reset(self._optimizer, self.variables.values()))
             snapshot(slots, undo)
@@ -121,7 +121,7 @@ class KerasPruning(LivePruning):
                 slot.assign(keras.ops.zeros(slot.shape, slot.dtype))
 
     def report(self, line: str, scheduled: ScheduledStep | None, step: int) -> None:
-        """Log a pruning step, print it if asked, and say where an execution of several steps has delayed it."""
+        """Log a pruning step, print it if asked, and log if an execution of several steps has delayed it."""
         super().report(line, scheduled, step)
         if self._verbose:
             print(f"\n{line}")
@@ -137,12 +137,12 @@ class KerasPruning(LivePruning):
 
     @property
     def masks(self) -> dict[str, Mask]:
-        """The masks held now in the forms of PyTorch, True keeps; empty while nothing is pruned and once released."""
+        """The current masks in the forms of PyTorch, True keeps; empty while nothing is pruned and once released."""
         return super().masks if self._pruner.sparsity else {}
 
     @property
     def variable_masks(self) -> dict[str, Mask]:
-        """The masks held now in the shapes of the variables."""
+        """The current masks in the shapes of the variables."""
         return {name: self.forms[name].back(mask) for name, mask in self.masks.items()}
 
     def observe_gradients(self, step: int, gradients: Mapping[int, Array]) -> None:
@@ -179,7 +179,7 @@ class KerasPruning(LivePruning):
         return dict(zip(names, names, strict=True))
 
     def resume_from_zeros(self, step: int) -> bool:
-        """Take every weight that is zero as pruned, where pruning steps were done and their state is lost.
+        """Count every zero weight as pruned, if pruning steps were done and their state is lost.
 
         Returns:
             Whether there were such pruning steps.

@@ -44,7 +44,7 @@ def prune_one_shot(
     """Prune a trained model in a single pruning step; its weights are changed in place.
 
     Without a recipe the model is pruned by M-FAC, by the recommended settings
-    (:data:`mfac_core.recipe.recommended.RECOMMENDED`) except where a key is given; the log names them.
+    (:data:`mfac_core.recipe.recommended.RECOMMENDED`) unless a key is given; the log names them.
 
     Args:
         model: A built Keras model.
@@ -60,8 +60,8 @@ def prune_one_shot(
             says that they are stale.
         verbose: 1 prints a line for each modifier, 0 does not.
         recipe_variables: Values that override those of the recipe's variables.
-        unsupported: How to treat a modifier that is out of scope, such as one that quantizes: ``error``, or ``skip`` it
-            with a warning.
+        unsupported: ``error`` refuses modifiers that are known but not supported, such as quantization; ``skip`` leaves
+            them out, with a warning.
         **recipe_keys: Instead of a recipe, further keys of an ``MFACPruningModifier``, such as ``params``,
             ``mask_type="2:4"`` or ``num_grads=512``.
 

@@ -11,7 +11,8 @@ __all__ = ["average_of", "innermost", "optimizer_state", "set_weight_decay", "st
 def innermost(optimizer: Any) -> list[Any]:
     """Return the optimizers that update variables themselves.
 
-    These are inside a ``LossScaleOptimizer``, a ``MultiOptimizer`` or another wrapper; a plain optimizer is its own.
+    These are inside a ``LossScaleOptimizer``, a ``MultiOptimizer`` or another wrapper; for a plain optimizer, only
+    itself.
     """
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:

@@ -44,15 +44,15 @@ def resume(session: TrainingSession, saved: Iterable[SavedState]) -> SavedState 
             break
     if best is None:
         session.resume_without_state(
-            f"no state of pruning belongs to its weights (those saved are of epoch {', '.join(map(str, epochs))})"
+            f"no saved pruning state matches the weights (the saved states are of epoch {', '.join(map(str, epochs))})"
             if epochs
-            else "there is no state of pruning for it"
+            else "there is no saved pruning state"
         )
         return None
     session.resume(session.parsed(best.state))
     _warn_of_differences(session, best, best_rank)
     if session.zeros().regrown:
-        session.resume_without_state("the state of pruning for it holds masks whose weights were not zero any more")
+        session.resume_without_state("some weights that its saved pruning state masks are no longer zero")
     return best
 
 
@@ -69,7 +69,7 @@ def _rank(session: TrainingSession, saved: SavedState) -> int:
 
 
 def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
-    """Return whether the model has exactly the weights that a state was saved with, where both have them in scope.
+    """Return whether the model has exactly the weights that a state was saved with, among those in both scopes.
 
     ``names`` maps each path of the state to the path here.
     """
@@ -80,7 +80,7 @@ def _has_weights_of(session: TrainingSession, state: Mapping[str, Any], names: M
 
 
 def _has_masks_of(session: TrainingSession, state: Mapping[str, Any], names: Mapping[str, str]) -> bool:
-    """Return whether the model is zero exactly where the masks of a state prune, where both have weights in scope."""
+    """Return whether the model is zero exactly where the masks of a state prune, for the weights in both scopes."""
     masks = combined_masks(
         {names[name]: mask for name, mask in pruning["masks"].items()} for pruning in state["prunings"]
     )
@@ -97,16 +97,16 @@ def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int)
         return  # fit was interrupted in this epoch, which starts over
     if _epoch(saved.state) != now:
         _logger.warning(
-            "training resumes at epoch %d with the weights of epoch %d, as after a kill between the two files of "
-            "BackupAndRestore, or with another initial_epoch: pruning resumes from its state of epoch %d",
+            "training resumes at epoch %d with the weights of epoch %d (was the process killed between the two files "
+            "of BackupAndRestore, or is initial_epoch wrong?); pruning resumes from its state of epoch %d",
             now,
             _epoch(saved.state),
             _epoch(saved.state),
         )
     elif rank == _ZEROS and saved.path is not None:
         _logger.warning(
-            "the weights differ from those that the state of pruning at epoch %d was saved with (were they saved with "
-            "less precision, or changed at the end of the epoch?); their zeros match its masks, so it is used",
+            "the weights differ from those of the pruning state of epoch %d (were they saved with less precision, or "
+            "changed at the end of the epoch?); their zeros match its masks, so it is used",
             now,
         )
 

@@ -16,7 +16,7 @@ from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
 
-_SAFE_IN_FLOAT16 = 1024.0  # keeps small gradients of a model without an optimizer from vanishing
+_SAFE_IN_FLOAT16 = 1024.0  # loss scale of a model without an optimizer, so that small gradients do not underflow
 _BATCH_SIZE = 32
 
 
@@ -45,7 +45,7 @@ class GradientSampler(Sampler):
                 "after the batches"
             )
         if isinstance(loss, type):
-            raise TypeError(f"loss is the class {loss.__name__}; make a loss of it: {loss.__name__}()")
+            raise TypeError(f"loss is the class {loss.__name__}; pass an instance: {loss.__name__}()")
         is_not_data = isinstance(dataset, str | keras.losses.Loss | keras.layers.Layer | Mapping)
         if is_not_data or not (callable(dataset) or isinstance(dataset, Iterable | keras.utils.PyDataset)):
             raise TypeError(
@@ -70,14 +70,14 @@ class GradientSampler(Sampler):
 
         Args:
             model: The model to evaluate.
-            variables: The variables to differentiate by.
+            variables: The variables to differentiate with respect to.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
             held_out: Filled with the batches that follow, once all samples are drawn.
 
         Yields:
-            The gradient of one batch's loss by each variable, of its shape; zeros for a variable that the loss does
-            not depend on.
+            The gradient of one batch's loss with respect to each variable, in its shape; zeros for a variable that the
+            loss does not depend on.
 
         Raises:
             TypeError: If there are options and the batches do not come from a callable that takes them.

@@ -205,8 +205,8 @@ def _refuse_other_dtypes(selected: Mapping[str, Any]) -> None:
         dtypes = ", ".join(dict.fromkeys(selected[name].dtype for name in others))
         raise SettingError(
             "params",
-            f"{join_names(others)} of dtype {dtypes}, and only floating-point weights are pruned; prune before "
-            "quantization, or take them out with exclude",
+            f"only floating-point weights can be pruned, and these are not: {join_names(others)} ({dtypes}); prune "
+            "before quantization, or list them in exclude",
         )
 
 

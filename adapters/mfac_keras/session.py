@@ -35,7 +35,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     Args:
         prunings: The pruning modifiers, attached to the model.
-        changes: The changes in training beside pruning.
+        changes: The changes of training other than pruning.
         hooks: The hooks in the training step.
         trained: The variables in scope that the optimizer trains, by path, in the order in which the hooks have them.
         steps_per_epoch: Training steps per epoch.
@@ -43,7 +43,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         step: Completed training steps so far.
 
     Attributes:
-        monitor: Notices what other code does to the weights in scope.
+        monitor: Detects what other code does to the weights in scope.
         fingerprints: Fingerprints of the weights that the state belongs to; None once training has changed them.
     """
 
@@ -71,7 +71,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """The masks held now by path, True keeps."""
+        """The current masks by path, True keeps."""
         return combined_masks(pruning.variable_masks for pruning in self.prunings)
 
     @property
@@ -85,7 +85,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     @property
     def learning_rate(self) -> float | None:
-        """The learning rate of the last step, where the recipe sets it."""
+        """The learning rate of the last step, if the recipe sets it."""
         return self._changes.learning_rate
 
     def zeros(self) -> ZeroCount:
@@ -94,7 +94,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         return super().zeros()
 
     def log_plan(self, *, sampled: bool, epochs: int | None) -> None:
-        """Log what each modifier matches and when it prunes, and warn of settings that may not be intended."""
+        """Log what each modifier matches and when it prunes, and warn about settings that may not be intended."""
         log_plan(
             _logger,
             self.prunings,
@@ -176,24 +176,24 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         return {**super().state_dict(gradient_window=gradient_window), "fingerprints": self.fingerprints}
 
     def resume(self, parsed: ParsedState) -> None:
-        """Continue from a state; call it before :meth:`begin`. No weight is changed, and pruning goes by epochs."""
+        """Resume from a state, at the same epoch; call it before :meth:`begin`. No weight is changed."""
         super().resume(parsed)
         self._sparsity = None
         if parsed.steps_per_epoch != self.steps_per_epoch:
             _logger.warning(
-                "the state was saved with %d steps per epoch and this run has %d: pruning goes on by epochs, with the "
-                "masks of the state",
+                "the state was saved with %d steps per epoch and this run has %d: the schedule resumes at the same "
+                "epoch, with the saved masks",
                 parsed.steps_per_epoch,
                 self.steps_per_epoch,
             )
 
     def resume_without_state(self, why: str) -> None:
-        """Continue in the middle of a schedule from the zeros of the weights; the warning says ``why``."""
+        """Resume in the middle of a schedule from the zeros of the weights; ``why`` is part of the warning."""
         if any([pruning.resume_from_zeros(self.step) for pruning in self.prunings]):
             self._sparsity = None
             _logger.warning(
-                "training resumes at step %d and %s: every weight in scope that is exactly zero is taken as pruned "
-                "(sparsity %.4f), and the gradient window begins empty",
+                "training resumes at step %d, but %s: every weight in scope that is exactly zero counts as pruned "
+                "(sparsity %.4f), and the gradient window starts empty",
                 self.step,
                 why,
                 self.sparsity,
@@ -202,14 +202,13 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
     def _check_attached(self) -> None:
         if not self._hooks.is_attached:
             raise RuntimeError(
-                "the hooks of pruning were taken out of the training step during fit, by a call of "
-                "model.make_train_function, train_on_batch or compile in another callback; pruned weights would grow "
-                "back. Take that call out"
+                "the pruning hooks were removed from the training step during fit, because another callback called "
+                "model.make_train_function, train_on_batch or compile; pruned weights would regrow. Remove that call"
             )
         if not self._hooks.is_followed:
             raise RuntimeError(
-                "model.optimizer was replaced during fit, by another callback, and this one does not follow the new "
-                "optimizer; pruned weights would grow back. Change the optimizer between two fits, and resume with "
+                "another callback replaced model.optimizer during fit, and this callback does not follow the new "
+                "optimizer; pruned weights would regrow. Replace the optimizer between two fits, and resume with "
                 "initial_epoch=..."
             )
 
@@ -246,7 +245,7 @@ def new_session(
         optimizer: The optimizer that trains it.
         steps_per_epoch: Training steps per epoch.
         step: Completed training steps so far.
-        sampler: Where gradient samples come from; None takes those of training.
+        sampler: Where gradient samples come from; None uses those of training.
         verbose: Whether to print a line for each pruning step.
         metrics: Returns metrics to add to those of an epoch.
 
@@ -272,7 +271,7 @@ def new_session(
             logged=logged,
         ),
     )
-    # zeros that are only held need no optimizer where nothing moves
+    # a modifier that only holds zeros needs no optimizer
     check_trained([each.variables for each in prunings if not each.holds_zeros_only], optimizer)
     is_trained = {id(variable) for leaf in innermost(optimizer) for variable in trained_by(leaf)}
     trained = {name: variable for name, variable in _in_scope(prunings).items() if id(variable) in is_trained}

@@ -1,4 +1,4 @@
-"""The state of a pruning run on disk: plain numbers and arrays in one file, beside what Keras saves."""
+"""The state of a pruning run on disk: plain numbers and arrays in one file, in addition to what Keras saves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_
     """Write a state: plain values and arrays, and dictionaries and lists of these.
 
     With ``keep_previous`` the state in the file becomes the previous one; without, it is replaced, and the previous one
-    stays. A process that is killed while it writes leaves the earlier states whole.
+    stays. A process that is killed while it writes leaves the earlier states intact.
     """
     arrays: list[Any] = []
     structure = json.dumps(_without_arrays(state, arrays))
@@ -90,10 +90,10 @@ def read_state(path: str | os.PathLike[str], check: Callable[[Any], object] | No
 
 
 def read_states(path: str | os.PathLike[str], check: Callable[[Any], object] | None = None) -> Iterator[SavedState]:
-    """Yield the two states that were written last, the latest first; skip a damaged one where the other is whole.
+    """Yield the two states that were written last, the latest first; skip a damaged one if the other is intact.
 
     Raises:
-        ValueError: If there are files and none is a whole state.
+        ValueError: If there are files, and none is intact.
     """
     latest = Path(os.path.realpath(path))
     damaged: list[ValueError] = []
@@ -124,14 +124,14 @@ def _read(file: Any, size: int) -> dict[str, Any]:
     with zipfile.ZipFile(file) as archive:
         # np.savez compresses nothing, so the parts of a true state add up to less than the file
         if sum(part.file_size for part in archive.infolist()) > size:
-            raise ValueError("it unpacks to more than it holds")
+            raise ValueError("it unpacks to more bytes than the file has")
     file.seek(0)
     with np.load(file, allow_pickle=False) as arrays:
         if not isinstance(arrays, np.lib.npyio.NpzFile):
             raise ValueError("it holds a single array")
         state = _with_arrays(json.loads(str(arrays["structure"])), arrays)
     if not isinstance(state, dict):
-        raise ValueError("it holds no dictionary")
+        raise ValueError("it does not hold a dictionary")
     return state
 
 

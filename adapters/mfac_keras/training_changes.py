@@ -1,4 +1,4 @@
-"""Changes in training beside pruning: learning rates, weight decay, which variables are trained."""
+"""Changes of training other than pruning: learning rates, weight decay, which variables are trained."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TrainingChanges:
         for each in self._options.settings:
             with named_in_errors(each):
                 check_param_groups(each, len(self._groups))
-        self._replaced: float | None = None  # the rate of the last step, if the next has another
+        self._replaced: float | None = None  # the rate of the last step, if that of the next differs
         self._refuse_scheduled()
         self._refuse_unfreezing(model)
 
@@ -83,7 +83,7 @@ class TrainingChanges:
 
     @property
     def learning_rate(self) -> float | None:
-        """The learning rate of the last step; ``None`` where the recipe sets none, or there are several optimizers."""
+        """The learning rate of the last step; ``None`` if the recipe sets none, or there are several optimizers."""
         if len(self._groups) > 1 or "learning_rate" not in self._options.options_of(0):
             return None
         if self._replaced is not None:
@@ -100,7 +100,7 @@ class TrainingChanges:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError for a state that another recipe or model saved."""
-        check_keys("changes in training", state, ("options_done", "weight_decays"))
+        check_keys("changes of training", state, ("options_done", "weight_decays"))
         self._options.check_state(state["options_done"])
         decays = state["weight_decays"]
         if not isinstance(decays, Mapping):
@@ -144,7 +144,7 @@ class TrainingChanges:
         paths, before = [[variable.path for variable in each] for each in (variables, self._frozen_now)]
         if paths != before:
             _logger.info(
-                "from step %d on, not trained: %s", step, join_names(paths) or "nothing, all are trained again"
+                "from step %d, frozen: %s", step, join_names(paths) or "nothing, all variables are trained again"
             )
         self._frozen_now = variables
         self._hooks.freeze(variables)
@@ -166,8 +166,8 @@ class TrainingChanges:
             is_set = "learning_rate" in self._options.options_of(group)
             if is_set and not isinstance(optimizer.learning_rate, keras.Variable):
                 raise ValueError(
-                    f"the recipe sets learning rates, and {optimizer.name} computes its own by a schedule; compile the "
-                    "model with a number as learning_rate, or take the learning rates out of the recipe"
+                    f"the recipe sets learning rates, but {optimizer.name} has a learning rate schedule; compile the "
+                    "model with a number as learning_rate, or remove the learning rates from the recipe"
                 )
 
     def _refuse_unfreezing(self, model: Any) -> None:
@@ -178,9 +178,9 @@ class TrainingChanges:
                 with named_in_errors(each):
                     raise SettingError(
                         "params",
-                        f"{join_names(frozen)} cannot be unfrozen during fit: the layer is not trainable, so the "
-                        "optimizer does not know it; set layer.trainable = True before compile, and let "
-                        "`trainable: false` with an end_epoch freeze it until then",
+                        f"{join_names(frozen)} cannot be unfrozen during fit: the optimizer does not train weights of "
+                        "layers that were frozen at compile; set layer.trainable = True before compile, and freeze "
+                        "them until then by `trainable: false` with an end_epoch",
                     )
 
 

@@ -1,4 +1,4 @@
-"""Notice other code that writes into the weights in scope, trains them past the hooks, or does not train them."""
+"""Detect other code that writes to the weights in scope, trains them without the hooks, or does not train them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ __all__ = ["WriteMonitor"]
 _logger = logging.getLogger("mfac_keras")
 
 _DURING_FIT = (
-    "Something has written other weights into the model between two training steps: another callback (one that calls "
-    "set_weights, load_weights or assign), or an optimizer that this callback does not follow. The masks are held, so "
-    "the next training step sets these weights to zero; let it write before the first pruning step, or zeros where "
-    "the callback's masks are False"
+    "Other code has written to the model between two training steps: another callback (one that calls set_weights, "
+    "load_weights or assign), or an optimizer that this callback does not follow. The next training step sets these "
+    "weights to zero again; write before the first pruning step, or write zeros where the masks of this callback are "
+    "False"
 )
 _AFTER_FIT = (
-    "Another callback has put earlier, denser weights back at the end of fit (EarlyStopping with "
-    "restore_best_weights?), or an optimizer that this callback does not follow has trained them. They are left as "
-    "they are; let that callback choose among the epochs after the last pruning step, which EarlyStopping does with "
-    "start_from_epoch, or pass that optimizer as optimizer=..."
+    "Another callback has restored earlier, denser weights at the end of fit (EarlyStopping with "
+    "restore_best_weights?), or an optimizer that this callback does not follow has trained them. They are left "
+    "unchanged; let that callback choose only among epochs after the last pruning step (start_from_epoch of "
+    "EarlyStopping), or pass that optimizer as optimizer=..."
 )
 
 
 class WriteMonitor:
-    """Notices what other code does to the weights in scope.
+    """Detects what other code does to the weights in scope.
 
     Args:
         hooks: The hooks in the training step.
@@ -69,20 +69,20 @@ class WriteMonitor:
             raise self._hooks.not_followed(f"the gradients of {join_names(moved)}")
 
     def warn_of_untrained(self) -> None:
-        """Warn, once, of variables to prune that training has not changed, though it has changed others."""
+        """Warn once about variables to prune that training has not changed, although it has changed others."""
         before, self._before_training = self._before_training, {}
         now = self._checksums(before)
         untrained = [name for name in before if now[name] == before[name]]
         if untrained and len(untrained) < len(before):
             _logger.warning(
-                "training has not changed %s so far, and the recipe prunes it all the same, without training to make "
-                "up for it. Where nothing trains it, as the teacher in a distillation, take it out of params, or set "
-                "trainable = False on its layer before compile",
+                "training has not changed %s so far, but the recipe prunes them anyway, without training to "
+                "compensate. If nothing trains them, as with the teacher in a distillation, remove them from params, "
+                "or set trainable = False on their layers before compile",
                 join_names(untrained),
             )
 
     def warn_of_regrown(self, count: ZeroCount, *, after_fit: bool = False) -> None:
-        """Warn of pruned weights that are not zero; of the same ones once."""
+        """Warn about pruned weights that are not zero, once about the same ones."""
         before, self._warned_of = self._warned_of, (dict(count.regrown), after_fit)
         if count.regrown and self._warned_of != before:
             _logger.warning("%s. %s", count.difference(), _AFTER_FIT if after_fit else _DURING_FIT)

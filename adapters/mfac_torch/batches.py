@@ -50,10 +50,11 @@ def check_model_takes(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         why, cure = "has no loss_fn, so it calls", "pass loss_fn, or batches that the model takes"
         with_what = "all of a batch to get its own loss"
         if has_loss:
-            why, with_what = "calls", "what a batch of the data loader holds beside the target"
+            why, with_what = "calls", "the inputs of a batch of the data loader"
             cure = "pass batches that the model takes; the keys of a mapping are its keyword arguments"
         raise TypeError(
-            f"the GradSampler {why} {type(model).__name__} with {with_what}, and that does not fit ({error}); {cure}"
+            f"the GradSampler {why} {type(model).__name__} with {with_what}, which its forward() does not accept "
+            f"({error}); {cure}"
         ) from error
 
 
@@ -69,8 +70,8 @@ def loss_in_output(output: Any) -> Any:
     if isinstance(output, Mapping) and output and all(map(_is_scalar, output.values())):
         return sum(output.values())
     raise ValueError(
-        f"there is no loss in what the model returned for the GradSampler ({described(output)}); put the labels into "
-        "the batches, pass loss_fn, or pass training=True if the model returns losses in training mode only"
+        f"the output of the model ({described(output)}) contains no loss for the GradSampler; add labels to the "
+        "batches, pass loss_fn, or pass training=True if the model returns losses only in training mode"
     )
 
 

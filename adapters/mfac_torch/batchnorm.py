@@ -29,14 +29,13 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
 
     One-shot pruning changes the inputs of these layers, but not their statistics. For the batches measured here, only
     these layers are in training mode: dropout is not active. Training flags and momenta are restored afterwards;
-    ``num_batches_tracked`` is the number of batches. After an exception, here or in the model, the statistics are the
-    old ones.
+    ``num_batches_tracked`` is the number of batches. An exception leaves the statistics unchanged.
 
-    Layers without running statistics do not change, nor do layers that no batch comes through, nor frozen ones: layers
+    Layers without running statistics do not change, nor do layers that no batch reaches, nor frozen ones: layers
     in evaluation mode in a model that is in training mode.
 
     Args:
-        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches as :class:`GradSampler` takes them, such as a ``DataLoader``, or a :class:`GradSampler`. Batches
             as large as in training are best.
         num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
@@ -81,7 +80,7 @@ class RunningStatistics(LayerStatistics):
         lazy = [name for name, layer in self.layers.items() if is_lazy(getattr(layer, _BUFFERS[0]))]
         if lazy:
             raise ValueError(
-                f"{', '.join(lazy)} has no statistics, because no input has come through yet; call the model on a "
+                f"{', '.join(lazy)} has no statistics, because no input has reached it yet; call the model on a "
                 "batch first"
             )
         return {name: [getattr(layer, each).clone() for each in _BUFFERS] for name, layer in self.layers.items()}

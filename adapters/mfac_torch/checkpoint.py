@@ -1,4 +1,4 @@
-"""Checkpoints: model, optimizers and manager in one file, written and loaded as a whole or not at all."""
+"""Checkpoints: model, optimizers and manager in one file, written and loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a whole checkpoint, or does not fit. Nothing is changed then.
+        ValueError: If it is not a complete checkpoint, or does not fit. Nothing is changed then.
     """
     parts = _read(path)
     resume = resumption(parts["manager"])
@@ -76,7 +76,7 @@ def load_checkpoint(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint, or the previous one if only that is whole."""
+    """Read a checkpoint, or the previous one if only that is intact."""
     previous = os.fspath(path) + PREVIOUS
     try:
         return _checked(path)

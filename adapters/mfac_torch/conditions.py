@@ -72,9 +72,9 @@ def unwrapped_optimizers(
             )
         if _step_hooks(inside) is None:
             raise TypeError(
-                f"optimizer is a {type(each).__name__} that cannot have hooks, because its class does not call "
-                "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) there, or pass the "
-                "optimizer that it wraps"
+                f"optimizer is a {type(each).__name__} that does not support hooks, because its class does not call "
+                "torch.optim.Optimizer.__init__; call super().__init__(params, defaults) in it, or pass the optimizer "
+                "that it wraps"
             )
     if not optimizers:
         raise TypeError("optimizer is an empty list; pass the torch.optim.Optimizer of the model")
@@ -93,7 +93,7 @@ def check_optimizers(
     """
     optimizers = unwrapped_optimizers(optimizer)
     if len({id(each) for each in optimizers}) < len(optimizers):
-        raise ValueError("the list of optimizers contains one of them twice; pass each of them once")
+        raise ValueError("the list of optimizers contains the same one twice; pass each once")
     for each in optimizers:
         if is_attached(each):
             raise RuntimeError(
@@ -124,6 +124,6 @@ def check_trained(prunings: Sequence[TorchPruning]) -> None:
     for pruning in prunings:
         if pruning.untrained and not pruning.holds_zeros_only:
             raise ValueError(
-                f"the optimizer does not train {', '.join(pruning.untrained)}, so their masks could not be held; give "
+                f"the optimizer does not train {', '.join(pruning.untrained)}, so they could not be kept sparse; add "
                 "them to the optimizer, or list in params only what it trains"
             )

@@ -132,15 +132,15 @@ def _why_not_prunable(tensor: torch.Tensor) -> str:
     if kind == "DTensor":
         return "a DTensor, of a model that is distributed (fully_shard, FSDP2); prune before the model is distributed"
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"a {kind}, a tensor subclass with storage of its own (quantized?); prune first, and convert it then"
+        return f"a {kind}, a tensor subclass with its own storage (quantized?); prune first and convert afterwards"
     if tensor.is_meta:
         return "on the meta device, without values; materialize the model first"
     if tensor.layout != torch.strided:
         return f"of the layout {tensor.layout}; make it dense (Embedding: sparse=False)"
     if tensor.is_complex():
-        return f"complex ({tensor.dtype}); take it out of params, or keep real and imaginary part as two parameters"
+        return f"complex ({tensor.dtype}); remove it from params, or store real and imaginary parts as two parameters"
     if not tensor.dtype.is_floating_point:
-        return f"of dtype {tensor.dtype} (quantized?); prune first, and convert it then, or take it out of params"
+        return f"of dtype {tensor.dtype} (quantized?); prune first and convert afterwards, or remove it from params"
     return ""
 
 

@@ -204,7 +204,7 @@ def to_semi_structured(model: nn.Module, params: Sequence[str] | None = None) ->
         raise ValueError("no Linear layer of the model has a weight that is zero; prune it with mask_type 2:4 first")
     for name, weight in weights.items():
         if id(weight) not in linear:
-            raise ValueError(f"{name} is not the weight of a Linear layer; there are 2:4 kernels for no other")
+            raise ValueError(f"{name} is not the weight of a Linear layer; 2:4 kernels exist only for these")
         _check_two_of_four(name, weight)
     for name, weight in weights.items():
         _check_sparse_units(name, weight)
@@ -225,7 +225,7 @@ def export_onnx(model: nn.Module, args: tuple[Any, ...], path: str | os.PathLike
     Args:
         model: The model; it is exported in evaluation mode and does not change.
         args: Example inputs for ``model(*args)``.
-        path: The file to write; weights of more than 2 GB go to files beside it.
+        path: The file to write; weights of more than 2 GB go to files next to it.
         **options: Further arguments of ``torch.onnx.export``, such as ``dynamic_shapes`` or ``input_names``.
 
     Raises:
@@ -280,13 +280,13 @@ def _parameter(model: nn.Module, name: str) -> nn.Parameter:
 def _check_two_of_four(name: str, weight: torch.Tensor) -> None:
     rows, columns = weight.shape
     if columns % 4:
-        raise ValueError(f"{name} has {columns} inputs, which is no multiple of 4, so it has no 2:4 pattern")
+        raise ValueError(f"{name} has {columns} inputs, which is not a multiple of 4, so it cannot be 2:4")
     per_group = (weight.detach() != 0).reshape(rows, columns // 4, 4).sum(dim=2)
     if bool((per_group > 2).any()):
         row, group = (per_group > 2).nonzero()[0].tolist()
         raise ValueError(
             f"{name} is not 2:4: {int(per_group[row, group])} of the 4 weights [{row}, {4 * group}:{4 * group + 4}] "
-            'are not zero; prune it with mask_type: "2:4", or name in params only layers that are'
+            'are not zero; prune it with mask_type: "2:4", or list in params only layers that are'
         )
 
 
@@ -319,8 +319,8 @@ def _warn_lost_zeros(model: nn.Module, program: Any) -> None:
         found = max((zeros[other] for other in same), default=0)
         if found < pruned:
             _logger.warning(
-                "%s has %d zeros and the ONNX file holds %d of them: the model does not use this weight as it is, or "
-                "the exporter computed another from it (then optimize=False keeps it)",
+                "%s has %d zeros, but the ONNX file has %d of them: the model does not use this weight directly, or "
+                "the exporter folded it into another (optimize=False prevents that)",
                 name,
                 pruned,
                 found,

@@ -56,8 +56,8 @@ def warn_of_replaced(prunings: Sequence[TorchPruning], model: nn.Module) -> None
     ]
     if replaced:
         _logger.warning(
-            "%s: the model has other parameters here than when the recipe was attached, and these are not pruned; "
-            "attach the recipe once the model has its final layers, and load weights without assign=True",
+            "%s: the model has other parameters under these names than when the recipe was attached, and they are not "
+            "pruned; attach the recipe once the model has its final layers, and load weights without assign=True",
             ", ".join(replaced),
         )
 

@@ -47,7 +47,7 @@ def sensitivity(
     :func:`mfac_core.sensitivity` for the method and for what the numbers mean.
 
     Args:
-        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches, as :class:`GradSampler` takes them, or a :class:`GradSampler`.
         loss_fn: ``loss_fn(output, target)``, a scalar tensor; ``None`` uses the loss that the model itself returns, or
             that of the :class:`GradSampler`.

@@ -34,8 +34,8 @@ _logger = logging.getLogger("mfac_torch")
 class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absent where types are checked
     """Runs a recipe inside Lightning's ``Trainer``, with automatic or manual optimization.
 
-    Checkpoints of the trainer include the state of pruning, and ``fit(ckpt_path=...)`` continues from it. When training
-    ends or fails, the model is a plain module again. The sparsity of each parameter is logged after each pruning step
+    Checkpoints of the trainer include the pruning state, and ``fit(ckpt_path=...)`` resumes from it. When training ends
+    or fails, the model is a plain module again. The sparsity of each parameter is logged after each pruning step
     as ``ParamPruning/<name>``, and that of all parameters together after each epoch as ``sparsity``. Names are those of
     the ``LightningModule``.
 
@@ -150,8 +150,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         regrown = self.manager.regrown() if stage == "fit" else {}
         if regrown and not self._has_warned:
             _logger.warning(
-                "%s pruned weights are not zero (%s): they came back after the end of training, most likely with best "
-                "weights that were restored; they stay as they are, and mfac_torch.apply_masks(model, "
+                "%s pruned weights are not zero (%s): they regrew after the end of training, most likely because the "
+                "best weights were restored; they are left unchanged, and mfac_torch.apply_masks(model, "
                 "callback.manager) sets them to zero",
                 f"{sum(regrown.values()):,}",
                 join_names(regrown),
@@ -162,7 +162,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         self._finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of pruning for a checkpoint, of the current run or of the last one."""
+        """Return the pruning state for a checkpoint, of the current run or of the last one."""
         if not self._is_attached:
             return self._last_state
         return self.manager.state_dict(gradient_window=self._gradient_window)
@@ -189,8 +189,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         changed = apply_masks(model_or_state, masks)
         if changed and is_last:
             _logger.warning(
-                "%s has put an average in the place of the weights in which %s pruned weights were not zero, so they "
-                "were set to zero; start averaging after the last pruning step to average pruned weights only",
+                "%s replaced the weights by an average in which %s pruned weights were not zero, so they were set to "
+                "zero; start averaging after the last pruning step",
                 ", ".join(averages),
                 f"{changed:,}",
             )

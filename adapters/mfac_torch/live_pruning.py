@@ -44,7 +44,7 @@ class TorchPruning(LivePruning):
         model: The model, unwrapped.
         steps_per_epoch: Optimizer steps per epoch.
         optimizers: The optimizers that train the model.
-        grad_sampler: Where gradient samples come from; None takes those of training.
+        grad_sampler: Where gradient samples come from; None uses those of training.
         loggers: Functions that get the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
         name: As in :class:`LivePruning`.
         logged: Warnings about the selection that are logged already; new ones are added.
@@ -104,7 +104,7 @@ class TorchPruning(LivePruning):
             write_back(parameter, weights[name])
 
     def snapshot(self, undo: ExitStack) -> None:
-        """Register callbacks that restore the parameters as they are now."""
+        """Register callbacks that restore the current values of the parameters."""
         for parameter in self.parameters.values():
             values = parameter.detach()
             undo.callback(values.copy_, values.clone())

@@ -163,9 +163,9 @@ class ScheduledModifierManager(ModifierList):
         After an exception, manager, model and optimizers are unchanged, and the call can be repeated.
 
         Args:
-            module: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+            module: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
             optimizer: The optimizer of the model, or a list of several, the first of which counts the steps. They have
-                hooks until :meth:`finalize`. Wrappers (of ``accelerate``) are looked through.
+                hooks until :meth:`finalize`. Wrappers of ``accelerate`` are unwrapped.
             steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less with gradient accumulation. A fraction
                 is rounded up, since the rest of an epoch is a batch too.
             wrap_optim: A ``GradScaler`` to return instead of the optimizer; it needs no change.
@@ -241,7 +241,7 @@ class ScheduledModifierManager(ModifierList):
         After an exception, manager and model are unchanged.
 
         Args:
-            module: The model. Wrappers are looked through.
+            module: The model; wrappers are unwrapped.
             epoch: The epoch whose sparsity is reached; infinity for the final sparsity.
             loggers: As in :meth:`modify`.
             finalize: Whether to finalize at once. Otherwise, after fine-tuning, :meth:`finalize` sets pruned weights
@@ -345,7 +345,9 @@ class ScheduledModifierManager(ModifierList):
         if self._model is None:
             raise RuntimeError("there is nothing to finalize; call modify() or apply() first")
         if module is not None and unwrapped(module) is not self._model:
-            raise ValueError("finalize() got another model than modify() or apply() did; pass the same one, or none")
+            raise ValueError(
+                "finalize() got a different model than modify() or apply() did; pass the same one, or none"
+            )
         monitor = None
         if self._session is not None:
             monitor = self._session.monitor
@@ -385,7 +387,7 @@ class ScheduledModifierManager(ModifierList):
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
-            strict: Whether all of it must fit. Otherwise modifiers whose state does not fit begin anew, with a warning.
+            strict: Whether all of it must fit. Otherwise modifiers whose state does not fit start over, with a warning.
             rng: Whether to restore the random number generators of torch, Python and NumPy too, so that shuffling and
                 dropout continue as in an uninterrupted run.
 
@@ -406,7 +408,7 @@ class ScheduledModifierManager(ModifierList):
     ) -> None:
         """Write everything a resumed run needs into one file; call it between two optimizer steps.
 
-        The file is replaced in one step, so a killed process leaves a whole one. The previous checkpoint is kept as
+        The file is replaced atomically, so a killed process leaves it intact. The previous checkpoint is kept as
         ``<path>.previous``.
 
         Args:
@@ -440,7 +442,7 @@ class ScheduledModifierManager(ModifierList):
         """Resume from a file of :meth:`save_checkpoint`; call :meth:`modify` first.
 
         Model, optimizers and manager are all restored or, if something does not fit, left unchanged. If the file is
-        damaged and the previous one is whole, that is loaded, with a warning.
+        damaged and the previous one is intact, that is loaded, with a warning.
 
         Args:
             path: The file.

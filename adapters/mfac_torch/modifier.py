@@ -198,7 +198,7 @@ class ConstantPruningModifier(PruningModifier):
 
         A weight counts as pruned if it has at least two axes, and more than 10% of it are zero, but not all; frozen
         weights and those that no optimizer trains are included. To hold zeros of biases and normalization layers,
-        name them in ``params`` of a modifier of your own.
+        list them in ``params`` of a modifier of your own.
 
         Args:
             model: The model.

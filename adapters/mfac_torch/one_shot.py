@@ -37,7 +37,7 @@ def prune_one_shot(
     logged. After an exception, the model is unchanged.
 
     Args:
-        model: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are looked through.
+        model: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches to sample gradients from, in a form that :class:`GradSampler` takes, or a :class:`GradSampler`.
             Batches smaller than in training tell more about the curvature.
         loss_fn: ``loss_fn(output, target)``, which returns a scalar tensor; ``None`` uses the loss that the model

@@ -1,8 +1,8 @@
 """Optimizer state (momentum, moments): reset at pruned weights when masks change.
 
 Only elementwise state, which is known to hold one number per weight, is set to zero. Another tensor of the same shape
-may hold moments in a rotated basis or quantized codes, where zeros at the positions of pruned weights do harm. State
-that is left alone does none: pruned weights are exactly zero after each step anyway.
+may hold moments in a rotated basis or quantized codes, where zeros at the positions of pruned weights are harmful.
+Leaving state alone is harmless: pruned weights are exactly zero after each step anyway.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "SGD": ("momentum_buffer",),
     "SparseAdam": ("exp_avg", "exp_avg_sq"),
 }
-"""Elementwise state of the optimizers of PyTorch. The oldest supported release lacks some, and its AdamW is no Adam."""
+"""Elementwise state of the optimizers of PyTorch. The oldest supported release lacks some, and its AdamW does not
+derive from Adam."""
 
 _elementwise_keys: dict[type[Optimizer], Collection[str]] = {
     getattr(torch.optim, name): keys for name, keys in _KEYS.items() if hasattr(torch.optim, name)
@@ -101,7 +102,7 @@ def reset_pruned_state(
 def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:
     """Reset the state of an optimizer for some parameters to that before its first step.
 
-    The state is dropped, and the optimizer makes it anew in its next step. An optimizer that would not, and one in a
+    The state is dropped, and the optimizer creates it again in its next step. An optimizer that would not, and one in a
     captured CUDA graph, which refers to the tensors, gets the initial values of its elementwise state in place.
 
     Args:

@@ -89,7 +89,7 @@ class GradSampler(Sampler):
                 "returns its loss"
             )
         if isinstance(loss_fn, type):
-            raise TypeError(f"loss_fn is the class {loss_fn.__name__}; make a loss of it: {loss_fn.__name__}()")
+            raise TypeError(f"loss_fn is the class {loss_fn.__name__}; pass an instance: {loss_fn.__name__}()")
         super().__init__(data_loader_or_builder)
         self._loss_fn = loss_fn
         self._training = training
@@ -135,7 +135,7 @@ class GradSampler(Sampler):
 
         Args:
             model: The model to evaluate, unwrapped.
-            parameters: The parameters to differentiate by, by name.
+            parameters: The parameters to differentiate with respect to, by name.
             count: How many samples to draw.
             options: Passed to the callable that makes the batches.
             held_out: Filled with the batches that follow, once all samples are drawn.
@@ -152,8 +152,8 @@ class GradSampler(Sampler):
         """
         if torch.is_inference_mode_enabled():
             raise ValueError(
-                "the GradSampler is used under torch.inference_mode(), in which there are no gradients; call outside "
-                "of it, or under torch.no_grad()"
+                "the GradSampler cannot compute gradients under torch.inference_mode(); call it outside, or under "
+                "torch.no_grad()"
             )
         batches = batches_to_sample(self._source, count, options, held_out)
         samples = (self._gradient(model, parameters, batch) for batch in batches)
@@ -184,7 +184,7 @@ class GradSampler(Sampler):
             1.0
         """
         losses = []
-        # gradients are on, because a loss may itself differentiate, by an input for example
+        # gradients are on, because a loss may differentiate too, such as with respect to an input
         with in_mode(model, training=self._training), torch.enable_grad():
             for batch in batches:
                 args, kwargs, target = self._call_of(model, batch)

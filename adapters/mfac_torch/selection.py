@@ -135,9 +135,9 @@ def prunable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.Parameter]:
     """Return the parameters that have been pruned, judging by their zeros: more than 10% of a parameter, and not all.
 
-    Parameters of any layer count, frozen or not, if they have at least two axes: zeros of biases and of normalization
-    layers are usually initial values. So are the zeros of a parameter that is zero throughout, such as the second
-    matrix of a LoRA adapter before training, which could never learn if it was held at zero.
+    Parameters of all kinds of layers are included, frozen or not, if they have at least two axes: zeros of biases and
+    of normalization layers are usually initial values. So are the zeros of a parameter that is zero throughout, such as
+    the second matrix of a LoRA adapter before training, which could never learn if it were held at zero.
 
     ``warn`` logs warnings about parameters that are zero throughout, biases with zeros, and models without pruned ones.
 
@@ -170,14 +170,14 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
         )
     if warn and vectors:
         _logger.warning(
-            "biases or scales with zeros, which are not held: %s; if they were pruned, name them in params of a "
+            "zeros of biases or scales are not held: %s; if they were pruned, list them in params of a "
             "ConstantPruningModifier",
             join_names(vectors),
         )
     if empty and warn:
         _logger.warning(
-            "zero throughout, which is taken for an initial value and not for pruning: %s; to hold them at zero, name "
-            "them in params of a ConstantPruningModifier",
+            "all zeros, so assumed to be initial values and not held: %s; to hold them at zero, list them by name in "
+            "params of a ConstantPruningModifier",
             join_names(empty),
         )
     return found

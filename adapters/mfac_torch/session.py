@@ -46,7 +46,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
 
     Attributes:
         optimizers: The optimizers of the model.
-        monitor: Notices writes to pruned weights by other code.
+        monitor: Detects writes to pruned weights by other code.
     """
 
     changes_key = "changes_done"
@@ -124,7 +124,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         }
 
     def resumption(self, state: Mapping[str, Any], *, strict: bool, rng: bool) -> Callable[[], None]:
-        """Check a whole state, and return a function that resumes from it; nothing changes before it is called.
+        """Check a complete state, and return a function that resumes from it; nothing changes before it is called.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
@@ -157,7 +157,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
             self.step = round(parsed.step * self.steps_per_epoch / parsed.steps_per_epoch)
             self.logger.warning(
                 "the state was saved with %d steps per epoch and this run has %d (another batch size or gradient "
-                "accumulation): it continues at the same epoch, %.2f, which is step %d",
+                "accumulation): it resumes at the same epoch, %.2f, which is step %d",
                 parsed.steps_per_epoch,
                 self.steps_per_epoch,
                 parsed.step / parsed.steps_per_epoch,
@@ -190,7 +190,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         return None
 
     def _update_trained(self, number: int) -> None:
-        """Take note of parameters that an optimizer has been given since (``add_param_group``)."""
+        """Register parameters that were added to an optimizer since the last step (``add_param_group``)."""
         num_trained = _num_trained(self.optimizers[number])
         if num_trained != self._num_trained[number]:
             self._num_trained[number] = num_trained

@@ -1,4 +1,4 @@
-"""Files of tensors: whole or not there, checked when they are written and when they are read."""
+"""Files of tensors: written completely or not at all, verified on writing and on reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["read_tensors", "write_tensors"]
 def write_tensors(path: str | os.PathLike[str], content: Any, *, keep_previous: bool = False) -> None:
     """Write tensors and plain values in one step, for ``torch.load(weights_only=True)``.
 
-    An exception leaves the file that was there untouched.
+    An exception leaves an existing file untouched.
 
     Args:
         path: The file.
@@ -27,7 +27,7 @@ def write_tensors(path: str | os.PathLike[str], content: Any, *, keep_previous: 
         keep_previous: Whether to keep the old file, as ``<path>.previous``.
 
     Raises:
-        TypeError: If there is something else in it.
+        TypeError: If the content has anything else in it.
         OSError: If the file cannot be written.
     """
 

@@ -28,7 +28,7 @@ except ImportError as error:
 __all__ = ["STATE_FILE", "PruningCallback"]
 
 STATE_FILE = "pruning_state.pt"
-"""Name of the file with the state of pruning in the folder of a checkpoint."""
+"""Name of the file with the pruning state in the folder of a checkpoint."""
 
 _logger = logging.getLogger("mfac_torch")
 
@@ -36,7 +36,7 @@ _logger = logging.getLogger("mfac_torch")
 class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent where types are checked
     """Runs a recipe inside Hugging Face's ``Trainer``.
 
-    Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` continues
+    Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` resumes
     from it. When training ends, the model is a plain module again; after a run that failed, call
     ``callback.manager.finalize()``. The logs of the trainer include the sparsity as ``sparsity``: in
     ``trainer.state.log_history``, and for the callbacks after this one. If the recipe sets the learning rate, the
@@ -95,7 +95,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         self._learning_rates: list[Any] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach the recipe, and continue from a checkpoint if the trainer does."""
+        """Attach the recipe, and resume from a checkpoint if the trainer does."""
         _refuse_best_model(args)
         self._finalize()  # a run that failed, or was restarted with a smaller batch size
         resumed = self._saved_state(args, state) if state.global_step else None
@@ -135,12 +135,12 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         state.log_history[-1].update(added)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the state of pruning in the checkpoint that the trainer has written."""
+        """Save the pruning state in the checkpoint that the trainer has written."""
         folder = _checkpoint(args, state)
         if not folder.is_dir():
             _logger.warning(
-                "the state of pruning is not saved: the trainer wrote its checkpoint elsewhere than to %s, as a "
-                "hyper-parameter search does",
+                "the pruning state is not saved: the trainer did not write its checkpoint to %s, as in a "
+                "hyperparameter search",
                 folder,
             )
             return
@@ -163,17 +163,17 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
                 saved: dict[str, Any] = read_tensors(file)
                 return saved
         raise FileNotFoundError(
-            f"training resumes at step {state.global_step} without a state of pruning: "
-            f"{' and '.join(map(str, files))} not found; pass the folder of the checkpoint to PruningCallback as "
-            "resume_from_checkpoint, or start a new run from the model in the checkpoint"
+            f"training resumes at step {state.global_step} without a pruning state: {' and '.join(map(str, files))} "
+            "not found; pass the folder of the checkpoint to PruningCallback as resume_from_checkpoint, or start a "
+            "new run from the model in the checkpoint"
         )
 
 
 def _refuse_best_model(args: Any) -> None:
     if args.load_best_model_at_end:
         raise ValueError(
-            "load_best_model_at_end would put back the weights of a checkpoint with another sparsity, usually one "
-            "before pruning; leave it out of TrainingArguments"
+            "load_best_model_at_end would restore the weights of a checkpoint with another sparsity, usually from "
+            "before pruning; remove it from TrainingArguments"
         )
 
 

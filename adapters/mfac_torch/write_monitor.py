@@ -1,4 +1,4 @@
-"""Writes to pruned weights by other code: noticed between two optimizer steps, and logged with their likely cause.
+"""Writes to pruned weights by other code: detected between two optimizer steps, and logged with their likely cause.
 
 Pruned weights are set to zero after each step of the attached optimizers. In between, anything may write to the model:
 ``load_state_dict`` of another epoch, an average of the weights, an optimizer that was not given to ``modify``.
@@ -26,7 +26,7 @@ _logger = logging.getLogger("mfac_torch")
 
 
 class WriteMonitor:
-    """Notices steps of optimizers that are not attached, and pruned weights that are no longer zero.
+    """Detects steps of optimizers that are not attached, and pruned weights that are no longer zero.
 
     Args:
         optimizers: The attached optimizers.
@@ -128,11 +128,11 @@ class WriteMonitor:
         if self._num_steps and not self._other_optimizer and not self._is_written(None):
             return ""
         since = f"since step {self._last_step}" if self._num_steps else "at all"
-        others = f", but steps of {self._other_optimizer}" if self._other_optimizer else ""
+        others = f", but {self._other_optimizer} has" if self._other_optimizer else ""
         return (
-            f"there was no step of the {self._attached_classes} given to modify() {since}{others}; pass the optimizer "
+            f"the {self._attached_classes} given to modify() has taken no step {since}{others}; pass the optimizer "
             "whose step() the training loop calls: the new one if it was replaced, the inner one (base_optimizer) if "
-            "the loop calls first_step() and second_step() as for SAM"
+            "the loop calls first_step() and second_step(), as for SAM"
         )
 
     @property
@@ -171,8 +171,8 @@ class WriteMonitor:
             return
         self._warned_of[optimizer] = True
         _logger.warning(
-            "%s has made a step on %s but was not given to modify(), so pruned weights regrow and no pruning step "
-            "falls due; %s. If several optimizers train the model, pass all of them",
+            "%s has taken a step on %s but was not given to modify(), so pruned weights regrow and its steps do not "
+            "count for the schedule; %s. If several optimizers train the model, pass all of them",
             self._other_optimizer,
             join_names(updated),
             self.missing_steps(),

@@ -49,7 +49,7 @@ class CupyBackend:
             return cupy.zeros(shape, dtype)
 
     def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-        """Return zeros in page-locked host memory, from which copies to a GPU run beside its work."""
+        """Return zeros in page-locked host memory, from which copies to a GPU overlap with its work."""
         # CuPy's pool would keep the memory of these large arrays page-locked after they are freed
         zeros = _page_locked(shape, dtype, _outside_the_pool)
         if zeros is None:

@@ -104,7 +104,7 @@ class BlockwiseFisher:
         self.groups: tuple[BlockGroup, ...] = ()
         for name, groups in assigned.items():
             if not groups:
-                _logger.info("device %s computes nothing: it has no memory for a block, or there are too few", name)
+                _logger.info("device %s is idle: it has no memory for a block, or there are too few blocks", name)
             self._assigned[name] = range(len(self.groups), len(self.groups) + len(groups))
             self.groups += groups
         # which blocks of each group need float64; None until its diagonal has been computed

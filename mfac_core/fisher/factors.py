@@ -133,8 +133,8 @@ def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, A
     if not is_accurate:
         raise IllConditionedError(
             "the Fisher of a block cannot be inverted with damping "
-            f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large beside "
-            "it, or too alike; choose a larger damping"
+            f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large relative to "
+            "the damping, or too similar; choose a larger damping"
         )
     if attempt is None:
         return exact, refined
@@ -487,9 +487,9 @@ def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
 
 
 def _least_damping(chunks: Sequence[Array]) -> float:
-    """Return the damping below which squares of gradients that matter beside it may be too small for their dtype.
+    """Return the damping below which squares of gradients that matter next to it may be too small for their dtype.
 
-    Beside the damping only squares above ``eps damping`` matter, and they must be normal numbers.
+    Next to the damping only squares above ``eps damping`` matter, and they must be normal numbers.
     """
     limits = array_namespace(chunks[0]).finfo(chunks[0].dtype)
     return float(limits.smallest_normal) / float(limits.eps)

@@ -146,7 +146,7 @@ def assign(
         most = max(share.free_bytes or 0 for share in shares.values())
         raise MemoryBudgetError(
             f"device {', '.join(shares)}: one block needs {needed:,} bytes of working memory and {most:,} are free; "
-            "choose a smaller block_size or fewer num_gradients"
+            "choose a smaller block_size (fisher_block_size in a recipe) or a smaller num_gradients (num_grads)"
         )
     # each device gets the blocks whose middle column lies before its bound and after that of the device before
     bounds = _bounds(stored_groups[-1].stop, able)
@@ -169,7 +169,7 @@ def assign(
 
 
 def working_bytes(group: BlockGroup, num_gradients: int, itemsize: int) -> int:
-    """Return the memory that the computation of one group takes, beside the window.
+    """Return the memory that the computation of one group takes, in addition to the window.
 
     That is a chunk and its solved copy, and some float64 matrices of the size of the factor.
 

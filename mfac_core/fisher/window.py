@@ -146,7 +146,7 @@ class GradientWindow:
             dtype=self.dtype,
         )
         with self.device.backend.on(self.device.name):
-            # chunk by chunk, so that no more than a few chunks are held beside the two windows
+            # chunk by chunk, so that only a few chunks are held in addition to the two windows
             pieces = self._columns(mask, rows)
             rest: Array | None = None
             for group, chunks in zip(window.stored_groups, window._storage, strict=True):
@@ -186,15 +186,17 @@ class GradientWindow:
         rows = checked_array("rows of the gradient window", state["rows"], self.dtype, 2)
         if rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
             raise ValueError(
-                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} rows of "
-                f"{self.num_weights} weights; resume with the settings and the model that the state was saved with"
+                f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} gradient "
+                f"samples of {self.num_weights} weights; resume with the settings and the model that the state was "
+                "saved with"
             )
         # until the window is full, the next row follows the others
         full = len(rows) == self.num_gradients
         if not full and checked_integer("position in the gradient window", state["position"]) < len(rows):
             raise ValueError(
-                f"the stored gradient window is full with {len(rows)} rows, this one holds {self.num_gradients}; "
-                "resume with the num_gradients (num_grads in a recipe) that the state was saved with"
+                f"the stored gradient window is full with {len(rows)} gradient samples, this one holds "
+                f"{self.num_gradients}; resume with the num_gradients (num_grads in a recipe) that the state was saved "
+                "with"
             )
         bounds = (0, len(rows) - 1) if full else (len(rows), len(rows))
         checked_integer("position in the gradient window", state["position"], *bounds)

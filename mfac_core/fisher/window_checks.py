@@ -30,12 +30,12 @@ difference of ``F^-1`` from ``I / damping`` is no larger than that."""
 
 _NO_GRADIENT = (
     "The loss has no gradient at this model, as when the model is distilled against itself: sample the targets from "
-    "its own output instead, or take the labels"
+    "its own output instead, or use the labels"
 )
 
 _ONE_BATCH = (
-    "That comes from one batch over and over, or from a loss that does not depend on the data; draw more batches (a "
-    "data loader that shuffles gives other batches in each pass)"
+    "Either the same batch was drawn repeatedly, or the loss does not depend on the data; draw different batches (a "
+    "data loader that shuffles does so in each pass)"
 )
 
 
@@ -46,7 +46,7 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
 
     Args:
         source: The gradient samples: a window, or plain gradients.
-        damping: Added to the diagonal of their empirical Fisher; beside ``auto`` none are negligible.
+        damping: Added to the diagonal of their empirical Fisher; with ``auto`` none is negligible.
 
     Example:
         >>> from mfac_core.fisher.matrix import GradientMatrix
@@ -85,8 +85,8 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         warnings.append(f"of {count} gradient samples only 1 is distinct, so that the Fisher has rank 1. {_ONE_BATCH}")
     elif seen.is_alike:
         warnings.append(
-            f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} "
-            f"of their squared norm), so that the Fisher has hardly more than rank 1. {_ONE_BATCH}"
+            f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} of "
+            f"their squared norm), so the Fisher has little more than rank 1. {_ONE_BATCH}"
         )
     elif seen.distinct < count:
         warnings.append(
@@ -131,7 +131,7 @@ class _Seen:
         return self._count > 1 and self.deviation <= _NEARLY_EQUAL * self.squares < math.inf
 
     def is_lost_under(self, damping: Damping) -> bool:
-        """Return whether the empirical Fisher is negligible beside the damping."""
+        """Return whether the empirical Fisher is negligible relative to the damping."""
         return damping != "auto" and self.squares < math.inf and self.largest_trace <= _LOST_UNDER_DAMPING * damping
 
     def add(self, piece: Array, *, begins_block: bool) -> None:

@@ -21,7 +21,7 @@ class ACDCPruner(Pruner):
 
     For the phases see :func:`mfac_core.schedules.pruning.pruning_schedule`; for the arguments :class:`Pruner`.
     With ``reset_momentum``, a decompressed phase that follows a compressed one asks for a reset of the optimizer, whose
-    state of the weights that come back is stale.
+    state of the weights that regrow is stale.
 
     Example:
         >>> settings = ACDCSettings(compression_sparsity=0.5, end_epoch=2)

@@ -46,7 +46,7 @@ def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[s
 
     Weights that have come into scope start unpruned, and the next pruning step prunes them to its sparsity with the
     others: sparsities count all zeros of a layer, or of the whole scope. A constant mask holds their zeros. Initial
-    sparsities per layer are measured anew.
+    sparsities per layer are measured again.
 
     Args:
         state: What ``state_dict`` of the earlier pruner returned.

@@ -70,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """All that pruning steps and loaded states change, replaced in one assignment: an exception leaves it whole.
+    """All that pruning steps and loaded states change, replaced in one assignment: an exception leaves it intact.
 
     Args:
         mask: Which of all weights are unpruned, shape ``(n,)``; never written to.
@@ -433,14 +433,14 @@ class Pruner(ABC):
         return newly_pruned(saliencies, self._mask, sparsity, self._rule)
 
     def _warn_at_start(self) -> None:
-        """Warn of settings that do not fit the weights; by default there is nothing to warn of."""
+        """Warn about settings that do not fit the weights; by default there is nothing to warn about."""
 
     def _warn_of_unreachable(self, sparsity: float) -> None:
         limited = out_of_reach(sparsity, self._rule)
         if limited:
             _logger.warning(
-                "mask_type %s does not divide the inputs of %s: the sparsity there ends below %g; take what has too "
-                "few inputs out of params",
+                "mask_type %s does not divide the number of inputs of %s, which cannot reach sparsity %g; remove "
+                "weights with too few inputs from params",
                 self._mask_type,
                 ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
@@ -461,8 +461,8 @@ class Pruner(ABC):
         self._warned_empty.update(emptied)
         if emptied:
             _logger.warning(
-                "the pruning step of epoch %g prunes every weight of %s, so that nothing passes there any more; "
-                "%stake it out of params, or prune less",
+                "the pruning step of epoch %g prunes every weight of %s, so no signal passes through; %sexclude these "
+                "weights, or prune less",
                 scheduled.epoch,
                 join_names(emptied),
                 "" if self._rule.scope == "layer" else "prune within layers (global_sparsity: false in a recipe), ",

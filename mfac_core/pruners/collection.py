@@ -1,4 +1,4 @@
-"""Gradient samples that arrive while training goes on: gathered, checked for NaN, and stored in a window."""
+"""Gradient samples that arrive during training: gathered, checked for NaN, and stored in a window."""
 
 from __future__ import annotations
 

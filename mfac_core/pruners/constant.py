@@ -53,8 +53,8 @@ class ConstantPruner(Pruner):
         unmasked = [name for name in unmasked if not is_adapter(name)]  # adapters are known to begin at zero
         if unmasked:
             _logger.warning(
-                "zero throughout, and assumed to begin at zero rather than to be pruned, so not held: %s; to hold them "
-                "at zero, write their exact names in params",
+                "all zeros, so assumed to be initial values and not held: %s; to hold them at zero, list them by name "
+                "in params",
                 join_names(unmasked),
             )
         return Outcome(scatter_unpruned(take_unpruned(weights, mask), mask), mask)

@@ -125,7 +125,7 @@ class GradualPruner(Pruner):
         above = [name for name, initial in by_name.items() if initial > self._final_sparsity]
         if above:
             _logger.warning(
-                "%s: sparser than final_sparsity %g already; pruned weights never come back, so sparsity stays there",
+                "%s: already sparser than final_sparsity %g; pruned weights never regrow, so this sparsity stays",
                 ", ".join(above),
                 self._final_sparsity,
             )

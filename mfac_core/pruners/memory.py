@@ -27,7 +27,7 @@ WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
 
 WORKING_GROUPS = 6
-"""Groups of blocks for which a GPU needs room beside the window: the group, its intermediate arrays, kept factors."""
+"""Groups of blocks that a GPU has room for besides the window: the group, its intermediate arrays, kept factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
 """The masks that a schedule leads to: the sparsity that each pruning step aims at, and a function that returns the
@@ -46,7 +46,7 @@ class WindowMemory:
         schedule: The pruning steps.
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
         live_gradients: Whether gradients arrive while training. Their rows outlive a pruning step, so the next window
-            is made beside the one before.
+            is created while the previous one exists.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -83,7 +83,7 @@ class WindowMemory:
         """Return the bytes that the run needs on the device of its gradient window.
 
         The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
-        window is made beside the one before.
+        window is created and the previous one exists.
         """
         rows, columns = self.peak()
         block_size = self.settings.block_size
@@ -107,9 +107,10 @@ class WindowMemory:
 
         fitting = bisect_right(range(rows), free, key=bytes_for) - 1
         cure = (
-            f"num_gradients of at most {fitting} would fit"
+            f"num_gradients (num_grads in a recipe) of at most {fitting} would fit"
             if fitting > 0
-            else "choose a smaller block_size, fewer weights in params, or a machine with more memory"
+            else "choose a smaller block_size (fisher_block_size in a recipe), fewer weights in params, or a machine "
+            "with more memory"
         )
         raise MemoryBudgetError(
             f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned "

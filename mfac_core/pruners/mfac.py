@@ -1,4 +1,4 @@
-"""Gradual pruning by M-FAC: gradients are observed while training goes on."""
+"""Gradual pruning by M-FAC: gradients are observed during training."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ class MFACPruner(GradualPruner):
         return self._progress.substeps_done if index == self._done else 0
 
     def _substeps_of(self, index: int) -> int:
-        """Return the number of sub-steps of a pruning step that starts from the mask of now."""
+        """Return the number of sub-steps of a pruning step that starts from the current mask."""
         progress = self._progress
         return progress.substeps if index == progress.next_pruning else self._substeps_needed(progress, index)
 
@@ -426,7 +426,7 @@ class MFACPruner(GradualPruner):
         )
 
     def _warn_of_window(self, window: GradientWindow, substeps_done: int) -> None:
-        """Warn of rows that are fewer, older or less informative than they should be."""
+        """Warn about rows that are fewer, older or less informative than they should be."""
         if self._live and substeps_done and window.num_fresh < window.count:
             self._warn_once(
                 "stale",
@@ -439,7 +439,7 @@ class MFACPruner(GradualPruner):
             cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"
             self._warn_once(
                 "partial",
-                f"a pruning step uses {window.count} gradient samples where {window.num_gradients} are wanted; {cure} "
+                f"a pruning step uses {window.count} gradient samples instead of {window.num_gradients}; {cure} "
                 "num_gradients (num_grads in a recipe)",
             )
         if "window" not in self._logged:

@@ -32,7 +32,7 @@ class PruneResult:
             The loss on other data grows by more, often by tens of times, so compare such numbers with each other only.
         resets_optimizer: Whether the state that the optimizer has of these weights is stale and should be reset.
         completes_step: Whether the pruning step is complete; False after a sub-step that others follow.
-        measured_loss_change: By how much the loss has grown over the pruning step, on batches beside the gradient
+        measured_loss_change: By how much the loss has grown over the pruning step, on batches other than the gradient
             samples; ``None`` where it was not measured.
         damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
             ``None`` where there was none, as in magnitude pruning.

@@ -73,7 +73,7 @@ def fixed(value: object, cure: str) -> Key:
 def _number(value: object) -> object:
     if isinstance(value, str):
         if "eval(" in value:
-            raise ValueError("holds eval(...) beside other text; write all of it inside, such as eval(2 * epochs)")
+            raise ValueError("mixes eval(...) with other text; write all of it inside, such as eval(2 * epochs)")
         raise ValueError("is text, not a number; write the number without quotes")
     if isinstance(value, bool) or not isinstance(value, int):
         return value

@@ -193,8 +193,8 @@ def _waits_for_gradients(name: str, settings: MFACSettings, steps_per_epoch: int
     if first.num_gradients is not None and (first.step == 0 or first.epoch == 0):
         yield (
             f"{name}: the first pruning step is due at epoch {first.epoch:g}, before there is any gradient; with live "
-            f"gradients it waits for its first window of {first.num_gradients} rows, at most until the next pruning "
-            "step; start later or use a gradient sampler"
+            f"gradients it waits for its first window of {first.num_gradients} gradient samples, at most until the "
+            "next pruning step; start later or use a gradient sampler"
         )
 
 
@@ -213,8 +213,8 @@ def _not_full(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iterat
         more = f" (the first of {len(short)} such steps)" if len(short) > 1 else ""
         yield (
             f"{name}: the pruning step at epoch {row.epoch:g} (optimizer step {row.step}) falls due while its "
-            f"gradient window has {rows} of {row.num_gradients} rows, and uses those{more}; start later, prune less "
-            "often, lower num_grads or use a gradient sampler"
+            f"gradient window has {rows} of {row.num_gradients} gradient samples, and uses those{more}; start later, "
+            "prune less often, lower num_grads or use a gradient sampler"
         )
 
 
@@ -226,7 +226,7 @@ def _share_rows(name: str, settings: MFACSettings, steps_per_epoch: int) -> Iter
             yield (
                 f"{name}: the {len(steps)} sub-steps of the pruning step at epoch {row.epoch:g} (optimizer step "
                 f"{row.step}) share gradient samples: they are {apart} optimizer steps apart, and a window has "
-                f"{row.num_gradients} rows; start later, prune less often, lower num_recomputations or num_grads, or "
+                f"{row.num_gradients}; start later, prune less often, lower num_recomputations or num_grads, or "
                 "use a gradient sampler"
             )
 
@@ -336,7 +336,7 @@ def _pruned_while_frozen(
             if shared and overlap and not freezing.trainable and not isinstance(pruning, ConstantSettings):
                 yield (
                     f"{name} prunes {join_names(shared, at_most=3)} while {display_name(freezing)} freezes them: "
-                    "pruning steps change frozen weights too; end pruning before that, or take them out of params"
+                    "pruning steps change frozen weights too; end pruning before that, or remove them from params"
                 )
 
 

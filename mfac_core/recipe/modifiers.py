@@ -197,7 +197,7 @@ def _meaning(written: _Written, modifier: ModifierFormat, misspelled: set[str]) 
     known = [key for key in (*modifier.keys, *modifier.nested) if not written.nested_in or key in allowed]
     keys = f"the keys are {', '.join(known)}"
     if written.key in modifier.keys:
-        cure = f"write {written.key} beside {written.nested_in}, not in it"
+        cure = f"write {written.key} next to {written.nested_in}, not inside it"
         raise written.place.error(f"unknown key; {keys}; {cure}")
     misspelled.update(nearest_names(written.key, known))
     raise written.place.error(f"unknown key{nearest(written.key, known)}; {keys}")
@@ -225,7 +225,7 @@ def _require(
 
 
 def _settle_params(fields: dict[str, Any], written: Mapping[str, _Written]) -> None:
-    """Drop an empty ``params`` beside a ``final_sparsity`` that names weights itself, and refuse any other."""
+    """Drop an empty ``params`` next to a ``final_sparsity`` that names weights itself, and refuse any other."""
     if "params" not in fields or not isinstance(fields.get("final_sparsity"), Mapping):
         return
     if fields["params"]:

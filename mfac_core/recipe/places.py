@@ -62,7 +62,7 @@ class CollectedErrors:
 
     @contextmanager
     def collect(self, line: int | None) -> Iterator[None]:
-        """Add the error that is raised inside, and go on."""
+        """Collect the error that is raised inside instead of raising it."""
         try:
             yield
         except RecipeError as error:

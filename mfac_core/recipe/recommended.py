@@ -46,7 +46,7 @@ def recommended_keys(keys: Mapping[str, object], sparsity: object = None) -> dic
 
 
 def recommended_line(keys: Mapping[str, object]) -> str:
-    """Return in one line which recommended settings are used beside the given keys; empty if all are given.
+    """Return in one line which recommended settings are used in addition to the given keys; empty if all are given.
 
     Example:
         >>> recommended_line({"final_sparsity": 0.9, "damp": 0.001, "num_recomputations": 4, "update": "joint"})

@@ -14,7 +14,7 @@ __all__ = ["match_shapes", "parse_shapes", "read_shapes"]
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXIS_LENGTH = 2**63 - 1
-# Layers store these beside their parameters; they are never pruned.
+# Layers store these in addition to their parameters; they are never pruned.
 _BUFFERS = frozenset(
     {
         "running_mean",
@@ -80,7 +80,7 @@ def parse_shapes(content: bytes, source: str, *, is_safetensors: bool = False) -
 def match_shapes(
     params: Sequence[str], exclude: Sequence[str], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, int], list[str]]:
-    """Return the parameters that ``params`` selects and ``exclude`` does not take out, and warnings about them.
+    """Return the parameters that ``params`` selects and ``exclude`` does not remove, and warnings about them.
 
     Layers are not known here, so ``__ALL_PRUNABLE__`` means every parameter of two or more dimensions.
 

@@ -94,7 +94,7 @@ def draw_increases(
     predicted: Increases,
     num_weights: Mapping[str, int],
 ) -> None:
-    """Draw increases as numbers on colors: one row per layer, one column per sparsity, measured beside predicted.
+    """Draw increases as numbers on colors: one row per layer, one column per sparsity, measured next to predicted.
 
     The suffix of ``path`` selects the format; its folder is created if missing.
     """

@@ -53,7 +53,7 @@ class BatchStatistics:
 
     @property
     def unused(self) -> list[str]:
-        """Names of the layers that no batch has come through."""
+        """Names of the layers that no batch has reached."""
         return [name for name, calls in self._calls.items() if not calls]
 
     def calls(self, layer: str) -> int:
@@ -71,15 +71,15 @@ class BatchStatistics:
         measured = np.array(mean, np.float64), np.array(variance, np.float64)
         if not all(np.isfinite(each).all() for each in measured):
             raise ValueError(
-                f"what comes into the batch normalization {layer} holds NaN or Inf, or is too large for a variance, so "
-                "its statistics stay as they were; look for NaN in the data and in the weights"
+                f"the input of the batch normalization layer {layer} holds NaN or Inf, or its variance overflows, so "
+                "the statistics are left unchanged; look for NaN in the data and in the weights"
             )
         before = self._sums.get(layer, (0.0, 0.0))
         self._sums[layer] = (before[0] + calls * measured[0], before[1] + calls * measured[1])
         self._calls[layer] += calls
 
     def averages(self) -> list[tuple[str, Vector, Vector]]:
-        """Return name, mean and variance of each layer that a batch has come through."""
+        """Return name, mean and variance of each layer that a batch has reached."""
         return [
             (name, mean / self._calls[name], variance / self._calls[name])
             for name, (mean, variance) in self._sums.items()
@@ -94,7 +94,7 @@ class LayerStatistics(ABC):
     Args:
         layers: Name and layer, those that are frozen included.
         frozen: Names of the layers to leave as they are.
-        logger: Where to log what was estimated.
+        logger: Where to log what was recalibrated.
 
     Attributes:
         layers: The layers whose statistics may be recalibrated, by name.
@@ -129,7 +129,7 @@ class LayerStatistics(ABC):
                 for batch in sampler.one_pass(num_batches, options):
                     self._measure(sampler, batch, statistics)
                     statistics.num_batches += 1
-            self._restore(before)  # of layers that no batch has come through, too
+            self._restore(before)  # of layers that no batch has reached, too
             self._write(statistics)
         except BaseException:
             self._restore(before)
@@ -179,10 +179,10 @@ def recalibrated_line(statistics: BatchStatistics, frozen: Collection[str] = ())
         >>> statistics.add("norm", [0.0], [1.0])
         >>> statistics.num_batches = 1
         >>> recalibrated_line(statistics)
-        'statistics of 1 batch normalization layer recalibrated over 1 batch; no batch comes through unused'
+        'statistics of 1 batch normalization layer recalibrated over 1 batch; not reached by any batch: unused'
     """
-    unused = f"; no batch comes through {join_names(statistics.unused)}" if statistics.unused else ""
-    left = f"; frozen, and left as they are: {join_names(frozen)}" if frozen else ""
+    unused = f"; not reached by any batch: {join_names(statistics.unused)}" if statistics.unused else ""
+    left = f"; frozen, and left unchanged: {join_names(frozen)}" if frozen else ""
     layers = _counted(len(statistics.averages()), "batch normalization layer")
     return f"statistics of {layers} recalibrated over {_counted(statistics.num_batches, 'batch', 'es')}{unused}{left}"
 

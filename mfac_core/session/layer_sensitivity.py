@@ -135,7 +135,7 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
         else:
             refused += 1
     if not taken:
-        raise ValueError(f"there is no gradient sample of finite numbers ({refused} hold NaN or Inf); check the loss")
+        raise ValueError(f"there is no finite gradient sample ({refused} hold NaN or Inf); check the loss")
     if refused:
         _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", join_names(stacked))
     return {name: array[:taken] for name, array in stacked.items()}

@@ -100,7 +100,7 @@ class LivePruning(ABC):
 
     @abstractmethod
     def snapshot(self, undo: ExitStack) -> None:
-        """Register callbacks that restore the weights as they are now."""
+        """Register callbacks that restore the current values of the weights."""
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterable[Mapping[str, Array]]:
         """Draw as many gradient samples, by name, as the pruner needs; ``held_out`` gets further batches."""

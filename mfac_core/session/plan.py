@@ -114,7 +114,7 @@ def plan_model(
         weights: The parameters that each pruning modifier matches, name -> number of weights: one mapping for each
             entry of ``by_final_sparsity()``, in order.
         steps_per_epoch: Optimizer steps per epoch.
-        epochs: Epochs of training; ``None`` takes the end of an ``EpochRange``, if there is one.
+        epochs: Epochs of training; ``None`` uses the end of an ``EpochRange``, if there is one.
         sampled: Whether there is a gradient sampler, so that windows are full at each pruning step.
         trainable: The parameters that each modifier that freezes or unfreezes matches.
 

@@ -39,13 +39,13 @@ C = TypeVar("C", bound=Changes | None)
 
 @dataclass(frozen=True)
 class ParsedState:
-    """A state that fits a session, checked as a whole before anything changes.
+    """A state that fits a session, checked completely before anything changes.
 
     Args:
         step: Completed optimizer steps when it was saved.
         steps_per_epoch: Optimizer steps per epoch then.
-        pruners: For each modifier, the pruner with its state; None for one that begins anew.
-        changes: The state of the changes in training.
+        pruners: For each modifier, the pruner with its state; None for one that starts over.
+        changes: The state of the changes of training.
     """
 
     step: int
@@ -111,7 +111,7 @@ class Session(Generic[P, C]):
         self._changes = changes
 
     def zeros(self) -> ZeroCount:
-        """Count the zeros among pruned weights as they are now, whatever has written to the model."""
+        """Count the current zeros among pruned weights, whatever has written to the model."""
         weights = {name: array for pruning in self.prunings for name, array in pruning.weights().items()}
         return count_zeros(weights, combined_masks(pruning.masks for pruning in self.prunings))
 
@@ -128,7 +128,7 @@ class Session(Generic[P, C]):
                 pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:
-        """Warn of modifiers whose last pruning step is not done when training ends.
+        """Warn about modifiers whose last pruning step is not done when training ends.
 
         Args:
             event: What happened, such as ``fit ended``.
@@ -147,7 +147,7 @@ class Session(Generic[P, C]):
         }
 
     def parsed(self, state: Mapping[str, Any], *, strict: bool = True) -> ParsedState:
-        """Check a whole state. Nothing is changed.
+        """Check a complete state. Nothing is changed.
 
         Args:
             state: What :meth:`state_dict` returned in a run with the same recipe and model.
@@ -199,7 +199,7 @@ class Session(Generic[P, C]):
             except ValueError as error:
                 if strict:
                     raise
-                self.logger.warning("a pruning modifier begins anew, because its state does not fit: %s", error)
+                self.logger.warning("a pruning modifier starts over, because its state does not fit: %s", error)
                 pruners.append(None)
         return (*pruners, *[None] * (len(self.prunings) - len(pruners)))
 

@@ -128,8 +128,8 @@ def check_recomputations(num_recomputations: object, spacing: object) -> None:
     if num_recomputations == "auto" and spacing == "linear":
         raise SettingError(
             "recomputation_spacing",
-            "linear does not go with num_recomputations auto, which shrinks what is left by equal factors; write "
-            "geometric, or a number of recomputations",
+            "linear cannot be combined with num_recomputations auto, which is geometric; write geometric, or a number "
+            "of recomputations",
         )
 
 

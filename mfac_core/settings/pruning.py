@@ -154,8 +154,8 @@ class GradualSettings(PruningSettings):
             if self.initial_sparsity > min(finals):  # type: ignore[operator]  # a number by now
                 raise SettingError(
                     "initial_sparsity",
-                    f"{self.initial_sparsity} is above final_sparsity {min(finals)}; pruned weights never come "
-                    "back, so sparsity can only grow: swap the two or lower initial_sparsity",
+                    f"{self.initial_sparsity} is above final_sparsity {min(finals)}; pruned weights never "
+                    "regrow, so sparsity can only grow: swap the two or lower initial_sparsity",
                 )
         check_number("update_frequency", self.update_frequency, "update_frequency > 0 (epochs)", lambda x: x > 0)
         check_choice("interpolation", self.interpolation, get_args(Interpolation))
@@ -203,7 +203,7 @@ class MFACSettings(GradualSettings):
             holds from that sparsity on; a mapping must have the key 0.
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``; or ``auto``, for each block 0.1 times
-            the mean diagonal of its empirical Fisher, measured anew for each Fisher.
+            the mean diagonal of its empirical Fisher, measured for each Fisher.
         devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``; ``("auto",)`` is where
             the weights are.
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
@@ -293,7 +293,7 @@ class ACDCSettings(PruningSettings):
         update_frequency: Epochs per phase, ``> 0``.
         scope: Where magnitudes compete.
         mask_type: Pattern of the zeros, see :data:`MaskType`.
-        reset_momentum: Whether the state of the optimizer is reset when weights come back, at the beginning of each
+        reset_momentum: Whether the state of the optimizer is reset when weights regrow, at the beginning of each
             decompressed phase but the first.
 
     Example:

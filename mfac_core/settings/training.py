@@ -1,4 +1,4 @@
-"""What a recipe changes in training beside pruning: its length, learning rate, weight decay, trainable parameters."""
+"""What a recipe changes in training besides pruning: its length, learning rate, weight decay, trainable parameters."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def matching_names(
 
 
 def selected_names(params: Sequence[str], exclude: Sequence[str], model: ModelNames) -> dict[str, list[str]]:
-    """Return the weights that ``params`` selects and ``exclude`` does not take out.
+    """Return the weights that ``params`` selects and ``exclude`` does not remove.
 
     Args:
         params: Entries, as in :func:`matching_names`.
@@ -105,7 +105,7 @@ def excluded_names(exclude: Sequence[str], model: ModelNames) -> set[str]:
 def names_in_layers(params: Sequence[str], model: ModelNames, logger: logging.Logger, *, strict: bool) -> set[str]:
     """Return the first names of the weights that entries match, where the name of a layer means all weights in it.
 
-    An entry that matches nothing is an error if ``strict``; otherwise the logger warns of it.
+    An entry that matches nothing is an error if ``strict``; otherwise the logger warns about it.
     """
     matches = _matches("params", params, model, whole_layers=True, strict=strict)
     for entry in [entry for entry, names in matches.items() if not names]:
@@ -133,7 +133,7 @@ def _refuse_frozen_by_name(frozen: Sequence[str], selected: Mapping[str, Sequenc
     if by_name:
         names, is_, it = (repr(by_name[0]), "is", "it") if len(by_name) == 1 else (join_names(by_name), "are", "them")
         raise SettingError(
-            "params", f"{names} {is_} frozen ({model.frozen_because}); unfreeze {it}, or take {it} out of params"
+            "params", f"{names} {is_} frozen ({model.frozen_because}); unfreeze {it}, or remove {it} from params"
         )
 
 
@@ -143,10 +143,10 @@ def _refuse_nothing(
     if not is_any_left:
         raise SettingError(
             "exclude",
-            f"{list(exclude)} leaves nothing to prune: it takes out every {model.kind} that params {list(params)} "
+            f"{list(exclude)} leaves nothing to prune: it excludes every {model.kind} that params {list(params)} "
             "selects",
         )
-    others = f", except those that exclude {list(exclude)} takes out" if is_any_excluded else ""
+    others = f", except those that exclude {list(exclude)} removes" if is_any_excluded else ""
     raise SettingError(
         "params",
         f"{list(params)} leaves nothing to prune: every {model.kind} that it selects is frozen "

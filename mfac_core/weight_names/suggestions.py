@@ -28,7 +28,7 @@ def why_nothing_matches(entry: str, model: ModelNames, *, is_whole: bool) -> str
             held = f"; it holds {join_names(inside)}: pruning normalization weights, biases or scales harms the model"
         return f"{entry!r} is a layer without weights of {model.prunable_layers}{_computed_inside(entry, model)}{held}"
     if entry in model.computed:
-        return f"{entry!r} is no {model.kind}{_computed_inside(entry, model)}"
+        return f"{entry!r} is not a {model.kind}{_computed_inside(entry, model)}"
     return f"{entry!r} matches no {model.kind} of the model; {_suggestion(entry, model, is_whole=is_whole)}"
 
 
@@ -38,7 +38,7 @@ def _computed_inside(entry: str, model: ModelNames) -> str:
         return ""
     by = sorted({model.computed[name].by for name in names})
     how = f" ({', '.join(by)})" if any(by) else ""
-    return f", because its weight is computed from other {model.kind}s{how}; take that off before pruning"
+    return f", because its weight is computed from other {model.kind}s{how}; remove the computation before pruning"
 
 
 def _suggestion(entry: str, model: ModelNames, *, is_whole: bool) -> str:
@@ -48,7 +48,7 @@ def _suggestion(entry: str, model: ModelNames, *, is_whole: bool) -> str:
         if model.computed:
             names = ", ".join(sorted(model.computed))
             return f"the weights of all its layers are computed from other {model.kind}s ({names})"
-        return f"it has no {model.prunable_layers}, so name in params what is to be pruned"
+        return f"it has no {model.prunable_layers}, so list in params what to prune"
     if not model.shapes:
         return f"the model has no {model.kind}s"
     return _as_pattern(entry, model, is_whole=is_whole) or _nearest(entry, model, is_whole=is_whole)
@@ -110,4 +110,4 @@ def _nearest(entry: str, model: ModelNames, *, is_whole: bool) -> str:
         *([f"the nearest names are {', '.join(names)}"] if names else []),
         *([f"the nearest layers are {', '.join(near)}"] if near else []),
     ]
-    return "; ".join(hints) or f"the model has no {model.kind} that one prunes"
+    return "; ".join(hints) or f"the model has no prunable {model.kind}"

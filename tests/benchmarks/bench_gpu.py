@@ -289,13 +289,13 @@ def _measure_all(machine: Machine, shapes: list[Shape], repeat: int, deadline: f
     for done, shape in enumerate(shapes):
         if time.perf_counter() > deadline:
             left_out = "; ".join(map(str, shapes[done:]))
-            report.add("", f"Left out for lack of time: {left_out}.")
+            report.add("", f"Skipped for lack of time: {left_out}.")
             return
         try:
             machine.free_memory()
             refusal = _no_room(machine, shape)
             row = _row(shape, rates, refusal or _measure(machine, shape, repeat, textbook))
-        except Exception as error:  # a failure must not cost the other rows
+        except Exception as error:  # a failure must not end the other rows
             row = _row(shape, rates, _named(error))
         report.add(row)
 
@@ -479,7 +479,7 @@ def _profile(machine: Machine, shape: Shape, repeat: int) -> list[str]:
     precise = "all" if factor.in_float64 is True else "none" if factor.in_float64 is False else "some"
     return [
         f"{shape}: {group.count} blocks in the first of {len(groups)} groups, {precise} of them in float64; median of "
-        f"{repeat} after a warm-up, in seconds. The operations are those that are needed, not those that are done.",
+        f"{repeat} after a warm-up, in seconds. Operations are counted as needed, not as executed.",
         "",
         "| part | one group | all | of the step | TFLOP/s | GB/s |",
         "| --- | --- | --- | --- | --- | --- |",

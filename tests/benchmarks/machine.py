@@ -9,7 +9,7 @@ from pathlib import Path
 __all__ = ["YOURS_WILL_DIFFER", "commit", "processor"]
 
 YOURS_WILL_DIFFER = (
-    "Your digits will differ, seconds more than ratios: both depend on the processor, its caches and its libraries."
+    "Your numbers will differ, seconds more than ratios: both depend on the processor, its caches and its libraries."
 )
 """Printed above every table of times."""
 

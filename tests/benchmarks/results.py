@@ -1,7 +1,7 @@
 """Measure the accuracy of magnitude pruning and M-FAC over several seeds, and write ``docs/results.md``.
 
 Run it from the root of the project: ``make results``. Two processes on two cores take about 35 minutes. Results are
-stored in ``mfac-results/``, in one folder per state of the code: an interrupted run continues where it stopped, and a
+stored in ``mfac-results/``, in one folder per state of the code: an interrupted run resumes where it stopped, and a
 complete one only writes the page again.
 """
 
@@ -45,7 +45,7 @@ QUICK = Scale(
     longest_training=2,
     dense_epochs=1,
 )
-"""Every run, reduced so far that the numbers mean nothing."""
+"""Every run, so small that its numbers are meaningless."""
 
 _SOURCES = ("mfac_core", "adapters/mfac_torch", "recipes")
 _OWN = ("results_runs.py", "results_tasks.py")
@@ -67,14 +67,14 @@ class Unit(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carry out the missing measurements, and write the page."""
+    """Run the missing measurements, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="number of seeds, starting at 0 (5, or 2 with --quick)")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, help="number of processes, each on one core"
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="only these tasks")
-    parser.add_argument("--quick", action="store_true", help="every run, reduced so far that the numbers mean nothing")
+    parser.add_argument("--quick", action="store_true", help="every run, so small that its numbers are meaningless")
     parser.add_argument("--output", type=Path, help="folder of the page (docs; with --quick that of the results)")
     parser.add_argument("--kept", type=Path, help="folder of the results (one in mfac-results/ per state of the code)")
     parser.add_argument("--write", action="store_true", help="measure nothing: write the page from stored results")
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             failed = measured(options.tasks, seeds, scale, folder, processes=options.processes)
         except KeyboardInterrupt:
-            sys.exit(f"interrupted; the same command continues from {folder}")
+            sys.exit(f"interrupted; the same command resumes from {folder}")
         if failed:
             sys.exit("\n".join([*failed, f"all other runs are stored in {folder}; the same command retries these"]))
     kept = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measured(tasks: Sequence[str], seeds: Sequence[int], scale: Scale, folder: Path, *, processes: int) -> list[str]:
-    """Carry out all runs that the folder does not have yet, and return a message for each run that failed."""
+    """Execute all runs that the folder does not have yet, and return a message for each that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     in_order = sorted(tasks, key=lambda task: _COST.index(task) if task in _COST else len(_COST))
     units = [
@@ -131,7 +131,7 @@ def _one_thread() -> None:
 
 
 def _measure(unit: Unit) -> tuple[Unit, list[str]]:
-    """Carry out the missing runs of a unit, store each result, and return which runs failed, and why."""
+    """Execute the missing runs of a unit, store each result, and return which runs failed and why."""
     torch.set_num_threads(1)
     logging.getLogger("mfac_core").setLevel(
         logging.ERROR
@@ -150,7 +150,7 @@ def _measure(unit: Unit) -> tuple[Unit, list[str]]:
         try:
             if run.work not in done:
                 done[run.work] = do(run, bench, unit.scale)
-        except Exception as error:  # one run must not cost the others
+        except Exception as error:  # one failure must not end the other runs
             failed.append(f"{unit.task}, seed {unit.seed}, {run.key}: {type(error).__name__}: {error}")
             continue
         kept["runs"][run.key] = done[run.work] | run.names

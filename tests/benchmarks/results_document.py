@@ -67,11 +67,10 @@ def _head(results: Results) -> Lines:
     yield "# Results"
     yield ""
     yield (
-        f"Magnitude pruning and M-FAC on the same dense networks: mean ± standard deviation over "
-        f"{say.join_names(seeds)} "
-        "seeds, each with its own data split, initial weights and batch order. Your digits will differ: another "
-        "processor or another version of PyTorch rounds differently, and training amplifies the difference. The means "
-        "should be reproduced within their spread."
+        "Magnitude pruning and M-FAC on the same dense networks: mean ± standard deviation over "
+        f"{say.join_names(seeds)} seeds, each with its own data split, initial weights and batch order. Your numbers "
+        "will differ: another processor or another version of PyTorch rounds differently, and training amplifies the "
+        "difference. The means should be reproduced within their spread."
     )
     yield ""
     yield (

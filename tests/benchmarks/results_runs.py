@@ -1,4 +1,4 @@
-"""The runs of each task of ``results.py``, and how one is carried out."""
+"""The runs of each task of ``results.py``, and how each is executed."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def runs_of(task: str, scale: Scale) -> dict[str, list[Run]]:
 
 
 def do(run: Run, bench: Bench, scale: Scale) -> dict[str, Any]:
-    """Carry out one run, and return its measurements."""
+    """Execute one run, and return its measurements."""
     started = time.process_time()
     model = bench.copy()
     batches = Batches(bench.data, bench.task.sample_batch_size, bench.seed, repeated=run.gradients == "repeated")
@@ -223,7 +223,7 @@ def _ablations() -> Iterator[Run]:
     yield run("passes k, geometric", "auto")
     for gradients, label in (
         ("fresh", "other batches for each pass"),
-        ("repeated", "the same batches, gradients taken anew"),
+        ("repeated", "the same batches, gradients recomputed"),
         ("stale", "the rows of the first pass"),
     ):
         yield run("gradients", label, num_recomputations=16, gradients=gradients)

@@ -94,7 +94,7 @@ class Task:
 
 
 class Batches:
-    """Batches for gradient samples, in a new random order in every pass, with a count of the examples.
+    """Batches for gradient samples, in a new random order in each pass; counts the examples drawn.
 
     Args:
         data: The data.

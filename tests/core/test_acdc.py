@@ -251,4 +251,4 @@ def test_what_is_zero_throughout_is_not_held_unless_it_is_named(caplog):
         "c": [False, False],
     }
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "not held: b; to hold them at zero, write their exact names in params" in warning
+    assert "not held: b; to hold them at zero, list them by name in params" in warning

@@ -49,7 +49,7 @@ def test_a_layer_without_a_call_has_no_average():
 def test_what_is_not_finite_is_refused_with_the_name_of_the_layer(bad, place):
     measured = [np.ones(3), np.ones(3)]
     measured[place][1] = bad
-    with pytest.raises(ValueError, match="into the batch normalization body.norm holds NaN or Inf.*look for NaN"):
+    with pytest.raises(ValueError, match="of the batch normalization layer body.norm holds NaN or Inf.*look for NaN"):
         BatchStatistics(["body.norm"]).add("body.norm", *measured)
 
 
@@ -59,8 +59,8 @@ def test_lines_name_layers_and_count_them():
     statistics.add("b", [0.0], [1.0])
     statistics.num_batches = 1200
     assert recalibrated_line(statistics, ["d"]) == (
-        "statistics of 2 batch normalization layers recalibrated over 1,200 batches; no batch comes through c; "
-        "frozen, and left as they are: d"
+        "statistics of 2 batch normalization layers recalibrated over 1,200 batches; not reached by any batch: c; "
+        "frozen, and left unchanged: d"
     )
     assert no_statistics_line(["d"]) == "nothing to recalibrate: every batch normalization of the model is frozen (d)"
     assert stale_statistics_line(["a", "b"], "cure()") == (
@@ -101,7 +101,7 @@ def test_layers_get_the_averages_and_what_no_batch_comes_through_stays(caplog):
     with caplog.at_level(logging.INFO, logger="mfac_core"):
         assert norms.recalibrate(Sampler([{"a": 1.0}, {"a": 3.0}])) == 1
     assert norms.layers == {"a": [2.0], "b": [0.0]}
-    assert "over 2 batches; no batch comes through b; frozen, and left as they are: c" in caplog.text
+    assert "over 2 batches; not reached by any batch: b; frozen, and left unchanged: c" in caplog.text
     assert Norms(["c"], frozen=["c"]).recalibrate(Sampler([])) == 0
 
 

@@ -170,7 +170,7 @@ def test_a_check_changes_nothing(method):
         ),
         (
             {"window": {"rows": np.zeros((4, 20), np.float32), "position": 0}},
-            "has shape .4, 20., this one holds 3 rows",
+            "has shape .4, 20., this one holds 3 gradient samples",
         ),
         ({"window": {"rows": np.zeros((2, 20))}}, "not the state of a gradient window: it lacks position; pass what"),
     ],
@@ -234,7 +234,7 @@ def test_a_position_that_does_not_belong_to_the_rows_is_refused(rows, position):
     window.push(np.ones(4))
     state = {"rows": np.zeros((rows, 4), np.float32), "position": position}
     for take in (window.check_state, window.load_state_dict):
-        with pytest.raises(ValueError, match="position in the gradient window is|full with [12] rows"):
+        with pytest.raises(ValueError, match="position in the gradient window is|full with [12] gradient samples"):
             take(state)
     np.testing.assert_array_equal(window.to_rows(), [np.ones(4)])
 

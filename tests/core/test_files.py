@@ -28,7 +28,7 @@ def test_what_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) ->
 def test_a_folder_is_not_taken_for_the_file_before(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     write_file(folder / "state", b"old")
-    with pytest.raises(IsADirectoryError, match="run' is a folder; name a file in it"):
+    with pytest.raises(IsADirectoryError, match="run' is a folder; give the path of a file"):
         write_file(folder, b"new", keep_previous=True)
     assert [each.name for each in tmp_path.iterdir()] == ["run"]
 

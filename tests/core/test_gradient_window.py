@@ -229,5 +229,7 @@ def test_a_window_that_was_full_with_fewer_rows_is_refused_by_the_number_of_rows
     full = GradientWindow(4, 2, block_size=2)
     for _ in range(2):
         full.push(np.ones(4, np.float32))
-    with pytest.raises(ValueError, match=r"is full with 2 rows, this one holds 3; resume with the num_gradients"):
+    with pytest.raises(
+        ValueError, match=r"is full with 2 gradient samples, this one holds 3; resume with the num_gradients"
+    ):
         GradientWindow(4, 3, block_size=2).load_state_dict(full.state_dict())

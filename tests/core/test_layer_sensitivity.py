@@ -530,7 +530,7 @@ def test_rows_are_stacked_as_they_come() -> None:
     np.testing.assert_array_equal(stacked["a"], np.array([[1, 1], [2, 2]], np.float32))
     assert stacked["a"].dtype == np.float32
     assert stacked["b"].shape == (2, 1, 2)
-    with pytest.raises(ValueError, match="there is no gradient sample"):
+    with pytest.raises(ValueError, match="there is no finite gradient sample"):
         stacked_rows([], 5)
 
 
@@ -542,7 +542,7 @@ def test_rows_that_are_not_finite_are_left_out_and_said(caplog) -> None:
     np.testing.assert_array_equal(stacked["b"], [[0.0, 1.0], [0.0, 3.0]])
     assert len(stacked["a"]) == 2
     assert "NaN or Inf are left out of the sensitivity of a, b" in caplog.text
-    with pytest.raises(ValueError, match=r"of finite numbers \(2 hold NaN or Inf\)"):
+    with pytest.raises(ValueError, match=r"no finite gradient sample \(2 hold NaN or Inf\)"):
         stacked_rows([{"a": np.full(2, math.nan)}] * 2, 2)
 
 
@@ -551,7 +551,7 @@ def test_rows_that_do_not_fit_are_refused_with_a_number_that_does(monkeypatch) -
     weights = {"a": np.ones(1000), "b": np.ones(2000)}
 
     check_rows_fit(weights, 1000, 100, together=False)
-    with pytest.raises(MemoryBudgetError, match="num_gradients of at most [0-9]+ would fit"):
+    with pytest.raises(MemoryBudgetError, match=r"num_gradients \(.*\) of at most [0-9]+ would fit"):
         check_rows_fit(weights, 4000, 100, together=False)
     with pytest.raises(MemoryBudgetError, match="4000 gradients of"):
         check_rows_fit({"a": np.ones(1000), **{f"b{i}": np.ones(900) for i in range(3)}}, 4000, 100, together=True)

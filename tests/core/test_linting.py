@@ -52,7 +52,7 @@ class TestWindowThatIsNotFull:
         warning = only(lint(recipe(mfac(num_gradients=21, initial_sparsity=0.1)), steps_per_epoch=10))
         assert warning.startswith(
             "MFACPruningModifier: the pruning step at epoch 2 (optimizer step 20) falls due while its gradient window "
-            "has 20 of 21 rows, and uses those; "
+            "has 20 of 21 gradient samples, and uses those; "
         )
 
     def test_a_window_that_is_just_full_is_not_named(self):
@@ -64,13 +64,16 @@ class TestWindowThatIsNotFull:
     def test_rows_outlive_a_pruning_step(self):
         # 20 rows at epoch 2 and 10 more per epoch: the window of 40 rows is full at epoch 4.
         warning = only(lint(recipe(mfac(num_gradients=40, initial_sparsity=0.1)), steps_per_epoch=10))
-        assert "20 of 40 rows, and uses those (the first of 2 such steps);" in warning
+        assert "20 of 40 gradient samples, and uses those (the first of 2 such steps);" in warning
 
     def test_a_step_that_prunes_nothing_needs_none(self):
         # The first is at sparsity 0, and at epoch 3, where the next is, there are 30 rows.
         assert lint(recipe(mfac(num_gradients=30)), steps_per_epoch=10) == ()
         warning = only(lint(recipe(mfac(num_gradients=31)), steps_per_epoch=10))
-        assert "at epoch 3 (optimizer step 30) falls due while its gradient window has 30 of 31 rows" in warning
+        assert (
+            "at epoch 3 (optimizer step 30) falls due while its gradient window has 30 of 31 gradient samples"
+            in warning
+        )
         level = mfac(num_gradients=20, initial_sparsity=0.8)
         assert lint(recipe(level), steps_per_epoch=10) == ()
         assert [row.num_gradients for row in describe(recipe(level), 10)] == [20, None, None, None, None]
@@ -80,7 +83,7 @@ class TestWindowThatIsNotFull:
         growing = mfac(num_gradients={0.0: 20, 0.4: 31}, interpolation="linear")
         warning = only(lint(recipe(growing), steps_per_epoch=10))
         assert "the pruning step at epoch 5 (optimizer step 50)" in warning
-        assert "has 30 of 31 rows, and uses those;" in warning
+        assert "has 30 of 31 gradient samples, and uses those;" in warning
 
     def test_magnitude_needs_no_window(self):
         assert lint(recipe(magnitude(start_epoch=0.0)), steps_per_epoch=1) == ()
@@ -93,7 +96,7 @@ class TestStartBeforeAnyGradient:
         assert warning.startswith(
             "MFACPruningModifier: the first pruning step is due at epoch 0, before there is any grad"
         )
-        assert "waits for its first window of 8 rows" in warning
+        assert "waits for its first window of 8 gradient samples" in warning
 
     def test_a_start_that_rounds_to_step_0_waits(self):
         early = recipe(mfac(start_epoch=0.01, num_gradients=8, initial_sparsity=0.1))
@@ -287,7 +290,7 @@ class TestSubstepsThatShareRows:
             "the 4 sub-steps of the pruning step at epoch 3 (optimizer step 300) share gradient samples: they are "
             in (warning)
         )
-        assert "25 optimizer steps apart, and a window has 30 rows" in warning
+        assert "25 optimizer steps apart, and a window has 30" in warning
         assert lint(recipe(mfac(num_gradients=25, num_recomputations=4)), 100) == ()
         assert lint(recipe(settings), 100, sampled=True) == ()
         assert lint(recipe(settings)) == ()
@@ -303,7 +306,7 @@ class TestSubstepsThatShareRows:
         # 100 steps to epoch 3, of which the last 60 are for the second and third sub-step
         assert lint(recipe(mfac(num_gradients=30, num_recomputations=3, start_epoch=0.0)), 100) == ()
         short = lint(recipe(mfac(num_gradients=40, num_recomputations=3, start_epoch=0.0, end_epoch=1.0)), 100)
-        assert any("falls due while its gradient window has 34 of 40 rows" in each for each in short)
+        assert any("falls due while its gradient window has 34 of 40 gradient samples" in each for each in short)
 
 
 class TestNotes:
@@ -403,14 +406,14 @@ class TestModel:
         assert self.plan(mfac(num_gradients=20), epochs=6.0).warnings == ()
 
     def test_windows_that_cannot_fill_in_time(self):
-        assert "has 20 of 21 rows" in only(self.plan(mfac(num_gradients=21, initial_sparsity=0.1)).warnings)
+        assert "has 20 of 21 gradient samples" in only(self.plan(mfac(num_gradients=21, initial_sparsity=0.1)).warnings)
         early = mfac(num_gradients=9, start_epoch=0.0, initial_sparsity=0.1)
         assert "before there is any gradient" in only(self.plan(early).warnings)
 
     def test_a_sampler_fills_them_unless_gradients_of_training_are_wanted(self):
         assert self.plan(mfac(num_gradients=21, start_epoch=0.0), sampled=True).warnings == ()
         of_training = mfac(num_gradients=21, initial_sparsity=0.1, gradient_origin="training")
-        assert "has 20 of 21 rows" in only(self.plan(of_training, sampled=True).warnings)
+        assert "has 20 of 21 gradient samples" in only(self.plan(of_training, sampled=True).warnings)
 
     @pytest.mark.parametrize(
         ("epochs", "expected"), [(5.5, "training at epoch 5.5; train"), (None, "epoch 5 (EpochRangeModifier); train")]

@@ -765,8 +765,8 @@ def test_a_sparsity_that_a_layer_cannot_reach_is_said_once(settings, caplog):
     assert [int(np.sum(~mask)) for mask in result.masks.values()] == [2, 8]
     said = [record.message for record in caplog.records]
     assert said == [
-        "mask_type 2:4 does not divide the inputs of first (which gets a sparsity of at most 0.333): the sparsity "
-        "there ends below 0.5; take what has too few inputs out of params"
+        "mask_type 2:4 does not divide the number of inputs of first (which gets a sparsity of at most 0.333), which "
+        "cannot reach sparsity 0.5; remove weights with too few inputs from params"
     ]
     make_pruner(settings, {"second": weights["second"]}, steps_per_epoch=1)
     assert len(caplog.records) == 1
@@ -789,8 +789,8 @@ def test_a_layer_that_loses_its_last_weight_is_named_once(caplog):
     settings = MagnitudeSettings(final_sparsity=0.5, end_epoch=4.0, interpolation="linear", scope="global")
     pruned_to_the_end(settings, weights)
     first, second = emptied(caplog)
-    assert first.startswith("the pruning step of epoch 2 prunes every weight of small, so that nothing passes there")
-    assert "; prune within layers (global_sparsity: false in a recipe), take it out of params" in first
+    assert first.startswith("the pruning step of epoch 2 prunes every weight of small, so no signal passes through")
+    assert "; prune within layers (global_sparsity: false in a recipe), exclude these weights" in first
     assert second.startswith("the pruning step of epoch 3 prunes every weight of tiny,")
 
 
@@ -805,9 +805,7 @@ def test_no_layer_is_named_that_was_empty_before_or_ends_as_was_asked_for(caplog
 def test_a_layer_too_small_for_its_sparsity_and_one_of_acdc_are_named(caplog):
     pruned_to_the_end(MagnitudeSettings(final_sparsity=0.9, end_epoch=1.0), {"tiny": np.ones(4), "b": np.ones(20)})
     (warning,) = emptied(caplog)
-    assert warning.endswith(
-        "every weight of tiny, so that nothing passes there any more; take it out of params, or prune less"
-    )
+    assert warning.endswith("every weight of tiny, so no signal passes through; exclude these weights, or prune less")
     caplog.clear()
     weights = {"small": np.full(10, 0.01), "large": np.linspace(1, 2, 30)}
     pruner = make_pruner(ACDCSettings(compression_sparsity=0.5, end_epoch=8.0), weights, steps_per_epoch=4)

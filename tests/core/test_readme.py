@@ -66,10 +66,10 @@ def test_every_measured_number_of_the_front_page_stands_in_the_results() -> None
 def test_pages_with_measured_numbers_say_where_and_that_yours_will_differ(page: Path) -> None:
     text = " ".join(page.read_text(encoding="utf-8").split())
 
-    assert "Your digits will differ" in text
+    assert "Your numbers will differ" in text
     assert re.search(r"at commit [0-9a-f]{7}", text)
     assert re.search(r"\bon (one thread of )?[A-Z]\S* ?\S*.*(Processor|CPU|EPYC|Xeon|Core|NVIDIA)", text)
 
 
 def test_the_front_page_says_that_yours_will_differ() -> None:
-    assert "Your digits will differ" in README
+    assert "Your numbers will differ" in README

@@ -228,7 +228,7 @@ class TestMFACPruningModifier:
             (
                 "mfac_options: {num_recomputations: 4}",
                 "mfac_options.num_recomputations: unknown key; the keys are num_grads, fisher_block_size, damp, "
-                "available_gpus, grads_device, num_pages; write num_recomputations beside mfac_options, not in it",
+                "available_gpus, grads_device, num_pages; write num_recomputations next to mfac_options, not inside it",
             ),
             ("num_recomputations: true", "num_recomputations: True must be a positive integer, or auto"),
             ("recomputation_spacing: cubic", "recomputation_spacing: 'cubic' is not one of geometric, linear"),
@@ -528,12 +528,12 @@ class TestModifiers:
         lines = ["final_sparsity: 0.8", "end_epoch: 3", "fisher_block_size: 50", "num_recomputations: auto"]
         assert only(item(*lines, modifier="OBSPruningModifier")).recomputation_spacing == "geometric"
         assert not caplog.records
-        assert "linear does not go with num_recomputations auto" in refusal(
+        assert "linear cannot be combined with num_recomputations auto" in refusal(
             item(*lines, "recomputation_spacing: linear", modifier="OBSPruningModifier")
         )
 
     def test_auto_is_geometric(self):
-        assert "linear does not go with num_recomputations auto, which shrinks what is left" in refusal(
+        assert "linear cannot be combined with num_recomputations auto, which is geometric" in refusal(
             mfac("num_recomputations: auto", "recomputation_spacing: linear")
         )
 

@@ -148,7 +148,7 @@ pruning_modifiers:
     def test_eval_is_the_whole_value_or_plain_text(self):
         text = "n: 5\n" + mfac("params: ['re:x.eval(n)', 'eval(n).weight']")
         assert only(text).params == ("re:x.eval(n)", "eval(n).weight")
-        assert "damp: '2 * eval(n)' holds eval(...) beside other text; write all of it inside" in refusal(
+        assert "damp: '2 * eval(n)' mixes eval(...) with other text; write all of it inside" in refusal(
             "n: 5\n" + mfac("damp: 2 * eval(n)")
         )
         assert "it is not an expression" in refusal("n: 5\n" + mfac("damp: eval(n) + eval(n)"))

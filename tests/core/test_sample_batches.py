@@ -26,7 +26,7 @@ def test_batches_are_begun_anew_and_a_function_is_called_anew(caplog):
     with caplog.at_level("INFO", logger="mfac_core"):
         assert list(batches_to_sample(make, 5)) == list("ababa")
     assert len(calls) == 3
-    assert caplog.text.count("the data ended after 2 of 5 gradient samples; starting them again") == 1
+    assert caplog.text.count("the data ended after 2 of 5 gradient samples and are restarted") == 1
 
 
 def test_no_batch_more_than_asked_for_is_drawn():
@@ -37,12 +37,12 @@ def test_no_batch_more_than_asked_for_is_drawn():
 
 def test_an_iterator_yields_what_it_has_with_a_warning(caplog):
     assert list(batches_to_sample(iter("abc"), 5)) == list("abc")
-    assert "the data ended after 3 of 5 gradient samples and cannot be started again" in caplog.text
+    assert "the data ended after 3 of 5 gradient samples and cannot be restarted" in caplog.text
 
 
 @pytest.mark.parametrize("source", [[], lambda: []])
 def test_a_source_without_batches_is_refused(source):
-    with pytest.raises(ValueError, match="yields no batch; a used-up generator must be passed as a callable"):
+    with pytest.raises(ValueError, match="yields no batch; instead of a generator that is exhausted, pass a callable"):
         list(batches_to_sample(source, 2))
 
 
@@ -100,7 +100,7 @@ def test_one_pass_over_data_that_may_have_no_end_ends_somewhere(source, monkeypa
     monkeypatch.setattr(sample_batches, "_MAX_WITHOUT_LENGTH", 4)
     with caplog.at_level("INFO", logger="mfac_core"):
         assert list(batches_of_one_pass(source)) == [0, 1, 2, 3]
-    assert "no length: one pass over them is taken to end after 4 batches" in caplog.text
+    assert "no length: the first 4 batches count as one pass" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO", logger="mfac_core"):
         assert list(batches_of_one_pass(source, 6)) == [0, 1, 2, 3, 4, 5]  # who names a number gets it
@@ -116,7 +116,7 @@ def test_a_number_of_batches_that_is_none_is_refused(at_most):
 
 
 def test_one_pass_without_a_batch_is_refused():
-    with pytest.raises(ValueError, match="yields no batch; a used-up generator must be passed as a callable"):
+    with pytest.raises(ValueError, match="yields no batch; instead of a generator that is exhausted, pass a callable"):
         list(batches_of_one_pass(iter([])))
     with pytest.raises(TypeError, match="returned a NoneType; it must return an iterable of batches"):
         list(batches_of_one_pass(lambda: None))

@@ -103,7 +103,7 @@ def test_the_log_says_the_bytes_that_the_check_before_the_run_counts(caplog, mon
         with pytest.raises(MemoryBudgetError, match=f"needs {pruning.needed_bytes:,} bytes"):
             session_of(recipe, model)
         monkeypatch.undo()
-    # the 15 zeros leave the window at the first pruning step, and the next window is made beside the one before
+    # the 15 zeros leave the window at the first pruning step: the next one is created while the previous one exists
     assert needed == [4 * 40 * 30 + 2 * (2 * 4 * 40 + 8 * 8), 4 * 40 * (30 + 15)]
 
 
@@ -114,7 +114,7 @@ def test_samples_are_drawn_for_each_pruning_step_and_the_loss_is_measured(caplog
     train(session, model, until=STEPS_PER_EPOCH)
 
     assert session.zeros().sparsity == pytest.approx(0.6)
-    assert "4 gradient rows" in caplog.text and "measured loss change" in caplog.text
+    assert "4 gradient samples" in caplog.text and "measured loss change" in caplog.text
 
 
 @pytest.mark.parametrize("stop", [5, 13, 17])

@@ -137,7 +137,7 @@ def test_every_suggested_pattern_matches_something():
 def test_what_is_excluded_must_match_something_and_leave_something():
     assert refusal(["__ALL__"], ["fx", "re:nothing"]).startswith("exclude: 'fx' matches no parameter of the model; ")
     assert refusal(["fc"], ["fc.weight"]) == (
-        "exclude: ['fc.weight'] leaves nothing to prune: it takes out every parameter that params ['fc'] selects"
+        "exclude: ['fc.weight'] leaves nothing to prune: it excludes every parameter that params ['fc'] selects"
     )
 
 
@@ -147,11 +147,11 @@ def test_frozen_weights_are_left_out_and_an_error_by_name():
     )
     assert chosen(["__ALL_PRUNABLE__"], model=model) == ["block2.conv.weight", "fc.weight"]
     assert refusal(["stem.weight"], model=model) == (
-        "params: 'stem.weight' is frozen (requires_grad is False); unfreeze it, or take it out of params"
+        "params: 'stem.weight' is frozen (requires_grad is False); unfreeze it, or remove it from params"
     )
     assert "stem.weight, block1.conv.weight are frozen" in refusal(["block1.conv.weight", "stem.weight"], model=model)
     assert "every parameter that it selects is frozen" in refusal(["stem"], model=model)
-    assert "except those that exclude ['fc'] takes out" in refusal(["stem", "fc"], ["fc"], model)
+    assert "except those that exclude ['fc'] removes" in refusal(["stem", "fc"], ["fc"], model)
 
 
 def test_a_computed_weight_is_named_with_what_computes_it():
@@ -161,12 +161,12 @@ def test_a_computed_weight_is_named_with_what_computes_it():
         computed={"0.weight": Computed("weight_norm", (3, 3))},
     )
     for entry in ("0", "0.weight"):
-        assert "computed from other parameters (weight_norm); take that off before pruning" in refusal(
+        assert "computed from other parameters (weight_norm); remove the computation before pruning" in refusal(
             [entry], (), model
         )
     assert "the weights of all its layers are computed" in refusal(["__ALL_PRUNABLE__"], (), model)
     assert refusal(["__ALL_PRUNABLE__"], model=ModelNames(shapes={"a": (2,)})).endswith(
-        "it has no Linear and convolution layers, so name in params what is to be pruned"
+        "it has no Linear and convolution layers, so list in params what to prune"
     )
 
 

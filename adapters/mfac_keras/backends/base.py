@@ -38,8 +38,8 @@ class Backend(Protocol):
             tensor: A Keras variable or a tensor of the backend, of any float type.
 
         Returns:
-            A NumPy array that shares the tensor's memory where possible, or a CuPy array on the tensor's GPU where
-            CuPy is installed (see :func:`mfac_keras.conversion.gpu_array`): float64 for float64, otherwise float32.
+            A NumPy array that shares the tensor's memory if possible, or a CuPy array on the tensor's GPU if CuPy is
+            installed (see :func:`mfac_keras.conversion.gpu_array`): float64 for float64, otherwise float32.
         """
 
     def to_tensor(self, array: Array) -> Any:
@@ -61,17 +61,17 @@ class Backend(Protocol):
 
         Args:
             model: The model.
-            variables: The variables to differentiate by.
+            variables: The variables to differentiate with respect to.
             loss_of: ``loss_of(x, y, sample_weight)``, a scalar tensor.
             batches: ``(x, y, sample_weight)`` each.
             scale: The loss is multiplied by it, and the gradients are divided by it.
 
         Yields:
-            One array per variable, of its shape; ``None`` where the loss does not depend on it.
+            One array per variable, of its shape; ``None`` if the loss does not depend on it.
         """
 
     def loss_function(self, model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], Any]:
-        """Return a function that evaluates a loss in inference mode, compiled where the model is.
+        """Return a function that evaluates a loss in inference mode, compiled if the model is.
 
         Args:
             model: The model; the function reads its current values.

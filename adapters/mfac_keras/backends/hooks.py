@@ -1,4 +1,4 @@
-"""Pruning inside a training step: hold masks, tap gradients. Each backend implements the steps its own way."""
+"""Pruning inside a training step: hold masks, tap gradients. Each backend implements this in its own way."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrainingHooks(ABC):
     """The method of the outermost optimizer that each training step calls with its gradients."""
 
     _end_of_data: tuple[type[BaseException], ...] = (StopIteration,)
-    """The exceptions by which a train function says that its data have ended."""
+    """The exceptions by which a train function signals the end of its data."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class TrainingHooks(ABC):
         self._tapping = False
         self._found_gradients = False
         self._hooked: list[tuple[Any, str]] = []
-        # One train function that taps and one that does not: gradients that nobody wants cost nothing, and switching
+        # One train function that taps and one that does not: gradients that are not needed cost nothing, and switching
         # between the two compiles nothing.
         self._train_functions: dict[bool, Callable[..., Any]] = {}
 
@@ -102,7 +102,7 @@ class TrainingHooks(ABC):
         self._set_train_function()
 
     def detach(self) -> None:
-        """Remove the hooks: model and optimizer are as before, and compile their training step anew."""
+        """Remove the hooks: model and optimizer are as before, and compile their training step again."""
         for owner, name in reversed(self._hooked):
             vars(owner).pop(name, None)
         if self._hooked:
@@ -128,14 +128,14 @@ class TrainingHooks(ABC):
         return id(variable) in self._frozen
 
     def recompile(self) -> None:
-        """Compile the training step anew, because a constant in it has changed."""
+        """Compile the training step again, because a constant in it has changed."""
         self._train_functions = {}
         self._set_train_function()
 
     def not_followed(self, what: str, *, cure: str = "") -> RuntimeError:
         """Return the error for a training step that does not pass something to the optimizer that is followed."""
         return RuntimeError(
-            f"the training step of {self._model.name} does not give {what} to {self._optimizer.name}: call apply or "
+            f"the training step of {self._model.name} does not pass {what} to {self._optimizer.name}: call apply or "
             "apply_gradients of this optimizer in train_step, or pass the optimizer that it uses as "
             f"optimizer=...{cure}"
         )

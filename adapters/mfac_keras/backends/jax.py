@@ -34,7 +34,7 @@ def refuse_unsupported(model: Any) -> None:
 
 
 def to_array(tensor: Any) -> Array:
-    """Return an array that shares the tensor's memory where NumPy can; on a GPU it is a copy."""
+    """Return an array that shares the tensor's memory if NumPy can; on a GPU it is a copy."""
     value = tensor.value if isinstance(tensor, keras.Variable) else tensor
     if value.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
         value = value.astype(jnp.float32)
@@ -96,7 +96,7 @@ class Hooks(TrainingHooks):
     _tapped_method = "stateless_apply"
 
     def _prepare(self) -> None:
-        # during an epoch the variables have no values of which these could be asked
+        # read now, because variables have no values during an epoch
         distributed = keras.distribution.distribution() is not None
         self._shardings = (None, self._model._get_state_sharding_spec(), None) if distributed else None
         self._mask_shardings = [each.value.sharding if distributed else None for each in self._variables]
@@ -110,7 +110,7 @@ class Hooks(TrainingHooks):
         self._model.jax_state_sync()
 
     def _compiled_step(self) -> Callable[..., Any]:
-        # A new function each time: JAX compiles one and the same only once, with or without a tap.
+        # A new function each time: JAX would compile the same function only once, with or without a tap.
         def step(state: Any, masks: Any, data: Any) -> tuple[Any, Any, Any]:
             self._traced_masks, self._traced_row = masks, None
             try:

@@ -49,7 +49,7 @@ def loss_gradients(
     values = [variable.value for variable in variables]
     for batch in batches:
         with _evaluating(model), _without_gradients(model), torch.enable_grad():
-            # Not torch.autograd.grad, which sees nothing of a layer that is evaluated again in its own backward pass.
+            # Not torch.autograd.grad: it misses what a reentrant checkpoint evaluates again in its own backward pass.
             loss = loss_of(*batch) * scale
             if loss.requires_grad:
                 loss.backward()
@@ -61,7 +61,7 @@ def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], An
     """Return a function that evaluates a loss in inference mode."""
 
     def loss(batch: Any) -> Any:
-        # gradients are on, because a loss may itself differentiate, by an input for example
+        # gradients are on, because a loss may differentiate too, such as with respect to an input
         with _evaluating(model), torch.enable_grad():
             return loss_of(*batch)
 

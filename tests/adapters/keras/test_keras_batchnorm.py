@@ -146,7 +146,7 @@ def test_an_exception_in_a_batch_leaves_all_as_it_was():
         recalibrate_batchnorm(model, broken)
     data = batches()
     data[3][0][0, 0] = np.nan
-    with pytest.raises(ValueError, match="what comes into the batch normalization .*norm holds NaN or Inf"):
+    with pytest.raises(ValueError, match="the input of the batch normalization layer .*norm holds NaN or Inf"):
         recalibrate_batchnorm(model, data)
     assert all(map(np.array_equal, before, statistics(norm)))
     assert norm.momentum == 0.9
@@ -172,7 +172,7 @@ def test_frozen_layers_are_left_and_named(caplog):
         assert all(map(np.array_equal, before, statistics(model.get_layer("norm"))))
         model.trainable = False
         assert recalibrate_batchnorm(model, batches()) == 0
-    assert "1 batch normalization layer recalibrated over 5 batches; frozen, and left as they are: " in caplog.text
+    assert "1 batch normalization layer recalibrated over 5 batches; frozen, and left unchanged: " in caplog.text
     assert "nothing to recalibrate: every batch normalization of the model is frozen" in caplog.text
 
 

@@ -177,7 +177,7 @@ def of_keras_2(name):
 @pytest.mark.feature("unsupported setups raise errors at fit")
 def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
     keys = {"final_sparsity": 0.5, "end_epoch": 1.0}
-    of_2 = r"is a \S*Mine of Keras 2 \(tf_keras\), and pruning needs Keras 3: make it with `import keras`"
+    of_2 = r"is a \S*Mine of Keras 2 \(tf_keras\), but pruning needs Keras 3: create it with `import keras`"
     callback = MFACPruningCallback(**keys)
     with pytest.raises(TypeError, match=f"the model {of_2}"):
         callback.set_model(of_keras_2("Sequential"))  # what its fit begins with
@@ -194,7 +194,7 @@ def test_objects_of_keras_2_and_of_torch_are_refused_by_name_at_the_start(task):
     ):
         MFACPruningCallback(**keys, optimizer="adam")
     with pytest.raises(
-        TypeError, match=r"the model is a builtins.NoneType, and pruning needs a keras.Model of Keras 3"
+        TypeError, match=r"the model is a builtins.NoneType, but pruning needs a keras.Model of Keras 3"
     ):
         prune_one_shot(None, [task.batch(0)], final_sparsity=0.5)
 
@@ -230,7 +230,7 @@ def test_each_line_says_what_it_is_about(task, caplog, several):
 @pytest.mark.feature("logs, progress lines, TensorBoard")
 def test_what_will_hardly_go_as_it_was_meant_is_warned_of_when_training_begins(task, caplog):
     task.fit(task.model(), MFACPruningCallback(task.recipe(num_grads=7), verbose=0), epochs=2)
-    assert "has 5 of 7 rows" in caplog.text
+    assert "has 5 of 7 gradient samples" in caplog.text
     assert "final_sparsity 0.75 is not reached" in caplog.text
 
 
@@ -248,7 +248,7 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     )
     assert printed == logged
     assert len(printed) == 3
-    assert printed[0].startswith("pruning step at epoch 1.00 (step 5): sparsity 0.2083, 3 gradient rows, predicted")
+    assert printed[0].startswith("pruning step at epoch 1.00 (step 5): sparsity 0.2083, 3 gradient samples, predicted")
     task.fit(task.model(), MFACPruningCallback(task.recipe(), verbose=0))
     assert not capsys.readouterr().out
 
@@ -309,7 +309,7 @@ def test_early_stopping_that_puts_dense_weights_back_is_told(task, caplog, first
     model = task.model()
     task.fit(model, *([stopping, pruning] if first else [pruning, stopping]))
     assert all(np.count_nonzero(kernel == 0) < 0.3 * kernel.size for kernel in task.kernels(model).values())
-    assert caplog.text.count("denser weights back at the end of fit") == 1
+    assert caplog.text.count("denser weights at the end of fit") == 1
     assert pruning.sparsity < 0.3
 
 
@@ -454,7 +454,7 @@ def test_a_callback_that_trains_meanwhile_is_told(task):
         def on_epoch_end(self, epoch, logs=None):
             self.model.train_on_batch(*task.batch(0))
 
-    with pytest.raises(RuntimeError, match="hooks of pruning were taken out"):
+    with pytest.raises(RuntimeError, match="pruning hooks were removed"):
         task.fit(task.model(), MFACPruningCallback(task.recipe(), verbose=0), Meddle())
 
 
@@ -618,7 +618,7 @@ def test_a_train_step_that_does_not_use_the_optimizer_is_told(task):
 
     model = Still([keras.Input([6]), keras.layers.Dense(3)])
     model.compile("sgd", "mse")
-    with pytest.raises(RuntimeError, match="does not give its gradients to"):
+    with pytest.raises(RuntimeError, match="does not pass its gradients to"):
         task.fit(model, MFACPruningCallback(task.recipe()))
 
 
@@ -655,7 +655,7 @@ def test_steps_per_epoch_that_is_no_positive_integer_is_refused_at_once(task, st
 def test_steps_per_epoch_that_keras_knows_otherwise_is_refused_before_training(task):
     model = task.model()
     before = model.get_weights()
-    with pytest.raises(ValueError, match="steps_per_epoch is 100 .* an epoch of this fit has 5 steps"):
+    with pytest.raises(ValueError, match="got steps_per_epoch=100, but an epoch of this fit has 5 steps"):
         task.fit(model, MFACPruningCallback(task.recipe(), steps_per_epoch=100))
     for weights, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(weights, now)

@@ -449,7 +449,7 @@ def test_a_loss_that_depends_on_no_weight_is_refused_by_name():
 @pytest.mark.feature("sampled gradients")
 def test_models_and_classes_in_place_of_batches_and_losses_are_refused_by_name():
     batches = [(np.ones((4, 3)), np.ones((4, 2)))]
-    with pytest.raises(TypeError, match=r"loss is the class MeanSquaredError; make a loss of it: MeanSquaredError\(\)"):
+    with pytest.raises(TypeError, match=r"loss is the class MeanSquaredError; pass an instance: MeanSquaredError\(\)"):
         GradientSampler(batches, keras.losses.MeanSquaredError)
     with pytest.raises(TypeError, match="the dataset to sample gradients from is a Sequential; pass batches"):
         GradientSampler(keras.Sequential(), "mse")

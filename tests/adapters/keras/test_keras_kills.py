@@ -78,7 +78,7 @@ def test_weights_that_are_an_epoch_ahead_go_on_with_their_own_masks_and_it_is_sa
 
     for (name, mask), first in zip(saved.items(), seen[0].values(), strict=True):
         np.testing.assert_array_equal(mask.T, first, err_msg=name)  # kernels of dense layers, transposed
-    assert "training resumes at epoch 3 with the weights of epoch 4, as after a kill between" in caplog.text
+    assert "training resumes at epoch 3 with the weights of epoch 4 (was the process killed between" in caplog.text
     assert pruning.sparsity == 0.75
 
 

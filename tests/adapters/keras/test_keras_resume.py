@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_one_that_was_not_killed(task, tmp_path, first):
 @pytest.mark.feature("resume with BackupAndRestore, in either order")
 def test_a_run_killed_between_two_savings_goes_on_from_the_state_that_fits(task, tmp_path):
     whole = run(task, tmp_path / "whole")
-    # The state of pruning is an epoch ahead of the backup.
+    # The pruning state is an epoch ahead of the backup.
     run(task, tmp_path / "killed", kill_at=13)
     state = next(read_states(tmp_path / "killed" / "pruning.npz")).state
     write_state(tmp_path / "killed" / "pruning.npz", {**state, "step": 15})
@@ -82,7 +82,7 @@ def test_without_its_state_a_run_takes_zeros_for_masks_and_says_so(task, tmp_pat
     model = task.model(keras.optimizers.Adam(0.01))
     pruning = MFACPruningCallback(task.recipe(end_epoch=4.0), verbose=0)
     task.fit(model, pruning, keras.callbacks.BackupAndRestore(str(tmp_path / "backup")), Look(), epochs=5)
-    assert "every weight in scope that is exactly zero is taken as pruned" in caplog.text
+    assert "every weight in scope that is exactly zero counts as pruned" in caplog.text
     assert min(grown) == grown[0] > 0.3 * 72
     assert pruning.sparsity == 0.75
 
@@ -169,7 +169,7 @@ def test_layers_that_keras_numbers_anew_are_the_same_layers(task, tmp_path, capl
     other.set_weights(one.get_weights())
     second = pruning()
     task.fit(other, second, initial_epoch=2, epochs=3)
-    assert "taken as pruned" not in caplog.text
+    assert "counts as pruned" not in caplog.text
     for early, late in zip(first.masks.values(), second.masks.values(), strict=True):
         assert not (late & ~early).any()
 
@@ -223,7 +223,7 @@ def test_layers_that_are_unfrozen_join_the_pruning_that_goes_on(task, caplog, fr
         "since the state was saved, tiny/body/kernel came into scope (the next pruning step prunes them too); the "
         "gradient window begins empty"
     ]
-    assert "taken as pruned" not in caplog.text
+    assert "counts as pruned" not in caplog.text
     if before:
         np.testing.assert_array_equal(before["tiny/head/kernel"], masks.seen[0]["tiny/head/kernel"])
         assert masks.seen[0]["tiny/body/kernel"].all()
@@ -281,10 +281,10 @@ def test_a_run_that_goes_on_with_another_batch_size_keeps_masks_and_epochs(task,
 
     said = [line for line in caplog.messages if "steps per epoch" in line]
     assert said == [
-        "the state was saved with 5 steps per epoch and this run has 10: pruning goes on by epochs, with the masks of "
-        "the state"
+        "the state was saved with 5 steps per epoch and this run has 10: the schedule resumes at the same epoch, with "
+        "the saved masks"
     ]
-    assert "taken as pruned" not in caplog.text
+    assert "counts as pruned" not in caplog.text
     for name, mask in first.masks.items():
         np.testing.assert_array_equal(mask, masks.seen[0][name])
     changes = [i + 1 for i, (a, b) in enumerate(zip(masks.seen, masks.seen[1:], strict=False)) if not _equal(a, b)]
@@ -310,7 +310,7 @@ def test_weights_of_another_run_get_no_masks_of_a_state_and_the_log_names_it(tas
     pruning = MFACPruningCallback(task.recipe(end_epoch=4.0), state_path=path, verbose=0)
     with pytest.raises(InterruptedError):
         task.fit(stranger, pruning, Stop(), initial_epoch=3, epochs=5)
-    assert "no state of pruning belongs to its weights (those saved are of epoch 3, 2)" in caplog.text
+    assert "no saved pruning state matches the weights (the saved states are of epoch 3, 2)" in caplog.text
     assert all(np.array_equal(a, b) for a, b in zip(before, stranger.get_weights(), strict=True))
 
 
@@ -324,9 +324,9 @@ def test_weights_that_were_saved_with_less_precision_go_on_with_the_state_of_the
     pruning = MFACPruningCallback(task.recipe(end_epoch=4.0), state_path=path, verbose=0)
     masks = Masks(pruning)
     task.fit(rounded, pruning, masks, initial_epoch=3, epochs=5)
-    assert "the weights differ from those that the state of pruning at epoch 3 was saved with" in caplog.text
+    assert "the weights differ from those of the pruning state of epoch 3" in caplog.text
     assert _equal(first.masks, masks.seen[0])
-    assert "taken as pruned" not in caplog.text
+    assert "counts as pruned" not in caplog.text
 
 
 @pytest.mark.feature("a second fit continues where the first ended (initial_epoch)")
@@ -336,7 +336,7 @@ def test_dense_weights_that_were_put_back_are_not_pruned_in_silence(task, caplog
     task.fit(model, pruning, epochs=4)
     model.set_weights(dense)
     task.fit(model, pruning, initial_epoch=4, epochs=5)
-    assert "no state of pruning belongs to its weights" in caplog.text
+    assert "no saved pruning state matches the weights" in caplog.text
     assert pruning.sparsity == 0
     assert all(kernel.all() for kernel in task.kernels(model).values())
 

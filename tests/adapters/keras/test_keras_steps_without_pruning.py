@@ -37,4 +37,4 @@ def test_a_step_at_sparsity_0_draws_and_warns_of_nothing(sampled, caplog):
     assert set(drawn) == ({5, 10} if sampled else set())
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING and "gradient" in each.getMessage()]
     steps = [each.getMessage() for each in caplog.records if each.getMessage().startswith("pruning step at")]
-    assert "sparsity 0.0000, 0 gradient rows, predicted loss increase 0 (in-sample)," in steps[0]
+    assert "sparsity 0.0000, 0 gradient samples, predicted loss increase 0 (in-sample)," in steps[0]

@@ -160,7 +160,7 @@ def test_any_other_optimizer_is_the_parameter_group_0(task):
 def test_an_optimizer_with_a_schedule_of_its_own_is_refused(task):
     text = task.recipe() + "  - !SetLearningRateModifier\n    learning_rate: 0.05\n"
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    with pytest.raises(ValueError, match="computes its own by a schedule"):
+    with pytest.raises(ValueError, match="has a learning rate schedule"):
         task.fit(task.model(keras.optimizers.SGD(schedule)), MFACPruningCallback(text))
     task.fit(task.model(keras.optimizers.SGD(schedule)), MFACPruningCallback(task.recipe(), verbose=0), epochs=2)
 
@@ -405,8 +405,8 @@ def test_changes_are_told_when_they_are_made(task, caplog):
     logged = [line.getMessage() for line in caplog.records if line.levelname == "INFO" and line.name == "mfac_keras"]
     assert [re.sub("sgd[_0-9]*", "sgd", line.lower()) for line in logged] == [
         "the weight decay of sgd is 0.5",
-        "from step 5 on, not trained: tiny/body/kernel, tiny/body/bias",
-        "from step 10 on, not trained: nothing, all are trained again",
+        "from step 5, frozen: tiny/body/kernel, tiny/body/bias",
+        "from step 10, frozen: nothing, all variables are trained again",
     ]
 
 

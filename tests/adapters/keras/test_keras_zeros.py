@@ -9,9 +9,9 @@ from mfac_keras import MFACPruningCallback  # noqa: E402
 
 pytestmark = pytest.mark.feature("zeros are counted from the weights")
 
-EARLY = "put earlier, denser weights back at the end of fit"
-MEANWHILE = "Something has written other weights into the model between two training steps"
-FOLLOWED = "does not give the gradients of"
+EARLY = "restored earlier, denser weights at the end of fit"
+MEANWHILE = "Other code has written to the model between two training steps"
+FOLLOWED = "does not pass the gradients of"
 
 
 def zeros_of(task, model):
@@ -99,7 +99,7 @@ def test_weights_written_between_two_epochs_are_warned_of_before_they_are_zeroed
     model = task.model()
     history = task.fit(model, *([Writes(), pruning] if first else [pruning, Writes()]), epochs=5)
     assert caplog.text.count(MEANWHILE) == 1
-    assert "the next training step sets these weights to zero" in caplog.text
+    assert "The next training step sets these weights to zero" in caplog.text
     assert zeros_of(task, model) == pruning.sparsity == 0.75
     reported = history.history["sparsity"]
     assert reported[3:] == [0.75, 0.75]
@@ -318,14 +318,14 @@ def test_an_optimizer_that_replaces_the_one_of_the_model_is_refused(task):
             if epoch == 2:
                 self.model.optimizer = keras.optimizers.SGD(0.01)
 
-    with pytest.raises(RuntimeError, match="model.optimizer was replaced during fit"):
+    with pytest.raises(RuntimeError, match="another callback replaced model.optimizer during fit"):
         task.fit(task.model(), MFACPruningCallback(magnitude(task), verbose=0), Replaces())
 
 
 def test_a_model_without_an_optimizer_is_refused_by_name(task):
     model = net(task, lambda model: model.opt, optimizer=None)
     with pytest.raises(
-        TypeError, match=r"follows the optimizer that trains the model, and there is none; .*optimizer="
+        TypeError, match=r"follows the optimizer that trains the model, but there is none; .*optimizer="
     ):
         task.fit(model, MFACPruningCallback(magnitude(task), verbose=0))
 

@@ -92,7 +92,7 @@ def test_inputs_that_are_not_finite_are_refused_and_the_statistics_stay(bad):
     before = all_of(model)
     data = batches()
     data[4][0][0, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match="what comes into the batch normalization 1 holds NaN or Inf"):
+    with pytest.raises(ValueError, match="the input of the batch normalization layer 1 holds NaN or Inf"):
         recalibrate_batchnorm(model, data)
     assert_same(all_of(model), before)
 
@@ -126,7 +126,7 @@ def test_layers_that_are_frozen_or_that_nothing_comes_through_are_left_and_named
     model.unused.running_mean.fill_(7)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         assert recalibrate_batchnorm(model, [torch.randn(8, 4) + 3]) == 1
-    assert "no batch comes through unused; frozen, and left as they are: body" in caplog.text
+    assert "not reached by any batch: unused; frozen, and left unchanged: body" in caplog.text
     assert not model.body.running_mean.any() and (model.unused.running_mean == 7).all()
     assert (model.head.running_mean > 1).all()  # of inputs that the frozen layer leaves as they are
     assert not model.unused.num_batches_tracked
@@ -157,7 +157,7 @@ def test_many_batches_are_averaged_in_more_than_half_precision():
 def test_layers_of_every_kind_are_found():
     model = nn.Sequential(nn.LazyBatchNorm1d(), nn.SyncBatchNorm(3), nn.Unflatten(1, (3, 1, 1, 1)), nn.BatchNorm3d(3))
     data = [torch.randn(8, 3)]
-    with pytest.raises(ValueError, match="0 has no statistics, because no input has come through yet; call the model"):
+    with pytest.raises(ValueError, match="0 has no statistics, because no input has reached it yet; call the model"):
         recalibrate_batchnorm(model, data)
     model(data[0])
     assert recalibrate_batchnorm(model, data) == 3

@@ -427,7 +427,7 @@ def test_a_state_of_another_batch_size_goes_on_at_the_same_epoch(task, caplog, n
     assert equal(run.manager.masks, saved.manager.masks)
     assert equal(run.model.state_dict(), saved.model.state_dict())
     (line,) = [record.message for record in caplog.records if "steps per epoch" in record.message]
-    assert line.endswith(f"continues at the same epoch, 2.00, which is step {2 * now}")
+    assert line.endswith(f"resumes at the same epoch, 2.00, which is step {2 * now}")
     assert run.manager.sparsity == saved.manager.sparsity
     run.fit(2 * now, 2 * now + 1)
     assert run.optimizer.param_groups[0]["lr"] == 0.01

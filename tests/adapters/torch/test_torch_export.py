@@ -171,7 +171,7 @@ def test_widths_and_layers_that_have_no_pattern_are_named():
     model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(6, 2))
     with torch.no_grad():
         model[1].weight.zero_()
-    with pytest.raises(ValueError, match="1.weight has 6 inputs, which is no multiple of 4"):
+    with pytest.raises(ValueError, match="1.weight has 6 inputs, which is not a multiple of 4"):
         to_semi_structured(model)
     with pytest.raises(ValueError, match="0.weight is not the weight of a Linear layer"):
         to_semi_structured(model, ["0.weight"])
@@ -261,7 +261,7 @@ def test_zeros_that_are_not_in_the_file_are_named(tmp_path, caplog):
     pruned(model)
     with caplog.at_level(logging.WARNING, "mfac_torch"):
         export_onnx(model, (inputs,), tmp_path / "folded.onnx")
-    assert "fc.weight has 16 zeros and the ONNX file holds 0 of them" in caplog.text
+    assert "fc.weight has 16 zeros, but the ONNX file has 0 of them" in caplog.text
     caplog.clear()
     export_onnx(model, (inputs,), tmp_path / "plain.onnx", optimize=False)
     assert "zeros" not in caplog.text

@@ -379,7 +379,7 @@ def test_an_optimizer_that_cannot_be_followed_is_refused(task):
 
     model = task.model()
     manager = ScheduledModifierManager([MODIFIERS["magnitude"]])
-    with pytest.raises(TypeError, match=r"Bare that cannot have hooks.*super\(\).__init__"):
+    with pytest.raises(TypeError, match=r"Bare that does not support hooks.*super\(\).__init__"):
         manager.modify(model, Bare(model.parameters()), task.steps_per_epoch)
     assert not manager.initialized
 
@@ -429,7 +429,7 @@ def distributed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"weight \(complex \(torch\.complex64\); take it out"),
+        (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"weight \(complex \(torch\.complex64\); remove it"),
         (lambda: nn.Linear(4, 4, device="meta"), r"weight \(on the meta device, without values; materialize"),
         (of_subclass, r"weight \(a Doubled, a tensor subclass .*; prune first"),
         (distributed, r"weight \(a DTensor, .*; prune before the model is distributed"),

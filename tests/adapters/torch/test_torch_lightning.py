@@ -462,7 +462,7 @@ def test_an_average_of_weights_before_the_last_pruning_step_is_said_with_its_cur
     callback = PruningCallback(RECIPE)
     trainer(tmp_path, callback, averaging("StochasticWeightAveraging"), max_epochs=5).fit(Digits(), loader())
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith("StochasticWeightAveraging has put an average in the place of the weights")
+    assert warning.startswith("StochasticWeightAveraging replaced the weights by an average")
     assert "after the last pruning step" in warning
 
 

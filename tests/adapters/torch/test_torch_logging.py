@@ -133,7 +133,7 @@ def test_warnings_of_the_linter_are_said_once_at_modify(task, caplog):
     recipe = task.recipe(num_grads=9) + "  - !EpochRangeModifier {start_epoch: 0.0, end_epoch: 3.0}\n"
     with caplog.at_level(logging.WARNING):
         attached(task, recipe)
-    assert caplog.text.count("has 5 of 9 rows") == 1
+    assert caplog.text.count("has 5 of 9 gradient samples") == 1
     assert caplog.text.count("train longer or end pruning earlier") == 1
 
 

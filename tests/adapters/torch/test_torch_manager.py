@@ -440,7 +440,7 @@ def test_rows_of_an_earlier_pruning_step_are_not_used_again(task, caplog):
     manager.modify(model, optimizer, 5, grad_sampler=sampler)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         task.train(model, optimizer, stop=10)
-    rows = [re.findall(r"(\d) gradient rows", record.getMessage()) for record in caplog.records]
+    rows = [re.findall(r"(\d) gradient samples", record.getMessage()) for record in caplog.records]
     assert [found[0] for found in rows if found] == ["4", "2"]
 
 
@@ -686,7 +686,7 @@ def test_each_pruning_step_is_logged(task, caplog):
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("pruning step")]
     assert len(lines) == 8
     assert re.fullmatch(
-        r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient rows, "
+        r"pruning step at epoch 1\.00 \(step 5\): sparsity 0\.2083, 4 gradient samples, "
         r"predicted loss increase \d\S* \(in-sample\), \d+\.\d\d s \(0\.weight, 2\.weight\)",
         lines[0],
     )
@@ -792,7 +792,7 @@ def test_a_layer_that_was_replaced_after_modify_is_named(task, caplog):
     task.train(model, optimizer)
     manager.finalize(model)
     (warning,) = [record.getMessage() for record in caplog.records if "other parameters" in record.getMessage()]
-    assert warning.startswith("2.weight: the model has other parameters here")
+    assert warning.startswith("2.weight: the model has other parameters under these names")
 
 
 def test_finalize_refuses_what_it_was_not_given(task):

@@ -132,7 +132,7 @@ def test_a_pruning_step_waits_for_the_last_part_of_its_last_sample(task, order, 
     manager.modify(model, optimizers, task.steps_per_epoch)
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         train_with(task, model, [optimizers[number] for number in order])
-    assert caplog.text.count("5 gradient rows") == 4
+    assert caplog.text.count("5 gradient samples") == 4
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 9, 12])

@@ -122,7 +122,7 @@ def test_fewer_steps_than_num_grads_ended_training_with_an_error(task, caplog):
     with caplog.at_level(logging.WARNING):
         model, _, _ = train(task, task.recipe(num_grads=64))
     assert zeros(model[0], model[2]) == 54
-    assert "5 of 64 rows" in caplog.text
+    assert "5 of 64 gradient samples" in caplog.text
 
 
 def test_a_start_at_epoch_0_could_not_work_without_a_sampler(task, caplog):

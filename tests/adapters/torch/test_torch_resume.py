@@ -237,7 +237,7 @@ def test_a_state_without_its_window_is_small_and_resumes_with_fresh_rows(task, t
     resumed.step = 8
     with caplog.at_level(logging.INFO, logger="mfac_torch"):
         resumed.fit(10)
-    assert "2 gradient rows" in caplog.text
+    assert "2 gradient samples" in caplog.text
     resumed.fit(20)
     assert resumed.manager.sparsity == pytest.approx(0.75)
 
@@ -320,7 +320,7 @@ def test_a_state_that_fits_in_part_is_taken_in_part_when_asked_for(task, caplog)
     with caplog.at_level(logging.WARNING, logger="mfac_torch"):
         resumed.load_state_dict(manager.state_dict(), strict=False)
     assert list(resumed.masks) == ["0.weight"]
-    assert "begins anew, because its state does not fit" in caplog.text
+    assert "starts over, because its state does not fit" in caplog.text
 
 
 RESUME = """

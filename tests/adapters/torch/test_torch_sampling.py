@@ -92,7 +92,7 @@ def test_data_that_end_early_are_started_again_with_one_line(model, data, caplog
         rows = draw(GradSampler(data, nn.functional.cross_entropy), model, 8)
     assert_rows_equal(rows, model, [*data, *data, *data[:2]])
     assert [record.getMessage() for record in caplog.records] == [
-        "the data ended after 3 of 8 gradient samples; starting them again"
+        "the data ended after 3 of 8 gradient samples and are restarted"
     ]
 
 

@@ -151,7 +151,7 @@ def test_statistics_are_put_back_when_the_loss_fails():
 
 
 def test_without_training_such_a_model_is_an_error_with_the_cure():
-    with pytest.raises(ValueError, match=r"no loss in what the model returned .*training=True"):
+    with pytest.raises(ValueError, match=r"the output of the model .* contains no loss .*training=True"):
         draw(GradSampler([detector_batch()]), Detector())
 
 
@@ -222,7 +222,7 @@ def test_a_mapping_without_labels_is_refused_with_what_it_has():
 def test_a_mapping_without_labels_and_a_model_without_loss_is_an_error():
     batch = tokens()
     del batch["labels"]
-    with pytest.raises(ValueError, match="no loss in what the model returned .*put the labels into the batches"):
+    with pytest.raises(ValueError, match="the output of the model .* contains no loss .*add labels to the batches"):
         draw(GradSampler([batch]), Classifier("attribute"))
 
 
@@ -257,7 +257,7 @@ def test_a_real_model_of_transformers_is_pruned_without_any_wrapper():
         ((F.cross_entropy, [1]), "the batches come first"),
         ((nn.CrossEntropyLoss(), [1]), "the batches come first"),
         (([1], torch.tensor(1.0)), "loss_fn is a Tensor; pass a callable"),
-        (([1], nn.CrossEntropyLoss), r"loss_fn is the class CrossEntropyLoss; make a loss of it: CrossEntropyLoss\(\)"),
+        (([1], nn.CrossEntropyLoss), r"loss_fn is the class CrossEntropyLoss; pass an instance: CrossEntropyLoss\(\)"),
         ((torch.randn(3), F.cross_entropy), "data_loader_or_builder is a Tensor; pass an iterable of batches"),
         (({"x": torch.randn(3)}, F.cross_entropy), "data_loader_or_builder is a dict; pass an iterable of batches"),
     ],

@@ -258,7 +258,7 @@ def test_samples_that_do_not_fit_are_refused_before_they_are_drawn(model, batche
     def refused():
         raise AssertionError("drawn")
 
-    with pytest.raises(MemoryBudgetError, match="num_gradients of at most"):
+    with pytest.raises(MemoryBudgetError, match=r"num_gradients \(num_grads in a recipe\) of at most"):
         sensitivity(model, GradSampler(refused, nn.functional.cross_entropy), num_grads=10_000)
 
 

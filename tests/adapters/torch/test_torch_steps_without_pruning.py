@@ -41,7 +41,7 @@ def test_with_gradients_of_training_nothing_is_warned_of(task, start_epoch, capl
     warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert not [each for each in warnings if "gradient" in each]
     steps = [each.getMessage() for each in caplog.records if each.getMessage().startswith("pruning step at")]
-    assert "sparsity 0.0000, 0 gradient rows, predicted loss increase 0 (in-sample)," in steps[0]
+    assert "sparsity 0.0000, 0 gradient samples, predicted loss increase 0 (in-sample)," in steps[0]
 
 
 def test_missing_gradients_are_not_blamed_on_a_step_that_needs_none(task):

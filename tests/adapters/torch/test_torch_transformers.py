@@ -320,7 +320,7 @@ training_modifiers:
 def test_what_would_undo_the_pruning_is_refused(tmp_path):
     arguments = {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
     run = trainer(tmp_path, PruningCallback(RECIPE), load_best_model_at_end=True, **arguments)
-    with pytest.raises(ValueError, match="load_best_model_at_end would put back the weights of a checkpoint"):
+    with pytest.raises(ValueError, match="load_best_model_at_end would restore the weights of a checkpoint"):
         run.train()
 
 
