@@ -85,8 +85,8 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         warnings.append(f"of {count} gradient samples only 1 is distinct, so that the Fisher has rank 1. {_ONE_BATCH}")
     elif seen.is_alike:
         warnings.append(
-            f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} of "
-            f"their squared norm), so the Fisher has little more than rank 1. {_ONE_BATCH}"
+            f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} "
+            f"of their squared norm), so the Fisher has little more than rank 1. {_ONE_BATCH}"
         )
     elif seen.distinct < count:
         warnings.append(
