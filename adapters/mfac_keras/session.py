@@ -179,13 +179,10 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         """Resume from a state, at the same epoch; call it before :meth:`begin`. No weight is changed."""
         super().resume(parsed)
         self._sparsity = None
-        if parsed.steps_per_epoch != self.steps_per_epoch:
-            _logger.warning(
-                "the state was saved with %d steps per epoch and this run has %d: the schedule resumes at the same "
-                "epoch, with the saved masks",
-                parsed.steps_per_epoch,
-                self.steps_per_epoch,
-            )
+
+    def _resumed_step(self, parsed: ParsedState) -> int:
+        """Return the step at which ``fit`` resumes."""
+        return self.step
 
     def resume_without_state(self, why: str) -> None:
         """Resume in the middle of a schedule from the zeros of the weights; ``why`` is part of the warning."""

@@ -53,6 +53,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         grad_sampler: Draws the gradient samples at each pruning step; ``None`` uses the gradients of training.
         gradient_window: Whether checkpoints include the gradient window. Without it they are smaller, and a resumed run
             has to refill its window.
+        rng: Whether a resumed run also restores the random number generators of torch, Python and NumPy, which
+            Lightning leaves as they are.
 
     Attributes:
         manager: The manager; ``Trainer(max_epochs=callback.manager.max_epochs)`` trains for the epochs of the recipe.
@@ -79,6 +81,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         steps_per_epoch: int | None = None,
         grad_sampler: SamplerArgument | None = None,
         gradient_window: bool = True,
+        rng: bool = False,
     ) -> None:
         self.manager = (
             recipe if isinstance(recipe, ScheduledModifierManager) else ScheduledModifierManager.from_yaml(recipe)
@@ -86,6 +89,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
         self._steps_per_epoch = steps_per_epoch
         self._grad_sampler = grad_sampler
         self._gradient_window = gradient_window
+        self._rng = rng
         self._is_attached = False
         self._has_warned = False
         self._loaded: dict[str, Any] | None = None
@@ -122,7 +126,7 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
                 "keep one of the two"
             )
         if self._loaded is not None:
-            self.manager.load_state_dict(self._loaded)
+            self.manager.load_state_dict(self._loaded, rng=self._rng)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the masks to an average that has replaced the weights; its normalization statistics come after this."""

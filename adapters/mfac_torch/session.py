@@ -151,18 +151,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         return resume
 
     def resume(self, parsed: ParsedState) -> None:
-        """Resume from a checked state, at the same epoch if it was saved with other steps per epoch."""
-        self.step = parsed.step
-        if parsed.steps_per_epoch != self.steps_per_epoch:
-            self.step = round(parsed.step * self.steps_per_epoch / parsed.steps_per_epoch)
-            self.logger.warning(
-                "the state was saved with %d steps per epoch and this run has %d (another batch size or gradient "
-                "accumulation): it resumes at the same epoch, %.2f, which is step %d",
-                parsed.steps_per_epoch,
-                self.steps_per_epoch,
-                parsed.step / parsed.steps_per_epoch,
-                self.step,
-            )
+        """Resume from a checked state, at the same epoch."""
         super().resume(parsed)
         self._changes.set_trained(self.step)
         self.monitor.record_versions()

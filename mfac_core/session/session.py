@@ -174,12 +174,28 @@ class Session(Generic[P, C]):
         return ParsedState(step, steps_per_epoch, pruners, changes)
 
     def resume(self, parsed: ParsedState) -> None:
-        """Resume from a state that :meth:`parsed` has checked."""
+        """Resume from a state that :meth:`parsed` has checked, at the same epoch."""
+        self.step = self._resumed_step(parsed)
+        if parsed.steps_per_epoch != self.steps_per_epoch:
+            self.logger.warning(
+                "the state was saved with %d steps per epoch and this run has %d (another batch size or gradient "
+                "accumulation): it resumes at the same epoch, %.2f, which is step %d",
+                parsed.steps_per_epoch,
+                self.steps_per_epoch,
+                self.step / self.steps_per_epoch,
+                self.step,
+            )
         for pruning, pruner in zip(self.prunings, parsed.pruners, strict=True):
             if pruner is not None:
                 pruning.resume(pruner)
         if self._changes is not None:
             self._changes.load_state_dict(parsed.changes)
+
+    def _resumed_step(self, parsed: ParsedState) -> int:
+        """Return the completed optimizer steps of this run at the epoch of a state."""
+        if parsed.steps_per_epoch == self.steps_per_epoch:
+            return parsed.step
+        return round(parsed.step * self.steps_per_epoch / parsed.steps_per_epoch)
 
     def _parsed_pruners(self, states: Any, steps_per_epoch: int, *, strict: bool) -> tuple[Pruner | None, ...]:
         if not isinstance(states, list | tuple):

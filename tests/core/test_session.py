@@ -126,7 +126,6 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(stop):
     for kind in ("weights", "momentum"):
         setattr(resumed, kind, {name: array.copy() for name, array in getattr(whole, kind).items()})
     later = session_of(TWO, resumed)
-    later.step = stop
     later.resume(later.parsed(state))
     for each, model in ((session, whole), (later, resumed)):
         train(each, model, until=EPOCHS * STEPS_PER_EPOCH)

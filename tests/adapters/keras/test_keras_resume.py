@@ -281,8 +281,8 @@ def test_a_run_that_goes_on_with_another_batch_size_keeps_masks_and_epochs(task,
 
     said = [line for line in caplog.messages if "steps per epoch" in line]
     assert said == [
-        "the state was saved with 5 steps per epoch and this run has 10: the schedule resumes at the same epoch, with "
-        "the saved masks"
+        "the state was saved with 5 steps per epoch and this run has 10 (another batch size or gradient accumulation): "
+        "it resumes at the same epoch, 2.00, which is step 20"
     ]
     assert "counts as pruned" not in caplog.text
     for name, mask in first.masks.items():

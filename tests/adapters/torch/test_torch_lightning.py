@@ -196,6 +196,28 @@ def test_an_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, kil
         assert torch.equal(model.state_dict()[name], weight), name
 
 
+def test_the_random_numbers_of_the_process_are_restored_only_if_asked(tmp_path):
+    _, _, run = fitted(tmp_path, max_epochs=2)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+
+    def resumed(*, seed, rng):
+        seen = []
+
+        class Begin(Callback):
+            def on_fit_start(self, trainer, pl_module):
+                torch.manual_seed(seed)
+
+            def on_train_epoch_start(self, trainer, pl_module):
+                seen.append(torch.get_rng_state())
+
+        callback = PruningCallback(RECIPE, rng=rng)
+        trainer(tmp_path, callback, Begin()).fit(Digits(), loader(), ckpt_path=tmp_path / "two.ckpt", weights_only=True)
+        return seen[0]
+
+    assert torch.equal(resumed(seed=1, rng=True), resumed(seed=2, rng=True))
+    assert not torch.equal(resumed(seed=1, rng=False), resumed(seed=2, rng=False))
+
+
 def test_a_run_that_is_resumed_with_another_batch_size_goes_on_at_its_epoch(tmp_path, caplog):
     first, saved, run = fitted(tmp_path, max_epochs=2)
     run.save_checkpoint(tmp_path / "two.ckpt")
