@@ -14,7 +14,7 @@ from typing import BinaryIO
 __all__ = ["PREVIOUS", "write_file"]
 
 PREVIOUS = ".previous"
-"""Suffix of the previous version of a file, where one is kept."""
+"""Suffix of the previous version of a file, if one is kept."""
 
 
 def write_file(

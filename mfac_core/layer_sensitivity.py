@@ -56,7 +56,7 @@ class Sensitivity:
         sparsities: The sparsities, rising.
         measured: Name of each layer and, at each sparsity, the loss minus :attr:`dense_loss`; infinite from the
             sparsity on at which the loss was NaN or infinite, and negative where pruning made it smaller.
-        predicted: The increase that M-FAC predicts, ``1/2 dw^T F dw`` summed over the steps; infinite where a layer was
+        predicted: The increase that M-FAC predicts, ``1/2 dw^T F dw`` summed over the steps; infinite if a layer was
             not pruned any further. The prediction is in-sample: it uses the gradient samples that chose the update, and
             is usually far too small.
         num_weights: Name of each layer and its number of weights.
@@ -163,7 +163,7 @@ def sensitivity(
     """Measure how much the loss grows when one layer alone is pruned, to a number of rising sparsities.
 
     Each layer is pruned by :func:`mfac_core.prune`, from one sparsity to the next: that increases the loss less than to
-    start from the dense weights each time. If the gradient samples are the same throughout, they describe the remaining
+    start from the dense weights each time. If the gradient samples are always the same, they describe the remaining
     weights less and less well, and high sparsities look worse than they are with fresh samples: pass a function that
     draws them at each sparsity.
 
@@ -182,7 +182,7 @@ def sensitivity(
         block_size: As in :func:`mfac_core.prune`.
         damping: As in :func:`mfac_core.prune`.
         update: As in :func:`mfac_core.prune`.
-        num_recomputations: In how many sub-steps each sparsity is reached from the one before, as in
+        num_recomputations: In how many sub-steps each sparsity is reached from the previous one, as in
             :func:`mfac_core.prune`; ``auto`` is best if they lie far apart.
         mask_type: As in :func:`mfac_core.prune`; ``N:M`` leaves no sparsity above ``1 - N/M``.
         axes: As in :func:`mfac_core.prune`.
@@ -194,8 +194,8 @@ def sensitivity(
 
     Raises:
         TypeError: If an argument is not an array, or ``loss`` is not callable or returns no number.
-        ValueError: If shapes or names do not fit, a setting is out of range, weights or gradients hold NaN or Inf, or
-            the loss of the dense weights is not finite.
+        ValueError: If shapes or names do not fit, a setting is out of range, weights or gradients contain NaN or Inf,
+            or the loss of the dense weights is not finite.
         SettingError: If the sparsities do not rise between 0 and 1, or the mask type does not fit them or the shape of
             an array.
         DeviceError: If a device does not exist.
@@ -272,7 +272,7 @@ def sensitivity(
                 advance(name)
                 if not math.isfinite(losses[-1]):  # its gradients are not finite either, most likely
                     _logger.warning(
-                        "the loss is %s with %s pruned to %g: its increase counts as infinite from there on",
+                        "the loss is %s with %s pruned to %g: its increase counts as infinite from there",
                         losses[-1],
                         name,
                         level,
@@ -292,7 +292,7 @@ def _checked_sparsities(sparsities: Sequence[float]) -> tuple[float, ...]:
     for level in levels:
         check_number("sparsities", level, "0 < sparsity < 1; 0.9 prunes nine weights of ten", lambda x: 0 < x < 1)
     if not levels or any(level >= following for level, following in pairwise(levels)):
-        raise SettingError("sparsities", f"{levels} must hold at least one number, each above the one before")
+        raise SettingError("sparsities", f"{levels} must contain at least one number, each above the previous one")
     return tuple(map(float, levels))
 
 
@@ -337,7 +337,7 @@ def _rows_of(
     for name, of_layer in by_layer.items():
         xp = array_namespace(of_layer)
         if not bool(xp.all(xp.isfinite(of_layer))):
-            raise ValueError(f"the gradients of {name} hold NaN or Inf; leave these samples out")
+            raise ValueError(f"the gradients of {name} contain NaN or Inf; leave these samples out")
     return by_layer.__getitem__
 
 

@@ -50,7 +50,7 @@ def selection_warnings(
         exclude: The entries of ``exclude``.
         model: The names of the model.
         selected: The result of :func:`mfac_core.weight_names.selected_names` for them.
-        prunes: Whether weights are pruned; otherwise zeros are only counted or held.
+        prunes: Whether weights are pruned; otherwise zeros are only counted or kept.
 
     Returns:
         One line per warning.
@@ -91,8 +91,8 @@ def _others_computed_from(names: Collection[str], model: ModelNames) -> list[str
     if not sources:
         return []
     return [
-        f"other weights are computed from {join_names(sources)} and need not be zero where these are, so the reported "
-        "sparsity is not that of the layers; remove the computation before pruning"
+        f"other weights are computed from {join_names(sources)} and are not necessarily zero where these are, so the "
+        "reported sparsity is not that of the layers; remove the computation before pruning"
     ]
 
 

@@ -83,13 +83,13 @@ def prune(
         mask_type: Pattern of the zeros: ``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` or the shape of
             a block; for their rules see :func:`mfac_core.masks.selection.newly_pruned`.
         update: ``independent`` (the paper's) or ``joint`` (exact OBS for the pruned set).
-        num_recomputations: Number of sub-steps; ``auto`` takes as many that none removes more than about a fifth of
+        num_recomputations: Number of sub-steps; ``auto`` takes enough that none removes more than about a fifth of
             what is left. Rows that are given once are shared by all sub-steps, with a warning.
         recomputation_spacing: ``geometric``: each sub-step leaves the same fraction of the weights that it finds;
             ``linear``: each removes the same number of weights.
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
-            inputs alone mean that the others number separate matrices, as in a stack of experts.
+            inputs alone mean that the others index separate matrices, as in a stack of experts.
         devices: Where the blocks are computed.
 
     Returns:
@@ -98,7 +98,7 @@ def prune(
 
     Raises:
         TypeError: If an argument is not an array, or the function does not return arrays.
-        ValueError: If shapes or names do not fit, a setting is out of range, or a gradient holds NaN or Inf.
+        ValueError: If shapes or names do not fit, a setting is out of range, or a gradient contains NaN or Inf.
         SettingError: If the mask type does not fit the shape of an array.
         DeviceError: If a device does not exist.
         IllConditionedError: If a block cannot be inverted accurately.
@@ -277,7 +277,7 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
             f"got shape {tuple(gradients.shape)}"
         )
     if arrays[0].shape[0] == 0:
-        raise ValueError("gradients holds no sample; pass at least one row")
+        raise ValueError("gradients contains no sample; pass at least one row")
     for array in arrays:
         check_float("gradients", array)
     wanted = np.result_type(*(array.dtype for array in arrays))

@@ -1,4 +1,4 @@
-"""The batches that gradient samples come from: drawn from a source that is restarted whenever it runs out."""
+"""The batches that gradient samples come from: drawn from a source that is restarted whenever it is exhausted."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Sampler:
     def batches(self, count: int, options: Mapping[str, object] | None = None) -> list[Any]:
         """Draw batches as for gradient samples.
 
-        Data that end early are started again; an iterator, which cannot be restarted, gives the batches it has left.
+        A source that runs out is restarted; an iterator, which cannot be restarted, yields its remaining batches.
 
         Args:
             count: How many batches to draw.
@@ -115,7 +115,7 @@ class Sampler:
 def batches_to_sample(
     source: BatchSource, count: int, options: Mapping[str, object] | None = None, held_out: HeldOut | None = None
 ) -> Iterator[Any]:
-    """Yield ``count`` batches; data that end early are started again.
+    """Yield ``count`` batches; a source that runs out is restarted.
 
     A function is then called again; an iterator, which cannot be restarted, yields the batches it has left, with a
     warning. It is an error if the source yields no batch at all, or if a function does not take the options.
@@ -123,7 +123,7 @@ def batches_to_sample(
     Args:
         source: The batches, or a function that makes them.
         count: How many to yield.
-        options: ``grad_sampler_kwargs`` of the recipe. A function gets them by name where it has these arguments,
+        options: ``grad_sampler_kwargs`` of the recipe. A function gets them by name if it has these arguments,
             otherwise as one dictionary.
         held_out: Filled once all batches are yielded and one more is asked for; not from an iterator, whose batches are
             all needed for gradient samples.
@@ -189,12 +189,12 @@ def mean_loss(losses: Iterable[float]) -> float:
 def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     """Return the warning about weights whose gradient is zero in every sample.
 
-    None is needed where there are no such weights. Where all ``num_weights`` are, the gradient window warns.
+    Empty if there are no such weights; if all ``num_weights`` are, the gradient window warns instead.
     """
     if not names or len(names) == num_weights:
         return []
     return [
-        f"the gradient is zero in every gradient sample for {join_names(names)}, so that M-FAC prunes them as if they "
+        f"the gradient is zero in every gradient sample for {join_names(names)}, so M-FAC prunes them as if they "
         "had no effect; exclude weights that the loss does not use. A module that is used in training mode only "
         "needs samples in that mode, and a reentrant checkpoint needs an input that requires a gradient"
     ]

@@ -13,7 +13,7 @@ __all__ = ["check_keys", "checked_array", "checked_flag", "checked_integer", "re
 
 
 def refuse(name: str, value: object, rule: str) -> NoReturn:
-    """Raise ``ValueError`` for a value that no saved state can hold.
+    """Raise ``ValueError`` for a value that no saved state can contain.
 
     Example:
         >>> refuse("position", 1.5, "an integer")
@@ -24,7 +24,7 @@ def refuse(name: str, value: object, rule: str) -> NoReturn:
 
 
 def check_keys(what: str, state: object, keys: Collection[str]) -> None:
-    """Refuse a state that is not a mapping or lacks one of the keys; ``what`` names its owner, such as ``a pruner``."""
+    """Refuse a state that is not a mapping with all of the keys; ``what`` names its owner, such as ``a pruner``."""
     if not isinstance(state, Mapping):
         raise ValueError(
             f"this is not the state of {what}: a mapping is expected, and this is {_described(state)}; "
@@ -33,7 +33,7 @@ def check_keys(what: str, state: object, keys: Collection[str]) -> None:
     missing = set(keys) - set(state)
     if missing:
         raise ValueError(
-            f"this is not the state of {what}: it lacks {', '.join(sorted(missing))}; pass what state_dict() returned"
+            f"this is not the state of {what}: it has no {', '.join(sorted(missing))}; pass what state_dict() returned"
         )
 
 
@@ -66,7 +66,7 @@ def checked_array(name: str, value: object, dtype: Any, num_dimensions: int) -> 
     if not isinstance(value, np.ndarray) or value.dtype != wanted or value.ndim != num_dimensions:
         refuse(name, value, f"a NumPy array of {wanted} with {num_dimensions} dimensions")
     if wanted.kind == "f" and not np.isfinite(value).all():
-        refuse(name, value, "finite: it holds NaN or Inf")
+        refuse(name, value, "finite: it contains NaN or Inf")
     return value
 
 

@@ -253,7 +253,7 @@ def prune(
         mask_type: Pattern of the zeros.
         axes: Name to the permutation of axes into outputs, kernel, inputs.
         num_recomputations: Parts with a Fisher of their own; "auto" for the least number of which none removes more
-            than 22 % of what is left.
+            than 22% of what is left.
         recomputation_spacing: Each part keeps the same fraction of what it finds (geometric), or removes the same
             fraction of all (linear).
     """

@@ -1,4 +1,4 @@
-"""One pruning modifier at work on one Keras model."""
+"""One pruning modifier applied to one Keras model."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         return self.fingerprints
 
     def prune_if_due(self) -> None:
-        """Do the pruning steps that are due."""
+        """Run the pruning steps that are due."""
         if not self.is_due():
             return
         self._hooks.sync()

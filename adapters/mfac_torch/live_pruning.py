@@ -1,4 +1,4 @@
-"""One pruning modifier at work on one PyTorch model."""
+"""One pruning modifier applied to one PyTorch model."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
             self.prune_if_due()
 
     def prune_if_due(self) -> None:
-        """Do the pruning steps that are due."""
+        """Run the pruning steps that are due."""
         if self.is_due():
             super().prune_if_due()
             self.monitor.record_versions()

@@ -1,4 +1,4 @@
-"""The contract of an array backend: it answers where arrays live, never what is computed.
+"""The contract of an array backend: it handles where arrays live, never what is computed.
 
 To add an array library, implement :class:`Backend` in a module of its own, for which ``numpy_backend.py`` is the
 shortest example, and list it in ``selection.py``. The section "Adding an array library" of ``docs/design.md`` names
@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Return the names of the devices that exist, such as ``("cuda:0", "cuda:1")``."""
 
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
-        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy where none is needed."""
+        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy if none is needed."""
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
         """Return a new array of zeros on ``device``."""
@@ -48,7 +48,7 @@ class Backend(Protocol):
         """Return zeros in the kind of host memory from which copies to the devices are fastest."""
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
-        """Return ``x`` in host memory; no copy where none is needed."""
+        """Return ``x`` in host memory; no copy if none is needed."""
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         """Start a copy of ``x`` to host memory, and return a function that waits for it and returns it."""

@@ -83,7 +83,7 @@ class NumpyBackend:
         return _cores() * 32 * 2.5e9  # 2 instructions x 8 numbers x 2 operations per cycle
 
     def group_bytes(self, device: str, total: int) -> int:
-        """Return a few megabytes, or less so that each core gets at least four groups."""
+        """Return 16 MiB, or less so that each core gets at least four groups."""
         return max(1, min(GROUP_BYTES, total // (4 * _cores())))
 
     def free_bytes(self, device: str) -> int | None:

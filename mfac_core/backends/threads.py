@@ -1,4 +1,4 @@
-"""The cores of the host that a worker may use in addition to the threads of BLAS, and work spread over them."""
+"""Threads that a worker may use in addition to those of BLAS, and work spread over them."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Demo:
         check_params: Refuses ``params`` and ``exclude`` of a recipe that match nothing in the network.
         train_dense: Returns the network that all methods prune, trained without pruning. Its argument is called after
             each epoch with the number of completed epochs.
-        train_by_recipe: Trains a copy of a network for the epochs of a recipe that prunes it or holds its zeros. Takes
+        train_by_recipe: Trains a copy of a network for the epochs of a recipe that prunes it or keeps its zeros. Takes
             the recipe, the name of the method, the network, and a function to call after each epoch.
         prune_in_one_shot: Prunes a copy of the dense network in one step, without training. Takes the recipe, the name
             of the method, and the dense network.
@@ -109,7 +109,7 @@ class Demo:
 
 
 def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed: int, seeds: int = SEEDS) -> None:
-    """Run the comparison, print its table, and write network, masks, numbers and picture.
+    """Run the comparison, print its table, and write network, masks, numbers and figure.
 
     Args:
         demo: Returns the framework's part of the demo for a seed.
@@ -123,7 +123,7 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
         RecipeError: If the recipe is wrong, or prunes nothing.
         SettingError: If a name in ``params`` matches nothing in the network, or ``output`` cannot be written to.
         DeviceError: If a listed device does not exist.
-        ModuleNotFoundError: If a package for the pictures is missing.
+        ModuleNotFoundError: If a package for the figures is missing.
     """
     first = demo(seed)
     gradual = None if recipe is None else _checked(recipe, first)  # refuses a wrong recipe before any training
@@ -142,7 +142,7 @@ def run(demo: Callable[[int], Demo], *, recipe: Path | None, output: Path, seed:
 
 
 def _compare_over_seeds(demo: Callable[[int], Demo], seeds: Sequence[int], console: Console) -> list[Pruned]:
-    """For each seed, prune in one shot by both methods, then train the networks with their zeros held.
+    """For each seed, prune in one shot by both methods, then train the networks with their masks enforced.
 
     Returns for each seed, sparsity and method the network without training and after each number of epochs.
     """
@@ -236,7 +236,7 @@ def _check_output(output: Path, names: Sequence[str]) -> None:
         raise SettingError("output", f"{output} cannot be written to ({error.strerror}); {cure}") from error
     for name in names:
         if (output / name).is_dir():
-            raise SettingError("output", f"{output / name} is a folder, where a file is to be written; {cure}")
+            raise SettingError("output", f"{output / name} is a folder, but a file must be written there; {cure}")
 
 
 def _checked(recipe: Path, demo: Demo) -> Recipe:

@@ -69,13 +69,13 @@ class BlockwiseFisher:
 
     Attributes:
         unit: Power of two near the measured dampings; 1 if the damping is a number. In this unit float32 can represent
-            the diagonal and what follows from it, whatever the scale of the gradients.
+            the diagonal and what follows from it, for any scale of the gradients.
         damping_range: The smallest and the largest damping of a block.
 
     Raises:
         DeviceError: If a device does not exist.
         MemoryBudgetError: If no device has memory for a single block.
-        ValueError: If gradients are measured and one of their rows holds NaN or Inf.
+        ValueError: If gradients are measured and one of their rows contains NaN or Inf.
         IllConditionedError: If gradients are measured and their squares overflow float64.
     """
 
@@ -129,8 +129,8 @@ class BlockwiseFisher:
         """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.
 
         Raises:
-            ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a block cannot be inverted, or the dtype of the gradients cannot hold the result.
+            ValueError: If a row of the gradients contains NaN or Inf.
+            IllConditionedError: If a block cannot be inverted, or the dtype cannot represent the result.
         """
         out = self.home.zeros((self.source.num_weights,), self.source.dtype)
 
@@ -209,7 +209,7 @@ class BlockwiseFisher:
         """Return the factor of a group of gradients: the retained one, or computed on ``device``.
 
         Raises:
-            ValueError: If a row of the gradients holds NaN or Inf.
+            ValueError: If a row of the gradients contains NaN or Inf.
             IllConditionedError: If a block cannot be inverted.
         """
         retained = self._retained.get(index) if self._retention == "always" else self._take_retained(index, device)
@@ -282,7 +282,7 @@ class BlockwiseFisher:
                     for chunks in items:
                         task(taken.popleft(), device, chunks)
             except BaseException:
-                queue.clear()  # the other workers stop after the group at hand
+                queue.clear()  # the other workers stop after their current group
                 raise
             device.backend.synchronize(device.name)
 
@@ -345,6 +345,6 @@ class BlockwiseFisher:
                 bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}
         if bad:
             raise ValueError(
-                f"gradients hold NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
+                f"gradients contain NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
                 f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
             )

@@ -26,7 +26,7 @@ below the others, but not so far that float32 could not represent them.
 """
 
 MIN_DAMPING = 1e-200
-"""The smallest damping, whatever the gradients: float64 can hardly represent the inverse of a smaller one."""
+"""The smallest damping, for any gradients: float64 can hardly represent the inverse of a smaller one."""
 
 _Vector = npt.NDArray[np.float64]
 
@@ -34,7 +34,7 @@ _Vector = npt.NDArray[np.float64]
 def mean_diagonals(chunks: Sequence[Array]) -> Array:
     """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, float64.
 
-    It is Inf or NaN where the gradients are not finite, or their squares overflow float64.
+    It is Inf or NaN if the gradients are not finite, or their squares overflow float64.
 
     Example:
         >>> mean_diagonals([np.array([[[1.0, 3.0], [1.0, 3.0]]])])
@@ -44,7 +44,7 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         means = _mean_diagonals(chunks, chunks[0].dtype)
         limits = xp.finfo(chunks[0].dtype)
-        # a smaller mean may lack squares that have underflowed, and a larger one has overflowed
+        # in a smaller mean, squares may have underflowed, and a larger one has overflowed
         is_held = xp.isfinite(means) & (means >= float(limits.smallest_normal) / float(limits.eps))
         if chunks[0].dtype != xp.float64 and not bool(xp.all(is_held)):
             means = _mean_diagonals(chunks, xp.float64)
@@ -54,7 +54,7 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
 def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vector], float]:
     """Return damping ``auto`` of each block, and a power of two near the mean damping.
 
-    In units of that power of two, float32 can represent quantities in proportion to the dampings. Without any curvature
+    In units of that power of two, float32 can represent quantities proportional to the dampings. Without any curvature
     all results are 1.
 
     Args:

@@ -5,14 +5,14 @@ that holds some columns of the blocks, and the chunks of a group together hold a
 
 .. math:: F = \lambda I + \frac{1}{m} G^T G, \qquad S = m \lambda I + G G^T = L L^T, \qquad W = L^{-1} G.
 
-The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used where it is smaller.
-Results are those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` whatever the scale of the gradients is.
+The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used if it is smaller.
+Results are those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` for any scale of the gradients.
 
 Error estimates. An entry of ``S`` is rounded relative to the norms of its two samples: the computed matrix is ``S + E``
 with ``|E_ij|`` of the order of ``eps sqrt(S_ii S_jj)``, and its Cholesky factor adds an error of the same form (Higham,
 theorem 10.5). To first order the dual form then evaluates ``g^T S^-1 g``, for a column ``g`` of ``G``, with the error
 ``y^T E y``, ``y = S^-1 g``. If the signs of ``E_ij`` are independent, this has the size ``eps sum_i S_ii y_i^2``. With
-``x = L^-1 g``, ``y`` is ``L^-T x``. The estimate replaces ``L^-T`` by its diagonal, so that the sum is at most
+``x = L^-1 g``, ``y`` is ``L^-T x``. The estimate replaces ``L^-T`` by its diagonal, so the sum is at most
 ``max_i (S_ii / L_ii^2) |x|^2``. Here ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are projected
 out.
 
@@ -65,7 +65,7 @@ REFINEMENTS = 2
 """Steps that refine a solve with a float32 factor to float64; each gains about five digits (Higham, chapter 12)."""
 
 CACHE_BYTES = 2 * 2**20
-"""Gradients that are worked on at once on the CPU, so that intermediate results stay in its cache."""
+"""Bytes of gradients processed at once on the CPU, so that intermediate results stay in its cache."""
 
 InFloat64 = Array | bool
 """Which blocks of a group are computed in float64: all, none, or those where a mask of shape ``(n,)`` is true."""
@@ -97,7 +97,7 @@ class Factor(Protocol):
 
 
 def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, Array]:
-    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block as precisely as it needs.
+    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block in the precision it needs.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
@@ -176,7 +176,7 @@ def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: Array | float) 
         Shape ``(n,)``, float64.
     """
     xp = array_namespace(x)
-    # the squares of the products may leave the range of float32, also where the products do not
+    # the squares of the products may leave the range of float32, even if the products do not
     rows, x = (xp.asarray(each, dtype=xp.float64) for each in (gradients_times(chunks, x), x))
     return 0.5 * (damping * xp.sum(x * x, axis=-1) + xp.sum(rows * rows, axis=-1) / rows.shape[-1])
 
@@ -224,7 +224,7 @@ class _DualFactor:
         """Return whether no block is likely to be accurate enough: a heuristic, to save the solve.
 
         The column sums of ``W * W`` are taken for their largest possible mean, ``rows / width``: over all columns they
-        add up to ``trace(G^T S^-1 G) = trace(S^-1 G G^T)``, which is below ``rows``. A wrong guess costs time and no
+        add up to ``trace(G^T S^-1 G) = trace(S^-1 G G^T)``, which is below ``rows``. A wrong guess costs time but no
         digits: the block is evaluated in float64, or its error is estimated from the solve.
         """
         xp = array_namespace(self.norms)
@@ -252,7 +252,7 @@ class _DualFactor:
         error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
         error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
         if self.in_float64 and not bool(xp.all(error <= MAX_ERROR)):
-            # the estimate is far too high where samples repeat: measure the solves themselves before refusing
+            # the estimate is far too high if samples repeat: measure the solves themselves before refusing
             error = epsilon * self._error_of_solves(chunks, remainder)
         return remainder, error + epsilon * restored
 
@@ -291,7 +291,7 @@ class _DualFactor:
         return xp.asarray(self.lower.solve_transposed(self.lower.solve(right)), dtype=rows.dtype)
 
     def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> tuple[Array, Array]:
-        """Evaluate each ``1 - sum`` that has cancelled again, in place.
+        """Evaluate again, in place, each ``1 - sum`` that has cancelled.
 
         For the cancelled columns ``D`` and the others ``R``, ``[F^-1]_DD`` is the inverse of the Schur complement
         ``F_DD - F_DR F_RR^-1 F_RD``. With ``I - G_R (m damping I + G_R^T G_R)^-1 G_R^T = m damping S_R^-1`` this is
@@ -487,9 +487,9 @@ def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
 
 
 def _least_damping(chunks: Sequence[Array]) -> float:
-    """Return the damping below which squares of gradients that matter next to it may be too small for their dtype.
+    """Return the damping below which gradient squares that matter relative to it may underflow.
 
-    Next to the damping only squares above ``eps damping`` matter, and they must be normal numbers.
+    Relative to the damping only squares above ``eps damping`` matter, and they must be normal numbers.
     """
     limits = array_namespace(chunks[0]).finfo(chunks[0].dtype)
     return float(limits.smallest_normal) / float(limits.eps)

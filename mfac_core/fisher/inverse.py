@@ -38,7 +38,7 @@ def inverse_fisher(
     Raises:
         TypeError: If ``gradients`` is not an array.
         ValueError: If ``gradients`` is not a matrix of floats, or a setting is out of range; with ``auto``, which
-            measures the gradients at once, also if one of their rows holds NaN or Inf.
+            measures the gradients at once, also if one of their rows contains NaN or Inf.
         DeviceError: If a device does not exist.
 
     Example:
@@ -97,8 +97,8 @@ class InverseFisher:
         """Return ``diag(F^-1)``, shape ``(d,)``, in the dtype and on the device of the gradients.
 
         Raises:
-            ValueError: If a row of the gradients holds NaN or Inf.
-            IllConditionedError: If a block cannot be inverted accurately, or the dtype cannot hold the result.
+            ValueError: If a row of the gradients contains NaN or Inf.
+            IllConditionedError: If a block cannot be inverted accurately, or the dtype cannot represent the result.
         """
         fisher = self._fisher
         diagonal = fisher.diagonal()
@@ -124,7 +124,7 @@ class InverseFisher:
 
         Raises:
             TypeError: If ``x`` is not an array.
-            ValueError: If the shape differs, or ``x`` or a row of the gradients holds NaN or Inf.
+            ValueError: If the shape differs, or ``x`` or a row of the gradients contains NaN or Inf.
             IllConditionedError: If a block cannot be inverted accurately.
         """
         d = self.shape[0]
@@ -134,7 +134,7 @@ class InverseFisher:
             raise ValueError(f"x must have shape ({d},) or ({d}, k), got {tuple(x.shape)}{transposed}")
         xp = array_namespace(x)
         if not bool(xp.all(xp.isfinite(x))):
-            raise ValueError("x must be finite, but holds NaN or Inf; leave these entries out or set them to zero")
+            raise ValueError("x must be finite, but contains NaN or Inf; leave these entries out or set them to zero")
         # in float64, which refines the solves: F^-1 leaves little of an x close to a combination of the gradients
         home = self._fisher.home
         vector = home.asarray(device_of(x).move(x, home), np.float64)

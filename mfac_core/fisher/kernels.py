@@ -1,4 +1,4 @@
-"""Kernels that an array library may have a faster form of its own for; any other library gets the portable form."""
+"""Kernels with a faster form for some array libraries, and a portable form for all others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 GRAM_PANEL = 256
-"""Rows of a symmetric product that are computed at once where the library does not use the symmetry."""
+"""Rows of a symmetric product that are computed at once if the library does not use the symmetry."""
 
 MAX_FACTOR = 16
 """Largest matrices that the portable form factors in one call: on a CPU, LAPACK is slow for a batch of larger ones."""
@@ -71,7 +71,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
 
 
 def small_factors(like: Array) -> SmallFactors:
-    """Return the factorization of small matrices, for as many of the dtype and on the device of ``like``.
+    """Return a function that factors batches of small matrices with the batch size, dtype and device of ``like``.
 
     Example:
         >>> inverse, diagonal = small_factors(np.zeros((1, 1, 1)))(np.array([[[3.0]]]), 1.0)
@@ -90,7 +90,7 @@ class SmallFactors(Protocol):
     """Computes inverse Cholesky factors of batches of small matrices.
 
     Attributes:
-        largest: Rows of the largest matrices that it takes.
+        largest: Number of rows of the largest matrix that it accepts.
     """
 
     largest: int
@@ -169,7 +169,7 @@ def _portable_saliency(weights: Array, inverse_diagonal: Array) -> Array:
 
 @dataclass(frozen=True)
 class _Kernels:
-    """The form that a library uses of each kernel of this module; portable where it has none of its own."""
+    """The form that a library uses of each kernel of this module; portable if it has none of its own."""
 
     matmul: Callable[[Array, Array], Array] = operator.matmul
     lower_gram: Callable[[Array], Array] = _portable_lower_gram

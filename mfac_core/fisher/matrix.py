@@ -1,4 +1,4 @@
-"""Plain arrays of gradient samples seen block by block, as a gradient window is."""
+"""Block-by-block access to gradient samples in plain arrays, with the interface of a gradient window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["GradientMatrix"]
 
 
 class GradientMatrix:
-    """Gradient samples in the caller's own arrays; nothing is copied but the block at hand.
+    """Gradient samples in the caller's own arrays; only the current block is copied.
 
     Args:
         arrays: Arrays of shape ``(m, columns)`` side by side, float32 or float64, all on one device.
@@ -56,7 +56,7 @@ class GradientMatrix:
             for start, stop in group.chunk_bounds:
                 columns = self._columns(start, stop)
                 xp = array_namespace(columns)
-                # (m, columns) -> (blocks, m, width), as views where the library allows
+                # (m, columns) -> (blocks, m, width), as views if the library allows
                 split = xp.reshape(columns, (self.count, group.count, -1))
                 chunks.append(xp.permute_dims(split, (1, 0, 2)))
             return chunks

@@ -25,7 +25,7 @@ __all__ = ["independent_update", "joint_update", "saliency"]
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    r"""Return how much the loss model grows when each weight alone is pruned.
+    r"""Return the predicted loss increase of pruning each weight alone.
 
     .. math:: \rho_q = \frac{w_q^2}{2\,[F^{-1}]_{qq}}
 
@@ -48,11 +48,11 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
     xp = array_namespace(weights)
     if tuple(weights.shape) != tuple(inverse_diagonal.shape):
         raise ValueError(
-            f"weights and inverse_diagonal must have one shape, got {tuple(weights.shape)} and "
+            f"weights and inverse_diagonal must have the same shape, got {tuple(weights.shape)} and "
             f"{tuple(inverse_diagonal.shape)}"
         )
     if not bool(xp.all(xp.isfinite(weights))):
-        raise ValueError("weights must be finite, but hold NaN or Inf")
+        raise ValueError("weights must be finite, but contain NaN or Inf")
     if not bool(xp.all(xp.isfinite(inverse_diagonal) & (inverse_diagonal > 0))):
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"

@@ -148,7 +148,7 @@ def assign(
             f"device {', '.join(shares)}: one block needs {needed:,} bytes of working memory and {most:,} are free; "
             "choose a smaller block_size (fisher_block_size in a recipe) or a smaller num_gradients (num_grads)"
         )
-    # each device gets the blocks whose middle column lies before its bound and after that of the device before
+    # each device gets the blocks whose middle column lies before its bound and after that of the previous device
     bounds = _bounds(stored_groups[-1].stop, able)
     names = list(able)
     current = 0
@@ -197,7 +197,7 @@ def _bounds(num_weights: int, shares: Mapping[str, DeviceShare]) -> list[float]:
 
 def _blocks_at_once(stored: BlockGroup, share: DeviceShare, num_gradients: int, itemsize: int) -> int:
     working = working_bytes(stored.subgroup(0, 1), num_gradients, itemsize)
-    # the gradients are half of the working memory, or less where the factor is large
+    # the gradients are half of the working memory, or less if the factor is large
     count = share.group_bytes // (working // 2)
     if share.free_bytes is not None:
         count = min(count, share.free_bytes // working)

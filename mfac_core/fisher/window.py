@@ -26,10 +26,10 @@ class GradientWindow:
 
     Args:
         num_weights: Number of unpruned weights ``d``.
-        num_gradients: Rows ``m`` that the window holds; a further row replaces the oldest.
+        num_gradients: Maximum number of rows ``m``; a further row replaces the oldest.
         block_size: Weights per Fisher block; ``None`` means one block.
         device: Where the rows are stored, a name or a device.
-        consumers: Devices that compute with the rows: rows in host memory are stored so that copies to them are fast.
+        consumers: GPUs that read the rows; rows in host memory are then page-locked for fast copies.
         dtype: dtype of the rows.
 
     Example:
@@ -58,7 +58,7 @@ class GradientWindow:
         # each of these changes in a single assignment, so that an interruption leaves whole rows only
         self._pushed = 0  # rows since the window was empty
         self._rebuilt_with = 0  # rows taken over from another window
-        self._overwritten: int | None = None  # the value of `_pushed` when a row was begun over the oldest
+        self._overwritten: int | None = None  # the value of `_pushed` when a row was started over the oldest
         self._consumers = tuple(consumers)
         # stored groups suit the device with the largest groups, as others can work on subgroups
         self._group_bytes = max(each.backend.group_bytes(each.name, sys.maxsize) for each in (self.device, *consumers))
@@ -90,7 +90,7 @@ class GradientWindow:
 
         Args:
             vectors: The sample as one vector of shape ``(d,)``, or as consecutive vectors, which need not be
-                concatenated then; float32 or float64, on the window's device or in host memory. Copied.
+                concatenated; float32 or float64, on the window's device or in host memory. Copied.
 
         Raises:
             ValueError: If there are not ``d`` numbers in total, or a vector has another dtype.
@@ -229,7 +229,7 @@ class GradientWindow:
         return array_namespace(chunk).concat([chunk[:, :torn, :], chunk[:, torn + 1 :, :]], axis=1)
 
     def _write(self, first: int, values: Array) -> None:
-        """Write consecutive columns of the next row, from column ``first`` on."""
+        """Write consecutive columns of the next row, from column ``first``."""
         position = self._pushed % self.num_gradients
         last = first + values.shape[0]
         # the first group that holds any of these columns
@@ -253,7 +253,7 @@ class GradientWindow:
 
     def _allocate(self, group: BlockGroup, num_gradients: int) -> list[Array]:
         shapes = [(group.count, num_gradients, width) for width in group.chunk_widths]
-        # page-locked memory, where the backend has it: copies from it to a GPU do not wait
+        # page-locked memory, if the backend has it: copies from it to a GPU do not wait
         if self.device.is_host and self._consumers:
             return [self._consumers[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
         return [self.device.zeros(shape, self.dtype) for shape in shapes]
@@ -275,7 +275,7 @@ class GradientWindow:
 
 
 def _write_blocks(chunk: Array, position: int, first: int, values: Array) -> None:
-    """Write consecutive columns of one row, from column ``first`` on: the end of a block, whole blocks, a beginning."""
+    """Write consecutive columns of one row from column ``first``: the end of a block, whole blocks, a beginning."""
     width = chunk.shape[2]
     block, column = divmod(first, width)
     if column:

@@ -1,4 +1,4 @@
-"""Warnings about gradient samples that carry less information than their number: zero, below the damping, or alike."""
+"""Warnings about uninformative gradient samples: zero, below the damping, nearly equal or repeated."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ itself leaves norms up to 11; the smallest norm seen for a real loss, scaled dow
 
 _NEARLY_EQUAL = 1e-6
 """Squared distance of rows from their mean, relative to their squared norm, up to which they count as nearly equal.
-Rounding leaves 1e-13, and mini-batches that share 99 % of their examples leave 1e-3."""
+Rounding leaves 1e-13, and mini-batches that share 99% of their examples leave 1e-3."""
 
 _LOST_UNDER_DAMPING = 0.01
 """Trace of the empirical Fisher of a block, in units of the damping, up to which it is negligible: the relative
 difference of ``F^-1`` from ``I / damping`` is no larger than that."""
 
 _NO_GRADIENT = (
-    "The loss has no gradient at this model, as when the model is distilled against itself: sample the targets from "
-    "its own output instead, or use the labels"
+    "The loss has no gradient for this model, for example because it is distilled against itself: sample the targets "
+    "from its own output instead, or use the labels"
 )
 
 _ONE_BATCH = (
@@ -40,9 +40,9 @@ _ONE_BATCH = (
 
 
 def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
-    """Return a warning, as a sentence, for each way in which gradient samples are zero, negligible, alike or repeated.
+    """Return a warning, as a sentence, for each way in which gradient samples are uninformative.
 
-    The samples are read piece by piece until no warning can apply any more, most often after the first piece.
+    The samples are read piece by piece until no warning can apply, usually after the first piece.
 
     Args:
         source: The gradient samples: a window, or plain gradients.
@@ -66,23 +66,23 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         return []
     count = source.count
     if seen.squares == 0:
-        return [f"all {count} gradient samples are zero: the M-FAC run equals magnitude pruning. {_NO_GRADIENT}"]
+        return [f"all {count} gradient samples are zero, so M-FAC reduces to magnitude pruning. {_NO_GRADIENT}"]
     if seen.is_small:
         return [
-            f"the {count} gradient samples are as small as rounding errors (norm {seen.norm:.1g}): the M-FAC run "
-            f"follows noise, or equals magnitude pruning under a fixed damping. {_NO_GRADIENT}; where the loss was "
+            f"the {count} gradient samples are as small as rounding errors (norm {seen.norm:.1g}): M-FAC then "
+            f"follows noise, or equals magnitude pruning under a fixed damping. {_NO_GRADIENT}; if the loss was "
             "scaled down, scale it up"
         ]
     warnings = []
     if seen.is_lost_under(damping):
         warnings.append(
             f"the damping of {damping:g} hides the empirical Fisher of the {count} gradient samples, of which no block "
-            f"has a trace above {seen.largest_trace:.1g}: the M-FAC run equals magnitude pruning. Use damp: auto "
+            f"has a trace above {seen.largest_trace:.1g}: M-FAC reduces to magnitude pruning. Use damp: auto "
             '(damping="auto" in Python), which follows the scale of the loss, or a smaller damping; a model that is '
             "distilled against itself needs other targets"
         )
     if count > 1 and seen.distinct == 1:
-        warnings.append(f"of {count} gradient samples only 1 is distinct, so that the Fisher has rank 1. {_ONE_BATCH}")
+        warnings.append(f"of {count} gradient samples only 1 is distinct, so the Fisher has rank 1. {_ONE_BATCH}")
     elif seen.is_alike:
         warnings.append(
             f"the {count} gradient samples are nearly equal (their differences are {seen.deviation / seen.squares:.1g} "
@@ -90,7 +90,7 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         )
     elif seen.distinct < count:
         warnings.append(
-            f"of {count} gradient samples only {seen.distinct} are distinct, so that the Fisher has no more rank than "
+            f"of {count} gradient samples only {seen.distinct} are distinct, so the Fisher has no more rank than "
             "that; draw more or smaller batches (a data loader that shuffles gives other batches in each pass), or "
             "lower num_gradients (num_grads in a recipe)"
         )

@@ -99,7 +99,7 @@ class WeightLayout:
             bad = mask & ~device.to_numpy(finite)
         if bad.any():
             names = [name for name, (start, stop) in self.segments.items() if bad[start:stop].any()]
-            raise ValueError(f"weights hold NaN or Inf in {', '.join(names)}: {cure}")
+            raise ValueError(f"weights contain NaN or Inf in {', '.join(names)}: {cure}")
 
     def unpruned(self, mask: Mask, device: Device) -> dict[str, Array]:
         """Return which entries of each array are unpruned, in the form that :meth:`gather` takes on a device.

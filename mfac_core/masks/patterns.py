@@ -3,7 +3,7 @@
 Every array is seen as outputs x kernel positions x inputs. By default it has PyTorch's layout of linear and convolution
 layers: the first axis holds the outputs, the second the inputs, and the others the kernel; an array with one axis is
 one row of inputs. Other layouts are described by a permutation of the axes, or by the axes of outputs and inputs alone
-if the others number independent matrices, such as those of fused experts.
+if the others index independent matrices, such as those of fused experts.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mfac_core.weight_names import join_names
 __all__ = ["MaskPattern", "mask_patterns", "snap_to_n_of_m"]
 
 _ROUNDED = 0.01
-"""Largest difference from ``1 - N/M`` that a sparsity has by rounding."""
+"""Largest difference from ``1 - N/M`` that counts as rounding."""
 
 _MAX_NAMED = 10
-"""Number of arrays that a message names."""
+"""Maximum number of arrays named in a message."""
 
 # Why arrays cannot have a pattern, and the cure
 _NOT_DIVIDED = ("{mask_type} do not divide {arrays}", "choose sizes that do")
@@ -49,7 +49,7 @@ class MaskPattern:
         axes: Permutation that brings its axes into the order (output, kernel..., input).
         outputs: Outputs of a group.
         inputs: Inputs of a group; the last group of a row is short if they do not divide the row.
-        whole_kernel: Whether a group holds all positions of the kernel; else each position has groups of its own.
+        whole_kernel: Whether a group contains all positions of the kernel; else each position has groups of its own.
         unpruned_per_group: Smallest number of weights that each group keeps; ``None`` if a group is pruned as a whole.
 
     Example:
@@ -101,7 +101,7 @@ class MaskPattern:
         """Return the weights of each group of inputs at one output and kernel position, in the order of the inputs.
 
         Returns:
-            Positions in the array, shape ``(num_groups, inputs)``; -1 for inputs that a short group lacks.
+            Positions in the array, shape ``(num_groups, inputs)``; -1 for inputs missing from a short group.
         """
         outputs, kernel, inputs = self._extents
         positions = np.arange(outputs * kernel * inputs).reshape(self.shape).transpose(self.axes)
@@ -123,16 +123,16 @@ def mask_patterns(
     * ``block4``: four consecutive inputs of one output at one kernel position; the last group of a row may be short.
     * ``(a, b)``: ``a`` outputs x ``b`` inputs at one kernel position; -1 is the whole extent. Extents must divide.
     * ``N:M``: ``M`` consecutive inputs of one output at one kernel position, of which ``N`` are kept. A short last
-      group counts the inputs that it lacks as pruned.
+      group counts its missing inputs as pruned.
 
     Args:
         mask_type: The mask type, see :data:`mfac_core.settings.checks.MaskType`.
         shapes: Name and shape of each array.
         axes: Name and permutation of axes into the order (output, kernel..., input); or the two axes (output, input),
-            if the others number separate matrices; or empty, if the layout is unknown. Names may be absent.
+            if the others index separate matrices; or empty, if the layout is unknown. Names may be absent.
 
     Returns:
-        Name and pattern of each array; ``None`` for ``unstructured``, where each weight is pruned on its own.
+        Name and pattern of each array; ``None`` for ``unstructured``: each weight is pruned individually.
 
     Raises:
         SettingError: If blocks do not divide some arrays, if arrays are a single group, which would be pruned as a

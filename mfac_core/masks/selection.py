@@ -1,4 +1,4 @@
-"""Chooses the weights that are pruned next: the least salient, alone or in groups, per layer or over all weights."""
+"""Chooses the weights to prune next: the least salient, individually or in groups, per layer or globally."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ def least_salient(saliencies: Array, count: int) -> Array:
     xp = array_namespace(saliencies)
     is_nan = xp.isnan(saliencies)
     if bool(xp.any(is_nan)):
-        raise ValueError("a saliency is NaN: the weights hold NaN or Inf; prune from finite weights")
+        raise ValueError("a saliency is NaN: the weights contain NaN or Inf; prune from finite weights")
     if count <= 0:
         return is_nan
-    # a selection in linear time where the library has one; the array API standard only sorts
+    # a selection in linear time if the library has one; the array API standard only sorts
     ordered = xp.partition(saliencies, count - 1) if hasattr(xp, "partition") else xp.sort(saliencies)
     threshold = ordered[count - 1]
     chosen = saliencies < threshold

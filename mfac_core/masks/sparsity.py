@@ -1,4 +1,4 @@
-"""Sparsity as masks of a pattern can reach it: measured from zeros, predicted for a wanted one, and its limits."""
+"""The sparsity of existing zeros, and the sparsity that masks with a pattern can reach."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pruned_fraction(mask: Mask) -> float:
 
 
 def sparsity_of_zeros(zeros: Mask, rule: MaskRule) -> float | dict[str, float]:
-    """Return the sparsity of zeros, in the terms of :func:`mfac_core.masks.selection.newly_pruned`.
+    """Return the sparsity of zeros, as :func:`mfac_core.masks.selection.newly_pruned` counts it.
 
     Only zeros that fit the patterns count: whole groups, or up to ``M - N`` zeros of each ``M``.
 
@@ -43,7 +43,7 @@ def sparsity_of_zeros(zeros: Mask, rule: MaskRule) -> float | dict[str, float]:
 
 
 def is_reached(zeros: Mask, sparsity: Sparsity, rule: MaskRule) -> bool:
-    """Return whether weights that are zero or pruned certainly reach a sparsity, whatever the other saliencies are.
+    """Return whether weights that are zero or pruned certainly reach a sparsity, for any other saliencies.
 
     Then :func:`mfac_core.masks.selection.newly_pruned` by the same rule chooses no other weights.
 
@@ -105,8 +105,8 @@ def attained_sparsity(rule: MaskRule) -> Callable[[Sparsity], tuple[Sparsity, in
 def out_of_reach(sparsity: float, rule: MaskRule) -> dict[str, float]:
     """Return name and largest sparsity of each array that cannot reach ``sparsity``.
 
-    These are arrays whose inputs are not divided by the ``M`` of ``N:M``; with scope ``global`` there are none if the
-    other arrays make up for them.
+    These are arrays whose number of inputs is not a multiple of the ``M`` of ``N:M``; with scope ``global`` there
+    are none if the other arrays make up for them.
 
     Example:
         >>> patterns = {"a": MaskPattern((2, 3), (0, 1), outputs=1, inputs=4, unpruned_per_group=2)}
@@ -135,7 +135,7 @@ def _fitting_zeros(zeros: Mask, pattern: MaskPattern, *, by_groups: bool) -> tup
         return 0, 0
     if pattern.unpruned_per_group is not None:
         members = pattern.members()
-        exists = members >= 0  # a short group lacks some
+        exists = members >= 0  # a short group has fewer
         most = np.maximum(exists.sum(axis=1) - pattern.unpruned_per_group, 0)
         return int(np.minimum((zeros[members] & exists).sum(axis=1), most).sum()), len(zeros)
     groups = pattern.groups()

@@ -1,6 +1,6 @@
 """Counts the zeros of a run from the weights, and not from the masks alone.
 
-Between two steps other code may write into a model: the best epoch is restored, an average replaces the weights, an
+Between two steps, other code may write to a model: the best epoch is restored, an average replaces the weights, an
 optimizer that is not watched makes a step. A mask says which weights were pruned; only the weights say which are zero.
 """
 
@@ -41,7 +41,7 @@ class ZeroCount(NamedTuple):
 
     @property
     def sparsity_of_masks(self) -> float:
-        """Fraction of the weights in scope that the masks prune, whatever their values."""
+        """Fraction of the weights in scope that the masks prune, for any values."""
         return self.pruned / self.weights if self.weights else 0.0
 
     def difference(self) -> str:
@@ -50,7 +50,7 @@ class ZeroCount(NamedTuple):
             return ""
         return (
             f"{self.num_regrown:,} of {self.pruned:,} pruned weights are not zero ({join_names(self.regrown)}): the "
-            f"sparsity is {self.sparsity:.4f}, where the masks say {self.sparsity_of_masks:.4f}"
+            f"sparsity is {self.sparsity:.4f}, but {self.sparsity_of_masks:.4f} according to the masks"
         )
 
 
@@ -66,7 +66,7 @@ def count_zeros(weights: Mapping[str, Array], masks: Mapping[str, Array]) -> Zer
         >>> import numpy as np
         >>> count = count_zeros({"w": np.array([0.0, 2.0, 3.0, 4.0])}, {"w": np.array([False, False, True, True])})
         >>> count.sparsity, count.difference()
-        (0.25, '1 of 2 pruned weights are not zero (w): the sparsity is 0.2500, where the masks say 0.5000')
+        (0.25, '1 of 2 pruned weights are not zero (w): the sparsity is 0.2500, but 0.5000 according to the masks')
     """
     pruned, regrown = 0, {}
     for name, mask in masks.items():

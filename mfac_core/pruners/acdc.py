@@ -17,7 +17,7 @@ __all__ = ["ACDCPruner"]
 
 
 class ACDCPruner(Pruner):
-    """Compressed phases hold the masks of the largest weights; in decompressed phases all weights train, from zero on.
+    """Compressed phases keep only the largest weights; decompressed phases train all, the pruned ones from zero.
 
     For the phases see :func:`mfac_core.schedules.pruning.pruning_schedule`; for the arguments :class:`Pruner`.
     With ``reset_momentum``, a decompressed phase that follows a compressed one asks for a reset of the optimizer, whose

@@ -1,4 +1,4 @@
-"""A pruner takes over the state of one with another scope: layers were frozen or unfrozen since it was saved."""
+"""Transfers a saved state to a pruner with other weights in scope, after layers were frozen or unfrozen."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class Adoption(NamedTuple):
         if self.left:
             changes.append(f"{join_names(self.left)} left it (their masks are released)")
         return (
-            f"since the state was saved, {' and '.join(changes)}; the gradient window begins empty" if changes else ""
+            f"since the state was saved, {' and '.join(changes)}; the gradient window starts empty" if changes else ""
         )
 
 
 def adopt(state: Mapping[str, Any], fresh: Mapping[str, Any], weights: Mapping[str, Array]) -> Adoption:
-    """Adapt the state of a pruner to another scope: masks are taken over by name.
+    """Adapt the state of a pruner to other weights in scope: masks are matched by name.
 
     Weights that have come into scope start unpruned, and the next pruning step prunes them to its sparsity with the
-    others: sparsities count all zeros of a layer, or of the whole scope. A constant mask holds their zeros. Initial
+    others: sparsities count all zeros of a layer, or of the whole scope. A constant mask keeps their zeros. Initial
     sparsities per layer are measured again.
 
     Args:

@@ -38,7 +38,7 @@ __all__ = ["Outcome", "Progress", "Pruner"]
 _logger = logging.getLogger("mfac_core")
 
 _NEARLY_ALL = 0.99
-"""From this sparsity on, the settings ask for layers without any weight: no warning."""
+"""At or above this sparsity, layers without any weight are expected: no warning."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Progress:
-    """All that pruning steps and loaded states change, replaced in one assignment: an exception leaves it intact.
+    """Everything that pruning steps and loaded states change; replaced in one assignment, so it stays consistent.
 
     Args:
         mask: Which of all weights are unpruned, shape ``(n,)``; never written to.
         schedule: The pruning steps of the run.
-        initial_sparsity: The sparsity that the schedule starts from where it is measured from the weights.
+        initial_sparsity: The sparsity that the schedule starts from if it is measured from the weights.
         done: Pruning steps of the schedule that are done or skipped.
     """
 
@@ -86,7 +86,7 @@ class Progress:
 
 
 class Pruner(ABC):
-    """What all pruners share. Hold the masks of the result of each :meth:`prune` until the next.
+    """What all pruners share. The caller keeps the masks of each :meth:`prune` applied until the next.
 
     ``step`` always counts completed optimizer steps. A pruning step is a change of masks; :class:`ConstantPruner`
     and :class:`ACDCPruner` also have pruning steps that release masks.
@@ -200,7 +200,7 @@ class Pruner(ABC):
 
     @property
     def refused_rows(self) -> int:
-        """Gradient samples that were left out because they held NaN or Inf."""
+        """Gradient samples that were left out because they contained NaN or Inf."""
         return 0
 
     def needs_gradients(self, step: int) -> bool:
@@ -215,9 +215,9 @@ class Pruner(ABC):
         return False
 
     def uses_gradients(self, step: int) -> bool:
-        """Return whether the pruning step that is due draws on gradient samples.
+        """Return whether the pruning step that is due uses gradient samples.
 
-        Where samples are drawn at each pruning step, ask this first.
+        If samples are drawn at each pruning step, call this first.
 
         Args:
             step: Completed optimizer steps.
@@ -239,7 +239,9 @@ class Pruner(ABC):
         Raises:
             TypeError: Always; ask :meth:`needs_gradients` first.
         """
-        raise TypeError(f"{type(self).__name__} uses no gradients; ask needs_gradients(step) before observe")
+        raise TypeError(
+            f"{type(self).__name__} uses no gradients; check needs_gradients(step) before calling observe()"
+        )
 
     def is_due(self, step: int) -> bool:
         """Return whether a pruning step is due.
@@ -248,28 +250,28 @@ class Pruner(ABC):
             step: Completed optimizer steps.
 
         Returns:
-            True from the scheduled step on until :meth:`prune` has done it.
+            True from the scheduled step until :meth:`prune` has run it.
         """
         return self._latest(step) >= self._done
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
-        """Do the pruning step that is due; an exception leaves the pruner as it was.
+        """Run the pruning step that is due; an exception leaves the pruner unchanged.
 
-        Use :meth:`pruning` where writing the weights back may fail.
+        Use :meth:`pruning` if writing the weights back may fail.
 
         Args:
             weights: Name and array of each weight, float32 or float64. Not modified; those that are not in scope may
                 be left out.
             step: Completed optimizer steps: the latest pruning step scheduled up to here is done, and earlier ones
-                are skipped. ``None`` does the next one of the schedule.
+                are skipped. ``None`` runs the next one of the schedule.
 
         Returns:
             The new weights, on the devices of ``weights``, those that are not in scope as they were given; and the new
-            masks of those in scope, in host memory. Hold them unless :attr:`is_released`.
+            masks of those in scope, in host memory. Keep them applied unless :attr:`is_released`.
 
         Raises:
-            ValueError: If all pruning steps are done, none is scheduled up to ``step``, the weights do not fit or hold
-                NaN or Inf, or a gradient sample is needed and none is stored.
+            ValueError: If all pruning steps are done, none is scheduled up to ``step``, the weights do not fit or
+                contain NaN or Inf, or a gradient sample is needed and none is stored.
             IllConditionedError: If a block of the Fisher cannot be inverted accurately.
         """
         with self.pruning(weights, step) as result:
@@ -277,7 +279,7 @@ class Pruner(ABC):
 
     @contextmanager
     def pruning(self, weights: Mapping[str, Array], step: int | None = None) -> Iterator[PruneResult]:
-        """Do the pruning step that is due, and commit it when the block of the ``with`` statement ends.
+        """Run the pruning step that is due, and commit it when the ``with`` block ends.
 
         Masks, progress and gradients of the pruner change in one assignment when the block ends. An exception before
         or inside it leaves all of them as they were, and the same pruning step can be done again, with the same result.
@@ -306,7 +308,7 @@ class Pruner(ABC):
             0.0 True
         """
         if self.is_finished:
-            raise ValueError("all pruning steps of the schedule are done; ask is_due(step) before prune")
+            raise ValueError("all pruning steps of the schedule are done; check is_due(step) before calling prune()")
         index = self._done if step is None else self._latest(step)
         if index < self._done:
             raise ValueError(
@@ -321,7 +323,7 @@ class Pruner(ABC):
         self.layout.check_finite(
             vector,
             before,
-            "training has diverged; go back to finite weights, and lower the learning rate or skip the optimizer "
+            "training has diverged; restore finite weights, and lower the learning rate or skip the optimizer "
             "steps whose gradients are not finite",
         )
         is_zero = zeros_of(vector)
@@ -345,7 +347,7 @@ class Pruner(ABC):
         self._progress = after
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only.
+        """Return everything that a resumed run needs, as arrays and numbers only.
 
         Returns:
             The state, to be passed to :meth:`load_state_dict`.
@@ -386,13 +388,13 @@ class Pruner(ABC):
         self._progress = self._parsed(state)
 
     def _parsed(self, state: Mapping[str, Any]) -> Progress:
-        """Return the progress that a state holds, or raise ``ValueError``."""
+        """Return the progress that a state contains, or raise ``ValueError``."""
         check_keys("a pruner", state, ("method", "schedule", "pruning_steps_done", "masks"))
         own = type(self).__name__
         if not isinstance(state["method"], str):
             refuse("method", state["method"], "the name of a pruner")
         if state["method"] != own:
-            refuse_other_run([f"it has another method or schedule of pruning ({state['method']}, and here {own})"])
+            refuse_other_run([f"it was saved by {state['method']}, but this run uses {own}"])
         initial = self._parsed_initial_sparsity(state)
         check_keys("a pruner (its masks)", state["masks"], ())
         saved = checked_array("schedule", state["schedule"], np.float64, 2)
@@ -413,7 +415,7 @@ class Pruner(ABC):
         return Progress(self.layout.flatten(state["masks"]), schedule, initial, done)
 
     def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
-        """Return the sparsity that the schedule starts from, where the settings leave it to the weights."""
+        """Return the sparsity that the schedule starts from, if the settings leave it to the weights."""
         return None
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
@@ -442,7 +444,7 @@ class Pruner(ABC):
                 "mask_type %s does not divide the number of inputs of %s, which cannot reach sparsity %g; remove "
                 "weights with too few inputs from params",
                 self._mask_type,
-                ", ".join(f"{name} (which gets a sparsity of at most {most:.3g})" for name, most in limited.items()),
+                ", ".join(f"{name} (sparsity at most {most:.3g})" for name, most in limited.items()),
                 sparsity,
             )
 
@@ -487,7 +489,7 @@ class Pruner(ABC):
         return self._progress.done
 
     def _after(self, mask: Mask, index: int) -> Progress:
-        """Return the progress once the pruning step with this index has left this mask. The pruner does not change."""
+        """Return the progress after the pruning step with this index, which resulted in this mask."""
         return Progress(mask, self.schedule, self._progress.initial_sparsity, index + 1)
 
     @abstractmethod
@@ -500,7 +502,7 @@ class Pruner(ABC):
 
 
 def _selected(settings: PruningSettings, shapes: Mapping[str, tuple[int, ...]]) -> Collection[str]:
-    """Return the names of the arrays in scope; the keywords mean all arrays, whatever their names are."""
+    """Return the names of the arrays in scope; the keywords mean all arrays, whatever their names."""
     if not settings.exclude and set(settings.params) <= {ALL, ALL_PRUNABLE}:
         return shapes.keys()
     names = ModelNames(shapes=shapes, prunable=shapes.keys(), layers=layers_of_names(shapes), kind="weight")

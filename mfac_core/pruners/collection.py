@@ -1,4 +1,4 @@
-"""Gradient samples that arrive during training: gathered, checked for NaN, and stored in a window."""
+"""Gradient samples of training: gathered, checked for NaN, and stored in a window."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class GradientCollector:
     Args:
         layout: Names and shapes of the weights in scope.
         mask: Which of them are unpruned, shape ``(n,)``; never written to.
-        num_gradients: Rows that the window holds at most.
+        num_gradients: Maximum number of rows in the window.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
         consumers: As in :class:`GradientWindow`.
         warn_once: Logs a message unless one about the same subject has been logged: ``warn_once(subject, message)``.
-        window: The samples stored so far; ``None`` before the first, which takes the memory.
-        refused_rows: Samples that were left out because they held NaN or Inf.
+        window: The samples stored so far; ``None`` before the first sample, which allocates it.
+        refused_rows: Samples that were left out because they contained NaN or Inf.
     """
 
     layout: WeightLayout
@@ -55,7 +55,7 @@ class GradientCollector:
         return 0 if self.window is None else self.window.count
 
     def observe(self, gradients: Mapping[str, Array]) -> bool:
-        """Store one sample; return whether it is finite, as far as is known without waiting for its copy."""
+        """Store one sample; return False if it is refused. One that is still being copied is checked later."""
         self.layout.check(gradients, "gradients")
         for name, array in gradients.items():
             check_float(f"gradients[{name!r}]", array)
@@ -63,7 +63,7 @@ class GradientCollector:
         device = device_of(gradients[self.layout.names[0]])
         entries = self._entries_on(device)
         if device.is_host:
-            with np.errstate(over="ignore"):  # what float32 cannot hold is refused as Inf
+            with np.errstate(over="ignore"):  # what float32 cannot represent is refused as Inf
                 return self._store(
                     [values.astype(np.float32, copy=False) for values in self.layout.gather_each(gradients, entries)]
                 )
@@ -93,7 +93,7 @@ class GradientCollector:
     def following(
         self, mask: npt.NDArray[np.bool_], num_gradients: int, *, keeps_rows: bool = False
     ) -> GradientCollector:
-        """Return a collector for the mask after a pruning step, with the rows so far or without. This one stays."""
+        """Return a new collector for the mask after a pruning step, with or without the stored rows."""
         window = self.window if keeps_rows else None
         if window is not None:
             stay = mask[self.mask]
@@ -118,7 +118,7 @@ class GradientCollector:
         # checked before anything is written: in a full window it overwrites the oldest sample
         if row is None or not all(_is_finite(values) for values in row if isinstance(values, np.ndarray)):
             self.refused_rows += 1
-            self.warn_once("refused", "a gradient sample holds NaN or Inf: it is left out of the window and counted")
+            self.warn_once("refused", "a gradient sample contains NaN or Inf: it is refused and counted")
             return False
         window = self._new_window(self.num_gradients) if self.window is None else self.window
         window.push(*row)
@@ -137,5 +137,5 @@ class GradientCollector:
 
 def _is_finite(values: npt.NDArray[Any]) -> bool:
     with np.errstate(all="ignore"):
-        # one fast pass: NaN and Inf never vanish in a sum of squares; that the sum overflows says nothing
+        # one fast pass: NaN and Inf propagate into a sum of squares; overflow of the sum proves nothing
         return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

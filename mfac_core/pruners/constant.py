@@ -1,4 +1,4 @@
-"""Hold the zeros that the weights have; nothing more is pruned."""
+"""Keep existing zeros; nothing else is pruned."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _logger = logging.getLogger("mfac_core")
 
 
 class ConstantPruner(Pruner):
-    """Hold the zeros that the weights have at ``start_epoch``, and release them at ``end_epoch`` if that is finite.
+    """Keep the zeros that exist at ``start_epoch``, and release them at ``end_epoch`` if that is finite.
 
     Both are pruning steps: the masks after the first keep the weights that are not 0, the masks after the second are
     all True. For the arguments see :class:`Pruner`. The sparsity that the schedule gives for the first step is that of
     the weights when the pruner is made.
 
-    An array that is zero throughout is assumed to begin at zero, such as the second matrix of a LoRA adapter or a bias,
-    which would never learn: it is held only if ``params`` of the settings has its exact name.
+    An array of zeros is assumed to be initialized to zero, such as the second matrix of a LoRA adapter or a bias,
+    and would never learn if masked: it is kept at zero only if ``params`` of the settings has its exact name.
 
     Example:
         >>> pruner = ConstantPruner(ConstantSettings(), {"w": np.array([0.0, 1.0])}, steps_per_epoch=10)
@@ -50,7 +50,7 @@ class ConstantPruner(Pruner):
         if self._releases(index):
             return Outcome(weights, np.ones_like(self._mask))
         mask, unmasked = self._found(self._mask, is_zero)
-        unmasked = [name for name in unmasked if not is_adapter(name)]  # adapters are known to begin at zero
+        unmasked = [name for name in unmasked if not is_adapter(name)]  # adapters are known to start at zero
         if unmasked:
             _logger.warning(
                 "all zeros, so assumed to be initial values and not held: %s; to hold them at zero, list them by name "
@@ -60,7 +60,7 @@ class ConstantPruner(Pruner):
         return Outcome(scatter_unpruned(take_unpruned(weights, mask), mask), mask)
 
     def _found(self, mask: Mask, is_zero: Mask) -> tuple[Mask, list[str]]:
-        """Return the mask of the weights that are not zero, and the arrays that are zero throughout but not held."""
+        """Return the mask of the weights that are not zero, and the all-zero arrays that are not masked."""
         found = mask & ~is_zero
         unmasked = []
         for name, (start, stop) in self.layout.segments.items():
@@ -82,5 +82,5 @@ class ConstantPruner(Pruner):
         return pruning_schedule(self.settings, steps_per_epoch, sparsities=(held, held))
 
     def _is_same_schedule(self, saved: ScheduleTable, scheduled: ScheduleTable) -> bool:
-        # the sparsity that is held comes from the weights, not from the schedule
+        # the sparsity that is kept comes from the weights, not from the schedule
         return saved.shape == scheduled.shape and np.array_equal(saved[:, 0], scheduled[:, 0])

@@ -39,7 +39,7 @@ class GradualPruner(Pruner):
     settings: GradualSettings
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only.
+        """Return everything that a resumed run needs, as arrays and numbers only.
 
         Returns:
             The state, to be passed to :meth:`load_state_dict`.
@@ -60,7 +60,7 @@ class GradualPruner(Pruner):
         return sparsity_of_zeros(zeros_of(self.layout.flatten(weights)) | ~mask, self._rule)
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
-        # the sparsity that was measured then counts, whatever the weights show now
+        # the sparsity measured by the saved run applies, not that of the current weights
         check_keys("a gradual pruner", state, ("initial_sparsities",))
         own, saved = self._progress.initial_sparsity, state["initial_sparsities"]
         if saved is not None:
@@ -69,7 +69,7 @@ class GradualPruner(Pruner):
                 refuse("initial_sparsities", saved.tolist(), "sparsities from 0 to 1")
         held, expected = 0 if saved is None else len(saved), len(_values(own))
         if held != expected:
-            refuse_other_run([f"it holds {held} initial sparsities, and this run has {expected}"])
+            refuse_other_run([f"it contains {held} initial sparsities, but this run has {expected}"])
         if isinstance(own, Mapping):
             return dict(zip(own, saved.tolist(), strict=True))
         return own if saved is None else float(saved[0])
@@ -81,7 +81,7 @@ class GradualPruner(Pruner):
         return Outcome.of_unpruned(self._mask, self._prune_unpruned(unpruned, zeros, select, index))
 
     def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
-        """Return the sparsity to reach now, in the pruning step with this index.
+        """Return the target sparsity of the current sub-step of the pruning step with this index.
 
         Zeros, shape ``(n,)``, go first, whether they are pruned already or not.
         """

@@ -1,4 +1,4 @@
-"""Bytes before the run: how much memory gradient windows will take, checked against what is free."""
+"""The memory that gradient windows will take, checked against free memory before the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WINDOW_ITEMSIZE = 4
 """Bytes per number of the gradient window (float32)."""
 
 WORKING_GROUPS = 6
-"""Groups of blocks that a GPU has room for besides the window: the group, its intermediate arrays, kept factors."""
+"""Groups of blocks for which a GPU needs room besides the window: the group, intermediate arrays, retained factors."""
 
 MasksToCome = tuple[Sequence[Sparsity], Callable[[Sparsity], tuple[Sparsity, int]]]
 """The masks that a schedule leads to: the sparsity that each pruning step aims at, and a function that returns the
@@ -45,8 +45,8 @@ class WindowMemory:
         num_weights: Number of weights in scope.
         schedule: The pruning steps.
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
-        live_gradients: Whether gradients arrive while training. Their rows outlive a pruning step, so the next window
-            is created while the previous one exists.
+        live_gradients: Whether gradients arrive while training. Their rows survive a pruning step, so the old and
+            the new window exist at the same time.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -82,12 +82,12 @@ class WindowMemory:
     def needed_bytes(self) -> int:
         """Return the bytes that the run needs on the device of its gradient window.
 
-        The peak comes either while blocks are computed from the largest window, or after a pruning step, while the next
-        window is created and the previous one exists.
+        The peak comes either while blocks are computed from the largest window, or after a pruning step, while both the
+        old and the new window exist.
         """
         rows, columns = self.peak()
         block_size = self.settings.block_size
-        # all blocks but the last are alike: one of them and the last tell the largest
+        # all blocks but the last have one size: one of them and the last determine the maximum
         alike = block_size or max(columns, 1)
         distinct = min(columns, alike + columns % alike)
         blocks = partition(distinct, block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
@@ -113,7 +113,7 @@ class WindowMemory:
             "with more memory"
         )
         raise MemoryBudgetError(
-            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradients of {columns:,} unpruned "
+            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {columns:,} unpruned "
             "weights, and room for computation or for the window that follows a pruning step), but only "
             f"{free:,} are free; {cure}"
         )
@@ -121,7 +121,7 @@ class WindowMemory:
     def _sequences(self, *, skips: bool) -> Iterator[list[tuple[int, int]]]:
         """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
 
-        With ``skips``, also for each pruning step that is done in place of the one before: one that waits for rows is
+        With ``skips``, also for each pruning step that is run in place of the previous one: one that waits for rows is
         passed over when the next falls due.
         """
         sparsities, reaches = self.masks or (

@@ -31,15 +31,15 @@ _logger = logging.getLogger("mfac_core")
 
 @dataclass(frozen=True, kw_only=True)
 class MFACProgress(Progress):
-    """How far an M-FAC pruner has come.
+    """The progress of an M-FAC pruner.
 
     Args:
         mask: As in :class:`Progress`.
         schedule: As in :class:`Progress`.
         initial_sparsity: As in :class:`Progress`.
         done: As in :class:`Progress`.
-        next_pruning: Index of the next pruning step that asks for more zeros than there are masked, or the number of
-            all. The pruning steps before it draw on no gradients.
+        next_pruning: Index of the next pruning step that needs new zeros, or the number of all pruning steps. Those
+            before it use no gradients.
         substeps: Number of sub-steps of that pruning step.
         substeps_done: Sub-steps of the next pruning step that are done.
         is_waiting: Whether a pruning step fell due before there was any gradient sample: it waits for a full window.
@@ -58,20 +58,20 @@ class MFACProgress(Progress):
 class MFACPruner(GradualPruner):
     """Gradual pruning by M-FAC.
 
-    With ``num_recomputations`` a pruning step is done in as many sub-steps, one by each call of :meth:`prune`. Each has
-    a Fisher of its own over the remaining weights, from gradients of its own: :meth:`is_due` stays True until the last
-    sub-step is done. Samples that are drawn at each pruning step are forgotten after each sub-step and must be drawn
-    again. With live gradients the sub-steps follow each other at a distance of one window of rows, and the last is due
-    at the scheduled step, see :func:`mfac_core.schedules.substeps.substep_due`; where there are too few steps for that,
-    they share rows, which is logged once.
+    With ``num_recomputations`` a pruning step is split into sub-steps, one per call of :meth:`prune`. Each has a Fisher
+    of its own over the remaining weights, from gradients of its own: :meth:`is_due` stays True until the last sub-step
+    is done. Samples that are drawn at each pruning step are discarded after each sub-step and must be drawn
+    again. With live gradients the sub-steps are one window of rows apart, and the last is due at the scheduled step
+    (:func:`mfac_core.schedules.substeps.substep_due`); if there are too few steps for that, they share rows, which is
+    logged once.
 
-    A pruning step that asks for no more zeros than there are, such as the first at sparsity 0, neither waits for
+    A pruning step that needs no new zeros, such as the first at sparsity 0, neither waits for
     gradients nor moves weights.
 
     Args:
         settings: What to prune, when and how.
         weights: Name and array of each weight, in order; not stored. Those that ``params`` of the settings names are in
-            scope. Where the settings name ``auto`` as their device, blocks are computed on the device of the first.
+            scope. If the settings name ``auto`` as their device, blocks are computed on the device of the first.
         steps_per_epoch: Optimizer steps per epoch.
         masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
         live_gradients: Whether gradients arrive while training. Pass False when they are sampled at each pruning step:
@@ -141,7 +141,7 @@ class MFACPruner(GradualPruner):
 
     @property
     def num_gradients(self) -> int:
-        """Rows that the window holds at most: those of the next pruning step that draws on them."""
+        """Maximum number of rows in the window, for the next pruning step that uses them."""
         return self._collector.num_gradients
 
     @property
@@ -163,16 +163,16 @@ class MFACPruner(GradualPruner):
 
     @property
     def num_rows(self) -> int:
-        """Gradient samples that the window holds now."""
+        """Gradient samples in the window now."""
         return self._collector.count
 
     @property
     def refused_rows(self) -> int:
-        """Gradient samples that were left out because they held NaN or Inf."""
+        """Gradient samples that were left out because they contained NaN or Inf."""
         return self._collector.refused_rows
 
     def masks_to_come(self) -> MasksToCome:
-        """Return what the schedule makes of the masks, from which :mod:`mfac_core.pruners.memory` counts bytes.
+        """Return the mask sizes that the schedule leads to; :mod:`mfac_core.pruners.memory` counts bytes from them.
 
         Returns:
             The sparsity of each pruning step, and a function that gives the mask size for a sparsity.
@@ -187,7 +187,7 @@ class MFACPruner(GradualPruner):
             step: Completed optimizer steps.
 
         Returns:
-            True in the last :attr:`num_gradients` steps before the next pruning step that draws on them, and while one
+            True in the last :attr:`num_gradients` steps before the next pruning step that uses them, and while one
             waits for rows.
         """
         if self._progress.next_pruning == len(self.schedule) or not self._live:
@@ -196,13 +196,13 @@ class MFACPruner(GradualPruner):
         return step >= self._next_substep_due - self.num_gradients
 
     def uses_gradients(self, step: int) -> bool:
-        """Return whether the pruning step that is due draws on gradient samples.
+        """Return whether the pruning step that is due uses gradient samples.
 
         Args:
             step: Completed optimizer steps.
 
         Returns:
-            False if none is due, or the one that is due asks for no more zeros than there are.
+            False if none is due, or the one that is due needs no new zeros.
         """
         index = self._latest(step)
         if index < self._progress.next_pruning:
@@ -210,7 +210,7 @@ class MFACPruner(GradualPruner):
         measured = self._progress.initial_sparsity
         if step > 0 or index > 0 or measured is None:
             return True
-        # before the first optimizer step the zeros that were measured suffice, unless the first step is the last, too
+        # at step 0 the existing zeros reach the initial sparsity, unless the first pruning step is also the last
         return len(self.schedule) == 1 and self._sparsity_at(self._progress, index) != measured
 
     def observe(self, gradients: Mapping[str, Array]) -> bool:
@@ -245,7 +245,7 @@ class MFACPruner(GradualPruner):
             step: Completed optimizer steps.
 
         Returns:
-            True from then on until :meth:`prune` has done it, with all its sub-steps.
+            True until :meth:`prune` has run it, with all its sub-steps.
         """
         if not super().is_due(step):
             return False
@@ -264,7 +264,7 @@ class MFACPruner(GradualPruner):
         return latest > waiting or self.schedule[latest].step == step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as arrays and numbers only.
+        """Return everything that a resumed run needs, as arrays and numbers only.
 
         Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected again.
 
@@ -343,17 +343,17 @@ class MFACPruner(GradualPruner):
     def _with_next_pruning(
         self, progress: MFACProgress, *, substeps: int | None = None, keeps_rows: bool = False
     ) -> MFACProgress:
-        """Return progress with its next pruning step, and with a collector of the gradient samples for that.
+        """Return progress with its next pruning step filled in, and a collector for the gradient samples of that step.
 
-        ``substeps`` is known where the pruning step has begun. ``keeps_rows`` says whether the rows of the collector so
-        far count; they are dropped where no pruning step draws on gradients any more.
+        ``substeps`` is given if the pruning step has begun. ``keeps_rows`` says whether stored rows stay in the window;
+        they are dropped if no further pruning step uses gradients.
         """
         mask, done, num_steps = progress.mask, progress.done, len(progress.schedule)
 
         def needs_new_zeros(index: int) -> bool:
             return not self._is_reached(~mask, progress, index)
 
-        # sparsity never falls, so that a bisection finds the step; most often it is the very next one
+        # sparsity never decreases, so bisection finds the step; usually it is the next one
         next_pruning = done
         if done < num_steps and not needs_new_zeros(done):
             next_pruning += bisect_left(range(done, num_steps), True, key=needs_new_zeros)
@@ -366,7 +366,7 @@ class MFACPruner(GradualPruner):
         return replace(progress, collector=collector)
 
     def _substeps_needed(self, progress: Progress, index: int) -> int:
-        """Return the number of sub-steps of the pruning step with this index, if it starts from this mask."""
+        """Return the number of sub-steps of the pruning step with this index, when it starts from this mask."""
         wanted = self._sparsity_at(progress, index)
         return num_substeps(sparsity_of_zeros(~progress.mask, self._rule), wanted, self.settings.num_recomputations)
 
@@ -388,7 +388,7 @@ class MFACPruner(GradualPruner):
 
     @property
     def _next_substep_due(self) -> int:
-        """The optimizer step at which the next sub-step that draws on gradients is due."""
+        """The optimizer step at which the next sub-step that uses gradients is due."""
         upcoming = self._progress.next_pruning
         scheduled = self.schedule[upcoming].step
         if not self._live:
@@ -411,10 +411,10 @@ class MFACPruner(GradualPruner):
         if window is None or not window.count:
             if self.refused_rows:
                 raise ValueError(
-                    f"there are no gradient samples to prune with: all {self.refused_rows} held NaN or Inf and were "
-                    "refused; look for NaN in the data, the weights and the loss"
+                    f"there are no gradient samples to prune with: all {self.refused_rows} contained NaN or Inf and "
+                    "were refused; look for NaN in the data, the weights and the loss"
                 )
-            raise ValueError("there are no gradient samples to prune with; observe at least one before prune")
+            raise ValueError("there are no gradient samples to prune with; call observe() at least once before prune()")
         self._warn_of_window(window, self._substeps_done_of(index))
         return mfac_step(
             weights,
@@ -426,14 +426,14 @@ class MFACPruner(GradualPruner):
         )
 
     def _warn_of_window(self, window: GradientWindow, substeps_done: int) -> None:
-        """Warn about rows that are fewer, older or less informative than they should be."""
+        """Warn about rows that are too few, outdated or uninformative."""
         if self._live and substeps_done and window.num_fresh < window.count:
             self._warn_once(
                 "stale",
                 f"sub-step {substeps_done + 1} of a pruning step uses {window.count} gradient samples, of which only "
-                f"{window.num_fresh} have arrived since the sub-step before: the others belong to the weights before "
-                "it; prune less often, start later, or lower num_recomputations or num_gradients (num_grads in a "
-                "recipe), or use a gradient sampler",
+                f"{window.num_fresh} have arrived since the previous sub-step: the others are gradients at the "
+                "weights before it; prune less often, start later, or lower num_recomputations or num_gradients "
+                "(num_grads in a recipe), or use a gradient sampler",
             )
         if not window.is_full:
             cure = "start later, prune less often, or lower" if self._live else "sample more, or lower"

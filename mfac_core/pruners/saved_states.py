@@ -34,11 +34,11 @@ def other_weights(masks: Mapping[str, Array], shapes: Mapping[str, tuple[int, ..
         differences.append(f"it has no mask for {join_names(lacking)}")
     unknown = [str(name) for name in masks if name not in shapes]
     if unknown:
-        differences.append(f"it has masks for {join_names(unknown)}, which are not pruned here")
+        differences.append(f"it has masks for {join_names(unknown)}, which this run does not prune")
     reshaped = [name for name, shape in shapes.items() if name in masks and np.shape(masks[name]) != shape]
     if reshaped:
         name = reshaped[0]
-        differences.append(f"its {name} has shape {np.shape(masks[name])}, and here {shapes[name]}")
+        differences.append(f"its {name} has shape {np.shape(masks[name])}, but {shapes[name]} in this run")
     return differences
 
 
@@ -52,10 +52,10 @@ def other_schedule(saved: ScheduleTable, scheduled: ScheduleTable) -> str:
     numbered = enumerate(zip_longest(saved.tolist(), scheduled.tolist()), start=1)
     number, (then, now) = next(each for each in numbered if each[1][0] != each[1][1])
     return (
-        f"it has another method or schedule of pruning (pruning step {number} is {_described(then)}, and here "
+        f"it has another pruning schedule (pruning step {number} is {_described(then)}, but in this run "
         f"{_described(now)})"
     )
 
 
 def _described(scheduled: Sequence[float] | None) -> str:
-    return "lacking" if scheduled is None else f"at step {scheduled[0]:g} to sparsity {scheduled[1]:g}"
+    return "missing" if scheduled is None else f"at step {scheduled[0]:g} to sparsity {scheduled[1]:g}"

@@ -30,12 +30,12 @@ class PruneResult:
         predicted_loss_increase: ``1/2 dw^T F dw`` of the update; ``None`` for magnitude pruning, which has no model
             of the loss. It is in-sample: measured on the gradient samples that chose the update, which it suits best.
             The loss on other data grows by more, often by tens of times, so compare such numbers with each other only.
-        resets_optimizer: Whether the state that the optimizer has of these weights is stale and should be reset.
-        completes_step: Whether the pruning step is complete; False after a sub-step that others follow.
-        measured_loss_change: By how much the loss has grown over the pruning step, on batches other than the gradient
-            samples; ``None`` where it was not measured.
-        damping: The smallest and the largest damping of a block of the Fisher, the last one where there were several;
-            ``None`` where there was none, as in magnitude pruning.
+        resets_optimizer: Whether the optimizer's state for these weights is stale and should be reset.
+        completes_step: Whether the pruning step is complete; False after every sub-step but the last.
+        measured_loss_change: The change of the loss over the pruning step, on batches other than the gradient
+            samples; ``None`` if it was not measured.
+        damping: The smallest and the largest damping of a block of the Fisher, the last one if there were several;
+            ``None`` if there was none, as in magnitude pruning.
 
     Example:
         >>> import numpy as np
@@ -56,7 +56,7 @@ class PruneResult:
 
 
 class UnprunedOutcome(NamedTuple):
-    """What becomes of the ``d`` weights that were unpruned before a pruning step or sub-step, on their device.
+    """The result of a pruning step or sub-step for the ``d`` weights that were unpruned before it, on their device.
 
     Attributes:
         weights: The updated weights, newly pruned ones exactly 0, shape ``(d,)``.

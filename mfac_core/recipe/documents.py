@@ -1,7 +1,7 @@
 """Recipe text -> a checked tree of YAML nodes that know their lines.
 
 The checks find what a recipe must not contain: keys given twice, and tags other than those of modifiers. What a
-modifier holds is not looked at here.
+modifier contains is not checked here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Section(NamedTuple):
 
     Attributes:
         stage: Name of the stage.
-        modifiers: The keys that hold modifiers.
+        modifiers: The keys that contain modifiers.
         others: All other keys, stages excluded.
     """
 

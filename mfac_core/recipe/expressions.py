@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 __all__ = ["ExpressionError", "evaluate"]
 
 _MAX_LENGTH = 1000
-# No integer grows beyond what a float can hold, so that no operation can take long.
+# No integer grows beyond what a float can represent, so no operation can take long.
 _MAX_INT = int(1e308)
 _MAX_DECIMALS = 300
 

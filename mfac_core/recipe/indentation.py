@@ -1,6 +1,6 @@
 """Restore the indentation of modifier keys.
 
-Web pages often lose it, so that the keys of a modifier are at column 0. The documentation of M-FAC in SparseML is
+Web pages often lose it, so the keys of a modifier are at column 0. The documentation of M-FAC in SparseML is
 published in this form::
 
     pruning_modifiers:

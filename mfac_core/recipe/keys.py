@@ -197,7 +197,7 @@ def _schedule_options(value: object) -> object:
     for key, option in value.items():
         name = _SCHEDULE_OPTIONS.get(key, key) if isinstance(key, str) else key
         if name in options:
-            raise ValueError(f"gives {name} twice, as {key} too; keep one")
+            raise ValueError(f"gives {name} twice, the second time as {key}; keep one")
         whole = name in {"T_0", "T_mult"} and isinstance(option, float) and option.is_integer()
         options[name] = int(option) if whole else option
     return options

@@ -141,9 +141,9 @@ def model_notes(settings: Sequence[Settings], weights: Sequence[Collection[str]]
 def _notes_on(name: str, settings: PruningSettings) -> Iterator[str]:
     if isinstance(settings, ConstantSettings):
         until = "" if settings.end_epoch == math.inf else f" until epoch {settings.end_epoch:g}"
-        yield f"{name}: holds the zeros that are there at epoch {settings.start_epoch:g}{until}"
+        yield f"{name}: keeps the zeros that exist at epoch {settings.start_epoch:g}{until}"
     if isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM:
-        yield f"{name}: begins at the sparsity that the weights have then"
+        yield f"{name}: starts at the sparsity that the weights have when it is attached"
     yield from _one_pass_per_step(name, settings)
     if not isinstance(settings, MFACSettings):
         return
@@ -177,7 +177,7 @@ def _of_several_layers(matched: Iterable[tuple[_Named, Collection[str]]]) -> lis
 
 
 def _about_windows(modifiers: Iterable[_Named], steps_per_epoch: int | None, *, sampled: bool = False) -> Iterator[str]:
-    """Yield at most one warning of each kind per modifier, whatever the number of its final sparsities."""
+    """Yield at most one warning of each kind per modifier, for any number of final sparsities."""
     for name, settings in modifiers:
         if not isinstance(settings, MFACSettings) or (sampled and settings.gradient_origin == "auto"):
             continue
@@ -265,7 +265,7 @@ def _prunes_layers_alike(settings: PruningSettings) -> bool:
     if not isinstance(settings, MFACSettings) or settings.scope == "global" or settings.num_recomputations != 1:
         return False
     names_one_weight = len(settings.params) == 1 and not settings.params[0].startswith(("__", "re:"))
-    # N:M prunes the same share of each group of inputs, whatever the scope
+    # N:M prunes the same share of each group of inputs, for any scope
     return ":" not in str(settings.mask_type) and not names_one_weight
 
 
@@ -356,7 +356,7 @@ def _same_weights(matched: Iterable[tuple[_Named, Collection[str]]]) -> Iterator
         shared = [name for name in weights if name in names]
         if shared and _overlap(one[1], other[1]):
             same = f"the same parameters ({join_names(shared, at_most=3)})"
-            effect = ", so that more is pruned than either says; give each weight to one modifier"
+            effect = ", so more is pruned than either says; give each weight to one modifier"
             yield _both_cover(one, other, same, effect)
 
 
@@ -364,7 +364,7 @@ def _both_cover(one: _Named, other: _Named, same: str, effect: str) -> str:
     for name, settings in (one, other):
         if isinstance(settings, ConstantSettings):
             return (
-                f"{one[0]} and {other[0]} cover {same} at the same time, and {name} only holds zeros; let one begin "
+                f"{one[0]} and {other[0]} cover {same} at the same time, and {name} only keeps zeros; let one start "
                 "when the other ends, or give each weight to one modifier"
             )
     return f"{one[0]} and {other[0]} prune {same}{effect}"

@@ -66,7 +66,7 @@ def load_recipe(
     *,
     source: str = TEXT,
 ) -> Recipe:
-    """Load a recipe; nothing in it is ever run.
+    """Load a recipe; nothing in it is ever executed.
 
     Args:
         path_or_text: A path to a YAML file, or to a Markdown file with a YAML front matter; a string with a line break

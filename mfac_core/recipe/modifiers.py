@@ -152,7 +152,7 @@ def _keys_below(node: yaml.Node, place: Place) -> list[Entry]:
 
 
 def _nested(key: str, place: Place, value: object) -> list[_Written]:
-    """Return the keys in the value of a nesting key, such as a variable that holds a mapping."""
+    """Return the keys in the value of a nesting key, such as a variable that contains a mapping."""
     if value is None or value == "":
         return []
     if not isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Names of modifiers, from their settings: in recipes, in messages, and where a run has several."""
+"""Names of modifiers, from their settings: in recipes, in messages, and if a run has several."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def _data(node: yaml.Node, place: Place, known: dict[int, object], inside: tuple
     if isinstance(node, yaml.ScalarNode):
         return scalar_value(node, place)
     if id(node) in inside:
-        raise place.error("this holds an alias of itself; remove it")
+        raise place.error("this contains an alias of itself; remove it")
     if id(node) not in known:
         inside = (*inside, id(node))
         known[id(node)] = (

@@ -77,7 +77,7 @@ class CollectedErrors:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the known name that is most like an unknown one; empty if none is like it.
+    """Return a hint with the known name closest to an unknown one; empty if none is close.
 
     Example:
         >>> nearest("finl_sparsity", ["params", "final_sparsity"])
@@ -88,5 +88,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known name that is most like an unknown one, alone in a list; empty if none is like it."""
+    """Return the known name closest to an unknown one, in a list; empty if none is close."""
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -43,7 +43,7 @@ def read_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
         Name of each parameter -> its shape; without buffers, such as the running statistics of normalization.
 
     Raises:
-        ValueError: If the file holds anything else.
+        ValueError: If the file contains anything else.
     """
     name = os.fspath(path)
     with open(name, "rb") as file:

@@ -1,4 +1,4 @@
-"""Values that a recipe can hold: in Python's types, and as text."""
+"""Values that a recipe can contain: in Python's types, and as text."""
 
 from __future__ import annotations
 
@@ -71,4 +71,4 @@ def _check(value: object) -> None:
         if stripped.startswith("eval(") and stripped.endswith(")"):
             raise ValueError(f"{value!r} is text that a recipe reads as an expression")
     elif not (value is None or isinstance(value, bool | int | float)):
-        raise ValueError(f"{value!r} is of type {type(value).__name__}, which a recipe cannot hold")
+        raise ValueError(f"{value!r} is of type {type(value).__name__}, which a recipe cannot contain")

@@ -106,7 +106,7 @@ class Variables:
     def _value(self, node: yaml.Node, place: Place, stage: str, inside: tuple[_Name, ...], depth: int = 0) -> object:
         self._read += 1
         if self._read > _MAX_VALUES:
-            raise place.error(f"this holds more than {_MAX_VALUES} values; no key of a recipe needs that")
+            raise place.error(f"this contains more than {_MAX_VALUES} values; no key of a recipe needs that")
         if id(node) in self._by_node:
             return self._evaluated(self._by_node[id(node)], place, stage, inside, depth)
         if isinstance(node, yaml.ScalarNode):

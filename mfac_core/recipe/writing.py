@@ -24,7 +24,7 @@ def recipe_text(settings: Sequence[Settings]) -> str:
 
     Raises:
         TypeError: If no modifier has settings of some type.
-        SettingError: If a recipe cannot hold a value, such as an object among ``sampler_options``.
+        SettingError: If a recipe cannot contain a value, such as an object among ``sampler_options``.
 
     Example:
         >>> from mfac_core import MagnitudeSettings

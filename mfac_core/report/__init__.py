@@ -1,1 +1,1 @@
-"""Numbers, tables and pictures of finished runs."""
+"""Numbers, tables and figures of finished runs."""

@@ -1,4 +1,4 @@
-"""The table and the picture of methods compared over several seeds."""
+"""The table and the figure of methods compared over several seeds."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def caption(records: Sequence[RunRecord]) -> str:
         return f"One seed ({seeds[0]}), without an estimate of the spread."
     in_a_row = seeds == list(range(seeds[0], seeds[-1] + 1))
     named = f"{seeds[0]} to {seeds[-1]}" if in_a_row else ", ".join(map(str, seeds))
-    return f"Means over {len(seeds)} seeds ({named}) and 95 % confidence intervals of the mean (Student's t)."
+    return f"Means over {len(seeds)} seeds ({named}) and 95% confidence intervals of the mean (Student's t)."
 
 
 def picture(records: Sequence[RunRecord], path: str | Path, *, data: str) -> None:

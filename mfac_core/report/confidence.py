@@ -12,7 +12,7 @@ _LEVEL = 0.95
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """Return the mean of some runs, and half the width of its 95 % confidence interval by Student's t.
+    """Return the mean of some runs, and half the width of its 95% confidence interval by Student's t.
 
     The half width is ``None`` for a single run, which gives no estimate of the spread.
 

@@ -1,4 +1,4 @@
-"""The numbers of a finished run: the JSON file, the table and the picture."""
+"""The numbers of a finished run: the JSON file, the table and the figure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RunRecord:
         layer_sparsity: Pruned fraction of each layer, by name.
         layer_sizes: Number of weights of each layer, by name.
         seed: Seed of this run, if methods are compared over several seeds.
-        epochs_after: Epochs of training after one-shot pruning, with the zeros held.
+        epochs_after: Epochs of training after one-shot pruning, with the masks enforced.
     """
 
     method: str
@@ -84,7 +84,7 @@ def read_json(path: str | Path) -> tuple[list[RunRecord], dict[str, Any]]:
     try:
         return [_record(entry) for entry in run["records"]], dict(run["facts"])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is JSON but does not hold a run ({error!r}); {cure}") from error
+        raise ValueError(f"{path} is JSON but does not contain a run ({error!r}); {cure}") from error
 
 
 def table(records: Sequence[RunRecord]) -> Table:

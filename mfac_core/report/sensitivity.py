@@ -1,4 +1,4 @@
-"""The table and the picture of the loss increases of layers over sparsities."""
+"""The table and figure of the loss increase of each layer at each sparsity."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _COLORS = "cividis"
 """Readable with red-green color blindness."""
 
 _DECADES = 4
-"""The color scale covers so many powers of ten below the largest increase."""
+"""Powers of ten below the largest increase that the color scale covers."""
 
 _CELL = (0.62, 0.3)
-"""Width and height of a number in the picture, in inches."""
+"""Width and height of a number in the figure, in inches."""
 
 _MAX_PIXELS = 60_000
-"""The maximum height of a picture in pixels: Matplotlib draws up to 65,535."""
+"""The maximum height of a figure in pixels: Matplotlib draws up to 65,535."""
 
 _MAX_NAME_LENGTH = 48
-"""The maximum number of characters of a layer's name in the picture."""
+"""The maximum number of characters of a layer's name in the figure."""
 
 
 def increases_table(

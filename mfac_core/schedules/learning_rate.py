@@ -11,7 +11,7 @@ from mfac_core.settings.training import LearningRateFunction, LearningRateSchedu
 
 __all__ = ["learning_rate_at"]
 
-# in epochs: an epoch computed as a step divided by the steps per epoch may miss a border by rounding
+# in epochs: an epoch computed as a step divided by the steps per epoch may miss a boundary by rounding
 _NOISE = 1e-9
 
 

@@ -1,4 +1,4 @@
-"""From the settings of a gradual run to those that do all of it in one pruning step."""
+"""Reduces the settings of a gradual run to a single pruning step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOTHING_TO_DO = "the recipe has no pruning modifier, so there is nothing to do; 
 
 
 def one_shot(settings: PruningSettings, epoch: float = math.inf) -> list[PruningSettings]:
-    """Return settings that prune in a single step, before any training, as far as a gradual run is at an epoch.
+    """Return settings that prune in a single step, before any training, to the sparsity of a gradual run at an epoch.
 
     Args:
         settings: Settings of a gradual run.
@@ -70,7 +70,7 @@ def _sparsity_at(settings: PruningSettings, epoch: float) -> float:
     is_measured = isinstance(settings, GradualSettings) and settings.initial_sparsity == FROM_PARAM
     if is_measured and settings.start_epoch <= epoch < settings.end_epoch:
         raise SettingError(
-            "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} open; write a number instead"
+            "initial_sparsity", f"{FROM_PARAM} leaves the sparsity at epoch {epoch:g} undefined; write a number instead"
         )
     past = [scheduled.sparsity for scheduled in pruning_schedule(settings, MANY_STEPS) if scheduled.epoch <= epoch]
     return past[-1] if past else 0.0

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 MANY_STEPS = 1_000_000
-"""Steps per epoch so many that no two pruning steps share one: for schedules of which only the epochs are known."""
+"""So many steps per epoch that no two pruning steps coincide: for schedules whose steps per epoch are unknown."""
 
 _MAX_PRUNING_STEPS = 1_000_000
 # fraction of `update_frequency`: a step closer than this before `end_epoch` is rounding noise of the step at the end
@@ -47,7 +47,7 @@ class ScheduledStep(NamedTuple):
 
 
 def interpolate(fraction: float, kind: Interpolation) -> float:
-    """Return the shape of a sparsity curve: how far sparsity has come when a ``fraction`` of the time has passed.
+    """Return the shape of a sparsity curve: the fraction of the increase reached after a ``fraction`` of the time.
 
     Args:
         fraction: Passed fraction of the time from first to last pruning step; clamped into ``[0, 1]``.
@@ -100,7 +100,7 @@ def checked_steps_per_epoch(value: object) -> int:
 def pruning_schedule(
     settings: PruningSettings, steps_per_epoch: int, *, sparsities: tuple[float, float] | None = None
 ) -> tuple[ScheduledStep, ...]:
-    """Return the pruning steps of a whole run as exact optimizer steps, in rising order.
+    """Return the pruning steps of a whole run as exact optimizer steps, in ascending order.
 
     A pruning step of an epoch is due at the optimizer step ``round(epoch * steps_per_epoch)``. Of epochs that fall on
     the same optimizer step only one counts: the first, except that the last of a run, and the latest phase of AC/DC,
@@ -108,8 +108,8 @@ def pruning_schedule(
 
     * Gradual pruning: the step of ``end_epoch`` is always among them and has exactly the final sparsity. Sparsity never
       falls.
-    * AC/DC: a phase begins every ``update_frequency`` from ``start_epoch`` on: a decompressed one (sparsity 0) first,
-      then a compressed one, and so on. A decompressed phase begins only if a compressed one follows it, so that the
+    * AC/DC: a phase starts every ``update_frequency`` from ``start_epoch``: a decompressed one (sparsity 0) first,
+      then a compressed one, and so on. A decompressed phase starts only if a compressed one follows it, so that the
       run ends compressed, and the step of ``end_epoch`` is always a compressed one.
     * Constant: masks are taken at ``start_epoch`` and, unless ``end_epoch`` is infinite, released there (sparsity 0).
 
@@ -117,7 +117,7 @@ def pruning_schedule(
         settings: Start, end, frequency and sparsities of the run.
         steps_per_epoch: Optimizer steps per epoch, at least 1.
         sparsities: First and last sparsity, measured from the weights, in place of those of the settings; ``None``
-            if there are no weights yet: then ``__FROM_PARAM__`` and the sparsity that ``Constant`` holds are 0.
+            if there are no weights yet: then ``__FROM_PARAM__`` and the sparsity that ``Constant`` keeps are 0.
 
     Returns:
         The pruning steps.
@@ -183,13 +183,13 @@ def pruning_epochs(settings: PruningSettings) -> tuple[float, ...]:
 
 
 def num_gradients_at(num_gradients: int | Mapping[float, int], sparsity: float) -> int:
-    """Return how many rows the gradient window holds once a sparsity is reached.
+    """Return how many rows the gradient window has once a sparsity is reached.
 
     The comparison is exact: a layer of 1001 weights that was pruned "to 0.5" has reached 500/1001 = 0.4995, which is
     below the threshold 0.5. Callers that mean the scheduled sparsity pass the scheduled one.
 
     Args:
-        num_gradients: Sparsity threshold -> rows that hold from that sparsity on, with the key 0.0; an integer holds
+        num_gradients: Sparsity threshold -> rows that apply from that sparsity, with the key 0.0; an integer applies
             at every sparsity.
         sparsity: Sparsity reached, in ``[0, 1]``.
 
@@ -244,7 +244,7 @@ def one_final_sparsity(settings: GradualSettings) -> float:
         raise SettingError(
             "final_sparsity",
             f"{dict(settings.final_sparsity)} describes one run per entry; "
-            "take each of settings.by_final_sparsity() on its own",
+            "take each of settings.by_final_sparsity() separately",
         )
     return settings.final_sparsity
 

@@ -19,7 +19,7 @@ class ScheduleRow(NamedTuple):
         modifier: Name of the modifier, from :func:`mfac_core.recipe.naming.named_groups`.
         epoch: Epoch at which the step is due.
         step: Completed optimizer steps at which it is due; ``None`` if the steps per epoch are not known.
-        sparsity: Sparsity after the step; ``None`` if it depends on the sparsity that the weights begin with.
+        sparsity: Sparsity after the step; ``None`` if it depends on the sparsity that the weights start with.
         num_gradients: Rows of the gradient window that it uses; ``None`` if it uses none.
     """
 
@@ -31,7 +31,7 @@ class ScheduleRow(NamedTuple):
 
 
 def schedule_rows(modifier: str, settings: PruningSettings, steps_per_epoch: int | None = None) -> list[ScheduleRow]:
-    """Return the pruning steps of settings with one final sparsity; none for masks that are only held.
+    """Return the pruning steps of settings with one final sparsity; none for existing zeros that are only kept.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=2.0)

@@ -2,7 +2,7 @@
 
 Each sub-step has a Fisher of its own over the remaining weights (a recomputation). With geometric spacing each leaves
 the same fraction of the weights that it finds, as in the M-FAC paper. With linear spacing each removes the same number,
-so that the last ones remove most of what is left: the last of eight on the way to 98 % removes 86 % of it, where the
+so that the last ones remove most of what is left: the last of eight on the way to 98% removes 86% of it, where the
 quadratic model of the loss does not hold.
 """
 
@@ -31,7 +31,7 @@ def num_substeps(current: Sparsity, target: Sparsity, num_recomputations: Recomp
     Args:
         current: Sparsity now, as :func:`mfac_core.masks.sparsity.sparsity_of_zeros` returns it.
         target: Sparsity of the pruning step; 1 only for a layer of zeros.
-        num_recomputations: The number itself; or ``auto`` for as many that none removes more than
+        num_recomputations: The number itself; or ``auto`` for the smallest number with which none removes more than
             :data:`MAX_REMOVED` of what is left, in any layer.
 
     Example:
@@ -93,13 +93,13 @@ def substep_due(scheduled: int, before: int | None, substep: int, substeps: int,
     """Return the optimizer step at which a sub-step is due, with gradients of training.
 
     The last sub-step is due at the scheduled step. The others come before it, each ``num_gradients`` steps before the
-    next, so that each has a window of fresh rows; closer if the pruning step before leaves no room for that. The first
+    next, each with a window of fresh rows; closer if the previous pruning step leaves no room for that. The first
     pruning step does not begin early: all its sub-steps are due at once.
 
     Args:
         scheduled: The step at which the pruning step is scheduled.
         before: That of the pruning step before; ``None`` for the first.
-        substep: Which sub-step, from 0 on.
+        substep: Index of the sub-step, from 0.
         substeps: How many there are.
         num_gradients: Rows of the gradient window.
 

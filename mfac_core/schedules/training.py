@@ -43,7 +43,7 @@ class OptionChange(NamedTuple):
 
 
 def check_param_groups(settings: OptionSettings, count: int) -> None:
-    """Refuse ``param_groups`` with an index that the optimizer, which has ``count`` groups, lacks."""
+    """Refuse ``param_groups`` with an index that the optimizer does not have; it has ``count`` groups."""
     for group in _param_groups(settings) or ():
         if group >= count:
             raise SettingError(
@@ -55,7 +55,7 @@ def check_param_groups(settings: OptionSettings, count: int) -> None:
 class OptionsSchedule:
     """The learning rates and weight decays of a recipe.
 
-    A value is due once; a curve at each step from its start to its end and a last time there. At all other times a
+    A single value is due once; a curve at each step from its start to its end, inclusive. At all other times a
     value that other code has set stays.
 
     Args:
@@ -106,7 +106,7 @@ class OptionsSchedule:
             checked_flag("progress of learning rate and weight decay", each)
         if len(state) != len(self._is_done):
             raise ValueError(
-                f"the state holds {len(state)} modifiers of learning rate and weight decay, this recipe has "
+                f"the state contains {len(state)} modifiers of learning rate and weight decay, this recipe has "
                 f"{len(self._is_done)}; resume with the recipe that the state was saved with"
             )
 
@@ -130,7 +130,7 @@ class TrainableSchedule:
         self._steps_per_epoch = steps_per_epoch
 
     def active(self, step: int) -> tuple[bool, ...]:
-        """Return for each of :attr:`settings` whether it holds after ``step`` completed optimizer steps.
+        """Return for each of :attr:`settings` whether it applies after ``step`` completed optimizer steps.
 
         Later settings win.
         """

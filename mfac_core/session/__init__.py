@@ -1,1 +1,1 @@
-"""What each adapter does: modifiers at work in a training run, and what they report."""
+"""What all adapters share: modifiers applied during training, and what they log."""

@@ -71,7 +71,7 @@ class BatchStatistics:
         measured = np.array(mean, np.float64), np.array(variance, np.float64)
         if not all(np.isfinite(each).all() for each in measured):
             raise ValueError(
-                f"the input of the batch normalization layer {layer} holds NaN or Inf, or its variance overflows, so "
+                f"the input of batch normalization layer {layer} contains NaN or Inf, or its variance overflows, so "
                 "the statistics are left unchanged; look for NaN in the data and in the weights"
             )
         before = self._sums.get(layer, (0.0, 0.0))
@@ -87,12 +87,12 @@ class BatchStatistics:
 
 
 class LayerStatistics(ABC):
-    """The running statistics that a model's batch normalization layers keep of their inputs.
+    """The running statistics of a model's batch normalization layers.
 
     An adapter says how its framework runs these layers and where they store their statistics.
 
     Args:
-        layers: Name and layer, those that are frozen included.
+        layers: Each layer by name, including frozen ones.
         frozen: Names of the layers to leave as they are.
         logger: Where to log what was recalibrated.
 
@@ -129,7 +129,7 @@ class LayerStatistics(ABC):
                 for batch in sampler.one_pass(num_batches, options):
                     self._measure(sampler, batch, statistics)
                     statistics.num_batches += 1
-            self._restore(before)  # of layers that no batch has reached, too
+            self._restore(before)  # also those of layers that no batch reached
             self._write(statistics)
         except BaseException:
             self._restore(before)
@@ -188,7 +188,7 @@ def recalibrated_line(statistics: BatchStatistics, frozen: Collection[str] = ())
 
 
 def stale_statistics_line(layers: Collection[str], cure: str) -> str:
-    """Return the warning that pruning has left the statistics of layers as they were, with the call that cures it.
+    """Return the warning that batch statistics predate the pruning, with the call that recalibrates them.
 
     Example:
         >>> stale_statistics_line(["norm"], "recalibrate(model)").partition(", ")[0]

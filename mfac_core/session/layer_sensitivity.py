@@ -54,14 +54,14 @@ def model_sensitivity(
     mask_type: MaskType,
     progress: bool,
 ) -> Sensitivity:
-    """Measure the sensitivity of a model's layers; afterwards, and after an exception, the model has its old weights.
+    """Measure the sensitivity of a model's layers; then, or after an exception, restore the model's weights.
 
     Args:
         weights: Name and weights of each layer: copies, which do not change with the model.
-        write: Writes an array into the layer of a name.
-        gradients: Yields gradient samples of the named layers, as many as asked for, for the weights that the model has
+        write: Writes an array into the layer with this name.
+        gradients: Yields gradient samples of the named layers, as many as requested, at the weights that the model has
             now; samples may be overwritten once the next one is asked for.
-        loss: Returns the mean loss of batches for the weights that the model has now.
+        loss: Returns the mean loss over batches at the model's current weights.
         batches: Draws batches to measure the loss on.
         axes: As in :func:`mfac_core.sensitivity`.
         sparsities: As in :func:`mfac_core.sensitivity`.
@@ -135,7 +135,7 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
         else:
             refused += 1
     if not taken:
-        raise ValueError(f"there is no finite gradient sample ({refused} hold NaN or Inf); check the loss")
+        raise ValueError(f"no gradient sample is finite ({refused} contain NaN or Inf); check the loss")
     if refused:
         _logger.warning("gradient samples with NaN or Inf are left out of the sensitivity of %s", join_names(stacked))
     return {name: array[:taken] for name, array in stacked.items()}

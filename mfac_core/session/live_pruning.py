@@ -1,4 +1,4 @@
-"""One pruning modifier at work on one model: gradients in, weights and masks out, in any framework."""
+"""One pruning modifier applied to one model of any framework: gradients in, weights and masks out."""
 
 from __future__ import annotations
 
@@ -92,7 +92,10 @@ class LivePruning(ABC):
 
     @abstractmethod
     def weights(self) -> dict[str, Array]:
-        """Return the weights in scope as arrays, in the layout of PyTorch; they may share memory with the model."""
+        """Return the weights in scope as arrays, which may share memory with the model.
+
+        Their layout is the one that ``axes`` describes, by default PyTorch's.
+        """
 
     @abstractmethod
     def write(self, weights: Mapping[str, Array]) -> None:
@@ -115,7 +118,7 @@ class LivePruning(ABC):
         return nullcontext()
 
     def enforce_masks(self, result: PruneResult, undo: ExitStack) -> None:
-        """Hold new masks and reset stale optimizer state, once weights are written and before a sub-step is committed.
+        """Enforce new masks and reset stale optimizer state; called after weights are written, before a commit.
 
         Each change registers a callback in ``undo`` that reverts it.
         """
@@ -140,7 +143,7 @@ class LivePruning(ABC):
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes that gradient windows and computation need, by the masks and the schedule of these weights."""
+        """Bytes that gradient windows and computation need, given the masks and the schedule."""
         return self._pruner.needed_bytes
 
     @property
@@ -159,7 +162,7 @@ class LivePruning(ABC):
 
     @property
     def holds_zeros_only(self) -> bool:
-        """Whether the modifier only holds the zeros that the weights have."""
+        """Whether the modifier only keeps existing zeros."""
         return isinstance(self.settings, ConstantSettings)
 
     @property
@@ -180,7 +183,7 @@ class LivePruning(ABC):
         return self._pruner.is_due(step)
 
     def prune_if_due(self, step: int, others: Mapping[str, Mask] | None = None) -> None:
-        """Do the pruning step that is due, if any, with all its sub-steps.
+        """Run the pruning step that is due, if any, with all its sub-steps.
 
         An exception leaves weights, masks, optimizers and progress as they were before the sub-step that it
         interrupted, and the next call repeats this sub-step.
@@ -222,7 +225,7 @@ class LivePruning(ABC):
         """Return a warning that training ended before the last pruning step, or an empty string if it is done.
 
         Args:
-            event: What has ended training, such as ``fit ended``.
+            event: How training ended, such as ``fit ended``.
             step: Completed optimizer steps.
         """
         if self.is_finished:

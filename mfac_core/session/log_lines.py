@@ -88,7 +88,7 @@ def unfinished_line(
         ... )
         'fit ended at epoch 2.00 without the pruning step of epoch 3 (fc.weight): sparsity is 0.5000'
     """
-    refused = f"; {refused_rows} gradient samples were refused for NaN or Inf" if refused_rows else ""
+    refused = f"; {refused_rows} gradient samples were refused because of NaN or Inf" if refused_rows else ""
     return (
         f"{event} at epoch {epoch:.2f} without the pruning step of epoch {due:g} ({scope_in_line(modifier, names)}): "
         f"sparsity is {sparsity:.4f}{refused}"

@@ -1,4 +1,4 @@
-"""The change of the loss over a pruning step, measured on a few batches that gave no gradient samples."""
+"""The change of the loss over a pruning step, measured on a few batches that are not among the gradient samples."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossMeasurement:
     The batches are drawn together with the gradient samples of the first sub-step.
 
     Args:
-        loss: Returns the mean loss of batches for the weights that the model has now; ``None`` if there are no batches.
+        loss: Returns the mean loss over batches at the model's current weights; ``None`` if there are no batches.
 
     Example:
         >>> import numpy as np
@@ -51,7 +51,7 @@ class LossMeasurement:
     def held_out(self, pruner: MFACPruner) -> HeldOut | None:
         """Return a new holder for the batches to measure on, to be filled when gradient samples are drawn.
 
-        ``None`` inside a pruning step that has begun already: it is measured as a whole, or not at all.
+        ``None`` after the first sub-step: a pruning step is measured as a whole, or not at all.
         """
         if pruner.is_inside_step:
             return None
@@ -67,7 +67,7 @@ class LossMeasurement:
     def end(self, result: PruneResult) -> PruneResult:
         """Return the result of a sub-step, whose weights are in the model, with the change of the loss.
 
-        The change is measured only after the last sub-step; a loss that is not finite is a warning.
+        The change is measured only after the last sub-step; a non-finite loss causes a warning.
         """
         if self._before is None or not self._loss or not self._held_out or not result.completes_step:
             return result
@@ -75,7 +75,7 @@ class LossMeasurement:
         if not math.isfinite(self._before) or not math.isfinite(after):
             _logger.warning(
                 "the loss was %.3g before the pruning step and is %.3g after it, on %s, so its change is not "
-                "measured; look for NaN and for batches without examples in the data, and for NaN in the weights",
+                "measured; look for NaN or empty batches in the data, and for NaN in the weights",
                 self._before,
                 after,
                 self.where,
@@ -85,7 +85,7 @@ class LossMeasurement:
 
     @property
     def where(self) -> str:
-        """The batches that the loss is measured on, called held out if none can have given a gradient sample."""
+        """The batches that the loss is measured on: held-out if none can be among the gradient samples."""
         if self._held_out is None:
             return ""
         # every sub-step draws new samples, and from shuffled data these may be the same examples

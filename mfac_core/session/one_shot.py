@@ -41,7 +41,7 @@ def prune_in_one_shot(
     recalibrate_batchnorm: bool,
     cure: str,
 ) -> None:
-    """Do the single pruning step of all modifiers; an exception restores all weights.
+    """Run the single pruning step of all modifiers; an exception restores all weights.
 
     Args:
         session: The modifiers, attached to a model.

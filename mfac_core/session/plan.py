@@ -1,4 +1,4 @@
-"""What a recipe will do, with and without a model: for ``mfac check``, ``mfac plan`` and the log of a run."""
+"""What a recipe will do, with or without a model: for ``mfac check``, ``mfac plan`` and the log of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ModifierPlan(NamedTuple):
         weights: Name of each parameter that it matches -> number of weights.
         steps: Its pruning steps.
         window: Rows and columns of its largest gradient window; zeros if it needs none.
-        needed_bytes: Bytes that it needs for gradient windows and computation; a run that lacks them is refused.
+        needed_bytes: Bytes that it needs for gradient windows and computation; a run with less free memory is refused.
     """
 
     modifier: str
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
     Attributes:
         modifiers: One entry for each pruning modifier, and for each final sparsity of one that has several.
         warnings: One sentence for each setting that may not do what is intended.
-        notes: One sentence for each thing that is better known beforehand.
+        notes: One sentence for each fact worth knowing before training.
     """
 
     modifiers: tuple[ModifierPlan, ...]
@@ -89,7 +89,7 @@ def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[Schedul
         steps_per_epoch: Optimizer steps per epoch; without it, the rows have no step.
 
     Returns:
-        The pruning steps of each modifier in rising order of time.
+        The pruning steps of each modifier, in chronological order.
 
     Raises:
         SettingError: If ``steps_per_epoch`` is not a positive integer.

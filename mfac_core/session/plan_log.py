@@ -34,7 +34,7 @@ def log_plan(
         sampled: Whether there is a gradient sampler.
         epochs: Epochs of training, if known.
         trainable: The parameters that each modifier freezes or unfreezes.
-        logged: Warnings that are logged already.
+        logged: Warnings that have already been logged.
     """
     plan = plan_model(
         [*(pruning.settings for pruning in prunings), *others],
@@ -59,5 +59,5 @@ def log_plan(
 def _devices(pruning: LivePruning) -> str:
     if not isinstance(pruning.settings, MFACSettings):
         return ""
-    why = " (the recipe names no devices: those of the weights are used, GPUs if CuPy is installed)"
+    why = " (the recipe names no devices: computed where the weights are, on a GPU only if CuPy is installed)"
     return f"; computed on {', '.join(pruning.devices)}{why if pruning.settings.devices == ('auto',) else ''}"

@@ -1,4 +1,4 @@
-"""All modifiers of a recipe at work on one model: their order, their state, and what is logged about them."""
+"""All modifiers of a recipe applied to one model: their order, their state, and what is logged about them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ParsedState:
 def gradual_in_order(settings: Iterable[PruningSettings]) -> list[PruningSettings]:
     """Return the settings of each group of weights with one final sparsity, ordered by start epoch.
 
-    So a modifier sees the zeros of those that begin before it.
+    That way, a modifier sees the zeros of those that start before it.
     """
     in_order = sorted(settings, key=lambda each: each.start_epoch)
     return [group for each in in_order for group in each.by_final_sparsity()]
@@ -78,11 +78,11 @@ def attached(settings: Sequence[PruningSettings], attach: Callable[[PruningSetti
 
 
 class Session(Generic[P, C]):
-    """All modifiers of a recipe at work on one model.
+    """All modifiers of a recipe applied to one model.
 
     Args:
         prunings: The pruning modifiers, in the order in which they prune.
-        changes: What else changes in training; None in one shot.
+        changes: Changes of training other than pruning; None for one-shot pruning.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
         logger: Where warnings go.
@@ -120,7 +120,7 @@ class Session(Generic[P, C]):
         return any(pruning.is_due(self.step) for pruning in self.prunings)
 
     def prune_if_due(self) -> None:
-        """Do the pruning steps that are due. An exception leaves each of them done completely, or not at all."""
+        """Run the pruning steps that are due. After an exception each of them is either complete or undone."""
         for pruning in self.prunings:
             if pruning.is_due(self.step):
                 # The update of one modifier must not move weights that another has pruned.
@@ -132,7 +132,7 @@ class Session(Generic[P, C]):
 
         Args:
             event: What happened, such as ``fit ended``.
-            cause: A clause that names the likely cause; empty where none is known.
+            cause: A clause that names the likely cause; empty if none is known.
         """
         for warning in filter(None, (pruning.unfinished(event, self.step) for pruning in self.prunings)):
             self.logger.warning("%s%s", warning, f"; {cause}" if cause else "")
@@ -202,7 +202,7 @@ class Session(Generic[P, C]):
             refuse("prunings", states, "a list with the state of each pruning modifier")
         if len(states) != len(self.prunings):
             difference = (
-                f"the state holds {len(states)} pruning modifiers, this recipe has {len(self.prunings)}; "
+                f"the state contains {len(states)} pruning modifiers, this recipe has {len(self.prunings)}; "
                 "resume with the recipe that the state was saved with"
             )
             if strict:

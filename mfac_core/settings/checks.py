@@ -109,7 +109,7 @@ def check_number(name: str, value: object, rule: str, holds: Callable[[float], b
     """Refuse a value that is not a finite number, or for which ``holds`` is false; ``rule`` is the rule in words."""
     try:
         finite = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer that no float can represent
         finite = False
     if not finite:
         raise SettingError(name, f"{value!r} is not a finite number; the rule is {rule}")
@@ -178,9 +178,9 @@ def checked_groups(groups: Mapping[float, object]) -> dict[float, tuple[str, ...
 
 
 def checked_num_gradients(value: object) -> Mapping[float, int]:
-    """Return the rows of the gradient window by the sparsity from which on they hold, in rising order.
+    """Return the rows of the gradient window by the sparsity from which they apply, in ascending order.
 
-    An integer holds from 0.0 on; a mapping must have that key.
+    An integer applies from 0.0; a mapping must have that key.
     """
     rule = "must be a positive integer, or a mapping from sparsity to positive integers with the key 0.0"
     if is_integer(value) and value > 0:
@@ -198,12 +198,12 @@ def checked_num_gradients(value: object) -> Mapping[float, int]:
                 "num_gradients", f"{rows!r} at sparsity {threshold} is not a number of rows; write a positive integer"
             )
         if float(threshold) in checked:
-            raise SettingError("num_gradients", f"the sparsity {float(threshold)} is given twice; keep one of the two")
+            raise SettingError("num_gradients", f"the sparsity {float(threshold)} is given twice; keep one of them")
         checked[float(threshold)] = int(rows)
     if 0.0 not in checked:
         raise SettingError(
             "num_gradients",
-            f"{dict(value)} lacks the key 0.0, the rows to keep from the start; "
+            f"{dict(value)} has no key 0.0, the number of rows from the start; "
             f"add it, such as {{0.0: {min(checked.values())}, ...}}",
         )
     return dict(sorted(checked.items()))

@@ -53,7 +53,7 @@ class PruningSettings(NamesItsFields):
         params: Which weights to prune: names of weights or of layers, ``re:`` patterns, ``__ALL__`` or
             ``__ALL_PRUNABLE__``. Of plain arrays the last two mean all that are given.
         exclude: Which of them to leave out, written in the same way.
-        leave_enabled: Whether masks are held after ``end_epoch``, too.
+        leave_enabled: Whether masks stay enforced after ``end_epoch``.
         written_as: Name of the modifier in the recipe, for messages; empty without a recipe. It does not count when
             settings are compared.
 
@@ -88,7 +88,7 @@ class PruningSettings(NamesItsFields):
     def of_selected(self, names: Collection[str]) -> Self:
         """Return these settings for weights that ``params`` and ``exclude`` have selected already.
 
-        Names that ``params`` has exactly stay in it, because they mark weights to hold even if they are entirely zero.
+        Names that ``params`` has exactly stay in it, because they mark weights to mask even if they are entirely zero.
 
         Args:
             names: Names of the selected weights.
@@ -200,7 +200,7 @@ class MFACSettings(GradualSettings):
 
     Args:
         num_gradients: Rows of the gradient window: an integer, or a mapping from sparsity to rows that
-            holds from that sparsity on; a mapping must have the key 0.
+            applies from that sparsity; a mapping must have the key 0.
         block_size: Weights per block of the block-diagonal Fisher; ``None`` means one block.
         damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``; or ``auto``, for each block 0.1 times
             the mean diagonal of its empirical Fisher, measured for each Fisher.
@@ -210,7 +210,7 @@ class MFACSettings(GradualSettings):
             GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
         num_recomputations: Number of sub-steps of a pruning step, each by a Fisher of its own over the remaining
-            weights; ``auto`` takes as many that none removes more than about a fifth of what is left.
+            weights; ``auto`` takes enough that none removes more than about a fifth of what is left.
         recomputation_spacing: How far each sub-step goes: ``geometric`` shrinks what is left by equal factors,
             ``linear`` removes equally many weights in each.
         gradient_origin: ``auto`` takes gradient samples from the sampler if there is one, and those of training
@@ -263,12 +263,12 @@ class MFACSettings(GradualSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantSettings(PruningSettings):
-    """Hold the zeros that the weights have at ``start_epoch``; nothing more is pruned.
+    """Keep the zeros that exist at ``start_epoch``; nothing else is pruned.
 
     Also takes the arguments of :class:`PruningSettings`.
 
     Args:
-        end_epoch: Epoch at which the masks are released, unless ``leave_enabled``; infinity holds them to the end.
+        end_epoch: Epoch at which the masks are released, unless ``leave_enabled``; infinity keeps them to the end.
         leave_enabled: As in :class:`PruningSettings`.
 
     Example:

@@ -1,4 +1,4 @@
-"""From recipe keys to fields of settings, and errors that suggest the right field."""
+"""Errors for unknown keyword arguments of settings, which suggest the field that is probably meant."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class SetLearningRate(NamesItsFields):
 
     Args:
         learning_rate: The learning rate, in ``(0, 1]``.
-        start_epoch: Epoch from which on it holds, ``>= 0``.
+        start_epoch: Epoch from which it applies, ``>= 0``.
         param_groups: Indices of the optimizer's parameter groups; ``None`` means all.
 
     Raises:
@@ -121,7 +121,7 @@ class LearningRateSchedule(NamesItsFields):
             (whole epochs), ``eta_min``.
         initial: Learning rate at ``start_epoch``, in ``(0, 1]``.
         start_epoch: Epoch at which it begins, ``>= 0``.
-        end_epoch: Epoch from which on the learning rate stays constant; infinity for never.
+        end_epoch: Epoch after which the learning rate stays constant; infinity for never.
 
     Raises:
         SettingError: If a value breaks its rule.
@@ -146,7 +146,7 @@ class SetWeightDecay(NamesItsFields):
 
     Args:
         weight_decay: The weight decay, ``>= 0``.
-        start_epoch: Epoch from which on it holds, ``>= 0``.
+        start_epoch: Epoch from which it applies, ``>= 0``.
         param_groups: Indices of the optimizer's parameter groups; ``None`` means all.
 
     Raises:

@@ -23,9 +23,9 @@ def why_nothing_matches(entry: str, model: ModelNames, *, is_whole: bool) -> str
     if entry in model.layers:
         inside = () if is_whole else model.layers[entry]
         usual = [name for name in inside if not model.is_rarely_pruned(name)]
-        held = f"; it holds {join_names(usual)}, which you can write by name" if usual else ""
+        held = f"; it has {join_names(usual)}, which you can write by name" if usual else ""
         if inside and not usual:
-            held = f"; it holds {join_names(inside)}: pruning normalization weights, biases or scales harms the model"
+            held = f"; it has {join_names(inside)}: pruning normalization weights, biases or scales harms the model"
         return f"{entry!r} is a layer without weights of {model.prunable_layers}{_computed_inside(entry, model)}{held}"
     if entry in model.computed:
         return f"{entry!r} is not a {model.kind}{_computed_inside(entry, model)}"

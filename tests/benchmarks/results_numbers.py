@@ -22,7 +22,7 @@ class Comparison(NamedTuple):
     Attributes:
         mean: Mean of the differences; positive if the first is better.
         spread: Their standard deviation.
-        verdict: ``ahead`` or ``behind``, or ``equal`` if the 95 % confidence interval of the mean contains zero.
+        verdict: ``ahead`` or ``behind``, or ``equal`` if the 95% confidence interval of the mean contains zero.
     """
 
     mean: float

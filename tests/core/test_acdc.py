@@ -225,9 +225,9 @@ def test_zeros_that_are_held_resume_whatever_the_weights_show_then():
     for name in SHAPES:
         np.testing.assert_array_equal(second.masks[name], weights[name] != 0)
     assert not second.is_due(11) and second.is_due(12)
-    with pytest.raises(ValueError, match="another method or schedule"):
+    with pytest.raises(ValueError, match="another pruning schedule"):
         constant(end_epoch=2.0).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="another method or schedule"):
+    with pytest.raises(ValueError, match="was saved by ConstantPruner"):
         acdc().load_state_dict(first.state_dict())
 
 

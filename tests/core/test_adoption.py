@@ -72,7 +72,7 @@ def test_the_gradient_window_of_another_scope_is_let_go_and_it_is_said(done: int
     assert adoption.state["window"] is None
     later = "no pruning step is left for them" if done == 2 else "the next pruning step prunes them too"
     assert adoption.difference() == (
-        f"since the state was saved, base came into scope ({later}); the gradient window begins empty"
+        f"since the state was saved, base came into scope ({later}); the gradient window starts empty"
     )
     assert gone_on(settings, before.state_dict(), arrays).num_rows == 0
 

@@ -49,7 +49,7 @@ def test_a_layer_without_a_call_has_no_average():
 def test_what_is_not_finite_is_refused_with_the_name_of_the_layer(bad, place):
     measured = [np.ones(3), np.ones(3)]
     measured[place][1] = bad
-    with pytest.raises(ValueError, match="of the batch normalization layer body.norm holds NaN or Inf.*look for NaN"):
+    with pytest.raises(ValueError, match="of batch normalization layer body.norm contains NaN or Inf.*look for NaN"):
         BatchStatistics(["body.norm"]).add("body.norm", *measured)
 
 
@@ -108,6 +108,6 @@ def test_layers_get_the_averages_and_what_no_batch_comes_through_stays(caplog):
 def test_an_exception_leaves_statistics_as_they_were():
     norms = Norms(["a", "b"])
     for batches in ([{"a": 1.0}, {"b": np.nan}], []):
-        with pytest.raises(ValueError, match="holds NaN or Inf|yields no batch"):
+        with pytest.raises(ValueError, match="contains NaN or Inf|yields no batch"):
             norms.recalibrate(Sampler(batches))
         assert norms.layers == {"a": [0.0], "b": [0.0]}

@@ -163,7 +163,7 @@ def test_a_check_changes_nothing(method):
         ({"refused_rows": -1}, "refused_rows is -1 and must be an integer of at least 0"),
         ({"masks": 3}, r"the state of a pruner \(its masks\): a mapping is expected, and this is 3"),
         ({"schedule": np.zeros((2, 2), object)}, r"schedule is an array of object and shape \(2, 2\) and must be a"),
-        ({"initial_sparsities": np.array([0.1])}, "it holds 1 initial sparsities, and this run has 0"),
+        ({"initial_sparsities": np.array([0.1])}, "it contains 1 initial sparsities, but this run has 0"),
         (
             {"pruning_steps_done": 4, "parts_done": 1, "parts": 3},
             "1 of 3 sub-steps into a pruning step, .* with 0 pruning steps to do",
@@ -172,7 +172,7 @@ def test_a_check_changes_nothing(method):
             {"window": {"rows": np.zeros((4, 20), np.float32), "position": 0}},
             "has shape .4, 20., this one holds 3 gradient samples",
         ),
-        ({"window": {"rows": np.zeros((2, 20))}}, "not the state of a gradient window: it lacks position; pass what"),
+        ({"window": {"rows": np.zeros((2, 20))}}, "not the state of a gradient window: it has no position; pass what"),
     ],
 )
 def test_what_is_wrong_is_named(changes, what):
@@ -187,7 +187,7 @@ def test_sparsities_that_are_none_are_refused():
     for value in (-0.1, 1.5):
         with pytest.raises(ValueError, match="initial_sparsities is .* and must be sparsities from 0 to 1"):
             pruner.check_state({**state, "initial_sparsities": state["initial_sparsities"] + [0, 0, value]})
-    with pytest.raises(ValueError, match="it holds 0 initial sparsities, and this run has 3"):
+    with pytest.raises(ValueError, match="it contains 0 initial sparsities, but this run has 3"):
         pruner.check_state({**state, "initial_sparsities": None})
 
 

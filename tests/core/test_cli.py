@@ -198,7 +198,7 @@ m_modifiers:
         ["GMPruningModifier", "3", "1", "10", "50.00%", "-"],
     ]
     assert ["GMPruningModifier", "3", "0", "0", "-", "-"] in [line.split() for line in result.stdout.splitlines()]
-    assert "note: ConstantPruningModifier 2: holds the zeros that are there at epoch 4" in result.stdout
+    assert "note: ConstantPruningModifier 2: keeps the zeros that exist at epoch 4" in result.stdout
     assert "warning: ACDCPruningModifier 1: its last compressed phase is not reached" in result.stdout
     assert result.stdout.endswith("7 pruning steps, 1 warning\n")
 
@@ -340,7 +340,7 @@ def test_report_shows_means_and_intervals_of_a_run_over_seeds(tmp_path: Path) ->
 
     assert result.exit_code == 0
     assert ["50%", "M-FAC", "none", "87.0", "±", "12.7", "2.0", "s"] in table_rows(result.stdout)
-    assert "Means over 2 seeds (0 to 1) and 95 % confidence intervals of the mean" in result.stdout
+    assert "Means over 2 seeds (0 to 1) and 95% confidence intervals of the mean" in result.stdout
     assert "framework: none" in result.stdout
 
 

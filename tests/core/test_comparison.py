@@ -72,7 +72,7 @@ def test_each_sparsity_has_rows_of_its_own_from_low_to_high() -> None:
 def test_the_caption_names_seeds_and_intervals(seeds: Sequence[int], expected: str) -> None:
     said = caption([record("M-FAC", seed, 0.7) for seed in seeds])
 
-    assert said == f"Means over {expected} and 95 % confidence intervals of the mean (Student's t)."
+    assert said == f"Means over {expected} and 95% confidence intervals of the mean (Student's t)."
 
 
 def test_records_without_a_seed_are_not_over_seeds() -> None:
@@ -94,7 +94,7 @@ def test_the_picture_says_what_it_shows(tmp_path: Path) -> None:
     for word in (
         *("M-FAC", "magnitude", "test accuracy", "training after pruning", "20 epochs", "(chance)", "dense 90.5"),
         *("95% of the weights pruned", "Weights kept at 95%, by layer", "conv.weight", "160", "log scale"),
-        *("Test accuracy on fifty cats. Means over 2 seeds (0 to 1) and 95 % confidence", "Small dots: single seeds"),
+        *("Test accuracy on fifty cats. Means over 2 seeds (0 to 1) and 95% confidence", "Small dots: single seeds"),
     ):
         assert word in words
     assert ">75.0<" in words  # the mean of M-FAC

@@ -107,7 +107,7 @@ def of_the_system(folder: Path) -> Path:
     [
         (a_file, "taken is a file, and results need a folder"),
         (below_a_file, "taken is a file, and results need a folder"),
-        (holds_a_folder, "masks.bin is a folder, where a file is to be written"),
+        (holds_a_folder, "masks.bin is a folder, but a file must be written there"),
         (read_only, "out cannot be written to"),
         (of_the_system, "/proc/mfac cannot be written to"),
     ],
@@ -174,7 +174,7 @@ def test_the_comparison_prunes_and_trains_the_same_way_by_both_methods_for_each_
     assert shots == [0.95, 0.95, 0.97, 0.97] * 2
     printed = capsys.readouterr().out
     for said in (
-        "Means over 2 seeds (7 to 8) and 95 % confidence intervals",
+        "Means over 2 seeds (7 to 8) and 95% confidence intervals",
         "Read the rows with 20 epochs too: training repairs what pruning breaks",
         "On another processor the numbers differ slightly",
         "network.bin (the network pruned by M-FAC to 50%, with 2 epochs of training after, seed 7)",

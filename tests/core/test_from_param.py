@@ -191,7 +191,9 @@ def test_a_state_whose_sparsities_do_not_fit_is_refused_and_changes_nothing():
 
 def test_a_state_of_another_number_of_layers_is_refused_by_name():
     pruner = make()
-    with pytest.raises(ValueError, match="another recipe or model: it holds 2 initial sparsities, and this run has 3"):
+    with pytest.raises(
+        ValueError, match="another recipe or model: it contains 2 initial sparsities, but this run has 3"
+    ):
         pruner.load_state_dict({**pruner.state_dict(), "initial_sparsities": np.array([0.1, 0.2])})
 
 

@@ -143,4 +143,6 @@ def test_weights_that_others_are_computed_from_are_named_where_zeros_do_not_carr
                 params, shapes=shapes, prunable=[], frozen=[], packed={}, computed=computed
             )
         (added,) = set(found[False]) - set(found[True])
-        assert added.startswith(f"other weights are computed from {names[0]} and need not be zero where these are")
+        assert added.startswith(
+            f"other weights are computed from {names[0]} and are not necessarily zero where these are"
+        )

@@ -130,7 +130,7 @@ class TestEndOfTraining:
     def test_masks_that_are_held_have_no_end_to_reach(self):
         assert lint(recipe(EpochRange(end_epoch=5.0), ConstantSettings(end_epoch=9.0), ConstantSettings())) == (
             "ConstantPruningModifier 1 and ConstantPruningModifier 2 cover the same params (__ALL_PRUNABLE__) at the "
-            "same time, and ConstantPruningModifier 1 only holds zeros; let one begin when the other ends, or give "
+            "same time, and ConstantPruningModifier 1 only keeps zeros; let one start when the other ends, or give "
             "each weight to one modifier",
         )
 
@@ -335,8 +335,8 @@ class TestNotes:
 
     def test_what_is_held_and_from_where_pruning_begins(self):
         assert notes(recipe(ConstantSettings(start_epoch=2.0), magnitude(initial_sparsity=FROM_PARAM))) == (
-            "ConstantPruningModifier 1: holds the zeros that are there at epoch 2",
-            "MagnitudePruningModifier 2: begins at the sparsity that the weights have then",
+            "ConstantPruningModifier 1: keeps the zeros that exist at epoch 2",
+            "MagnitudePruningModifier 2: starts at the sparsity that the weights have when it is attached",
         )
         assert only(notes(recipe(ConstantSettings(end_epoch=5.0)))).endswith("at epoch 0 until epoch 5")
 
@@ -431,7 +431,7 @@ class TestModel:
     def test_two_modifiers_on_one_parameter(self):
         both = [{"a": 1, "b": 2}, {"b": 2, "c": 3}]
         assert only(self.plan(magnitude(params="re:[ab]"), magnitude(params="re:[bc]"), weights=both).warnings) == (
-            "MagnitudePruningModifier 1 and MagnitudePruningModifier 2 prune the same parameters (b), so that more is "
+            "MagnitudePruningModifier 1 and MagnitudePruningModifier 2 prune the same parameters (b), so more is "
             "pruned than either says; give each weight to one modifier"
         )
         assert self.plan(magnitude(), ConstantSettings(start_epoch=6.0), weights=both).warnings == ()
@@ -441,7 +441,7 @@ class TestModel:
             warning = only(self.plan(*settings, weights=[{"a": 1}] * 2).warnings)
             assert "more is pruned" not in warning
             assert "cover the same parameters (a) at the same time, and ConstantPruningModifier" in warning
-            assert " only holds zeros; let one begin when the other ends" in warning
+            assert " only keeps zeros; let one start when the other ends" in warning
 
     @pytest.mark.parametrize(("epoch", "count"), [(1.0, 0), (2.0, 0), (4.0, 1), (6.0, 0), (7.0, 0)])
     def test_a_single_pruning_step_amid_those_of_another_modifier(self, epoch, count):

@@ -653,7 +653,7 @@ def test_other_dtypes_are_refused_by_name(dtype):
 def test_weights_that_are_not_finite_are_refused_without_a_word_on_training():
     weights = make_weights()
     weights["second"][1] = np.inf
-    with pytest.raises(ValueError, match="weights hold NaN or Inf in second: prune from finite weights") as refusal:
+    with pytest.raises(ValueError, match="weights contain NaN or Inf in second: prune from finite weights") as refusal:
         mfac_core.prune(weights, make_gradients(), sparsity=0.5)
     assert "training" not in str(refusal.value)
 

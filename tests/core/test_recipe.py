@@ -477,7 +477,7 @@ class TestMetadata:
         ]
 
     def test_what_holds_itself_is_refused(self):
-        assert "__metadata__: this holds an alias of itself" in refusal("__metadata__: &a {b: [*a]}\n" + mfac())
+        assert "__metadata__: this contains an alias of itself" in refusal("__metadata__: &a {b: [*a]}\n" + mfac())
 
 
 class TestShippedFiles:

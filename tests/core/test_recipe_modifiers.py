@@ -191,7 +191,7 @@ class TestMFACPruningModifier:
             ("num_grads: '64'", "num_grads: '64' must be a positive integer, or a mapping"),
             ("num_grads: [64]", "num_grads: [64] must be a positive integer, or a mapping"),
             ("num_grads: 1e2", "num_grads: 100.0 must be a positive integer, or a mapping"),
-            ("num_grads: {0.5: 64}", "num_grads: {0.5: 64} lacks the key 0.0"),
+            ("num_grads: {0.5: 64}", "num_grads: {0.5: 64} has no key 0.0"),
             ("num_grads: {a: 64}", "num_grads: the key 'a' is not a sparsity"),
             ("num_grads: {0.0: 64.0}", "num_grads: 64.0 at sparsity 0.0 is not a number of rows"),
             ("fisher_block_size: 0", "fisher_block_size: 0 must be a positive integer, or null"),
@@ -574,7 +574,11 @@ class TestModifiers:
             ("LearningRateModifier", "lr_class: LambdaLR", "lr_class: 'LambdaLR' is not one of StepLR, MultiStepLR, "),
             ("LearningRateModifier", "lr_kwargs: 3", "lr_kwargs: 3 must be a mapping of the scheduler's arguments"),
             ("LearningRateModifier", "lr_kwargs: {gamma: 1}", "lr_kwargs: step_size is missing; StepLR needs it"),
-            ("LearningRateModifier", "lr_kwargs: {lr_min: 1, eta_min: 1}", "gives eta_min twice, as eta_min too"),
+            (
+                "LearningRateModifier",
+                "lr_kwargs: {lr_min: 1, eta_min: 1}",
+                "gives eta_min twice, the second time as eta_min",
+            ),
             (
                 "LearningRateModifier",
                 "lr_kwargs: {step_size: 1, x: 1}",
@@ -797,7 +801,7 @@ class TestSettingsFromKeys:
             (
                 "MFACPruningModifier",
                 {"final_sparsity": 0.5, "end_epoch": 1, "num_grads": {0.5: 3}},
-                "MFACPruningModifier.num_grads: {0.5: 3} lacks the key 0.0",
+                "MFACPruningModifier.num_grads: {0.5: 3} has no key 0.0",
             ),
             (
                 "MFACPruningModifier",

@@ -191,7 +191,7 @@ class TestWriting:
 
     def test_it_writes_no_objects(self):
         options = {"transform": object()}
-        with pytest.raises(SettingError, match="^sampler_options: .* is of type object, which a recipe cannot hold"):
+        with pytest.raises(SettingError, match="^sampler_options: .* is of type object, which a recipe cannot contain"):
             recipe_text([MFACSettings(final_sparsity=0.5, end_epoch=1, sampler_options=options)])
 
     def test_other_settings_have_no_modifier(self):

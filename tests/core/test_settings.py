@@ -94,7 +94,7 @@ def acdc(**changes: object) -> ACDCSettings:
         (gradual, {"mask_type": (True, 2)}, "mask_type", "(True, 2) is not a mask type"),
         (mfac, {"num_gradients": 0}, "num_gradients", "0 must be a positive integer"),
         (mfac, {"num_gradients": {}}, "num_gradients", "{} must be a positive integer, or a mapping"),
-        (mfac, {"num_gradients": {0.5: 3}}, "num_gradients", "{0.5: 3} lacks the key 0.0"),
+        (mfac, {"num_gradients": {0.5: 3}}, "num_gradients", "{0.5: 3} has no key 0.0"),
         (mfac, {"num_gradients": {0.0: 3, 1.0: 4}}, "num_gradients", "the key 1.0 is not a sparsity"),
         (mfac, {"num_gradients": {False: 4}}, "num_gradients", "the key False is not a sparsity"),
         (mfac, {"num_gradients": {0.0: 2.5}}, "num_gradients", "2.5 at sparsity 0.0 is not a number of rows"),

@@ -109,7 +109,7 @@ def test_a_state_without_its_number_of_steps_is_of_the_same(name: str) -> None:
     state = pruner.state_dict()
     del state["steps_per_epoch"]
     pruner.load_state_dict(state)
-    with pytest.raises(ValueError, match="schedule of pruning"):
+    with pytest.raises(ValueError, match="another pruning schedule"):
         make_pruner(SETTINGS[name], weights_of(0), steps_per_epoch=5).load_state_dict(state)
 
 
@@ -117,5 +117,5 @@ def test_a_state_without_its_number_of_steps_is_of_the_same(name: str) -> None:
 def test_another_schedule_by_epoch_is_refused(name: str) -> None:
     state = run(SETTINGS[name], 10, 0, 20).state_dict()
     other = make_pruner(SETTINGS[name], weights_of(0), steps_per_epoch=5)
-    with pytest.raises(ValueError, match=r"schedule of pruning \(pruning step 1 "):
+    with pytest.raises(ValueError, match=r"another pruning schedule \(pruning step 1 "):
         other.load_state_dict(state | {"schedule": state["schedule"] + np.array([1.0, 0.0])})

@@ -46,7 +46,7 @@ def test_a_schedule_goes_on_from_its_state_and_refuses_that_of_another_recipe():
     second = OptionsSchedule(settings, steps_per_epoch=5)
     second.load_state_dict(first.state_dict())
     assert due(second, [1, 10]) == {1: [], 10: [("learning_rate", 0.2)]}
-    with pytest.raises(ValueError, match=r"holds 2 modifiers .* this recipe has 1"):
+    with pytest.raises(ValueError, match=r"contains 2 modifiers .* this recipe has 1"):
         OptionsSchedule(settings[:1], steps_per_epoch=5).load_state_dict(first.state_dict())
 
 

@@ -75,12 +75,12 @@ def test_a_weight_of_several_names_is_taken_out_by_each_of_them():
 def test_a_layer_without_prunable_weights_says_so_and_what_it_holds():
     message = refusal(["block1.bn"])
     assert message == (
-        "params: 'block1.bn' is a layer without weights of Linear and convolution layers; it holds block1.bn.weight, "
+        "params: 'block1.bn' is a layer without weights of Linear and convolution layers; it has block1.bn.weight, "
         "block1.bn.bias: pruning normalization weights, biases or scales harms the model"
     )
     shapes = {"lstm.weight_ih": (8, 2), "lstm.bias_ih": (8,), "fc.weight": (2, 2)}
     model = ModelNames(shapes=shapes, prunable=["fc.weight"], layers={"lstm": ["lstm.weight_ih", "lstm.bias_ih"]})
-    assert refusal(["lstm"], model=model).endswith("it holds lstm.weight_ih, which you can write by name")
+    assert refusal(["lstm"], model=model).endswith("it has lstm.weight_ih, which you can write by name")
 
 
 def test_all_entries_that_match_nothing_are_one_error():

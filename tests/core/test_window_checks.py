@@ -20,10 +20,10 @@ from mfac_core.settings.checks import Damping
 from tests.core.strict_backend import StrictBackend
 
 DAMPING = 1e-5
-ZERO = "gradient samples are zero: the M-FAC run equals magnitude pruning"
+ZERO = "gradient samples are zero, so M-FAC reduces to magnitude pruning"
 NOISE = "are as small as rounding errors"
 LOST = "the damping of .* hides the empirical Fisher"
-EQUAL = "only 1 is distinct, so that the Fisher has rank 1"
+EQUAL = "only 1 is distinct, so the Fisher has rank 1"
 ALIKE = "are nearly equal"
 REPEATED = r"only \d+ are distinct"
 ALL = (ZERO, NOISE, LOST, EQUAL, ALIKE, REPEATED)

@@ -218,7 +218,7 @@ def test_weights_on_a_device_that_are_not_finite_are_refused_unless_they_are_pru
     weights["b"][3] = np.nan
     masks = {name: np.isfinite(array) for name, array in weights.items()}
     there = {name: place(array) for name, array in weights.items()}
-    with pytest.raises(ValueError, match="weights hold NaN or Inf in b: training has diverged"):
+    with pytest.raises(ValueError, match="weights contain NaN or Inf in b: training has diverged"):
         make_pruner(settings, there, steps_per_epoch=1).prune(there)
     result = make_pruner(settings, there, steps_per_epoch=1, masks=masks).prune(there)
     assert not result.masks["b"][3] and accelerator.to_numpy(result.weights["b"])[3] == 0

@@ -29,7 +29,7 @@ def test_only_what_has_grown_back_is_named() -> None:
     count = count_zeros(weights, masks)
     assert count.regrown == {"back": 1}
     assert count.difference() == (
-        "1 of 5 pruned weights are not zero (back): the sparsity is 0.4000, where the masks say 0.5000"
+        "1 of 5 pruned weights are not zero (back): the sparsity is 0.4000, but 0.5000 according to the masks"
     )
 
 

@@ -146,7 +146,7 @@ def test_an_exception_in_a_batch_leaves_all_as_it_was():
         recalibrate_batchnorm(model, broken)
     data = batches()
     data[3][0][0, 0] = np.nan
-    with pytest.raises(ValueError, match="the input of the batch normalization layer .*norm holds NaN or Inf"):
+    with pytest.raises(ValueError, match="the input of batch normalization layer .*norm contains NaN or Inf"):
         recalibrate_batchnorm(model, data)
     assert all(map(np.array_equal, before, statistics(norm)))
     assert norm.momentum == 0.9

@@ -243,8 +243,8 @@ def test_each_pruning_step_is_one_line(task, capsys, caplog):
     assert "in one pass within each layer" in advice
     steps = "3 pruning steps from epoch 1 (step 5), sparsity 0.2, to epoch 3 (step 15), sparsity 0.75"
     assert plan.endswith(
-        f"{steps}; computed on cpu (the recipe names no devices: those of the weights are used, "
-        "GPUs if CuPy is installed)"
+        f"{steps}; computed on cpu (the recipe names no devices: computed where the weights "
+        "are, on a GPU only if CuPy is installed)"
     )
     assert printed == logged
     assert len(printed) == 3

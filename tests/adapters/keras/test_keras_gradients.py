@@ -556,7 +556,7 @@ def test_samples_that_tell_nothing_are_named_with_the_cure(task, caplog):
     assert warning.startswith(("the 5 gradient samples are as small as rounding errors", "all 5 gradient samples are"))
     assert "sample the targets from its own output instead" in warning
     (warning,) = said([task.batch(0)], "mse")
-    assert warning.startswith("of 5 gradient samples only 1 is distinct, so that the Fisher has rank 1")
+    assert warning.startswith("of 5 gradient samples only 1 is distinct, so the Fisher has rank 1")
     (warning,) = said(batches(task), lambda y, predicted: 1e-4 * keras.ops.square(y - predicted))
     assert warning.startswith("the damping of 1e-05 hides the empirical Fisher of the 5 gradient samples")
     assert said(batches(task), "mse") == []

@@ -93,7 +93,7 @@ def test_a_recipe_in_another_place_is_refused_by_name(task, tmp_path):
 @pytest.mark.once
 def test_samples_that_all_hold_nan_are_refused_with_the_likely_cause(task):
     task.x[:] = np.nan
-    with pytest.raises(ValueError, match=r"all 3 held NaN or Inf and were refused; look for NaN in the data"):
+    with pytest.raises(ValueError, match=r"all 3 contained NaN or Inf and were refused; look for NaN in the data"):
         prune_one_shot(task.model(), [task.batch(0)], recipe=task.recipe())
 
 

@@ -113,7 +113,7 @@ def test_a_state_of_another_recipe_is_refused(task, tmp_path):
     model = task.model(keras.optimizers.Adam(0.01))
     other = MFACPruningCallback(task.recipe(end_epoch=5.0), state_path=tmp_path / "pruning.npz")
     backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
-    with pytest.raises(ValueError, match="another method or schedule"):
+    with pytest.raises(ValueError, match="another pruning schedule"):
         task.fit(model, backup, other, epochs=5)
 
 

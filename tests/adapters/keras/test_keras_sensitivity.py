@@ -227,7 +227,7 @@ def test_params_and_exclude_select_as_for_pruning(task):
         ({"num_batches": 0}, "num_batches: 0 must be a positive integer"),
         ({"num_grads": {0.0: 64}}, "the same for all layers"),
         ({"fisher_block_size": 0}, "^fisher_block_size: 0 must be a positive integer"),
-        ({"sparsities": (0.9, 0.5)}, "each above the one before"),
+        ({"sparsities": (0.9, 0.5)}, "each above the previous one"),
     ],
 )
 def test_bad_settings_are_refused_by_name(task, keys, message):

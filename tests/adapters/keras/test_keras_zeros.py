@@ -50,7 +50,7 @@ def test_weights_put_back_at_the_end_are_reported_in_either_order(task, caplog, 
     assert left < 0.3
     assert pruning.sparsity == pytest.approx(left)
     assert caplog.text.count(EARLY) == 1
-    assert "where the masks say 0.7500" in caplog.text
+    assert "but 0.7500 according to the masks" in caplog.text
     assert "tiny/body/kernel" in caplog.text
     assert "start_from_epoch" in caplog.text
     assert "on_train_end" not in vars(history)  # nothing leaks into what fit has returned

@@ -92,7 +92,7 @@ def test_inputs_that_are_not_finite_are_refused_and_the_statistics_stay(bad):
     before = all_of(model)
     data = batches()
     data[4][0][0, 0, 0, 0] = bad
-    with pytest.raises(ValueError, match="the input of the batch normalization layer 1 holds NaN or Inf"):
+    with pytest.raises(ValueError, match="the input of batch normalization layer 1 contains NaN or Inf"):
         recalibrate_batchnorm(model, data)
     assert_same(all_of(model), before)
 

@@ -897,7 +897,7 @@ def test_arguments_of_the_wrong_kind_are_refused_by_name(task):
     with pytest.raises(TypeError, match="the model is a SGD"):
         manager.apply(optimizer, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss))
     manager.modify(model, optimizer, task.steps_per_epoch)
-    with pytest.raises(ValueError, match="not the state of a manager: it lacks changes_done, .*step, steps_per_epoch"):
+    with pytest.raises(ValueError, match="not the state of a manager: it has no changes_done, .*step, steps_per_epoch"):
         manager.load_state_dict({"x": 1})
     manager.finalize()
 

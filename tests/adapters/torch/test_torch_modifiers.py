@@ -143,7 +143,7 @@ def test_one_step_goes_as_far_as_the_recipe_is_at_an_epoch():
     assert one_shot(mfac, 1.0)[0].final_sparsity == 0.1
     from_param = MagnitudePruningModifier(**GRADUAL | {"init_sparsity": "__FROM_PARAM__"}).settings
     assert one_shot(from_param)[0].final_sparsity == 0.8
-    with pytest.raises(ValueError, match="leaves the sparsity at epoch 2 open"):
+    with pytest.raises(ValueError, match="leaves the sparsity at epoch 2 undefined"):
         one_shot(from_param, 2.0)
 
 

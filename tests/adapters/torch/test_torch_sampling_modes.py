@@ -339,7 +339,7 @@ def divergence(output, targets):
 @pytest.mark.parametrize(
     ("loss", "damp", "said"),
     [
-        (F.mse_loss, 1e-5, "all 16 gradient samples are zero: the M-FAC run equals magnitude pruning"),
+        (F.mse_loss, 1e-5, "all 16 gradient samples are zero, so M-FAC reduces to magnitude pruning"),
         (divergence, 1e-5, "the 16 gradient samples are as small as rounding errors"),
         (divergence, 1e-20, "the 16 gradient samples are as small as rounding errors"),
     ],
@@ -356,7 +356,7 @@ def test_a_network_that_is_distilled_against_itself_is_named_with_the_cure(caplo
 def test_samples_of_one_batch_are_named_and_dropout_makes_them_differ(caplog, trained):
     one = trained[1][:1]
     (warning,) = warnings_of(caplog, trained, F.cross_entropy, batches=one)
-    assert warning.startswith("of 16 gradient samples only 1 is distinct, so that the Fisher has rank 1")
+    assert warning.startswith("of 16 gradient samples only 1 is distinct, so the Fisher has rank 1")
     assert warnings_of(caplog, trained, F.cross_entropy, batches=one, training=True) == []
 
 

@@ -237,7 +237,7 @@ def test_a_shuffling_loader_serves(model, batches) -> None:
 @pytest.mark.parametrize("keys, error, message", [
     (dict(num_batches=0), SettingError, "num_batches: 0 must be a positive integer"),
     (dict(num_grads={0.0: 64}), SettingError, "the same for all layers"),
-    (dict(sparsities=(0.9, 0.5)), SettingError, "each above the one before"),
+    (dict(sparsities=(0.9, 0.5)), SettingError, "each above the previous one"),
     (dict(num_grads="x"), SettingError, "^num_grads: 'x' must be a positive integer"),
     (dict(num_grads=0), SettingError, "^num_grads: 0 must be a positive integer"),
     (dict(damp=0.0), SettingError, "^damp: 0.0 is out of range; the rule is damp > 0"),
