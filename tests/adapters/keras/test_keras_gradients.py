@@ -432,7 +432,7 @@ def test_weights_that_no_sample_reaches_are_said_once(caplog):
     (warning,) = [
         record.getMessage() for record in caplog.records if (record.levelname, record.name) == ("WARNING", "mfac_keras")
     ]
-    assert warning.startswith("the gradient is zero in every gradient sample for unused/kernel, unused/bias, so that")
+    assert warning.startswith("the gradient is zero in every gradient sample for unused/kernel, unused/bias, so M-FAC")
 
 
 @pytest.mark.feature("sampled gradients")

@@ -221,7 +221,7 @@ def test_layers_that_are_unfrozen_join_the_pruning_that_goes_on(task, caplog, fr
     said = [line for line in caplog.messages if "came into scope" in line]
     assert said == [
         "since the state was saved, tiny/body/kernel came into scope (the next pruning step prunes them too); the "
-        "gradient window begins empty"
+        "gradient window starts empty"
     ]
     assert "counts as pruned" not in caplog.text
     if before:

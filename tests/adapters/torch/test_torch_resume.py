@@ -166,7 +166,7 @@ def test_a_state_is_not_changed_by_the_run_that_goes_on(task):
     ("change", "message"),
     [
         ({"steps_per_epoch": 6}, "steps_per_epoch of a pruning modifier is 5"),
-        ({"prunings": []}, "holds 0 pruning modifiers, this recipe has 1"),
+        ({"prunings": []}, "contains 0 pruning modifiers, this recipe has 1"),
         ({"changes_done": []}, "contains 0 modifiers of learning rate and weight decay, this recipe has 1"),
     ],
 )
