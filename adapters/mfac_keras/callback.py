@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mfac_core.recipe import Recipe
 from mfac_keras.backends import current_backend
 from mfac_keras.clock import TrainingClock
-from mfac_keras.conditions import check_model, check_optimizer, refuse_keras_2
+from mfac_keras.conditions import check_model, check_optimizer, checked_verbose, refuse_keras_2
 from mfac_keras.end_of_fit import call_at_end_of_fit
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.resuming import resume
@@ -75,7 +75,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         state_path: str | os.PathLike[str] | None = None,
         save_window: bool = True,
         steps_per_epoch: int | None = None,
-        verbose: int = 1,
+        verbose: int | str = 1,
         recipe_variables: Mapping[str, object] | None = None,
         unsupported: Literal["error", "skip"] = "error",
         **recipe_keys: Any,
@@ -92,7 +92,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._state_path = None if state_path is None else Path(state_path)
         self._save_window = save_window
         self._clock = TrainingClock(steps_per_epoch)
-        self._verbose = verbose
+        self._verbose = checked_verbose(verbose)
         self._session: TrainingSession | None = None
         self._last_session: TrainingSession | None = None
         self._pruned_model: Any = None
@@ -282,7 +282,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             steps_per_epoch=steps_per_epoch,
             step=self._clock.step,
             sampler=self._sampler,
-            verbose=self._verbose > 0,
+            verbose=self._verbose,
             metrics=self._metrics_now,
         )
         if self._clock.first_epoch:

@@ -37,6 +37,13 @@ def check_model(model: Any) -> None:
     raise TypeError(f"the model is a {_class_of(model)}, but pruning needs a keras.Model of Keras 3; {cure}")
 
 
+def checked_verbose(verbose: object) -> bool:
+    """Return whether to print, or raise TypeError for a value that Keras does not accept as ``verbose`` either."""
+    if verbose not in (0, 1, 2, "auto"):
+        raise TypeError(f"verbose is {verbose!r}; pass 1 or 'auto' to print a line for each pruning step, or 0 not to")
+    return verbose != 0
+
+
 def check_built(model: Any) -> None:
     """Check that a model is built.
 

@@ -18,7 +18,7 @@ from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
 from mfac_core.session.session import Session, attached
 from mfac_core.settings.pruning import PruningSettings
 from mfac_keras.batchnorm import MovingStatistics
-from mfac_keras.conditions import check_built, check_model, refuse_keras_2
+from mfac_keras.conditions import check_built, check_model, checked_verbose, refuse_keras_2
 from mfac_keras.live_pruning import KerasPruning
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
@@ -36,7 +36,7 @@ def prune_one_shot(
     *,
     sparsity: float | Mapping[float, Sequence[str]] | None = None,
     recalibrate_batchnorm: bool = False,
-    verbose: int = 0,
+    verbose: int | str = 0,
     recipe_variables: Mapping[str, object] | None = None,
     unsupported: Literal["error", "skip"] = "error",
     **recipe_keys: Any,
@@ -85,6 +85,7 @@ def prune_one_shot(
         16
     """
     check_model(model)
+    prints = checked_verbose(verbose)
     refuse_keras_2("the loss", loss)
     check_built(model)
     for name, value in {"dataset, the second argument": dataset, "loss, the third argument": loss}.items():
@@ -112,7 +113,7 @@ def prune_one_shot(
     prunings = attached(
         settings,
         lambda each, name: KerasPruning(
-            each, model, steps_per_epoch=1, sampler=sampler, verbose=verbose > 0, name=name, logged=logged
+            each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged
         ),
     )
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}

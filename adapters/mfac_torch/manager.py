@@ -192,6 +192,8 @@ class ScheduledModifierManager(ModifierList):
                 f"wrap_optim is the number {wrap_optim!r}; pass a GradScaler or nothing, and the epoch by name: "
                 f"epoch={wrap_optim!r}"
             )
+        if wrap_optim is not None and not callable(getattr(wrap_optim, "step", None)):
+            raise TypeError(f"wrap_optim is {wrap_optim!r}, which has no step(); pass a GradScaler or nothing")
         refuse_distributed()
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
@@ -256,13 +258,15 @@ class ScheduledModifierManager(ModifierList):
             RuntimeError: If the manager is attached already.
             NotImplementedError: If training is distributed over several processes.
             RecipeError: If there is no pruning modifier.
-            SettingError: If a modifier does not fit the model.
+            SettingError: If a modifier does not fit the model, or ``epoch`` is out of range.
             TypeError: If M-FAC or the recalibration has no sampler, or an argument has the wrong type or is not
                 supported.
         """
         refuse_unsupported("apply", unsupported)
         refuse_distributed()
         self._check_not_attached()
+        if epoch != math.inf:
+            check_number("epoch", epoch, "epoch >= 0, or infinity for the end of the recipe", lambda x: x >= 0)
         settings = [modifier.settings for modifier in self.pruning_modifiers]
         groups = one_shot_in_order(settings, epoch)
         sampler = self._sampler if grad_sampler is None else grad_sampler

@@ -80,7 +80,7 @@ class LivePruning(ABC):
         self.settings = settings
         self.sizes = sizes
         self.name = name
-        self._steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
         self._draws_samples = sampled and draws_samples(settings)
         self._pruner: Pruner = make_pruner(
             settings.of_selected(sizes),
@@ -234,7 +234,7 @@ class LivePruning(ABC):
             event,
             modifier=self.name,
             names=self.sizes,
-            epoch=step / self._steps_per_epoch,
+            epoch=step / self.steps_per_epoch,
             due=self.schedule[-1].epoch,
             sparsity=self.sparsity,
             refused_rows=self._pruner.refused_rows,
@@ -259,7 +259,7 @@ class LivePruning(ABC):
             names=self.sizes,
             # sub-steps precede the scheduled step; a pruning step may be late
             step=step if scheduled is None else max(step, scheduled.step),
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
             substep=substep,
             num_rows=num_rows,
             seconds=time.perf_counter() - start,

@@ -104,6 +104,12 @@ class Session(Generic[P, C]):
         step: int = 0,
         logger: logging.Logger,
     ) -> None:
+        for pruning in prunings:
+            if pruning.steps_per_epoch != steps_per_epoch:
+                raise ValueError(
+                    f"steps_per_epoch is {steps_per_epoch} for the session and {pruning.steps_per_epoch} for one of "
+                    "its modifiers; pass the same number to both"
+                )
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step

@@ -88,6 +88,8 @@ def session_of(recipe, model, **options):
 
 
 def train(session, model, until):
+    session.prune_if_due()  # what is due before the first step, such as the masks of a constant modifier
+    hold(session, model)
     while session.step < until:
         gradients = model.gradients(batch(session.step))
         for pruning in session.prunings:

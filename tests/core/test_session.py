@@ -76,6 +76,23 @@ def test_an_update_leaves_zero_what_another_modifier_has_pruned():
     assert np.count_nonzero(model.weights["body"][1:]) > 0.7 * model.weights["body"].size / 6 * 5
 
 
+def test_zeros_that_a_constant_modifier_finds_before_the_first_step_stay():
+    model = Model()
+    model.weights["body"][:3] = 0
+    session = session_of("modifiers:\n  - !ConstantPruningModifier {params: [body], start_epoch: 0}", model)
+    train(session, model, until=STEPS_PER_EPOCH)
+
+    assert not model.weights["body"][:3].any()
+    assert model.weights["body"][3:].all()
+
+
+def test_a_session_and_its_modifiers_have_the_same_steps_per_epoch():
+    prunings = session_of(ACDC, Model()).prunings
+
+    with pytest.raises(ValueError, match="steps_per_epoch is 5 for the session and 6 for one of its modifiers"):
+        Session(prunings, steps_per_epoch=5, logger=LOGGER)
+
+
 def test_a_run_that_ends_early_is_named_with_its_modifier(caplog):
     model = Model()
     session = session_of(TWO, model)
@@ -167,7 +184,7 @@ def test_a_pruning_step_that_fails_changes_nothing_and_its_retry_is_the_same(mon
         try:
             train(sessions[0], failing, until)
         except KeyboardInterrupt:
-            sessions[0].prune_if_due()
+            train(sessions[0], failing, until)
         train(sessions[1], other, until)
         for name in SHAPES:
             np.testing.assert_array_equal(failing.weights[name], other.weights[name])
@@ -187,7 +204,7 @@ def test_one_shot_prunes_all_modifiers_or_none(monkeypatch):
         prunings = attached(
             [at_once for _, at_once in groups], lambda each, name: ArrayPruning(each, model, sampled=True, name=name)
         )
-        session = Session(prunings, logger=LOGGER)
+        session = Session(prunings, steps_per_epoch=STEPS_PER_EPOCH, logger=LOGGER)
         prune_in_one_shot(
             session, groups, NoStatistics(), modifiers=[], sampler=None, recalibrate_batchnorm=False, cure=""
         )

@@ -659,3 +659,15 @@ def test_steps_per_epoch_that_keras_knows_otherwise_is_refused_before_training(t
         task.fit(model, MFACPruningCallback(task.recipe(), steps_per_epoch=100))
     for weights, now in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(weights, now)
+
+
+@pytest.mark.parametrize(("verbose", "prints"), [("auto", True), (2, True), (0, False)])
+def test_verbose_takes_what_fit_takes(task, capsys, verbose, prints):
+    prune_one_shot(task.model(), [task.batch(0)], "mse", sparsity=0.5, num_grads=4, verbose=verbose)
+    assert ("pruning step" in capsys.readouterr().out) == prints
+
+
+@pytest.mark.parametrize("verbose", ["yes", None, 3])
+def test_a_verbose_that_fit_does_not_take_is_refused(verbose):
+    with pytest.raises(TypeError, match="verbose is .*; pass 1 or 'auto'"):
+        MFACPruningCallback(final_sparsity=0.5, end_epoch=1, verbose=verbose)

@@ -819,6 +819,7 @@ def test_finalize_refuses_what_it_was_not_given(task):
         (TypeError, "optimizer is a int", {"optimizer": 3}),
         (TypeError, "does not support 'distillation_teacher'", {"distillation_teacher": "self"}),
         (TypeError, "wrap_optim is the number 2.0; pass a GradScaler or nothing", {"wrap_optim": 2.0}),
+        (TypeError, "wrap_optim is 'scaler', which has no step", {"wrap_optim": "scaler"}),
         (TypeError, "no method log_scalar", {"loggers": [print]}),
         (TypeError, "grad_sampler is a list", {"grad_sampler": []}),
         (ValueError, r"does not train 0\.weight", {"trained": slice(2, None)}),

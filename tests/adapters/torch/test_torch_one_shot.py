@@ -254,3 +254,16 @@ def test_a_recipe_that_prunes_nothing_yet_has_its_options_and_its_log_all_the_sa
     assert sizes == [16]
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert "with other settings than recommended: " in caplog.text
+
+
+@pytest.mark.parametrize("epoch", [-1, float("nan"), "4", None, object()])
+def test_an_epoch_of_apply_that_is_no_epoch_is_refused(epoch):
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    manager = ScheduledModifierManager.from_yaml(
+        "modifiers:\n- !GMPruningModifier {final_sparsity: 0.5, end_epoch: 2}\n"
+    )
+
+    with pytest.raises(SettingError, match="epoch"):
+        manager.apply(model, epoch)
+    assert torch.equal(model.weight, before)
