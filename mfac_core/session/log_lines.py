@@ -54,7 +54,7 @@ def pruning_step_line(
     increase = result.predicted_loss_increase
     by_mfac = ""
     if increase is not None:
-        by_mfac += f", {num_rows} gradient samples"
+        by_mfac += f", {num_rows} gradient sample{'' if num_rows == 1 else 's'}"
         if isinstance(settings, MFACSettings) and settings.damping == "auto" and result.damping is not None:
             by_mfac += f", damping {damping_text(*result.damping)}"
         by_mfac += f", predicted loss increase {increase:.3g} (in-sample)"
