@@ -143,7 +143,9 @@ class GradualSettings(PruningSettings):
                 )
         finals = list(self.final_sparsity) if isinstance(self.final_sparsity, Mapping) else [self.final_sparsity]
         for final in finals:
-            check_number("final_sparsity", final, "0 < final_sparsity < 1", lambda x: 0 < x < 1)
+            check_number(
+                "final_sparsity", final, "0 < final_sparsity < 1 (0.9 prunes nine weights of ten)", lambda x: 0 < x < 1
+            )
         if self.initial_sparsity != FROM_PARAM:
             check_number(
                 "initial_sparsity",

@@ -173,7 +173,7 @@ class TrainingHooks(ABC):
                 for slot in optimizer_state(leaf, variable):
                     slot.assign(slot * keras.ops.convert_to_tensor(mask, dtype=slot.dtype))
 
-    def sync(self) -> None:  # noqa: B027
+    def sync(self) -> None:
         """Make sure that the variables have their current values."""
 
     # what each backend does its own way
