@@ -34,6 +34,10 @@ class CupyBackend:
             count = 0
         return tuple(f"cuda:{index}" for index in range(count))
 
+    def device_of(self, x: Array) -> str:
+        """Return the name of the GPU that holds ``x``."""
+        return f"cuda:{x.device.id}"
+
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
         """Return ``x`` on the GPU ``device``, through DLPack or a copy from host memory."""
         with self.on(device):
