@@ -60,7 +60,7 @@ class TorchBackend:
         return device.type if device.type in {"cpu", "mps"} else f"{device.type}:{device.index}"
 
     def asarray(self, x: Array, device: str, dtype: Any = None) -> torch.Tensor:
-        """Return ``x`` on ``device``, detached from autograd; a tensor on the CPU shares the memory of a NumPy array."""
+        """Return ``x`` on ``device``, detached from autograd; on the CPU it shares the memory of a NumPy array."""
         with self.on(device):
             tensor = x.detach() if isinstance(x, torch.Tensor) else _from_numpy(x)
             # converted first: not every device has float64
