@@ -154,7 +154,8 @@ class InverseFisher:
     def __rmatmul__(self, x: Array) -> Array:
         """Return the product with the rows of ``x``; the matrix is symmetric."""
         _check_array("x", x, f"an array of shape ({self.shape[0]},) or (k, {self.shape[0]})")
-        return self.apply(x.T).T
+        product = self.apply(x.T if x.ndim == 2 else x)
+        return product.T if x.ndim == 2 else product
 
 
 def _check_array(name: str, value: Any, expected: str) -> None:
