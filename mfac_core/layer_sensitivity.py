@@ -171,8 +171,8 @@ def sensitivity(
     of it: the numbers rank layers, and do not predict the loss of a pruned model.
 
     Args:
-        weights: A mapping from the name of each layer to its array, or one array; float32 or float64, NumPy or CuPy.
-            Not modified.
+        weights: A mapping from the name of each layer to its array, or one array; float32 or float64. Not
+            modified.
         loss: Returns the loss of all weights, one layer of them pruned, given in the form of ``weights``. It is called
             once for the dense weights and at most once for each layer and sparsity.
         gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns fresh ones

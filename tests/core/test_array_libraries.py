@@ -242,8 +242,9 @@ def test_the_inverse_fisher_and_its_products(library, where, m, block_size, damp
     pairs += [(left(many.T), x.T @ here), (left(many[:, 1]), x[:, 1] @ here)]
     for found, expected in pairs:
         assert numpy_dtype(found) == dtype
-        found = library.numpy(found)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
+        np.testing.assert_allclose(
+            library.numpy(found), expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max()
+        )
     np.testing.assert_array_equal(library.numpy(given), rows)
     np.testing.assert_array_equal(library.numpy(many), x)
 
