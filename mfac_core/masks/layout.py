@@ -131,9 +131,8 @@ class WeightLayout:
         """
         found = []
         for name in self.names:
-            array = device_of(arrays[name]).asarray(arrays[name])
-            xp = array_namespace(array)
-            values = xp.reshape(array, (-1,))
+            xp = array_namespace(arrays[name])
+            values = xp.reshape(xp.asarray(arrays[name]), (-1,))
             entries = unpruned[name]
             if entries is not None:
                 values = values[entries] if isinstance(entries, np.ndarray) else xp.take(values, entries)

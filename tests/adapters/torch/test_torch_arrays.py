@@ -1,4 +1,4 @@
-"""Tensors as arrays of the core: what tensors have and NumPy arrays have not. ``test_array_libraries`` has the numbers."""
+"""Tensors as arrays of the core: what NumPy arrays have not. The numbers are in ``test_array_libraries``."""
 
 from __future__ import annotations
 
