@@ -35,6 +35,10 @@ class CupyBackend:
             count = 0
         return tuple(f"cuda:{index}" for index in range(count))
 
+    def device_of(self, x: Array) -> str:
+        """Return the name of the GPU that holds ``x``."""
+        return f"cuda:{x.device.id}"
+
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
         """Return ``x`` on the GPU ``device``, through DLPack or a copy from host memory."""
         with self.on(device):
@@ -154,10 +158,6 @@ class CupyBackend:
         """Wait for the GPU's queue."""
         with self.on(device):
             cupy.cuda.get_current_stream().synchronize()
-
-    def device_of(self, x: Array) -> str:
-        """Return the GPU that holds ``x``."""
-        return f"cuda:{x.device.id}"
 
 
 _CAPABILITIES_WITH_64_LANES = ("60", "70", "72", "75", "80")

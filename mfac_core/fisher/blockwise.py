@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
 from mfac_core.fisher.factors import Factor, InFloat64, cache_slices, evaluate, factor
@@ -274,7 +274,7 @@ class BlockwiseFisher:
                 except IndexError:  # another worker has taken the last one
                     return
                 taken.append(index)
-                yield partial(self.source.chunks, self.groups[index])
+                yield partial(self._readable_chunks, index, device)
 
         with device.backend.on(device.name):
             try:
@@ -285,6 +285,9 @@ class BlockwiseFisher:
                 queue.clear()  # the other workers stop after their current group
                 raise
             device.backend.synchronize(device.name)
+
+    def _readable_chunks(self, index: int, device: Device) -> list[Array]:
+        return [readable_on(device, chunk) for chunk in self.source.chunks(self.groups[index])]
 
     def _measured(self) -> tuple[list[npt.NDArray[np.float64]], float]:
         """Return the dampings of the blocks of each group, and their unit."""

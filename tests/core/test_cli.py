@@ -777,7 +777,8 @@ def test_check_warns_of_a_gpu_that_is_not_here(
     result = mfac("check", write_recipe(f"{RECIPE}    {key}\n"), "--strict")
 
     assert result.exit_code == 1
-    assert "warning: on this machine: device 'cuda:0' needs CuPy" in result.stdout
+    assert "warning: on this machine: device 'cuda:0' does not exist here; the devices are cpu" in result.stdout
+    assert "NumPy arrays and of Keras models need CuPy" in result.stdout
 
 
 def test_files_that_cannot_be_read_are_errors_without_a_traceback(
