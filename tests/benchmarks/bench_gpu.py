@@ -2,9 +2,8 @@
 
     python tests/benchmarks/bench_gpu.py
 
-From the root of the project, with NumPy, PyTorch, CuPy and the packages of the extra `test-core` installed, or by
-`make bench-gpu`, which installs them. It runs the tests in tests/gpu, measures, and writes docs/benchmarks-gpu.md row
-by row. To check the script on a CPU, in seconds:
+It needs PyTorch, CuPy and the packages of the extra `test-core`; `make bench-gpu` installs them. It runs the tests in
+tests/gpu, measures, and writes docs/benchmarks-gpu.md row by row. To check the script without a GPU:
 
     python tests/benchmarks/bench_gpu.py --devices cpu torch:cpu --weights 200_000 --rows 64 256
 """
@@ -12,6 +11,7 @@ by row. To check the script on a CPU, in seconds:
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import itertools
 import platform
@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,53 +52,49 @@ LAYER = 10_000  # consecutive weights that share a scale
 GIB = 2**30
 HOST_RESERVE = 4 * GIB  # host memory that stays free beside a window
 COLUMNS = (
-    "m", "window", "GiB", "device", "step", "spread", "ratio", "diagonal", "mask", "update", "floor ratio", "memory",
-    "float64", "differ",
+    "d", "m", "window", "GiB", "device", "step", "spread", "ratio", "diagonal", "mask", "update", "floor ratio",
+    "memory", "float64", "differ",
 )  # fmt: skip
 LEGEND = f"""\
-* *window*: where the gradients are, and their size in GiB; all devices of a row read the same window
+* *window*: where the gradients are, and their size in GiB; the devices of a row read the same window
 * *step*: seconds, median of {REPEATS} after a warm-up, the devices taking turns; *spread*: longest minus shortest;
   *ratio*: step over that of the first device, median of the rounds
 * *diagonal*, *mask*, *update*: seconds of these parts of a step
 * *floor ratio*: step over the time of `2 m min(m, B) d` operations at the rate of the device's matrix product
 * *memory*: peak memory of the step on the GPU, beyond the window, in GiB
-* *float64*: share of the groups of blocks that float32 does not suffice for
-* *differ*: weights whose mask differs from that of the first device"""
+* *float64*: share of the groups of blocks for which float32 does not suffice
+* *differ*: weights that are pruned by this device or the first, but not by both"""
 
 
 def main() -> None:
     """Run the tests, measure, and write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", nargs="+", default=["cupy:cuda:0", "torch:cuda:0"], help="%(default)s")
-    parser.add_argument("--weights", type=int, default=25_500_000, help="number of weights (%(default)s: ResNet-50)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024], help="gradient samples (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=480, help="nothing starts that would end later (%(default)s)")
+    parser.add_argument("--weights", type=int, default=25_500_000, help="as many as ResNet-50 has: %(default)s")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024], help="gradient samples: %(default)s")
+    parser.add_argument("--seconds", type=float, default=480, help="what may take longer is skipped: %(default)s")
     parser.add_argument("--output", type=Path, help=f"the document; {OUTPUT.relative_to(ROOT)} if a GPU is measured")
     arguments = parser.parse_args()
-    try:
-        devices = named_devices(arguments.devices)
-    except mfac_core.MFACError as error:
-        parser.error(f"{error}; this script measures an NVIDIA GPU, --devices names others")
     deadline = time.monotonic() + arguments.seconds
-    report = Report(arguments.output or (OUTPUT if any(map(is_gpu, devices.values())) else None))
-    report.add(*heading(devices, arguments.weights))
-    report.add(outcome_of_tests(devices, deadline), "")
-    rates = {name: product_rate(device) for name, device in devices.items()}
-    report.add(*(f"Matrix product of {name}: {rate / 1e12:.3g} TFLOP/s in float32." for name, rate in rates.items()))
-    report.add("", LEGEND, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS))
-    for place, m in itertools.product(("device", "host"), arguments.rows):
-        shape = Shape(arguments.weights, m, place)
-        refusal = no_time(shape, rates, deadline) or no_room(shape, devices)
-        rows = [refusal] if refusal else guarded(lambda s=shape: measured(s, devices, rates))
-        report.add(*(f"| {m} | {place} | {shape.num_bytes / GIB:.1f} | {row} |" for row in rows))
-    report.add("", "## The same masks as on the CPU", "")
-    small = arguments.weights // 100
-    for m in arguments.rows:
-        shape = Shape(small, m, "host")
-        refusal = no_time(shape, rates, deadline)
-        report.add(
-            *(f"* m = {m}, d = {small:,}: {row}" for row in ([refusal] if refusal else differences(shape, devices)))
-        )
+    if find_spec("torch"):
+        import mfac_torch  # noqa: F401  (makes PyTorch's devices known)
+    try:
+        devices = [resolve_device(name) for name in arguments.devices]
+    except mfac_core.DeviceError as error:
+        parser.error(f"{error}; this script measures an NVIDIA GPU, or what --devices names")
+    has_gpu = any(map(is_gpu, devices))
+    report = Report(arguments.output or (OUTPUT if has_gpu else None))
+    report.add(*heading(devices), outcome_of_tests(deadline) if has_gpu else "Without a GPU, tests/gpu is not run.", "")
+    rates = {label(device): product_rate(device) for device in {resolve_device("cpu"): None, **dict.fromkeys(devices)}}
+    report.add(*(f"* matrix product of {each}: {rate / 1e12:.3g} TFLOP/s in float32" for each, rate in rates.items()))
+    report.add(LEGEND, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS))
+    shapes = [Shape(arguments.weights, m, place) for place in ("device", "host") for m in arguments.rows]
+    # the masks of all devices beside those of the CPU, on a hundredth of the weights
+    small = [Shape(arguments.weights // 100, m, "host") for m in arguments.rows]
+    for shape in small + shapes:
+        measured = list(dict.fromkeys([resolve_device("cpu"), *devices])) if shape in small else devices
+        start = f"| {shape.d:,} | {shape.m} | {shape.place} | {shape.num_bytes / GIB:.1f} | "
+        report.add(*(f"{start}{row} |" for row in rows_of(shape, measured, rates, deadline)))
 
 
 class Report:
@@ -118,7 +113,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Shape:
-    """The problem of one row."""
+    """A problem: the number of weights, that of gradient samples, and where the window is."""
 
     d: int
     m: int
@@ -133,49 +128,24 @@ class Shape:
         return 2.0 * self.m * min(self.m, BLOCK_SIZE) * self.d
 
 
-class Shared:
-    """The gradients of a window as arrays of another library, in the same memory."""
-
-    def __init__(self, window: GradientWindow, device: Device) -> None:
-        self.stored_groups, self.num_weights = window.stored_groups, window.num_weights
-        self.dtype, self.count = window.dtype, window.count
-        self._window, self._device = window, device
-
-    def chunks(self, group: Any) -> list[Array]:
-        chunks = self._window.chunks(group)
-        if self._window.device.is_host or self._window.device.backend is self._device.backend:
-            return chunks
-        if self._device.backend.name == "torch":
-            import torch
-
-            return [torch.from_dlpack(chunk) for chunk in chunks]
-        return [self._device.asarray(chunk) for chunk in chunks]
-
-
-def named_devices(names: list[str]) -> dict[str, Device]:
-    """Return the devices by the names `LIBRARY:DEVICE`."""
-    if find_spec("torch"):
-        import mfac_torch  # noqa: F401  (registers PyTorch as an array library)
-    devices = [resolve_device(name) for name in names]
-    return {f"{device.backend.name}:{device.name}": device for device in devices}
-
-
 def is_gpu(device: Device) -> bool:
     return device.name != "cpu"
 
 
-def outcome_of_tests(devices: dict[str, Device], deadline: float) -> str:
-    """Run the tests of GPUs in another process, and return a sentence about their outcome."""
-    if not any(map(is_gpu, devices.values())):
-        return "The tests in tests/gpu were not run: no device is a GPU."
+def label(device: Device) -> str:
+    return f"{device.backend.name}:{device.name}"
+
+
+def outcome_of_tests(deadline: float) -> str:
+    """Run the tests of GPUs in another process, and return their outcome."""
     print("Running the tests in tests/gpu ...", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", "tests/gpu"]
+    seconds = 0.4 * (deadline - time.monotonic())
     try:
-        seconds = 0.4 * (deadline - time.monotonic())
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         return f"`pytest -m gpu tests/gpu` was ended after {seconds:.0f} seconds."
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()[-1:] or ["no output"]
+    lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
     failures = [f"\n* {line}" for line in lines if line.startswith(("FAILED", "ERROR"))]
     return f"`pytest -m gpu tests/gpu`: {lines[-1].strip('= ')}." + "".join(failures)
 
@@ -188,56 +158,45 @@ def product_rate(device: Device) -> float:
         return 2 * size**3 / min(timed(device, lambda: a @ a)[0] for _ in range(5))
 
 
-def no_time(shape: Shape, rates: dict[str, float], deadline: float) -> str:
-    """Return why a measurement would end too late, or an empty string: a step may take five times its floor."""
-    needed = sum(5 * (REPEATS + 2) * shape.operations / rate for rate in rates.values()) + shape.num_bytes / 1e9
+def rows_of(shape: Shape, devices: list[Device], rates: dict[str, float], deadline: float) -> list[str]:
+    """Return a row for each device; or a single one that says why the shape is skipped, or what has failed."""
+    # a step may take five times its floor
+    needed = sum(5 * (REPEATS + 2) * shape.operations / rates[label(each)] for each in devices) + shape.num_bytes / 1e9
     left = deadline - time.monotonic()
-    return "" if needed <= left else f"skipped: it may take {needed:.0f} seconds, {max(left, 0):.0f} are left"
-
-
-def no_room(shape: Shape, devices: dict[str, Device]) -> str:
-    """Return why a window does not fit, or an empty string."""
-    device = next(iter(devices.values()))
-    if shape.place == "device":
-        free = device.backend.free_bytes(device.name)
-        room = WORKING_GROUPS * device.backend.group_bytes(device.name, shape.num_bytes)
-    else:
+    if needed > left:
+        return [f"skipped: it may take {needed:.0f} seconds, and {left:.0f} are left"]
+    release_memory()
+    if shape.place == "host":
         free, room = psutil.virtual_memory().available, HOST_RESERVE
-    if free is None or shape.num_bytes + room <= free:
-        return ""
-    return f"skipped: the window and the work need {(shape.num_bytes + room) / GIB:.1f} GiB, {free / GIB:.1f} are free"
-
-
-def guarded(rows: Callable[[], list[str]]) -> list[str]:
-    """Return rows, or the error in their place: it must not end the other measurements."""
+    else:
+        free = devices[0].backend.free_bytes(devices[0].name) or sys.maxsize
+        room = WORKING_GROUPS * devices[0].backend.group_bytes(devices[0].name, shape.num_bytes)
+    if shape.num_bytes + room > free:
+        return [f"skipped: it needs {(shape.num_bytes + room) / GIB:.1f} GiB, and {free / GIB:.1f} are free"]
     try:
-        return rows()
-    except Exception as error:
+        return measure(shape, devices, rates)
+    except Exception as error:  # must not end the other measurements
         message = str(error).partition("\n")[0].replace("|", "/")
         return [f"failed: {type(error).__name__}: {message[:200]}"]
 
 
-def measured(shape: Shape, devices: dict[str, Device], rates: dict[str, float]) -> list[str]:
-    """Return one row for each device."""
-    window = filled_window(shape, list(devices.values()))
+def measure(shape: Shape, devices: list[Device], rates: dict[str, float]) -> list[str]:
+    window = filled_window(shape, devices)
     weights = np.random.default_rng(1).standard_normal(shape.d, dtype=np.float32)
-    runs = {name: Run(device, Shared(window, device), device.asarray(weights)) for name, device in devices.items()}
-    masks, memory = {}, {}
-    for name, run in runs.items():
-        masks[name], memory[name] = run.first_step()
-    rounds = [{name: timed(run.device, run.step)[0] for name, run in runs.items()} for _ in range(REPEATS)]
-    first = next(iter(runs))
+    runs = [Run(device, seen_by(device, window), device.asarray(weights)) for device in devices]
+    first_steps = [run.first_step() for run in runs]
+    rounds = [[timed(run.device, run.step)[0] for run in runs] for _ in range(REPEATS)]
     rows = []
-    for name, run in runs.items():
-        steps = [seconds[name] for seconds in rounds]
+    for i, run in enumerate(runs):
+        steps = [seconds[i] for seconds in rounds]
         step = statistics.median(steps)
+        pruned, memory = first_steps[i]
         parts, float64 = run.parts()
-        ratio = statistics.median(seconds[name] / seconds[first] for seconds in rounds)
         cells = [
-            name, f"{step:.3g}", f"{max(steps) - min(steps):.2g}", f"{ratio:.2f}",
-            *(f"{parts[part]:.3g}" for part in ("diagonal", "mask", "update")),
-            f"{step * rates[name] / shape.operations:.1f}", memory[name], f"{float64:.0%}",
-            f"{np.count_nonzero(masks[name] != masks[first]):,}",
+            label(run.device), f"{step:.3g}", f"{max(steps) - min(steps):.2g}",
+            f"{statistics.median(seconds[i] / seconds[0] for seconds in rounds):.2f}",
+            *(f"{seconds:.3g}" for seconds in parts), f"{step * rates[label(run.device)] / shape.operations:.1f}",
+            memory, f"{float64:.0%}", f"{np.count_nonzero(pruned != first_steps[0][0]):,}",
         ]  # fmt: skip
         rows.append(" | ".join(cells))
     return rows
@@ -246,80 +205,36 @@ def measured(shape: Shape, devices: dict[str, Device], rates: dict[str, float]) 
 class Run:
     """The pruning step of one window on one device."""
 
-    def __init__(self, device: Device, source: Shared, weights: Array) -> None:
+    def __init__(self, device: Device, window: GradientWindow, weights: Array) -> None:
         self.device = device
-        self._source = source
+        self._window = window
         self._weights = weights
 
     def step(self) -> Array:
-        """Prune, and return which weights are pruned."""
-        outcome = mfac_step(
-            self._weights, self._source, self._select, damping=DAMPING, update="independent", devices=self.device
-        )
-        return outcome.newly_pruned
+        """Return which weights are pruned."""
+        options = {"damping": DAMPING, "update": "independent", "devices": self.device}
+        return mfac_step(self._weights, self._window, self._select, **options).newly_pruned
 
     def first_step(self) -> tuple[np.ndarray, str]:
-        """Warm up; return which weights are pruned, and the peak memory on a GPU in GiB."""
-        gc.collect()
+        """Return which weights are pruned, in host memory, and the peak memory on a GPU in GiB."""
         with self.device.backend.on(self.device.name):
-            peak = _peak_memory(self.device)
+            peak = peak_memory(self.device)
             pruned = self.device.to_numpy(self.step())
             return pruned, f"{peak() / GIB:.2f}" if is_gpu(self.device) else ""
 
-    def parts(self) -> tuple[dict[str, float], float]:
-        """Return the seconds of each part of a step, and the share of groups in float64."""
-        seconds = {}
+    def parts(self) -> tuple[list[float], float]:
+        """Return the seconds of the diagonal, the mask and the update, and the share of groups in float64."""
         device, weights = self.device, self._weights
         with device.backend.on(device.name):
-            fisher = BlockwiseFisher(self._source, damping=DAMPING, devices=device)
-            seconds["diagonal"], diagonal = timed(device, fisher.diagonal)
+            fisher = BlockwiseFisher(self._window, damping=DAMPING, devices=device)
+            of_diagonal, diagonal = timed(device, fisher.diagonal)
             saliencies = saliency(weights, diagonal)
-            seconds["mask"], pruned = timed(device, lambda: self._select(saliencies))
-            seconds["update"], _ = timed(device, lambda: independent_update(fisher, weights, pruned, diagonal))
-        return seconds, statistics.mean(each is not False for each in fisher._in_float64)
+            of_mask, pruned = timed(device, lambda: self._select(saliencies))
+            of_update, _ = timed(device, lambda: independent_update(fisher, weights, pruned, diagonal))
+        return [of_diagonal, of_mask, of_update], statistics.mean(each is not False for each in fisher._in_float64)
 
     def _select(self, saliencies: Array) -> Array:
-        return least_salient(saliencies, round(SPARSITY * self._source.num_weights))
-
-
-def filled_window(shape: Shape, devices: list[Device]) -> GradientWindow:
-    """Return a full window of gradients like those of networks, drawn on the first device.
-
-    Scales spread over decades: those of layers over three, those of the columns of a layer over another two. The
-    samples differ in size by a lognormal factor and share a mean of half the standard deviation.
-    """
-    device = devices[0]
-    on_host = shape.place == "host"
-    gpus = [each for each in devices if is_gpu(each)]
-    window = GradientWindow(
-        shape.d, shape.m, block_size=BLOCK_SIZE, device="cpu" if on_host else device, consumers=gpus if on_host else ()
-    )
-    rng = np.random.default_rng(0)
-    layers = np.repeat(10 ** rng.uniform(-3, 0, -(-shape.d // LAYER)), LAYER)[: shape.d]
-    scales = device.asarray((layers * 10 ** rng.normal(0, 0.5, shape.d)).astype(np.float32))
-    mean = device.asarray(0.5 * rng.standard_normal(shape.d, dtype=np.float32))
-    with device.backend.on(device.name):
-        for normal in itertools.islice(_normal_numbers(device, shape.d), shape.m):
-            row = float(rng.lognormal()) * scales * (mean + normal)
-            window.push(device.backend.fetch(row)() if on_host else row)
-    return window
-
-
-def differences(shape: Shape, devices: dict[str, Device]) -> list[str]:
-    """Return how many masks of each device differ from those of NumPy on the CPU."""
-
-    def rows() -> list[str]:
-        window = filled_window(shape, list(devices.values()))
-        weights = np.random.default_rng(1).standard_normal(shape.d, dtype=np.float32)
-        all_devices = {"cpu": resolve_device("cpu")} | devices
-        runs = {
-            name: Run(device, Shared(window, device), device.asarray(weights)) for name, device in all_devices.items()
-        }
-        masks = {name: run.first_step()[0] for name, run in runs.items()}
-        counts = (f"{np.count_nonzero(masks[name] != masks['cpu']):,} differ on {name}" for name in devices)
-        return [", ".join(counts)]
-
-    return guarded(rows)
+        return least_salient(saliencies, round(SPARSITY * self._window.num_weights))
 
 
 def timed(device: Device, function: Callable[[], Any]) -> tuple[float, Any]:
@@ -331,28 +246,27 @@ def timed(device: Device, function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-def heading(devices: dict[str, Device], d: int) -> list[str]:
-    """Return the lines above the numbers."""
-    versions = ", ".join(
-        f"{name} {found}" for name in ("torch", "cupy-cuda12x", "cupy-cuda13x") if (found := _version(name))
-    )
-    machine = f"{psutil.cpu_count()} cores and {psutil.virtual_memory().total / GIB:.0f} GiB of host memory"
-    return [
-        "# Benchmarks on a GPU",
-        "",
-        f"One pruning step over d = {d:,} weights in blocks of {BLOCK_SIZE}: inverse diagonal, saliency, mask,",
-        "independent update, new weights. float32; gradients whose scales spread over decades; half of the weights are",
-        f"pruned; damping {DAMPING:g}.",
-        "",
-        f"Made by `{shlex.join(['tests/benchmarks/bench_gpu.py', *sys.argv[1:]])}` on {_gpu_name(devices)}, {machine}; "
-        f"mfac-core {mfac_core.__version__}, NumPy {np.__version__}, {versions}, Python {platform.python_version()}, "
-        f"{platform.system()}. Measured at commit {commit()}.",
-        YOURS_WILL_DIFFER,
-        "",
-    ]
+def filled_window(shape: Shape, devices: list[Device]) -> GradientWindow:
+    """Return a full window of gradients like those of networks, drawn on the last device.
+
+    Scales spread over decades: those of layers over three, those of the columns of a layer over another two. The
+    samples differ in size by a lognormal factor and share a mean of half the standard deviation.
+    """
+    source, target = devices[-1], resolve_device("cpu") if shape.place == "host" else devices[0]
+    consumers = [device for device in devices if is_gpu(device)] if shape.place == "host" else []
+    window = GradientWindow(shape.d, shape.m, block_size=BLOCK_SIZE, device=target, consumers=consumers)
+    rng = np.random.default_rng(0)
+    layers = np.repeat(10 ** rng.uniform(-3, 0, -(-shape.d // LAYER)), LAYER)[: shape.d]
+    scales = source.asarray((layers * 10 ** rng.normal(0, 0.5, shape.d)).astype(np.float32))
+    mean = source.asarray(0.5 * rng.standard_normal(shape.d, dtype=np.float32))
+    with source.backend.on(source.name):
+        for normal in itertools.islice(normal_numbers(source, shape.d), shape.m):
+            row = source.backend.fetch(float(rng.lognormal()) * scales * (mean + normal))()
+            window.push(row)
+    return window
 
 
-def _normal_numbers(device: Device, count: int) -> Iterator[Array]:
+def normal_numbers(device: Device, count: int) -> Iterator[Array]:
     if device.backend.name == "torch":
         import torch
 
@@ -367,41 +281,74 @@ def _normal_numbers(device: Device, count: int) -> Iterator[Array]:
         yield rng.standard_normal(count, dtype=np.float32)
 
 
-def _peak_memory(device: Device) -> Callable[[], int]:
-    """Return a function that gives the bytes on a GPU since now: the peak beyond what is in use already."""
+def seen_by(device: Device, window: GradientWindow) -> GradientWindow:
+    """Return a window whose rows are arrays of the device's library, in the same memory."""
+    if window.device.is_host or window.device.backend is device.backend:
+        return window
+    convert = device.asarray
+    if device.backend.name == "torch":
+        from torch import from_dlpack as convert
+    seen = copy.copy(window)
+    seen._storage = [[convert(chunk) for chunk in chunks] for chunks in window._storage]
+    return seen
+
+
+def release_memory() -> None:
+    """Give all unused memory back, so that both libraries can take it."""
+    gc.collect()
+    if "cupy" in sys.modules:
+        sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
+        sys.modules["cupy"].get_default_pinned_memory_pool().free_all_blocks()
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def peak_memory(device: Device) -> Callable[[], int]:
+    """Return a function that gives the most bytes in use on a GPU since now, beyond those in use already."""
+    release_memory()
     if device.backend.name == "cupy":
         import cupy
 
         pool = cupy.get_default_memory_pool()
-        pool.free_all_blocks()
         before = pool.total_bytes()
         return lambda: pool.total_bytes() - before
-    if device.backend.name == "torch" and device.name.startswith("cuda"):
-        import torch
+    if device.name.startswith("cuda"):
+        from torch import cuda
 
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return lambda: torch.cuda.max_memory_allocated() - before
+        cuda.reset_peak_memory_stats(device.name)
+        before = cuda.memory_allocated(device.name)
+        return lambda: cuda.max_memory_allocated(device.name) - before
     return lambda: 0
 
 
-def _gpu_name(devices: dict[str, Device]) -> str:
-    if not any(map(is_gpu, devices.values())):
-        return "the CPU, which checks the script and measures nothing"
+def heading(devices: list[Device]) -> list[str]:
+    """Return the lines above the numbers."""
+    versions = [f"{name} {sys.modules[name].__version__}" for name in ("numpy", "torch", "cupy") if name in sys.modules]
+    machine = f"{psutil.cpu_count()} cores and {psutil.virtual_memory().total / GIB:.0f} GiB of host memory"
+    return [
+        "# Benchmarks on a GPU",
+        "",
+        "One pruning step: inverse diagonal, saliency, mask, independent update, new weights. float32,",
+        f"B = {BLOCK_SIZE}, damping {DAMPING:g}, gradients whose scales spread over decades; {SPARSITY:.0%} of the",
+        "weights are pruned.",
+        "",
+        f"Made by `{shlex.join(['tests/benchmarks/bench_gpu.py', *sys.argv[1:]])}` on {gpu_name(devices)}, {machine}; "
+        f"mfac-core {mfac_core.__version__}, {', '.join(versions)}, Python {platform.python_version()}, "
+        f"{platform.system()}. Measured at commit {commit()}.",
+        YOURS_WILL_DIFFER,
+        "",
+    ]
+
+
+def gpu_name(devices: list[Device]) -> str:
+    if not any(map(is_gpu, devices)):
+        return "the CPU alone, to check the script"
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        gpus = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError):
         return "a GPU that nvidia-smi does not name"
-    return f"{lines[0]} (of {len(lines)} GPUs)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return f"{len(gpus)} GPU(s), the first: {gpus[0]} (driver)"
 
 
 if __name__ == "__main__":
