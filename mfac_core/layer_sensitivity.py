@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.backends import Array, Device, array_library, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.errors import SettingError
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.one_shot import Gradients, as_given, by_name, named_axes, prune
+from mfac_core.one_shot import Gradients, as_given, by_name, in_rows, named_axes, prune
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
 from mfac_core.settings.checks import (
     Damping,
@@ -234,8 +234,8 @@ def sensitivity(
     check_damping(damping)
     check_recomputations(num_recomputations, "geometric")
     mask_type = checked_mask_type(mask_type, levels)
-    resolve_devices(devices)
     layout = _checked_layout(named)
+    resolve_devices(devices, array_library(named[layout.names[0]]))
     mask_patterns(mask_type, layout.shapes, axes)
     rows_of = _rows_of(gradients, weights, layout)
 
@@ -345,14 +345,15 @@ def _in_rows(gradients: Gradients) -> Any:
     if isinstance(gradients, Mapping):
         return gradients
     device_of(gradients)
-    return gradients.reshape(gradients.shape[0], -1) if gradients.shape and gradients.shape[0] else gradients
+    return in_rows(gradients) if gradients.shape else gradients
 
 
 def _checked_loss(value: Any) -> float:
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        return float(value)
+        # libraries with automatic differentiation warn of a number that is cut off from its graph
+        return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error
 

@@ -42,20 +42,10 @@ from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_columns, split_for_threads
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
-from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu, wide_dtype
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
 
-__all__ = ["Factor", "InFloat64", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
-
-RELATIVE_ERROR = 1e-5
-"""Estimated relative rounding error of ``diag(F^-1)`` above which float32 blocks are evaluated in float64.
-
-The true error is mostly below the estimate, and up to eight times above it where many samples share a large mean: at
-most 4e-5 was seen over random ensembles of up to 1400 samples.
-"""
-
-MAX_ERROR = 1e-4
-"""Estimated relative error above which a block is refused even in float64."""
+__all__ = ["Factor", "Float64Needed", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
 CANCELLED = 1e-4
 """Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel. The difference has
@@ -67,16 +57,17 @@ REFINEMENTS = 2
 CACHE_BYTES = 2 * 2**20
 """Bytes of gradients processed at once on the CPU, so that intermediate results stay in its cache."""
 
-InFloat64 = Array | bool
-"""Which blocks of a group are computed in float64: all, none, or those where a mask of shape ``(n,)`` is true."""
+
+class Float64Needed(Exception):
+    """A group needs float64, and its device has none: it can be evaluated on the host."""
 
 
 class Factor(Protocol):
     """The factored Fisher of one group. Methods that need the gradients take them again, as ``chunks``."""
 
     @property
-    def in_float64(self) -> InFloat64:
-        """Which blocks were factored in float64."""
+    def in_float64(self) -> bool:
+        """Whether the factor was computed in float64."""
 
     @property
     def num_bytes(self) -> int:
@@ -96,62 +87,46 @@ class Factor(Protocol):
         """Return the factor of some of the blocks."""
 
 
-def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, Array]:
-    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block in the precision it needs.
+def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tuple[Factor, Array]:
+    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, in float32 if that suffices.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
         damping: Added to the diagonal of the empirical Fisher, positive: one number, or one for each block, shape
-            ``(n,)``, float64.
+            ``(n,)``, in the widest dtype of the device.
+        rtol: Largest relative error of the inverse diagonal.
 
     Returns:
-        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``; in float64 if a block needs it.
+        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``, in the dtype of the factor.
 
     Raises:
-        IllConditionedError: If a Fisher cannot be inverted even in float64.
+        IllConditionedError: If float64 is not accurate enough either.
+        Float64Needed: If float32 is not accurate enough, and the device has no float64.
     """
     xp = array_namespace(chunks[0])
     damping = _of_each_block(damping, chunks)
-    in_float64: InFloat64 = True
     # overflow shows in the results, which are then computed in float64 or refused
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        attempt = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
-        if attempt is not None:
-            in_float64 = ~((attempt[2] <= RELATIVE_ERROR) & (damping >= _least_damping(chunks)))
-            if not bool(xp.any(in_float64)):
-                return attempt[:2]
-            if bool(xp.all(in_float64)):
-                in_float64, attempt = True, None
-        try:
-            if in_float64 is not True:
-                chunks, damping = _select_blocks(chunks, damping, in_float64)
-            exact = _form(chunks).of(chunks, damping, xp.float64)
-            refined, error = exact.diagonal(chunks)
-            is_accurate = bool(xp.all(error <= MAX_ERROR))
-        except np.linalg.LinAlgError:
-            is_accurate = False
-    if not is_accurate:
+        if chunks[0].dtype != xp.float64:
+            found = _evaluate_in(chunks[0].dtype, chunks, damping, rtol)
+            if found is not None and bool(xp.all(damping >= _least_damping(chunks))):
+                return found
+            _check_has_float64(chunks[0])
+        found = _evaluate_in(xp.float64, chunks, damping, max(rtol, 1e-4))
+    if found is None:
         raise IllConditionedError(
-            "the Fisher of a block cannot be inverted with damping "
-            f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large relative to "
-            "the damping, or too similar; choose a larger damping"
+            "the Fisher of a block cannot be inverted to a relative error of "
+            f"{rtol:g} with damping {damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are "
+            "too large relative to the damping, or too similar; choose a larger damping"
         )
-    if attempt is None:
-        return exact, refined
-    diagonal = _merge(in_float64, xp.asarray(attempt[1], dtype=xp.float64), refined)
-    return _MixedFactor(attempt[0], exact, in_float64), diagonal
+    return found
 
 
-def factor(chunks: Sequence[Array], damping: Array | float, in_float64: InFloat64) -> Factor:
+def factor(chunks: Sequence[Array], damping: Array | float, in_float64: bool) -> Factor:
     """Factor the Fisher of one group of blocks again, in the precision that :func:`evaluate` has chosen."""
     xp = array_namespace(chunks[0])
-    damping = _of_each_block(damping, chunks)
-    form = _form(chunks)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if isinstance(in_float64, bool):
-            return form.of(chunks, damping, xp.float64 if in_float64 else chunks[0].dtype)
-        base = form.of(chunks, damping, chunks[0].dtype)
-        return _MixedFactor(base, form.of(*_select_blocks(chunks, damping, in_float64), xp.float64), in_float64)
+        return _form(chunks).of(chunks, _of_each_block(damping, chunks), xp.float64 if in_float64 else chunks[0].dtype)
 
 
 def cache_slices(chunks: Sequence[Array]) -> list[slice]:
@@ -173,11 +148,11 @@ def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: Array | float) 
         damping: Added to the diagonal of the empirical Fisher: one number, or one for each block, shape ``(n,)``.
 
     Returns:
-        Shape ``(n,)``, float64.
+        Shape ``(n,)``, in the widest dtype of the device.
     """
     xp = array_namespace(x)
     # the squares of the products may leave the range of float32, even if the products do not
-    rows, x = (xp.asarray(each, dtype=xp.float64) for each in (gradients_times(chunks, x), x))
+    rows, x = (xp.asarray(each, dtype=wide_dtype(x)) for each in (gradients_times(chunks, x), x))
     return 0.5 * (damping * xp.sum(x * x, axis=-1) + xp.sum(rows * rows, axis=-1) / rows.shape[-1])
 
 
@@ -213,24 +188,12 @@ class _DualFactor:
         return cls(cholesky(gram, in_dtype), norms, shift, dtype)
 
     @property
-    def in_float64(self) -> InFloat64:
+    def in_float64(self) -> bool:
         return bool(self.dtype == array_namespace(self.shift).float64)
 
     @property
     def num_bytes(self) -> int:
         return self.lower.num_bytes
-
-    def needs_float64(self, width: int) -> bool:
-        """Return whether no block is likely to be accurate enough: a heuristic, to save the solve.
-
-        The column sums of ``W * W`` are taken for their largest possible mean, ``rows / width``: over all columns they
-        add up to ``trace(G^T S^-1 G) = trace(S^-1 G G^T)``, which is below ``rows``. A wrong guess costs time but no
-        digits: the block is evaluated in float64, or its error is estimated from the solve.
-        """
-        xp = array_namespace(self.norms)
-        rows = self.norms.shape[-1]
-        error = float(xp.finfo(self.dtype).eps) * self._amplification() * (rows / width)
-        return not bool(xp.any(error <= RELATIVE_ERROR))
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
         """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
@@ -251,7 +214,7 @@ class _DualFactor:
         epsilon = float(xp.finfo(self.dtype).eps)
         error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
         error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
-        if self.in_float64 and not bool(xp.all(error <= MAX_ERROR)):
+        if self.in_float64 and not bool(xp.all(error <= 1e-5)):
             # the estimate is far too high if samples repeat: measure the solves themselves before refusing
             error = epsilon * self._error_of_solves(chunks, remainder)
         return remainder, error + epsilon * restored
@@ -369,16 +332,12 @@ class _PrimalFactor:
         return cls(cholesky(xp.asarray(fisher, dtype=xp.float64), damping), norms, damping, dtype)
 
     @property
-    def in_float64(self) -> InFloat64:
+    def in_float64(self) -> bool:
         return bool(self.dtype == array_namespace(self.damping).float64)
 
     @property
     def num_bytes(self) -> int:
         return self.lower.num_bytes
-
-    def needs_float64(self, width: int) -> bool:
-        """Return False: the solve that a guess could save costs less than the product."""
-        return False
 
     def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
         """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
@@ -420,45 +379,6 @@ class _PrimalFactor:
         return self.lower.solve_transposed(self.lower.solve(right))
 
 
-@dataclass(frozen=True)
-class _MixedFactor:
-    """The factor of a group in which some blocks need float64.
-
-    Args:
-        base: All blocks, in float32.
-        exact: The blocks that need it, in float64.
-        in_float64: Which blocks these are, shape ``(n,)``.
-    """
-
-    base: _DualFactor | _PrimalFactor
-    exact: _DualFactor | _PrimalFactor
-    in_float64: Array
-
-    @property
-    def num_bytes(self) -> int:
-        return self.base.num_bytes + self.exact.num_bytes
-
-    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        refined = self.exact.apply(_select(chunks, self.in_float64), _select([x], self.in_float64)[0])
-        return _merge(self.in_float64, self.base.apply(chunks, x), refined)
-
-    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
-        selected = _select([coefficients], self.in_float64)[0]
-        refined = self.exact.apply_to_rows(_select(chunks, self.in_float64), selected)
-        return _merge(self.in_float64, self.base.apply_to_rows(chunks, coefficients), refined)
-
-    def select_blocks(self, blocks: slice) -> Factor:
-        # `exact` holds its blocks without gaps: count those before and within the slice
-        xp = array_namespace(self.in_float64)
-        first, count = (int(xp.count_nonzero(self.in_float64[some])) for some in (slice(0, blocks.start), blocks))
-        if not count:
-            return self.base.select_blocks(blocks)
-        exact = self.exact.select_blocks(slice(first, first + count))
-        if count == blocks.stop - blocks.start:
-            return exact
-        return _MixedFactor(self.base.select_blocks(blocks), exact, self.in_float64[blocks])
-
-
 _Form = type[_DualFactor] | type[_PrimalFactor]
 
 
@@ -466,24 +386,28 @@ def _form(chunks: Sequence[Array]) -> _Form:
     return _PrimalFactor if _width(chunks) <= chunks[0].shape[-2] else _DualFactor
 
 
-def _try_in_float32(chunks: Sequence[Array], damping: Array) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
-    """Return factor, diagonal and estimated errors; ``None`` if float64 is needed for sure, or as fast."""
-    form, width = _form(chunks), _width(chunks)
-    if form is _PrimalFactor and 4 * width > chunks[0].shape[-2]:
-        return None  # the product, which float32 would speed up, is the smaller part
+def _evaluate_in(
+    dtype: Any, chunks: Sequence[Array], damping: Array, rtol: float
+) -> tuple[_DualFactor | _PrimalFactor, Array] | None:
+    """Return factor and diagonal computed in a dtype; ``None`` if their estimated error exceeds ``rtol``."""
     try:
-        factored = form.of(chunks, damping, chunks[0].dtype)
+        factored = _form(chunks).of(chunks, damping, dtype)
+        diagonal, error = factored.diagonal(chunks)
     except np.linalg.LinAlgError:
         return None
-    return None if factored.needs_float64(width) else (factored, *factored.diagonal(chunks))
+    return (factored, diagonal) if bool(array_namespace(error).all(error <= rtol)) else None
+
+
+def _check_has_float64(x: Array) -> None:
+    if wide_dtype(x) != array_namespace(x).float64:
+        raise Float64Needed
 
 
 def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
-    """Return the damping of each block in float64, shape ``(n,)``, on the device of the chunks."""
-    xp = array_namespace(chunks[0])
+    """Return the damping of each block in the widest dtype, shape ``(n,)``, on the device of the chunks."""
     # computed from a chunk, because new arrays would need the device by name
     first = chunks[0][:, 0, 0]
-    return xp.zeros_like(first, dtype=xp.float64) + damping
+    return array_namespace(first).zeros_like(first, dtype=wide_dtype(first)) + damping
 
 
 def _least_damping(chunks: Sequence[Array]) -> float:
@@ -556,27 +480,6 @@ def _columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
     dtype = coefficients.dtype
     products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=dtype)), coefficients) for chunk in chunks]
     return _concat(products, axis=-2)
-
-
-def _select(arrays: Sequence[Array], mask: Array) -> list[Array]:
-    """Return the blocks of each array where the mask is true."""
-    xp = array_namespace(mask)
-    indices = xp.nonzero(mask)[0]
-    return [xp.take(array, indices, axis=0) for array in arrays]
-
-
-def _select_blocks(chunks: Sequence[Array], damping: Array, mask: Array) -> tuple[list[Array], Array]:
-    *selected, dampings = _select([*chunks, damping], mask)
-    return selected, dampings
-
-
-def _merge(mask: Array, others: Array, selected: Array) -> Array:
-    """Return ``others`` with its blocks where ``mask`` is true replaced, in order, by those of ``selected``."""
-    xp = array_namespace(mask)
-    # by index, because the array API standard has no assignment through a mask
-    rank = xp.cumulative_sum(xp.astype(mask, xp.int64)) - 1
-    ordinal = xp.cumulative_sum(xp.ones_like(rank)) - 1
-    return xp.take(xp.concat([others, selected], axis=0), xp.where(mask, others.shape[0] + rank, ordinal), axis=0)
 
 
 def _concat(arrays: list[Array], axis: int) -> Array:

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ __all__ = [
     "runs_on_cpu",
     "saliency",
     "small_factors",
+    "wide_dtype",
 ]
 
 GRAM_PANEL = 256
@@ -100,6 +101,16 @@ def small_factors(like: Array) -> SmallFactors:
 def runs_on_cpu(x: Array) -> bool:
     """Return whether ``x`` is computed on the CPU, where work is faster in pieces that fit the cache."""
     return _kernels_for(x).run_on_cpu(x)
+
+
+def wide_dtype(x: Array) -> Any:
+    """Return the most precise floating-point dtype on the device of ``x``: float64, or float32 if it has no float64.
+
+    Example:
+        >>> wide_dtype(np.zeros(1, np.float32)) == np.float64
+        True
+    """
+    return _kernels_for(x).wide_dtype(x)
 
 
 class SmallFactors(Protocol):
@@ -187,6 +198,10 @@ def _portable_kth_smallest(x: Array, k: int) -> Array:
     return array_namespace(x).sort(x)[k]
 
 
+def _float64(x: Array) -> Any:
+    return array_namespace(x).float64
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The form that a library uses of each kernel of this module; portable where it has none of its own."""
@@ -198,6 +213,7 @@ class Kernels:
     kth_smallest: Callable[[Array, int], Array] = _portable_kth_smallest
     small_factors: Callable[[Array], SmallFactors] = _BorderedFactors
     run_on_cpu: Callable[[Array], bool] = lambda x: False
+    wide_dtype: Callable[[Array], Any] = _float64
 
 
 def register(library: str, kernels: Kernels) -> None:
