@@ -171,8 +171,8 @@ def sensitivity(
     of it: the numbers rank layers, and do not predict the loss of a pruned model.
 
     Args:
-        weights: A mapping from the name of each layer to its array, or one array; float32 or float64, NumPy or CuPy.
-            Not modified.
+        weights: A mapping from the name of each layer to its array, or one array; float32 or float64. Not
+            modified.
         loss: Returns the loss of all weights, one layer of them pruned, given in the form of ``weights``. It is called
             once for the dense weights and at most once for each layer and sparsity.
         gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns fresh ones
@@ -265,7 +265,7 @@ def sensitivity(
             losses, increases = [dense_loss], [0.0]
             for level in levels:
                 result = prune_layer(pruned, rows_of(name), sparsity=level, masks=masks, axes=own_axes)
-                has_changed = bool((result.masks[name] != masks[name]).any())
+                has_changed = bool(array_namespace(array).any(result.masks[name] != masks[name]))
                 pruned, masks = dict(result.weights), dict(result.masks)
                 losses.append(loss_of(pruned) if has_changed else losses[-1])
                 increases.append(increases[-1] + (result.predicted_loss_increase or 0.0))
@@ -305,7 +305,7 @@ def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
         raise ValueError(f"weights[{empty[0]!r}] has no elements; leave it out")
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
     vector = layout.flatten(named)
-    layout.check_finite(vector, np.ones(len(vector), bool), "measure finite weights")
+    layout.check_finite(vector, np.ones(layout.num_weights, bool), "measure finite weights")
     return layout
 
 

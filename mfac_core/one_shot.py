@@ -78,7 +78,8 @@ def prune(
     the weights, and with them the gradients: pass a function that computes fresh ones.
 
     Args:
-        weights: One array, or a mapping from name to array; float32 or float64, NumPy or CuPy. Not modified.
+        weights: One array, or a mapping from name to array; float32 or float64, of NumPy, CuPy or a
+            registered library such as PyTorch. Not modified.
         gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
             ``weights``, arrays of shape ``(m, *shape)``. Not modified. Or a function that returns such rows: it is
             called before each sub-step, with the weights as they are then, in the form of ``weights``; pruned ones

@@ -32,6 +32,8 @@ References:
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -47,8 +49,20 @@ from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
 
 __all__ = ["Factor", "Float64Needed", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
+BOUND_FACTOR = 64
+"""Rounding errors that add up in a product, at most: a bound with it needs no measurement of the error."""
+
+SAFETY = 8
+"""The largest error over that predicted from the columns measured."""
+
+PROBES = 8
+"""Random vectors that measure by how much rounding is amplified in each column."""
+
+MEASURED = 8
+"""Columns of each block whose error is measured: those in which rounding is amplified the most."""
+
 CANCELLED = 1e-4
-"""Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel. The difference has
+"""Columns whose ``1 - sum`` is below this in float64 are evaluated by the form that does not cancel. The difference has
 lost at most four of sixteen digits where it is used."""
 
 REFINEMENTS = 2
@@ -112,7 +126,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tu
             if found is not None and bool(xp.all(damping >= _least_damping(chunks))):
                 return found
             _check_has_float64(chunks[0])
-        found = _evaluate_in(xp.float64, chunks, damping, max(rtol, 1e-4))
+        found = _evaluate_in(xp.float64, chunks, damping, rtol)
     if found is None:
         raise IllConditionedError(
             "the Fisher of a block cannot be inverted to a relative error of "
@@ -195,8 +209,8 @@ class _DualFactor:
     def num_bytes(self) -> int:
         return self.lower.num_bytes
 
-    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
+    def diagonal(self, chunks: Sequence[Array], rtol: float) -> tuple[Array, Array]:
+        """Return ``damping diag(F^-1)`` and its estimated relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
 
         def one_minus_sums(converted: Iterable[Array], blocks: slice) -> Array:
@@ -206,18 +220,20 @@ class _DualFactor:
 
         remainder = _over_cache_slices(chunks, self.dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
-        restored = xp.zeros_like(smallest)
-        if self.in_float64 and bool(xp.any(smallest < CANCELLED)):
-            smallest, restored = self._restore_cancelled(chunks, remainder)
-        # |x|^2 = 1 - remainder: rounding of S, amplified by the solve, and rounding of the sum of squares itself,
-        # both relative to the remainder; (1 - r) / r is largest for the smallest
         epsilon = float(xp.finfo(self.dtype).eps)
-        error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
-        error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
-        if self.in_float64 and not bool(xp.all(error <= 1e-5)):
-            # the estimate is far too high if samples repeat: measure the solves themselves before refusing
-            error = epsilon * self._error_of_solves(chunks, remainder)
-        return remainder, error + epsilon * restored
+        amplification = xp.max(self.norms / self.lower.pivots, axis=-1)
+        error = epsilon * (BOUND_FACTOR * amplification + 8) * (1 - smallest) / smallest
+        is_bounded = (smallest > (CANCELLED if self.in_float64 else 0)) & (error <= rtol)
+        if bool(xp.all(is_bounded)):
+            return remainder, error
+        if not bool(xp.all(xp.isfinite(remainder))):
+            return remainder, xp.full_like(error, float("inf"))
+        for blocks in cache_slices(chunks):
+            if not bool(xp.all(is_bounded[blocks])):
+                selected = [chunk[blocks, :, :] for chunk in chunks]
+                measured = self.select_blocks(blocks)._measure(selected, remainder[blocks, :], rtol)
+                remainder[blocks, :], error[blocks] = measured
+        return remainder, error
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
@@ -243,66 +259,75 @@ class _DualFactor:
         lower, norms, shift = self.lower.select_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
         return replace(self, lower=lower, norms=norms, shift=shift)
 
-    def _amplification(self) -> Array:
-        """Return how much rounding of ``S`` grows in a solve: the largest ``S_ii / L_ii^2`` of each block."""
-        return array_namespace(self.norms).max(self.norms / self.lower.pivots, axis=-1)
-
     def _solve(self, rows: Array) -> Array:
         """Return ``S^-1 rows`` for rows of shape ``(n, m, k)``, in their dtype."""
         xp = array_namespace(rows)
         right = xp.asarray(rows, dtype=self.dtype)
         return xp.asarray(self.lower.solve_transposed(self.lower.solve(right)), dtype=rows.dtype)
 
-    def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> tuple[Array, Array]:
-        """Evaluate again, in place, each ``1 - sum`` that has cancelled.
+    def _measure(self, chunks: Sequence[Array], remainder: Array, rtol: float) -> tuple[Array, Array]:
+        """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
+        xp = array_namespace(remainder)
+        epsilon = float(xp.finfo(self.dtype).eps)
+        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal))
+        amplified, positive = xp.maximum(self._amplified(chunks), tiny), xp.maximum(remainder, tiny)
+        worst = xp.argsort(-amplified / positive, axis=-1)[:, : min(MEASURED, remainder.shape[-1])]
+        exact, _ = self._accurately(chunks, worst)
+        errors = xp.abs(xp.take_along_axis(remainder, worst, axis=-1) - exact)
+        factor = xp.max(errors / xp.take_along_axis(amplified, worst, axis=-1), axis=-1, keepdims=True)
+        factor = SAFETY * xp.maximum(factor, xp.full_like(factor, epsilon))
+        estimate = (factor * amplified + 8 * epsilon * (1 - remainder)) / positive
+        is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
+        count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
+        if not count:
+            return remainder, xp.max(estimate, axis=-1)
+        most = remainder.shape[-1] if self.in_float64 else self.norms.shape[-1] // 2
+        if count > most:
+            return remainder, xp.full_like(estimate[:, 0], float("inf"))
+        order = xp.argsort(xp.where(is_accurate, -estimate, xp.full_like(estimate, -float("inf"))), axis=-1)
+        exact, error = self._accurately(chunks, order[:, :count])
+        rest = order[:, count:]
+        error = _concat([error, xp.take_along_axis(estimate, rest, axis=-1)], axis=-1)
+        values = _concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
+        return xp.take_along_axis(values, xp.argsort(order, axis=-1), axis=-1), xp.max(error, axis=-1)
 
-        For the cancelled columns ``D`` and the others ``R``, ``[F^-1]_DD`` is the inverse of the Schur complement
-        ``F_DD - F_DR F_RR^-1 F_RD``. With ``I - G_R (m damping I + G_R^T G_R)^-1 G_R^T = m damping S_R^-1`` this is
+    def _amplified(self, chunks: Sequence[Array]) -> Array:
+        """Return ``sum_i S_ii y_i^2`` of each column, estimated from random vectors; shape ``(n, B)``."""
+        xp = array_namespace(self.norms)
+        probes = self._solve(xp.sqrt(self.norms)[:, :, None] * _signs(self.norms, PROBES))
+        probes = _concat([xp.matrix_transpose(probes)], axis=0)
+        products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
+        return _concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
-            damping [F^-1]_DD = (I + G_D^T S_R^-1 G_D)^-1,    S_R = m damping I + G_R G_R^T,
+    def _accurately(self, chunks: Sequence[Array], columns: Array) -> tuple[Array, Array]:
+        """Return some entries of ``damping diag(F^-1)`` by the form that does not cancel, and their relative errors.
 
-        a sum of positive terms, in which nothing cancels.
-
-        Returns:
-            For each block the smallest that has not cancelled, and how much rounding is amplified in those that have.
+        Args:
+            chunks: Gradients.
+            columns: Which entries of each block, shape ``(n, k)``.
         """
-        xp = array_namespace(remainder)
-        cancelled = remainder < CANCELLED
-        smallest = xp.min(xp.where(cancelled, xp.ones_like(remainder), remainder), axis=-1)
-        amplified = xp.zeros_like(smallest)
-        blocks = xp.any(cancelled, axis=-1)
-        for block in range(blocks.shape[0]):
-            if not bool(blocks[block]):
-                continue
-            gradients = _concat([chunk[block : block + 1, :, :] for chunk in chunks], axis=-1)
-            gradients = xp.asarray(gradients, dtype=xp.float64)
-            columns = xp.nonzero(cancelled[block, :])[0]
-            others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
-            gram = lower_gram(others)
-            shift = self.shift[block : block + 1]
-            solved = cholesky(gram, shift).solve(xp.take(gradients, columns, axis=-1))
-            inner = matmul(xp.matrix_transpose(solved), solved)
-            norms = diagonals(inner) + 1
-            # diag((C C^T)^-1) are the column sums of squares of C^-1
-            values = column_sums_of_squares(cholesky(inner, 1.0).inverse())
-            # the estimate of the primal form
-            amplified[block] = 8 * xp.max(norms * values)
-            for position in range(columns.shape[0]):
-                remainder[block, int(columns[position])] = values[0, position]
-        return smallest, amplified
-
-    def _error_of_solves(self, chunks: Sequence[Array], remainder: Array) -> Array:
-        """Return the largest relative error in units of eps, from ``sum_i S_ii y_i^2`` of each column not cancelled."""
-        xp = array_namespace(remainder)
-
-        def amplified(converted: Iterable[Array], blocks: slice) -> Array:
-            lower = self.lower.select_blocks(blocks)
-            norms = self.norms[blocks, :, None]
-            solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in converted]
-            return _concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
-
-        error = (4 * _over_cache_slices(chunks, self.dtype, amplified) + 8) / remainder
-        return xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error), axis=-1)
+        xp = array_namespace(self.norms)
+        bounds = _bounds(chunks)
+        gradients = None
+        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
+            found = _take_columns(xp.asarray(chunk, dtype=self.dtype), columns, start, stop)
+            gradients = found if gradients is None else gradients + found
+        shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
+        solved = self._solve(gradients)
+        rows = _concat([xp.matrix_transpose(solved)], axis=0)
+        values = shift[..., 0] * xp.sum(rows * rows, axis=-1)
+        residual = -shift * rows
+        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
+            converted = xp.asarray(chunk, dtype=self.dtype)
+            left = matmul(rows, converted)
+            left -= xp.asarray(_is_column(columns, start, stop), dtype=self.dtype)
+            values = values + xp.sum(left * left, axis=-1)
+            residual = residual - matmul(left, xp.matrix_transpose(converted))
+        remaining = self.lower.solve(_concat([xp.matrix_transpose(residual)], axis=0))
+        correction = xp.sum(remaining * remaining, axis=-2)
+        amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
+        rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
+        return values - correction, correction / values + rounding
 
 
 @dataclass(frozen=True)
@@ -323,13 +348,12 @@ class _PrimalFactor:
 
     @classmethod
     def of(cls, chunks: Sequence[Array], damping: Array, dtype: Any) -> _PrimalFactor:
-        """Factor ``F`` of each block, computed in a dtype."""
-        xp = array_namespace(chunks[0])
+        """Factor ``F`` of each block in a dtype."""
         fisher = _over_cache_slices(chunks, dtype, _primal_product)
-        norms = diagonals(fisher) + xp.asarray(damping, dtype=dtype)[:, None]
+        shift = array_namespace(fisher).asarray(damping, dtype=dtype)
+        norms = diagonals(fisher) + shift[:, None]
         _check_overflow(norms)
-        # where float32 is tried the factor is much smaller than the product; in float64 it adds no error to that of F
-        return cls(cholesky(xp.asarray(fisher, dtype=xp.float64), damping), norms, damping, dtype)
+        return cls(cholesky(fisher, shift), norms, damping, dtype)
 
     @property
     def in_float64(self) -> bool:
@@ -339,44 +363,69 @@ class _PrimalFactor:
     def num_bytes(self) -> int:
         return self.lower.num_bytes
 
-    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
-        xp = array_namespace(chunks[0])
-        # F^-1 = L^-T L^-1
-        diagonal = column_sums_of_squares(self.lower.inverse())
-        damped = diagonal * self.damping[:, None]
+    def diagonal(self, chunks: Sequence[Array], rtol: float) -> tuple[Array, Array]:
+        """Return ``damping diag(F^-1)`` and its estimated relative error in each block, not finite if unusable."""
+        xp = array_namespace(self.norms)
+        epsilon = float(xp.finfo(self.dtype).eps)
+        inverse = self.lower.inverse()
+        diagonal = column_sums_of_squares(inverse)  # F^-1 = L^-T L^-1
+        damped = diagonal * xp.asarray(self.damping, dtype=self.dtype)[:, None]
+        error = epsilon * BOUND_FACTOR * xp.max(self.norms * diagonal, axis=-1)
+        if not bool(xp.all(error <= rtol)) and bool(xp.all(xp.isfinite(diagonal))):
+            error = self._measured_error(chunks, inverse, diagonal)
         # the exact value is at most 1: only rounding of the sum can exceed it
-        damped = xp.where((damped > 1) & (damped < 1 + 1e-9), xp.ones_like(damped), damped)
-        usable = xp.all((damped > 0) & (damped <= 1 + 1e-6), axis=-1)
-        error = float(xp.finfo(self.dtype).eps) * 8 * xp.max(self.norms * diagonal, axis=-1)
-        error = xp.where(usable, error, xp.full_like(error, float("inf")))
-        return xp.asarray(damped, dtype=self.dtype), error
+        most = 1 + 16 * epsilon * math.sqrt(diagonal.shape[-1])
+        usable = xp.all((damped > 0) & (damped <= most), axis=-1)
+        damped = xp.where(damped > 1, xp.ones_like(damped), damped)
+        return damped, xp.where(usable, error, xp.full_like(error, float("inf")))
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
-        right = xp.asarray(x, dtype=xp.float64)
+        right = xp.asarray(x, dtype=xp.float64) if self.in_float64 else x
         out = self._solve(right)
-        if x.dtype != self.dtype and not self.in_float64:
-            # iterative refinement: F was rounded to float32, the residuals are computed from the gradients
+        damping = xp.asarray(self.damping, dtype=right.dtype)[:, None, None]
+        if right.dtype != self.dtype:
+            # iterative refinement, with residuals in float64
             for _ in range(REFINEMENTS):
                 product = _columns_times(chunks, _rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
-                product += self.damping[:, None, None] * out
+                product += damping * out
                 out = out + self._solve(right - product)
-        return xp.asarray(self.damping[:, None, None] * out, dtype=x.dtype)
+        return xp.asarray(damping * out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
         right = xp.asarray(coefficients, dtype=self.dtype)
         product = _columns_times(chunks, right[..., None]) / coefficients.shape[-1]
-        return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64))[..., 0], dtype=coefficients.dtype)
+        return xp.asarray(self._solve(product)[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> _PrimalFactor:
         lower, norms, damping = self.lower.select_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
         return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _solve(self, right: Array) -> Array:
-        return self.lower.solve_transposed(self.lower.solve(right))
+        """Return ``F^-1 right`` for shape ``(n, B, k)``, in its dtype."""
+        xp = array_namespace(right)
+        in_dtype = xp.asarray(right, dtype=self.dtype)
+        return xp.asarray(self.lower.solve_transposed(self.lower.solve(in_dtype)), dtype=right.dtype)
+
+    def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
+        """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
+        xp = array_namespace(diagonal)
+        probes = xp.sqrt(self.norms)[:, :, None] * _signs(self.norms, PROBES)
+        amplified = xp.sum(self._solve(probes) ** 2, axis=-1) / PROBES
+        width = diagonal.shape[-1]
+        worst = xp.argsort(-amplified / diagonal, axis=-1)[:, : min(MEASURED, width)]
+        unit = xp.asarray(xp.matrix_transpose(_is_column(worst, 0, width)), dtype=self.dtype)
+        solved = self._solve(unit)
+        # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
+        products = _rows_times(chunks, solved)
+        damping = xp.asarray(self.damping, dtype=self.dtype)[:, None]
+        quadratic = damping * xp.sum(solved * solved, axis=-2)
+        quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
+        exact = 2 * xp.sum(unit * solved, axis=-2) - quadratic
+        errors = xp.abs(xp.take_along_axis(diagonal, worst, axis=-1) / exact - 1)
+        return SAFETY * xp.max(errors, axis=-1)
 
 
 _Form = type[_DualFactor] | type[_PrimalFactor]
@@ -392,7 +441,7 @@ def _evaluate_in(
     """Return factor and diagonal computed in a dtype; ``None`` if their estimated error exceeds ``rtol``."""
     try:
         factored = _form(chunks).of(chunks, damping, dtype)
-        diagonal, error = factored.diagonal(chunks)
+        diagonal, error = factored.diagonal(chunks, rtol)
     except np.linalg.LinAlgError:
         return None
     return (factored, diagonal) if bool(array_namespace(error).all(error <= rtol)) else None
@@ -443,6 +492,44 @@ def _cache_columns(chunk: Array) -> list[Array]:
         return [chunk]
     at_once = max(1, CACHE_BYTES // (count * rows * chunk.dtype.itemsize))
     return split_columns(chunk, -(-width // at_once))
+
+
+def _bounds(chunks: Sequence[Array]) -> list[tuple[int, int]]:
+    """Return the first and one past the last column of each chunk."""
+    ends = list(itertools.accumulate((int(chunk.shape[-1]) for chunk in chunks), initial=0))
+    return list(itertools.pairwise(ends))
+
+
+def _is_column(columns: Array, start: int, stop: int) -> Array:
+    """Return which of the columns from ``start`` to ``stop`` each of ``columns`` is, shape ``(n, k, stop - start)``."""
+    return columns[:, :, None] == _range(columns, stop - start)[None, None, :] + start
+
+
+def _take_columns(chunk: Array, columns: Array, start: int, stop: int) -> Array:
+    """Return some columns of a chunk, shape ``(n, m, k)``; zero where another chunk has them."""
+    xp = array_namespace(chunk)
+    is_inside = (columns >= start) & (columns < stop)
+    indices = xp.where(is_inside, columns - start, xp.zeros_like(columns))[:, None, :]
+    taken = xp.take_along_axis(chunk, xp.broadcast_to(indices, (*chunk.shape[:2], indices.shape[-1])), axis=-1)
+    return xp.where(is_inside[:, None, :], taken, xp.zeros_like(taken))
+
+
+def _signs(like: Array, count: int) -> Array:
+    """Return ``count`` vectors of signs that look random, shape ``(1, k, count)`` for ``like`` of shape ``(n, k)``."""
+    xp = array_namespace(like)
+    rows = _range(like, like.shape[-1])[:, None] + 1
+    columns = _range(like, count)[None, :] + 1
+    # a generator of numbers in sequence would need the device by name
+    hashed = (rows * 2654435761 + columns * 40503 + rows * rows * columns * 97) % 4294967296
+    bits = (hashed * 2246822519 % 4294967296) // 65536 % 2
+    return xp.asarray(1 - 2 * bits, dtype=like.dtype)[None, :, :]
+
+
+def _range(like: Array, count: int) -> Array:
+    """Return ``0 .. count - 1`` on the device of an array of at least one entry."""
+    xp = array_namespace(like)
+    ones = xp.ones_like(xp.broadcast_to(xp.reshape(like, (-1,))[:1], (count,)), dtype=xp.int64)
+    return xp.cumulative_sum(ones) - 1
 
 
 def _gram(chunks: Iterable[Array], blocks: slice) -> Array:

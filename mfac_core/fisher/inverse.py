@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, check_float, device_of
+from mfac_core.backends import Array, Device, array_library, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.settings.checks import Damping, check_block_size, check_damping
@@ -26,8 +26,8 @@ def inverse_fisher(
     """Return the inverse of the damped, block-diagonal empirical Fisher of some gradient samples.
 
     Args:
-        gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64, NumPy or CuPy. Not modified;
-            must stay unchanged while the result is in use.
+        gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64. Not modified; must
+            stay unchanged while the result is in use.
         block_size: Weights per block; ``None`` means one block of all weights.
         damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
             of that diagonal.
@@ -71,7 +71,7 @@ def inverse_fisher(
     check_damping(damping)
     if isinstance(rtol, bool) or not isinstance(rtol, float | int) or not 0 < rtol < 1:
         raise ValueError(f"rtol must be a number between 0 and 1, such as 1e-5, got {rtol!r}")
-    return InverseFisher(gradients, block_size, damping, devices, rtol)
+    return InverseFisher(gradients, block_size, damping, resolve_devices(devices, array_library(gradients)), rtol)
 
 
 class InverseFisher:
@@ -154,7 +154,8 @@ class InverseFisher:
     def __rmatmul__(self, x: Array) -> Array:
         """Return the product with the rows of ``x``; the matrix is symmetric."""
         _check_array("x", x, f"an array of shape ({self.shape[0]},) or (k, {self.shape[0]})")
-        return self.apply(x.T).T
+        product = self.apply(x.T if x.ndim == 2 else x)
+        return product.T if x.ndim == 2 else product
 
 
 def _check_array(name: str, value: Any, expected: str) -> None:
@@ -162,5 +163,5 @@ def _check_array(name: str, value: Any, expected: str) -> None:
         array_namespace(value)
     except TypeError:
         cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
-        raise TypeError(f"{name} must be {expected}, NumPy or CuPy, got {type(value).__name__}; {cure}") from None
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}; {cure}") from None
     check_float(name, value)

@@ -300,14 +300,3 @@ def test_repeated_products_with_narrow_blocks_factor_once(monkeypatch):
     for _ in range(3):
         fisher.apply(np.ones(BLOCKS * B, np.float32))
     assert not made
-
-
-def test_the_error_of_solves_is_that_of_each_block_also_where_the_cache_holds_one(monkeypatch):
-    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
-    chunks = [chunk.astype(np.float64) for chunk in chunks_of(gradients_of_both_kinds())]
-    made = factors._DualFactor.of(chunks, np.full(BLOCKS, DAMPING), np.float64)
-    shifted = chunks[0] @ chunks[0].transpose(0, 2, 1) + M * DAMPING * np.eye(M)
-    norms = np.einsum("nii->ni", shifted)[:, :, None]
-    wanted = (4 * norms * np.linalg.solve(shifted, chunks[0]) ** 2).sum(axis=1) + 8
-    found = made._error_of_solves(chunks, np.ones((BLOCKS, B)))
-    np.testing.assert_allclose(found, wanted.max(axis=-1), rtol=1e-6)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from mfac_torch import conversion
+
 torch.set_num_threads(1)
 
 STEPS_PER_EPOCH = 5
@@ -59,3 +61,11 @@ class TinyTask:
 @pytest.fixture
 def task():
     return TinyTask()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def placement(request, monkeypatch):
+    """Run a test twice: as it is, and with the tensors of the CPU treated as those of a GPU, which stay tensors."""
+    if request.param == "gpu":
+        monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+    return request.param
