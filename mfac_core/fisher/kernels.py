@@ -232,14 +232,9 @@ def _numpy_kernels() -> Kernels:
 
 
 def _cupy_kernels() -> Kernels:
-    from mfac_core.fisher import cupy_kernels
+    from mfac_core.fisher.cupy_kernels import SmallFactors as CupyFactors
 
-    return Kernels(
-        matmul=cupy_kernels.matmul,
-        column_sums_of_squares=cupy_kernels.column_sums_of_squares,
-        saliency=cupy_kernels.saliency,
-        small_factors=lambda like: cupy_kernels.SmallFactors(),
-    )
+    return Kernels(small_factors=lambda like: CupyFactors())
 
 
 _LIBRARIES: dict[str, Callable[[], Kernels]] = {"numpy": _numpy_kernels, "cupy": _cupy_kernels}
