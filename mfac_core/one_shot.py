@@ -202,7 +202,7 @@ def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) 
     named = by_name(masks)
     layout.check(named, "masks")
     for name, mask in named.items():
-        if numpy_dtype(mask) != np.bool_:
+        if mask.dtype != array_namespace(mask).bool:
             raise ValueError(f"masks[{name!r}] must be boolean (True keeps), got {mask.dtype}")
     flat = layout.flatten(named)
     return device_of(flat).to_numpy(flat)

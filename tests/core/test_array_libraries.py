@@ -444,6 +444,14 @@ def test_a_gradient_that_is_not_finite_is_refused_and_counted(library):
     assert (pruner.num_rows, pruner.refused_rows) == (1, 1)
 
 
+def test_a_gradient_may_be_spread_over_libraries(library):
+    gradients = weights_in(seed=1)
+    here, there = (mfac_core.make_pruner(SETTINGS[0], weights_in(), steps_per_epoch=8) for _ in range(2))
+    here.observe(gradients)
+    there.observe({"a": library.array(gradients["a"]), "b": gradients["b"]})
+    np.testing.assert_array_equal(there.state_dict()["window"]["rows"], here.state_dict()["window"]["rows"])
+
+
 def test_a_gradient_is_copied_when_it_is_observed(library):
     weights = library.arrays(weights_in())
     pruner = mfac_core.make_pruner(SETTINGS[0], weights, steps_per_epoch=8)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from mfac_core.backends import lookup
 from mfac_torch import conversion
+from tests.adapters.torch.virtual_gpus import VirtualGpus
 
 torch.set_num_threads(1)
 
@@ -63,9 +65,18 @@ def task():
     return TinyTask()
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Make the tensors of the CPU those of a GPU, as far as pruning can see, and return the backend of the GPUs."""
+    backend = VirtualGpus()
+    monkeypatch.setitem(lookup._registered, "torch", backend)
+    monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+    return backend
+
+
 @pytest.fixture(params=["cpu", "gpu"])
-def placement(request, monkeypatch):
-    """Run a test twice: as it is, and with the tensors of the CPU treated as those of a GPU, which stay tensors."""
+def placement(request):
+    """Run a test twice: with the model on the CPU, and on a GPU."""
     if request.param == "gpu":
-        monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+        request.getfixturevalue("gpus")
     return request.param

@@ -7,6 +7,8 @@ from torch import nn
 
 from mfac_torch.masking import HeldMasks
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 KEEP = np.array([[True, False, True], [False, True, True]])
 
 

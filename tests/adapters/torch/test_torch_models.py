@@ -16,6 +16,8 @@ from mfac_torch import (
 )
 from mfac_torch.layout import weight_axes
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 SCHEDULE = {"init_sparsity": 0.25, "final_sparsity": 0.5, "start_epoch": 1.0, "end_epoch": 2.0, "update_frequency": 1.0}
 
 
