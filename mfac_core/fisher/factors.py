@@ -45,7 +45,7 @@ from mfac_core.backends.threads import map_on_threads, split_columns, split_for_
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu, wide_dtype
-from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
+from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
 
 __all__ = ["Factor", "Float64Needed", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
@@ -533,17 +533,28 @@ def _range(like: Array, count: int) -> Array:
 
 
 def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
-    total = None
+    total = norms = None
     # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
         for product in map_on_threads(lower_gram, split_for_threads(chunk)):
             total = product if total is None else total + product
+        squares = _row_sums_of_squares(chunk)
+        norms = squares if norms is None else norms + squares
+    # a product adds squares one by one, so that many small ones are lost: the diagonal is systematically too small
+    set_diagonals(total, norms)
     return total
+
+
+def _row_sums_of_squares(x: Array) -> Array:
+    """Return the sums of squares over the columns of ``x`` of shape ``(n, rows, columns)``; shape ``(n, rows)``."""
+    if runs_on_cpu(x):
+        return (x[:, :, None, :] @ x[:, :, :, None])[..., 0, 0]  # dot products need no array of squares
+    return array_namespace(x).sum(x * x, axis=-1)
 
 
 def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:
     gradients = _concat(list(chunks), axis=-1)
-    product = matmul(array_namespace(gradients).matrix_transpose(gradients), gradients)
+    product = lower_gram(array_namespace(gradients).matrix_transpose(gradients))
     product /= gradients.shape[-2]
     return product
 

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_gpu.py
 
-It needs PyTorch, CuPy and the packages of the extra `test-core`; `make bench-gpu` installs them. It runs the tests in
-tests/gpu, measures, and writes docs/benchmarks-gpu.md row by row. To check the script without a GPU:
+It needs PyTorch, CuPy and the packages of the extra `test-core`; `make bench-gpu` installs them. It runs the tests of
+GPUs, measures, and writes docs/benchmarks-gpu.md row by row. To check the script without a GPU:
 
     python tests/benchmarks/bench_gpu.py --devices cpu torch:cpu --weights 200_000 --rows 64 256
 """
@@ -41,7 +41,7 @@ from mfac_core.fisher.obs import independent_update, saliency  # noqa: E402
 from mfac_core.fisher.window import GradientWindow  # noqa: E402
 from mfac_core.masks.selection import least_salient  # noqa: E402
 from mfac_core.pruners.memory import WORKING_GROUPS  # noqa: E402
-from mfac_core.pruners.step import mfac_step  # noqa: E402
+from mfac_core.pruners.step import RTOL, mfac_step  # noqa: E402
 
 OUTPUT = ROOT / "docs" / "benchmarks-gpu.md"
 BLOCK_SIZE = 2000
@@ -84,7 +84,9 @@ def main() -> None:
         parser.error(f"{error}; this script measures an NVIDIA GPU, or what --devices names")
     has_gpu = any(map(is_gpu, devices))
     report = Report(arguments.output or (OUTPUT if has_gpu else None))
-    report.add(*heading(devices), outcome_of_tests(deadline) if has_gpu else "Without a GPU, tests/gpu is not run.", "")
+    report.add(
+        *heading(devices), outcome_of_tests(deadline) if has_gpu else "Without a GPU, its tests are not run.", ""
+    )
     rates = {label(device): product_rate(device) for device in {resolve_device("cpu"): None, **dict.fromkeys(devices)}}
     report.add(*(f"* matrix product of {each}: {rate / 1e12:.3g} TFLOP/s in float32" for each, rate in rates.items()))
     report.add(LEGEND, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS))
@@ -138,16 +140,16 @@ def label(device: Device) -> str:
 
 def outcome_of_tests(deadline: float) -> str:
     """Run the tests of GPUs in another process, and return their outcome."""
-    print("Running the tests in tests/gpu ...", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", "tests/gpu"]
+    print("Running the tests of GPUs ...", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", "tests/core", "tests/gpu"]
     seconds = 0.4 * (deadline - time.monotonic())
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return f"`pytest -m gpu tests/gpu` was ended after {seconds:.0f} seconds."
+        return f"`pytest -m gpu tests/core tests/gpu` was ended after {seconds:.0f} seconds."
     lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
     failures = [f"\n* {line}" for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return f"`pytest -m gpu tests/gpu`: {lines[-1].strip('= ')}." + "".join(failures)
+    return f"`pytest -m gpu tests/core tests/gpu`: {lines[-1].strip('= ')}." + "".join(failures)
 
 
 def product_rate(device: Device) -> float:
@@ -226,12 +228,12 @@ class Run:
         """Return the seconds of the diagonal, the mask and the update, and the share of groups in float64."""
         device, weights = self.device, self._weights
         with device.backend.on(device.name):
-            fisher = BlockwiseFisher(self._window, damping=DAMPING, devices=device)
+            fisher = BlockwiseFisher(self._window, damping=DAMPING, devices=device, rtol=RTOL)
             of_diagonal, diagonal = timed(device, fisher.diagonal)
             saliencies = saliency(weights, diagonal)
             of_mask, pruned = timed(device, lambda: self._select(saliencies))
             of_update, _ = timed(device, lambda: independent_update(fisher, weights, pruned, diagonal))
-        return [of_diagonal, of_mask, of_update], statistics.mean(each is not False for each in fisher._in_float64)
+        return [of_diagonal, of_mask, of_update], statistics.mean(map(bool, fisher._in_float64))
 
     def _select(self, saliencies: Array) -> Array:
         return least_salient(saliencies, round(SPARSITY * self._window.num_weights))

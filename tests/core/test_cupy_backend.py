@@ -1,4 +1,4 @@
-"""The order of copies and work in the CuPy backend, on a stand-in for CuPy whose GPUs are as late as they may be."""
+"""The CuPy backend and kernels on stand-ins for CuPy; queues that are late or eager bring out what is not ordered."""
 
 import contextlib
 import importlib.util
@@ -7,11 +7,13 @@ import logging
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from mfac_core.backends import base
+from mfac_core.fisher import kernels as fisher_kernels
 
 GPU = "cuda:0"
 KINDS = ("pageable", "strided", "pinned", "pinned and strided", "on the other GPU")
@@ -220,3 +222,28 @@ def test_arrays_go_to_the_named_gpu_and_back(cupy, backend):
     assert backend.device_of(backend.asarray(x, GPU)) == GPU
     assert backend.asarray(x, "cuda:1") is x
     assert backend.devices() == (GPU, "cuda:1")
+
+
+def test_the_cholesky_factors_are_checked_and_their_inverses_are_contiguous(monkeypatch):
+    settings = []
+
+    def solve_triangular(a, b, trans, lower):  # returns columns next to each other in memory, as CuPy does
+        assert (trans, lower) == ("T", True)
+        return np.ascontiguousarray(np.linalg.solve(a.transpose(0, 2, 1), b).transpose(0, 2, 1)).transpose(0, 2, 1)
+
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    errstate = lambda **setting: contextlib.nullcontext(settings.append(setting))  # noqa: E731
+    monkeypatch.setitem(sys.modules, "cupyx", SimpleNamespace(errstate=errstate))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupyx.scipy.linalg", SimpleNamespace(solve_triangular=solve_triangular))
+    kernels = loaded("cupy_kernels_on_the_cpu", Path(fisher_kernels.__file__).with_name("cupy_kernels.py"))
+    x = np.random.default_rng(0).standard_normal((3, 20, 30))
+    matrices, shifts = x @ x.transpose(0, 2, 1), np.array([0.5, 1.0, 2.0])[:, None, None]
+
+    inverse, diagonal = kernels.SmallFactors()(np.tril(matrices), shifts)
+
+    factors = np.linalg.cholesky(matrices + shifts * np.eye(20))
+    np.testing.assert_allclose(inverse @ factors, np.broadcast_to(np.eye(20), (3, 20, 20)), atol=1e-12)
+    np.testing.assert_allclose(diagonal, np.diagonal(factors, axis1=1, axis2=2))
+    assert inverse.flags.c_contiguous
+    assert settings == [{"linalg": "raise"}]
