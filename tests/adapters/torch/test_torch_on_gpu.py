@@ -70,7 +70,7 @@ def test_weights_and_gradients_stay_on_their_gpu(task, gpus):
 def test_a_gradient_may_be_overwritten_once_it_is_observed(gpus):
     model = nn.Linear(4, 1, bias=False)  # a single parameter, whose gradient needs no gathering
     manager = ScheduledModifierManager(
-        [MFACPruningModifier(final_sparsity=0.5, start_epoch=3.0, end_epoch=4.0, num_grads=3)]
+        [MFACPruningModifier(init_sparsity=0.5, final_sparsity=0.75, start_epoch=3.0, end_epoch=4.0, num_grads=3)]
     )
     optimizer = manager.modify(model, torch.optim.SGD(model.parameters(), lr=0.0), 1)
     model.weight.grad = torch.full((1, 4), 3.0)
@@ -212,7 +212,7 @@ def test_one_shot_on_a_device_without_float64(task, request):
 
 
 def test_blocks_that_need_float64_are_computed_on_the_host_and_the_log_says_so_once(task, request, caplog):
-    keys = {"damp": 1.0e-9, "num_grads": 4}
+    keys = {"damp": 1.0e-13, "num_grads": 4}
     expected = trained(task, **keys)
     request.getfixturevalue("no_float64")
     with caplog.at_level("INFO", "mfac_core"):
