@@ -320,7 +320,7 @@ def seen_by(device: Device, window: GradientWindow) -> GradientWindow:
 def release_memory() -> None:
     """Give all unused memory back, so that both libraries can take it."""
     gc.collect()
-    if "cupy" in sys.modules:
+    if "cupy" in sys.modules and sys.modules["cupy"].cuda.is_available():
         sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
         sys.modules["cupy"].get_default_pinned_memory_pool().free_all_blocks()
     if "torch" in sys.modules:
