@@ -14,10 +14,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
-from mfac_core.fisher.factors import Factor, InFloat64, cache_slices, evaluate, factor
+from mfac_core.fisher.factors import Factor, Float64Needed, cache_slices, evaluate, factor
+from mfac_core.fisher.kernels import wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping
 
@@ -65,6 +66,7 @@ class BlockwiseFisher:
         source: The gradient samples.
         damping: Added to the diagonal of the empirical Fisher, positive; ``auto`` measures the gradients first.
         devices: Where the groups are computed; the first is the home.
+        rtol: Largest relative error of the diagonal.
         retain: Whether factors are retained for one more use (``once``), for all uses (``always``) or ``never``.
 
     Attributes:
@@ -85,9 +87,11 @@ class BlockwiseFisher:
         *,
         damping: Damping,
         devices: Sequence[str | Device] | str | Device,
+        rtol: float = 1e-5,
         retain: Literal["once", "always", "never"] = "once",
     ) -> None:
         self.source = source
+        self.rtol = rtol
         self._devices = {device.name: device for device in resolve_devices(devices)}
         self.home = next(iter(self._devices.values()))
         total = source.num_weights * source.count * source.dtype.itemsize
@@ -107,8 +111,8 @@ class BlockwiseFisher:
                 _logger.info("device %s is idle: it has no memory for a block, or there are too few blocks", name)
             self._assigned[name] = range(len(self.groups), len(self.groups) + len(groups))
             self.groups += groups
-        # which blocks of each group need float64; None until its diagonal has been computed
-        self._in_float64: list[InFloat64 | None] = [None] * len(self.groups)
+        # whether each group needs float64; None until its diagonal has been computed
+        self._in_float64: list[bool | None] = [None] * len(self.groups)
         self._retained: dict[int, Factor] = {}
         self._retention = retain
         # the devices share half of the memory of the gradients equally
@@ -117,6 +121,10 @@ class BlockwiseFisher:
             name: int(min(RETAINED_FRACTION * (share.free_bytes or 0), most)) for name, share in shares.items()
         }
         self._lock = Lock()
+        # a device without float64 leaves the groups that need it to the host
+        self._host = resolve_device("cpu")
+        self._on_host: set[int] = set()
+        self._wide = {device.name: _widest_dtype(device) for device in (*self._devices.values(), self._host)}
         self._is_measured = damping == "auto"
         if damping == "auto":
             self._dampings, self.unit = self._measured()
@@ -173,14 +181,15 @@ class BlockwiseFisher:
         return out
 
     def damping(self, index: int, device: Device) -> Array:
-        """Return the damping of each block of the group ``index``, shape ``(n,)``, float64, on ``device``."""
+        """Return the damping of each block of a group, shape ``(n,)``, on ``device`` in its widest dtype."""
+        dtype = self._wide[device.name]
         if self._is_measured:
-            return device.asarray(self._dampings[index], np.float64)
+            return device.asarray(self._dampings[index].astype(dtype, copy=False))
         # one number for all blocks needs no copy from the host
-        return device.zeros((self.groups[index].count,), np.float64) + float(self._dampings[index][0])
+        return device.zeros((self.groups[index].count,), dtype) + float(self._dampings[index][0])
 
     def scale(self, index: int, device: Device) -> Array:
-        """Return :attr:`unit` over the damping of each block of a group, shape ``(n,)``, float64, on ``device``."""
+        """Return :attr:`unit` over the damping of each block of a group, shape ``(n,)``, on ``device``."""
         return self.unit / self.damping(index, device)
 
     def take(self, x: Array, index: int, device: Device) -> Array:
@@ -280,11 +289,23 @@ class BlockwiseFisher:
             try:
                 with closing(device.backend.stream(device.name, loaders())) as items:
                     for chunks in items:
-                        task(taken.popleft(), device, chunks)
+                        self._work_on(task, taken.popleft(), device, chunks)
             except BaseException:
                 queue.clear()  # the other workers stop after their current group
                 raise
             device.backend.synchronize(device.name)
+
+    def _work_on(
+        self, task: Callable[[int, Device, list[Array]], None], index: int, device: Device, chunks: list[Array]
+    ) -> None:
+        if index not in self._on_host:
+            try:
+                return task(index, device, chunks)
+            except Float64Needed:
+                if not self._on_host:
+                    _logger.info("device %s has no float64: blocks that need it are computed on the host", device)
+                self._on_host.add(index)
+        task(index, self._host, [device.to_numpy(chunk) for chunk in chunks])
 
     def _measured(self) -> tuple[list[npt.NDArray[np.float64]], float]:
         """Return the dampings of the blocks of each group, and their unit."""
@@ -305,7 +326,7 @@ class BlockwiseFisher:
 
     def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
         try:
-            factored, damped = evaluate(chunks, self.damping(index, device))
+            factored, damped = evaluate(chunks, self.damping(index, device), self.rtol)
         except IllConditionedError:
             self._check_rows()
             raise
@@ -348,3 +369,9 @@ class BlockwiseFisher:
                 f"gradients contain NaN or Inf in {len(bad)} of their rows: {', '.join(map(str, sorted(bad)[:10]))}"
                 f"{', ...' if len(bad) > 10 else ''}; leave these samples out"
             )
+
+
+def _widest_dtype(device: Device) -> type[np.float32 | np.float64]:
+    sample = device.zeros((1,), np.float32)
+    xp = array_namespace(sample)
+    return np.float64 if wide_dtype(sample) == xp.float64 else np.float32

@@ -32,6 +32,8 @@ References:
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -42,23 +44,25 @@ from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_columns, split_for_threads
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
-from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
-from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu, wide_dtype
+from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
 
-__all__ = ["Factor", "InFloat64", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
+__all__ = ["Factor", "Float64Needed", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
-RELATIVE_ERROR = 1e-5
-"""Estimated relative rounding error of ``diag(F^-1)`` above which float32 blocks are evaluated in float64.
+BOUND_FACTOR = 64
+"""Rounding errors that add up in a product, at most: a bound with it needs no measurement of the error."""
 
-The true error is mostly below the estimate, and up to eight times above it where many samples share a large mean: at
-most 4e-5 was seen over random ensembles of up to 1400 samples.
-"""
+SAFETY = 8
+"""The largest error over that predicted from the columns measured."""
 
-MAX_ERROR = 1e-4
-"""Estimated relative error above which a block is refused even in float64."""
+PROBES = 8
+"""Random vectors that measure by how much rounding is amplified in each column."""
+
+MEASURED = 8
+"""Columns of each block whose error is measured: those in which rounding is amplified the most."""
 
 CANCELLED = 1e-4
-"""Columns whose ``1 - sum`` is below this in float64 are evaluated by a form that does not cancel. The difference has
+"""Columns whose ``1 - sum`` is below this in float64 are evaluated by the form that does not cancel. The difference has
 lost at most four of sixteen digits where it is used."""
 
 REFINEMENTS = 2
@@ -67,16 +71,17 @@ REFINEMENTS = 2
 CACHE_BYTES = 2 * 2**20
 """Bytes of gradients processed at once on the CPU, so that intermediate results stay in its cache."""
 
-InFloat64 = Array | bool
-"""Which blocks of a group are computed in float64: all, none, or those where a mask of shape ``(n,)`` is true."""
+
+class Float64Needed(Exception):
+    """A group needs float64, and its device has none: it can be evaluated on the host."""
 
 
 class Factor(Protocol):
     """The factored Fisher of one group. Methods that need the gradients take them again, as ``chunks``."""
 
     @property
-    def in_float64(self) -> InFloat64:
-        """Which blocks were factored in float64."""
+    def in_float64(self) -> bool:
+        """Whether the factor was computed in float64."""
 
     @property
     def num_bytes(self) -> int:
@@ -96,62 +101,46 @@ class Factor(Protocol):
         """Return the factor of some of the blocks."""
 
 
-def evaluate(chunks: Sequence[Array], damping: Array | float) -> tuple[Factor, Array]:
-    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, each block in the precision it needs.
+def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tuple[Factor, Array]:
+    """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, in float32 if that suffices.
 
     Args:
         chunks: Gradients, each of shape ``(n, m, width)``, float32 or float64, all on one device. Not modified.
         damping: Added to the diagonal of the empirical Fisher, positive: one number, or one for each block, shape
-            ``(n,)``, float64.
+            ``(n,)``, in the widest dtype of the device.
+        rtol: Largest relative error of the inverse diagonal.
 
     Returns:
-        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``; in float64 if a block needs it.
+        The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``, in the dtype of the factor.
 
     Raises:
-        IllConditionedError: If a Fisher cannot be inverted even in float64.
+        IllConditionedError: If float64 is not accurate enough either.
+        Float64Needed: If float32 is not accurate enough, and the device has no float64.
     """
     xp = array_namespace(chunks[0])
     damping = _of_each_block(damping, chunks)
-    in_float64: InFloat64 = True
     # overflow shows in the results, which are then computed in float64 or refused
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        attempt = None if chunks[0].dtype == xp.float64 else _try_in_float32(chunks, damping)
-        if attempt is not None:
-            in_float64 = ~((attempt[2] <= RELATIVE_ERROR) & (damping >= _least_damping(chunks)))
-            if not bool(xp.any(in_float64)):
-                return attempt[:2]
-            if bool(xp.all(in_float64)):
-                in_float64, attempt = True, None
-        try:
-            if in_float64 is not True:
-                chunks, damping = _select_blocks(chunks, damping, in_float64)
-            exact = _form(chunks).of(chunks, damping, xp.float64)
-            refined, error = exact.diagonal(chunks)
-            is_accurate = bool(xp.all(error <= MAX_ERROR))
-        except np.linalg.LinAlgError:
-            is_accurate = False
-    if not is_accurate:
+        if chunks[0].dtype != xp.float64:
+            found = _evaluate_in(chunks[0].dtype, chunks, damping, rtol)
+            if found is not None and bool(xp.all(damping >= _least_damping(chunks))):
+                return found
+            _check_has_float64(chunks[0])
+        found = _evaluate_in(xp.float64, chunks, damping, rtol)
+    if found is None:
         raise IllConditionedError(
-            "the Fisher of a block cannot be inverted with damping "
-            f"{damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are too large relative to "
-            "the damping, or too similar; choose a larger damping"
+            "the Fisher of a block cannot be inverted to a relative error of "
+            f"{rtol:g} with damping {damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are "
+            "too large relative to the damping, or too similar; choose a larger damping"
         )
-    if attempt is None:
-        return exact, refined
-    diagonal = _merge(in_float64, xp.asarray(attempt[1], dtype=xp.float64), refined)
-    return _MixedFactor(attempt[0], exact, in_float64), diagonal
+    return found
 
 
-def factor(chunks: Sequence[Array], damping: Array | float, in_float64: InFloat64) -> Factor:
+def factor(chunks: Sequence[Array], damping: Array | float, in_float64: bool) -> Factor:
     """Factor the Fisher of one group of blocks again, in the precision that :func:`evaluate` has chosen."""
     xp = array_namespace(chunks[0])
-    damping = _of_each_block(damping, chunks)
-    form = _form(chunks)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        if isinstance(in_float64, bool):
-            return form.of(chunks, damping, xp.float64 if in_float64 else chunks[0].dtype)
-        base = form.of(chunks, damping, chunks[0].dtype)
-        return _MixedFactor(base, form.of(*_select_blocks(chunks, damping, in_float64), xp.float64), in_float64)
+        return _form(chunks).of(chunks, _of_each_block(damping, chunks), xp.float64 if in_float64 else chunks[0].dtype)
 
 
 def cache_slices(chunks: Sequence[Array]) -> list[slice]:
@@ -173,11 +162,11 @@ def fisher_quadratic(chunks: Sequence[Array], x: Array, damping: Array | float) 
         damping: Added to the diagonal of the empirical Fisher: one number, or one for each block, shape ``(n,)``.
 
     Returns:
-        Shape ``(n,)``, float64.
+        Shape ``(n,)``, in the widest dtype of the device.
     """
     xp = array_namespace(x)
     # the squares of the products may leave the range of float32, even if the products do not
-    rows, x = (xp.asarray(each, dtype=xp.float64) for each in (gradients_times(chunks, x), x))
+    rows, x = (xp.asarray(each, dtype=wide_dtype(x)) for each in (gradients_times(chunks, x), x))
     return 0.5 * (damping * xp.sum(x * x, axis=-1) + xp.sum(rows * rows, axis=-1) / rows.shape[-1])
 
 
@@ -213,27 +202,15 @@ class _DualFactor:
         return cls(cholesky(gram, in_dtype), norms, shift, dtype)
 
     @property
-    def in_float64(self) -> InFloat64:
+    def in_float64(self) -> bool:
         return bool(self.dtype == array_namespace(self.shift).float64)
 
     @property
     def num_bytes(self) -> int:
         return self.lower.num_bytes
 
-    def needs_float64(self, width: int) -> bool:
-        """Return whether no block is likely to be accurate enough: a heuristic, to save the solve.
-
-        The column sums of ``W * W`` are taken for their largest possible mean, ``rows / width``: over all columns they
-        add up to ``trace(G^T S^-1 G) = trace(S^-1 G G^T)``, which is below ``rows``. A wrong guess costs time but no
-        digits: the block is evaluated in float64, or its error is estimated from the solve.
-        """
-        xp = array_namespace(self.norms)
-        rows = self.norms.shape[-1]
-        error = float(xp.finfo(self.dtype).eps) * self._amplification() * (rows / width)
-        return not bool(xp.any(error <= RELATIVE_ERROR))
-
-    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
+    def diagonal(self, chunks: Sequence[Array], rtol: float) -> tuple[Array, Array]:
+        """Return ``damping diag(F^-1)`` and its estimated relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
 
         def one_minus_sums(converted: Iterable[Array], blocks: slice) -> Array:
@@ -243,18 +220,20 @@ class _DualFactor:
 
         remainder = _over_cache_slices(chunks, self.dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
-        restored = xp.zeros_like(smallest)
-        if self.in_float64 and bool(xp.any(smallest < CANCELLED)):
-            smallest, restored = self._restore_cancelled(chunks, remainder)
-        # |x|^2 = 1 - remainder: rounding of S, amplified by the solve, and rounding of the sum of squares itself,
-        # both relative to the remainder; (1 - r) / r is largest for the smallest
         epsilon = float(xp.finfo(self.dtype).eps)
-        error = epsilon * (4 * self._amplification() + 8) * (1 - smallest) / smallest
-        error = xp.where(smallest > 0, error, xp.full_like(error, float("inf")))
-        if self.in_float64 and not bool(xp.all(error <= MAX_ERROR)):
-            # the estimate is far too high if samples repeat: measure the solves themselves before refusing
-            error = epsilon * self._error_of_solves(chunks, remainder)
-        return remainder, error + epsilon * restored
+        amplification = xp.max(self.norms / self.lower.pivots, axis=-1)
+        error = epsilon * (BOUND_FACTOR * amplification + 8) * (1 - smallest) / smallest
+        is_bounded = (smallest > (CANCELLED if self.in_float64 else 0)) & (error <= rtol)
+        if bool(xp.all(is_bounded)):
+            return remainder, error
+        if not bool(xp.all(xp.isfinite(remainder))):
+            return remainder, xp.full_like(error, float("inf"))
+        for blocks in cache_slices(chunks):
+            if not bool(xp.all(is_bounded[blocks])):
+                selected = [chunk[blocks, :, :] for chunk in chunks]
+                measured = self.select_blocks(blocks)._measure(selected, remainder[blocks, :], rtol)
+                remainder[blocks, :], error[blocks] = measured
+        return remainder, error
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
@@ -280,66 +259,75 @@ class _DualFactor:
         lower, norms, shift = self.lower.select_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
         return replace(self, lower=lower, norms=norms, shift=shift)
 
-    def _amplification(self) -> Array:
-        """Return how much rounding of ``S`` grows in a solve: the largest ``S_ii / L_ii^2`` of each block."""
-        return array_namespace(self.norms).max(self.norms / self.lower.pivots, axis=-1)
-
     def _solve(self, rows: Array) -> Array:
         """Return ``S^-1 rows`` for rows of shape ``(n, m, k)``, in their dtype."""
         xp = array_namespace(rows)
         right = xp.asarray(rows, dtype=self.dtype)
         return xp.asarray(self.lower.solve_transposed(self.lower.solve(right)), dtype=rows.dtype)
 
-    def _restore_cancelled(self, chunks: Sequence[Array], remainder: Array) -> tuple[Array, Array]:
-        """Evaluate again, in place, each ``1 - sum`` that has cancelled.
+    def _measure(self, chunks: Sequence[Array], remainder: Array, rtol: float) -> tuple[Array, Array]:
+        """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
+        xp = array_namespace(remainder)
+        epsilon = float(xp.finfo(self.dtype).eps)
+        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal))
+        amplified, positive = xp.maximum(self._amplified(chunks), tiny), xp.maximum(remainder, tiny)
+        worst = xp.argsort(-amplified / positive, axis=-1)[:, : min(MEASURED, remainder.shape[-1])]
+        exact, _ = self._accurately(chunks, worst)
+        errors = xp.abs(xp.take_along_axis(remainder, worst, axis=-1) - exact)
+        factor = xp.max(errors / xp.take_along_axis(amplified, worst, axis=-1), axis=-1, keepdims=True)
+        factor = SAFETY * xp.maximum(factor, xp.full_like(factor, epsilon))
+        estimate = (factor * amplified + 8 * epsilon * (1 - remainder)) / positive
+        is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
+        count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
+        if not count:
+            return remainder, xp.max(estimate, axis=-1)
+        most = remainder.shape[-1] if self.in_float64 else self.norms.shape[-1] // 2
+        if count > most:
+            return remainder, xp.full_like(estimate[:, 0], float("inf"))
+        order = xp.argsort(xp.where(is_accurate, -estimate, xp.full_like(estimate, -float("inf"))), axis=-1)
+        exact, error = self._accurately(chunks, order[:, :count])
+        rest = order[:, count:]
+        error = _concat([error, xp.take_along_axis(estimate, rest, axis=-1)], axis=-1)
+        values = _concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
+        return xp.take_along_axis(values, xp.argsort(order, axis=-1), axis=-1), xp.max(error, axis=-1)
 
-        For the cancelled columns ``D`` and the others ``R``, ``[F^-1]_DD`` is the inverse of the Schur complement
-        ``F_DD - F_DR F_RR^-1 F_RD``. With ``I - G_R (m damping I + G_R^T G_R)^-1 G_R^T = m damping S_R^-1`` this is
+    def _amplified(self, chunks: Sequence[Array]) -> Array:
+        """Return ``sum_i S_ii y_i^2`` of each column, estimated from random vectors; shape ``(n, B)``."""
+        xp = array_namespace(self.norms)
+        probes = self._solve(xp.sqrt(self.norms)[:, :, None] * _signs(self.norms, PROBES))
+        probes = _concat([xp.matrix_transpose(probes)], axis=0)
+        products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
+        return _concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
-            damping [F^-1]_DD = (I + G_D^T S_R^-1 G_D)^-1,    S_R = m damping I + G_R G_R^T,
+    def _accurately(self, chunks: Sequence[Array], columns: Array) -> tuple[Array, Array]:
+        """Return some entries of ``damping diag(F^-1)`` by the form that does not cancel, and their relative errors.
 
-        a sum of positive terms, in which nothing cancels.
-
-        Returns:
-            For each block the smallest that has not cancelled, and how much rounding is amplified in those that have.
+        Args:
+            chunks: Gradients.
+            columns: Which entries of each block, shape ``(n, k)``.
         """
-        xp = array_namespace(remainder)
-        cancelled = remainder < CANCELLED
-        smallest = xp.min(xp.where(cancelled, xp.ones_like(remainder), remainder), axis=-1)
-        amplified = xp.zeros_like(smallest)
-        blocks = xp.any(cancelled, axis=-1)
-        for block in range(blocks.shape[0]):
-            if not bool(blocks[block]):
-                continue
-            gradients = _concat([chunk[block : block + 1, :, :] for chunk in chunks], axis=-1)
-            gradients = xp.asarray(gradients, dtype=xp.float64)
-            columns = xp.nonzero(cancelled[block, :])[0]
-            others = xp.where(cancelled[block, :], xp.zeros_like(gradients), gradients)
-            gram = lower_gram(others)
-            shift = self.shift[block : block + 1]
-            solved = cholesky(gram, shift).solve(xp.take(gradients, columns, axis=-1))
-            inner = matmul(xp.matrix_transpose(solved), solved)
-            norms = diagonals(inner) + 1
-            # diag((C C^T)^-1) are the column sums of squares of C^-1
-            values = column_sums_of_squares(cholesky(inner, 1.0).inverse())
-            # the estimate of the primal form
-            amplified[block] = 8 * xp.max(norms * values)
-            for position in range(columns.shape[0]):
-                remainder[block, int(columns[position])] = values[0, position]
-        return smallest, amplified
-
-    def _error_of_solves(self, chunks: Sequence[Array], remainder: Array) -> Array:
-        """Return the largest relative error in units of eps, from ``sum_i S_ii y_i^2`` of each column not cancelled."""
-        xp = array_namespace(remainder)
-
-        def amplified(converted: Iterable[Array], blocks: slice) -> Array:
-            lower = self.lower.select_blocks(blocks)
-            norms = self.norms[blocks, :, None]
-            solves = [lower.solve_transposed(lower.solve(chunk)) for chunk in converted]
-            return _concat([xp.sum(norms * solve * solve, axis=-2) for solve in solves], axis=-1)
-
-        error = (4 * _over_cache_slices(chunks, self.dtype, amplified) + 8) / remainder
-        return xp.max(xp.where(remainder < CANCELLED, xp.zeros_like(error), error), axis=-1)
+        xp = array_namespace(self.norms)
+        bounds = _bounds(chunks)
+        gradients = None
+        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
+            found = _take_columns(xp.asarray(chunk, dtype=self.dtype), columns, start, stop)
+            gradients = found if gradients is None else gradients + found
+        shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
+        solved = self._solve(gradients)
+        rows = _concat([xp.matrix_transpose(solved)], axis=0)
+        values = shift[..., 0] * xp.sum(rows * rows, axis=-1)
+        residual = -shift * rows
+        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
+            converted = xp.asarray(chunk, dtype=self.dtype)
+            left = matmul(rows, converted)
+            left -= xp.asarray(_is_column(columns, start, stop), dtype=self.dtype)
+            values = values + xp.sum(left * left, axis=-1)
+            residual = residual - matmul(left, xp.matrix_transpose(converted))
+        remaining = self.lower.solve(_concat([xp.matrix_transpose(residual)], axis=0))
+        correction = xp.sum(remaining * remaining, axis=-2)
+        amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
+        rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
+        return values - correction, correction / values + rounding
 
 
 @dataclass(frozen=True)
@@ -360,103 +348,84 @@ class _PrimalFactor:
 
     @classmethod
     def of(cls, chunks: Sequence[Array], damping: Array, dtype: Any) -> _PrimalFactor:
-        """Factor ``F`` of each block, computed in a dtype."""
-        xp = array_namespace(chunks[0])
+        """Factor ``F`` of each block in a dtype."""
         fisher = _over_cache_slices(chunks, dtype, _primal_product)
-        norms = diagonals(fisher) + xp.asarray(damping, dtype=dtype)[:, None]
+        shift = array_namespace(fisher).asarray(damping, dtype=dtype)
+        norms = diagonals(fisher) + shift[:, None]
         _check_overflow(norms)
-        # where float32 is tried the factor is much smaller than the product; in float64 it adds no error to that of F
-        return cls(cholesky(xp.asarray(fisher, dtype=xp.float64), damping), norms, damping, dtype)
+        return cls(cholesky(fisher, shift), norms, damping, dtype)
 
     @property
-    def in_float64(self) -> InFloat64:
+    def in_float64(self) -> bool:
         return bool(self.dtype == array_namespace(self.damping).float64)
 
     @property
     def num_bytes(self) -> int:
         return self.lower.num_bytes
 
-    def needs_float64(self, width: int) -> bool:
-        """Return False: the solve that a guess could save costs less than the product."""
-        return False
-
-    def diagonal(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
-        """Return ``damping diag(F^-1)`` and an estimate of its relative error in each block, not finite if unusable."""
-        xp = array_namespace(chunks[0])
-        # F^-1 = L^-T L^-1
-        diagonal = column_sums_of_squares(self.lower.inverse())
-        damped = diagonal * self.damping[:, None]
+    def diagonal(self, chunks: Sequence[Array], rtol: float) -> tuple[Array, Array]:
+        """Return ``damping diag(F^-1)`` and its estimated relative error in each block, not finite if unusable."""
+        xp = array_namespace(self.norms)
+        epsilon = float(xp.finfo(self.dtype).eps)
+        inverse = self.lower.inverse()
+        diagonal = column_sums_of_squares(inverse)  # F^-1 = L^-T L^-1
+        damped = diagonal * xp.asarray(self.damping, dtype=self.dtype)[:, None]
+        error = epsilon * BOUND_FACTOR * xp.max(self.norms * diagonal, axis=-1)
+        if not bool(xp.all(error <= rtol)) and bool(xp.all(xp.isfinite(diagonal))):
+            error = self._measured_error(chunks, inverse, diagonal)
         # the exact value is at most 1: only rounding of the sum can exceed it
-        damped = xp.where((damped > 1) & (damped < 1 + 1e-9), xp.ones_like(damped), damped)
-        usable = xp.all((damped > 0) & (damped <= 1 + 1e-6), axis=-1)
-        error = float(xp.finfo(self.dtype).eps) * 8 * xp.max(self.norms * diagonal, axis=-1)
-        error = xp.where(usable, error, xp.full_like(error, float("inf")))
-        return xp.asarray(damped, dtype=self.dtype), error
+        most = 1 + 16 * epsilon * math.sqrt(diagonal.shape[-1])
+        usable = xp.all((damped > 0) & (damped <= most), axis=-1)
+        damped = xp.where(damped > 1, xp.ones_like(damped), damped)
+        return damped, xp.where(usable, error, xp.full_like(error, float("inf")))
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
         xp = array_namespace(x)
-        right = xp.asarray(x, dtype=xp.float64)
+        right = xp.asarray(x, dtype=xp.float64) if self.in_float64 else x
         out = self._solve(right)
-        if x.dtype != self.dtype and not self.in_float64:
-            # iterative refinement: F was rounded to float32, the residuals are computed from the gradients
+        damping = xp.asarray(self.damping, dtype=right.dtype)[:, None, None]
+        if right.dtype != self.dtype:
+            # iterative refinement, with residuals in float64
             for _ in range(REFINEMENTS):
                 product = _columns_times(chunks, _rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
-                product += self.damping[:, None, None] * out
+                product += damping * out
                 out = out + self._solve(right - product)
-        return xp.asarray(self.damping[:, None, None] * out, dtype=x.dtype)
+        return xp.asarray(damping * out, dtype=x.dtype)
 
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         xp = array_namespace(coefficients)
         right = xp.asarray(coefficients, dtype=self.dtype)
         product = _columns_times(chunks, right[..., None]) / coefficients.shape[-1]
-        return xp.asarray(self._solve(xp.asarray(product, dtype=xp.float64))[..., 0], dtype=coefficients.dtype)
+        return xp.asarray(self._solve(product)[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> _PrimalFactor:
         lower, norms, damping = self.lower.select_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
         return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _solve(self, right: Array) -> Array:
-        return self.lower.solve_transposed(self.lower.solve(right))
+        """Return ``F^-1 right`` for shape ``(n, B, k)``, in its dtype."""
+        xp = array_namespace(right)
+        in_dtype = xp.asarray(right, dtype=self.dtype)
+        return xp.asarray(self.lower.solve_transposed(self.lower.solve(in_dtype)), dtype=right.dtype)
 
-
-@dataclass(frozen=True)
-class _MixedFactor:
-    """The factor of a group in which some blocks need float64.
-
-    Args:
-        base: All blocks, in float32.
-        exact: The blocks that need it, in float64.
-        in_float64: Which blocks these are, shape ``(n,)``.
-    """
-
-    base: _DualFactor | _PrimalFactor
-    exact: _DualFactor | _PrimalFactor
-    in_float64: Array
-
-    @property
-    def num_bytes(self) -> int:
-        return self.base.num_bytes + self.exact.num_bytes
-
-    def apply(self, chunks: Sequence[Array], x: Array) -> Array:
-        refined = self.exact.apply(_select(chunks, self.in_float64), _select([x], self.in_float64)[0])
-        return _merge(self.in_float64, self.base.apply(chunks, x), refined)
-
-    def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
-        selected = _select([coefficients], self.in_float64)[0]
-        refined = self.exact.apply_to_rows(_select(chunks, self.in_float64), selected)
-        return _merge(self.in_float64, self.base.apply_to_rows(chunks, coefficients), refined)
-
-    def select_blocks(self, blocks: slice) -> Factor:
-        # `exact` holds its blocks without gaps: count those before and within the slice
-        xp = array_namespace(self.in_float64)
-        first, count = (int(xp.count_nonzero(self.in_float64[some])) for some in (slice(0, blocks.start), blocks))
-        if not count:
-            return self.base.select_blocks(blocks)
-        exact = self.exact.select_blocks(slice(first, first + count))
-        if count == blocks.stop - blocks.start:
-            return exact
-        return _MixedFactor(self.base.select_blocks(blocks), exact, self.in_float64[blocks])
+    def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
+        """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
+        xp = array_namespace(diagonal)
+        probes = xp.sqrt(self.norms)[:, :, None] * _signs(self.norms, PROBES)
+        amplified = xp.sum(self._solve(probes) ** 2, axis=-1) / PROBES
+        width = diagonal.shape[-1]
+        worst = xp.argsort(-amplified / diagonal, axis=-1)[:, : min(MEASURED, width)]
+        unit = xp.asarray(xp.matrix_transpose(_is_column(worst, 0, width)), dtype=self.dtype)
+        solved = self._solve(unit)
+        # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
+        products = _rows_times(chunks, solved)
+        damping = xp.asarray(self.damping, dtype=self.dtype)[:, None]
+        quadratic = damping * xp.sum(solved * solved, axis=-2)
+        quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
+        exact = 2 * xp.sum(unit * solved, axis=-2) - quadratic
+        errors = xp.abs(xp.take_along_axis(diagonal, worst, axis=-1) / exact - 1)
+        return SAFETY * xp.max(errors, axis=-1)
 
 
 _Form = type[_DualFactor] | type[_PrimalFactor]
@@ -466,24 +435,28 @@ def _form(chunks: Sequence[Array]) -> _Form:
     return _PrimalFactor if _width(chunks) <= chunks[0].shape[-2] else _DualFactor
 
 
-def _try_in_float32(chunks: Sequence[Array], damping: Array) -> tuple[_DualFactor | _PrimalFactor, Array, Array] | None:
-    """Return factor, diagonal and estimated errors; ``None`` if float64 is needed for sure, or as fast."""
-    form, width = _form(chunks), _width(chunks)
-    if form is _PrimalFactor and 4 * width > chunks[0].shape[-2]:
-        return None  # the product, which float32 would speed up, is the smaller part
+def _evaluate_in(
+    dtype: Any, chunks: Sequence[Array], damping: Array, rtol: float
+) -> tuple[_DualFactor | _PrimalFactor, Array] | None:
+    """Return factor and diagonal computed in a dtype; ``None`` if their estimated error exceeds ``rtol``."""
     try:
-        factored = form.of(chunks, damping, chunks[0].dtype)
+        factored = _form(chunks).of(chunks, damping, dtype)
+        diagonal, error = factored.diagonal(chunks, rtol)
     except np.linalg.LinAlgError:
         return None
-    return None if factored.needs_float64(width) else (factored, *factored.diagonal(chunks))
+    return (factored, diagonal) if bool(array_namespace(error).all(error <= rtol)) else None
+
+
+def _check_has_float64(x: Array) -> None:
+    if wide_dtype(x) != array_namespace(x).float64:
+        raise Float64Needed
 
 
 def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
-    """Return the damping of each block in float64, shape ``(n,)``, on the device of the chunks."""
-    xp = array_namespace(chunks[0])
+    """Return the damping of each block in the widest dtype, shape ``(n,)``, on the device of the chunks."""
     # computed from a chunk, because new arrays would need the device by name
     first = chunks[0][:, 0, 0]
-    return xp.zeros_like(first, dtype=xp.float64) + damping
+    return array_namespace(first).zeros_like(first, dtype=wide_dtype(first)) + damping
 
 
 def _least_damping(chunks: Sequence[Array]) -> float:
@@ -521,18 +494,67 @@ def _cache_columns(chunk: Array) -> list[Array]:
     return split_columns(chunk, -(-width // at_once))
 
 
+def _bounds(chunks: Sequence[Array]) -> list[tuple[int, int]]:
+    """Return the first and one past the last column of each chunk."""
+    ends = list(itertools.accumulate((int(chunk.shape[-1]) for chunk in chunks), initial=0))
+    return list(itertools.pairwise(ends))
+
+
+def _is_column(columns: Array, start: int, stop: int) -> Array:
+    """Return which of the columns from ``start`` to ``stop`` each of ``columns`` is, shape ``(n, k, stop - start)``."""
+    return columns[:, :, None] == _range(columns, stop - start)[None, None, :] + start
+
+
+def _take_columns(chunk: Array, columns: Array, start: int, stop: int) -> Array:
+    """Return some columns of a chunk, shape ``(n, m, k)``; zero where another chunk has them."""
+    xp = array_namespace(chunk)
+    is_inside = (columns >= start) & (columns < stop)
+    indices = xp.where(is_inside, columns - start, xp.zeros_like(columns))[:, None, :]
+    taken = xp.take_along_axis(chunk, xp.broadcast_to(indices, (*chunk.shape[:2], indices.shape[-1])), axis=-1)
+    return xp.where(is_inside[:, None, :], taken, xp.zeros_like(taken))
+
+
+def _signs(like: Array, count: int) -> Array:
+    """Return ``count`` vectors of signs that look random, shape ``(1, k, count)`` for ``like`` of shape ``(n, k)``."""
+    xp = array_namespace(like)
+    rows = _range(like, like.shape[-1])[:, None] + 1
+    columns = _range(like, count)[None, :] + 1
+    # a generator of numbers in sequence would need the device by name
+    hashed = (rows * 2654435761 + columns * 40503 + rows * rows * columns * 97) % 4294967296
+    bits = (hashed * 2246822519 % 4294967296) // 65536 % 2
+    return xp.asarray(1 - 2 * bits, dtype=like.dtype)[None, :, :]
+
+
+def _range(like: Array, count: int) -> Array:
+    """Return ``0 .. count - 1`` on the device of an array of at least one entry."""
+    xp = array_namespace(like)
+    ones = xp.ones_like(xp.broadcast_to(xp.reshape(like, (-1,))[:1], (count,)), dtype=xp.int64)
+    return xp.cumulative_sum(ones) - 1
+
+
 def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
-    total = None
+    total = norms = None
     # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
         for product in map_on_threads(lower_gram, split_for_threads(chunk)):
             total = product if total is None else total + product
+        squares = _row_sums_of_squares(chunk)
+        norms = squares if norms is None else norms + squares
+    # a product adds squares one by one, so that many small ones are lost: the diagonal is systematically too small
+    set_diagonals(total, norms)
     return total
+
+
+def _row_sums_of_squares(x: Array) -> Array:
+    """Return the sums of squares over the columns of ``x`` of shape ``(n, rows, columns)``; shape ``(n, rows)``."""
+    if runs_on_cpu(x):
+        return (x[:, :, None, :] @ x[:, :, :, None])[..., 0, 0]  # dot products need no array of squares
+    return array_namespace(x).sum(x * x, axis=-1)
 
 
 def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:
     gradients = _concat(list(chunks), axis=-1)
-    product = matmul(array_namespace(gradients).matrix_transpose(gradients), gradients)
+    product = lower_gram(array_namespace(gradients).matrix_transpose(gradients))
     product /= gradients.shape[-2]
     return product
 
@@ -556,27 +578,6 @@ def _columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
     dtype = coefficients.dtype
     products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=dtype)), coefficients) for chunk in chunks]
     return _concat(products, axis=-2)
-
-
-def _select(arrays: Sequence[Array], mask: Array) -> list[Array]:
-    """Return the blocks of each array where the mask is true."""
-    xp = array_namespace(mask)
-    indices = xp.nonzero(mask)[0]
-    return [xp.take(array, indices, axis=0) for array in arrays]
-
-
-def _select_blocks(chunks: Sequence[Array], damping: Array, mask: Array) -> tuple[list[Array], Array]:
-    *selected, dampings = _select([*chunks, damping], mask)
-    return selected, dampings
-
-
-def _merge(mask: Array, others: Array, selected: Array) -> Array:
-    """Return ``others`` with its blocks where ``mask`` is true replaced, in order, by those of ``selected``."""
-    xp = array_namespace(mask)
-    # by index, because the array API standard has no assignment through a mask
-    rank = xp.cumulative_sum(xp.astype(mask, xp.int64)) - 1
-    ordinal = xp.cumulative_sum(xp.ones_like(rank)) - 1
-    return xp.take(xp.concat([others, selected], axis=0), xp.where(mask, others.shape[0] + rank, ordinal), axis=0)
 
 
 def _concat(arrays: list[Array], axis: int) -> Array:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ __all__ = [
     "runs_on_cpu",
     "saliency",
     "small_factors",
+    "wide_dtype",
 ]
 
 GRAM_PANEL = 256
@@ -84,6 +85,16 @@ def small_factors(like: Array) -> SmallFactors:
 def runs_on_cpu(x: Array) -> bool:
     """Return whether the library computes on the CPU, where work is faster in pieces that fit the cache."""
     return _kernels_for(x).run_on_cpu
+
+
+def wide_dtype(x: Array) -> Any:
+    """Return the most precise floating-point dtype on the device of ``x``: float64, or float32 if it has no float64.
+
+    Example:
+        >>> wide_dtype(np.zeros(1, np.float32)) == np.float64
+        True
+    """
+    return _kernels_for(x).wide_dtype(x)
 
 
 class SmallFactors(Protocol):
@@ -167,6 +178,10 @@ def _portable_saliency(weights: Array, inverse_diagonal: Array) -> Array:
     return weights * weights / (2 * inverse_diagonal)
 
 
+def _float64(x: Array) -> Any:
+    return array_namespace(x).float64
+
+
 @dataclass(frozen=True)
 class _Kernels:
     """The form that a library uses of each kernel of this module; portable if it has none of its own."""
@@ -177,6 +192,7 @@ class _Kernels:
     saliency: Callable[[Array, Array], Array] = _portable_saliency
     small_factors: Callable[[Array], SmallFactors] = _BorderedFactors
     run_on_cpu: bool = False
+    wide_dtype: Callable[[Array], Any] = _float64
 
 
 def _numpy_kernels() -> _Kernels:

@@ -88,7 +88,7 @@ def independent_update(
         for blocks in cache_slices(chunks):
             selected, factored = [chunk[blocks, :, :] for chunk in chunks], factor.select_blocks(blocks)
             change = -factored.apply(selected, right[blocks, :, None])[..., 0]
-            yield _Update(blocks, selected, change, factored.in_float64 is not False)
+            yield _Update(blocks, selected, change, factored.in_float64)
 
     return _change(fisher, weights, newly_pruned, updates)
 
@@ -117,8 +117,8 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
             selected = [chunk[blocks, :, :] for chunk in chunks]
             # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
             restricted = _zero_columns(selected, mask[blocks, :])
-            factored, _ = evaluate(restricted, damping[blocks])
-            in_float64 = factored.in_float64 is not False
+            factored, _ = evaluate(restricted, damping[blocks], fisher.rtol)
+            in_float64 = factored.in_float64
             rows = gradients_times(selected, _in_precision(pruned[blocks, :], in_float64))
             yield _Update(blocks, selected, factored.apply_to_rows(restricted, rows), in_float64)
 
@@ -127,7 +127,7 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
 
 @dataclass(frozen=True)
 class _Update:
-    """The change of the remaining weights of some blocks of a group, and whether any of these needs float64."""
+    """The change of the remaining weights of some blocks of a group, and whether these need float64."""
 
     blocks: slice
     chunks: list[Array]
@@ -150,14 +150,15 @@ def _change(
         pruned = fisher.take(newly_pruned, index, device)
         negated = -fisher.take(weights, index, device)
         damping = fisher.damping(index, device)
-        changes = []
+        changes, increase = [], 0.0
         for update in updates(index, device, chunks):
             of_remaining = xp.asarray(update.change, dtype=negated.dtype)
             change = xp.where(pruned[update.blocks, :], negated[update.blocks, :], of_remaining)
             precise = _in_precision(change, update.in_float64)
             quadratic = fisher_quadratic(update.chunks, precise, damping[update.blocks])
-            increases[index] += float(xp.sum(quadratic))
+            increase += float(xp.sum(quadratic))
             changes.append(change)
+        increases[index] = increase
         fisher.put(out, index, device, changes[0] if len(changes) == 1 else xp.concat(changes, axis=0))
 
     # F is block-diagonal: groups without newly pruned weights do not change

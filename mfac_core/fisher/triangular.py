@@ -16,7 +16,7 @@ import math
 from mfac_core.backends import Array, array_namespace
 from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, matmul, small_factors
 
-__all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals"]
+__all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals", "set_diagonals"]
 
 PANEL = 128
 """Rows that are solved at once, by the explicit inverse of their diagonal panel."""
@@ -168,6 +168,13 @@ def diagonals(matrices: Array) -> Array:
     count, size = matrices.shape[:2]
     # by stride: the array API standard has a diagonal only in its extension for linear algebra
     return xp.reshape(matrices, (count, size * size))[:, :: size + 1]
+
+
+def set_diagonals(matrices: Array, values: Array) -> None:
+    """Set the diagonals of a batch of square matrices in contiguous memory to ``values`` of shape ``(n, k)``."""
+    count, size = values.shape
+    flat = array_namespace(matrices).reshape(matrices, (count, size * size), copy=False)
+    flat[:, :: size + 1] = values
 
 
 def _inverse_factor(matrices: Array, shift: Array | float, small: SmallFactors) -> tuple[Array, Array]:

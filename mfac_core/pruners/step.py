@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
@@ -13,6 +13,10 @@ from mfac_core.fisher.obs import independent_update, joint_update, saliency
 from mfac_core.settings.checks import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
+
+RTOL = 1e-3
+"""Largest relative error of the inverse diagonal: only saliencies this close to the threshold can end up on its other
+side, and the choice of the gradient samples changes them far more."""
 
 Selection = Callable[[Array], Array]
 """Chooses the newly pruned weights by the saliencies of the unpruned ones: a boolean array on the same device."""
@@ -90,7 +94,8 @@ def mfac_step(
         update: ``independent`` or ``joint``.
         devices: Where the blocks are computed.
     """
-    fisher = BlockwiseFisher(source, damping=damping, devices=devices, retain="never" if update == "joint" else "once")
+    retain: Literal["never", "once"] = "never" if update == "joint" else "once"
+    fisher = BlockwiseFisher(source, damping=damping, devices=devices, rtol=RTOL, retain=retain)
     compute_device, weights_device = fisher.home, device_of(weights)
     with compute_device.backend.on(compute_device.name):
         working = compute_device.asarray(weights_device.move(weights, compute_device), source.dtype)
