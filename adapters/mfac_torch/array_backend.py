@@ -232,7 +232,7 @@ class _Copies:
         self._device = device
         self._streams = streams
         self._work = streams.current_stream()
-        self._in_progress: deque[tuple[Any, list[torch.Tensor]]] = deque()
+        self._in_progress: deque[Any] = deque()
         self._waited_for: set[str] = set()
         self._wait_for_writers(device)
 
@@ -240,7 +240,7 @@ class _Copies:
         """Start the copies of a load; return its arrays, and the event that its copies are done."""
         # two loads at most, so that the host does not run ahead and take page-locked memory for all of them
         while len(self._in_progress) > 1:
-            self._in_progress.popleft()[0].synchronize()
+            self._in_progress.popleft().synchronize()
         arrays, sources, targets = [], [], []
         for x in load():
             source = x if isinstance(x, torch.Tensor) else _in_page_locked_memory(x)
@@ -257,9 +257,9 @@ class _Copies:
         self.queue.wait_event(self._work.record_event())
         with self._streams.stream(self.queue):
             for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)
+                target.copy_(source, non_blocking=True)  # torch keeps page-locked sources until this is done
         copied = self.queue.record_event()
-        self._in_progress.append((copied, sources))
+        self._in_progress.append(copied)
         return arrays, copied
 
     def lend(self, arrays: list[torch.Tensor], copied: Any) -> Iterator[list[torch.Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 
@@ -41,4 +43,18 @@ def _runs_on_cpu(x: torch.Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-KERNELS = Kernels(small_factors=_SmallFactors, kth_smallest=_kth_smallest, run_on_cpu=_runs_on_cpu)
+def _wide_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if _has_float64(x.device) else torch.float32
+
+
+@cache
+def _has_float64(device: torch.device) -> bool:
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
+
+
+KERNELS = Kernels(
+    small_factors=_SmallFactors, kth_smallest=_kth_smallest, run_on_cpu=_runs_on_cpu, wide_dtype=_wide_dtype
+)
+"""Other products and sums are portable: each is one call of torch already."""
