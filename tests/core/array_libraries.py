@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from mfac_core.backends import Array, Device, array_library, device_of, lookup, resolve_device
+from mfac_core.backends.numpy_backend import NumpyBackend
+from tests.core.strict_backend import NAMES as STRICT_NAMES
 from tests.core.strict_backend import StrictBackend
 
 NAMES = (
@@ -61,6 +63,7 @@ def array_library_named(name: str, monkeypatch: pytest.MonkeyPatch) -> ArrayLibr
         pytest.importorskip("torch")
         pytest.importorskip("mfac_torch")
     if first == "array_api_strict":
-        backend = StrictBackend(free_bytes=2**30, group_bytes=2**14)
+        speeds = dict.fromkeys(STRICT_NAMES, NumpyBackend().speed("cpu"))
+        backend = StrictBackend(free_bytes=2**30, group_bytes=500, speeds=speeds)
         monkeypatch.setattr(lookup, "_registered", {**lookup._registered, backend.name: backend})
     return ArrayLibrary(resolve_device(name))

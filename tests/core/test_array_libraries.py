@@ -130,9 +130,9 @@ def test_a_window_keeps_the_most_recent_rows(library, block_size, dtype):
         there.push(library.array(row[:6]), library.array(row[6:]))
     assert there.count == 4
     np.testing.assert_array_equal(there.to_rows(), here.to_rows())
-    for group, same in zip(there.stored_groups, here.stored_groups, strict=True):
-        for chunk, expected in zip(there.chunks(group), here.chunks(same), strict=True):
-            np.testing.assert_array_equal(library.numpy(chunk), expected)
+    chunks = [library.numpy(chunk) for group in there.stored_groups for chunk in there.chunks(group)]
+    columns = [chunk.swapaxes(0, 1).reshape(4, -1) for chunk in chunks]
+    np.testing.assert_array_equal(np.concatenate(columns, axis=1), here.to_rows())
     kept = np.arange(20) % 3 > 0
     for more in (2, 4, 6):
         np.testing.assert_array_equal(there.rebuilt(kept, more).to_rows(), here.rebuilt(kept, more).to_rows())
@@ -285,6 +285,22 @@ def test_prune(library, where, update, m, block_size, dtype):
     np.testing.assert_array_equal(library.numpy(given_rows), rows)
     for name in weights:
         np.testing.assert_array_equal(library.numpy(given[name]), weights[name])
+
+
+@pytest.mark.parametrize("update", ["joint", "independent"])
+@pytest.mark.parametrize("host_first", [True, False])
+def test_a_device_of_the_library_and_the_host_share_the_work(library, update, host_first):
+    if library.device.name == "cpu":
+        pytest.skip("the library has no device besides the host")
+    weights, rows = weights_in(), matrices(6, NUM_WEIGHTS, dtype=np.float32)
+    devices = ("cpu", library.device)[:: 1 if host_first else -1]
+    options = dict(sparsity=0.5, block_size=4, update=update, num_recomputations=1)
+    expected = mfac_core.prune(weights, rows, **options)
+    same_result(library, mfac_core.prune(library.arrays(weights), rows, **options, devices=devices), expected)
+    here, there = (mfac_core.inverse_fisher(rows, block_size=4, devices=each) for each in ("cpu", devices))
+    assert all(there._fisher._assigned.values())
+    np.testing.assert_allclose(there.diagonal(), here.diagonal(), rtol=1e-4)
+    np.testing.assert_allclose(there.apply(rows[0]), here.apply(rows[0]), rtol=1e-3, atol=1e-3)
 
 
 @WHERE

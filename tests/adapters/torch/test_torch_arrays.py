@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import mfac_core
 import mfac_torch  # noqa: F401 - registers tensors as arrays
-from mfac_core.backends import check_float, device_of, numpy_dtype, resolve_device
+from mfac_core.backends import check_float, device_of, lookup, numpy_dtype, resolve_device
+from mfac_core.fisher import kernels
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.masks.selection import least_salient
 from mfac_core.session.layer_sensitivity import stacked_rows
+from mfac_torch.array_kernels import KERNELS
+from tests.adapters.torch.virtual_gpus import VirtualGpus
 
 DEVICES = pytest.mark.parametrize("devices", ["cpu", "torch:cpu"])
 SHAPES = {"a": (5, 8), "b": (12,)}
@@ -208,3 +215,89 @@ def test_rows_of_tensors_are_stacked():
     stacked = stacked_rows(rows, 3)
     assert type(stacked["a"]) is torch.Tensor
     np.testing.assert_array_equal(stacked["a"].numpy(), np.stack([random(2, 3).numpy() * factor for factor in (1, 2)]))
+
+
+# --- devices without float64, such as Apple's MPS
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Refuses every operation whose result is float64, as MPS does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)):
+            raise TypeError(f"{func} has a float64 result, and this device has no float64")
+        return result
+
+
+@pytest.fixture
+def without_float64(monkeypatch):
+    monkeypatch.setitem(kernels._LIBRARIES, "torch", lambda: replace(KERNELS, wide_dtype=lambda x: torch.float32))
+    kernels._load.cache_clear()
+    monkeypatch.setitem(lookup._registered, "torch", VirtualGpus())
+    with WithoutFloat64():
+        yield
+    kernels._load.cache_clear()
+
+
+def hard(m, d):
+    """Return gradients whose scales are spread over six decades, with duplicated rows: float32 is not enough."""
+    rows = np.random.default_rng(m).standard_normal((m, d)) * np.logspace(-3, 3, d)
+    rows[m // 2 :] = rows[: m - m // 2]
+    return rows.astype(np.float32)
+
+
+ROWS = pytest.mark.parametrize("rows", [random(9, 60).numpy(), random(40, 60).numpy(), hard(9, 60), hard(40, 60)])
+
+
+def test_the_refusal_of_float64_can_fail(without_float64):
+    with pytest.raises(TypeError, match="this device has no float64"):
+        random(3).double()
+
+
+@ROWS
+@pytest.mark.parametrize("damping", ["auto", 1e-3, 1e-6])
+@pytest.mark.parametrize("block_size", [20, None])
+def test_the_inverse_fisher_where_there_is_no_float64(without_float64, rows, damping, block_size, caplog):
+    caplog.set_level("INFO", "mfac_core")
+    options = dict(block_size=block_size, damping=damping)
+    expected = mfac_core.inverse_fisher(rows, **options)
+    found = mfac_core.inverse_fisher(torch.from_numpy(rows), **options, devices="cuda:0")
+    np.testing.assert_allclose(found.diagonal().numpy(), expected.diagonal(), rtol=3e-5)
+    x = random(60)
+    product = expected.apply(x.numpy())
+    for _ in range(2):
+        np.testing.assert_allclose(found.apply(x).numpy(), product, rtol=0, atol=1e-3 * np.abs(product).max())
+    assert caplog.text.count("cuda:0 has no float64: products are computed on the host") == 1
+    assert caplog.text.count("cuda:0 has no float64: blocks that need it are computed on the host") <= 1
+
+
+@ROWS
+@pytest.mark.parametrize("update", ["joint", "independent"])
+@pytest.mark.parametrize("damping", ["auto", 1e-3])
+def test_pruning_where_there_is_no_float64(without_float64, rows, update, damping):
+    weights, given = random(60), torch.from_numpy(rows)
+    options = dict(sparsity=0.5, update=update, damping=damping, block_size=20, num_recomputations=1)
+    expected = mfac_core.prune(weights.numpy(), rows, **options)
+    found = mfac_core.prune(weights, given, **options, devices="cuda:0")
+    np.testing.assert_array_equal(found.masks.numpy(), expected.masks)
+    scale = np.abs(expected.weights).max()
+    np.testing.assert_allclose(found.weights.numpy(), expected.weights, rtol=0, atol=1e-2 * scale)
+
+
+def test_a_run_where_there_is_no_float64(without_float64):
+    def train(place, devices):
+        weights = {name: place(random(*shape)) for name, shape in SHAPES.items()}
+        settings = mfac_core.MFACSettings(**RUN, num_gradients=4, devices=(devices,), gradients_device=devices)
+        pruner = mfac_core.make_pruner(settings, weights, steps_per_epoch=4)
+        for step in range(12):
+            if pruner.needs_gradients(step):
+                gradients = {name: (random(*shape) * step).sin() for name, shape in SHAPES.items()}
+                pruner.observe({name: place(gradient) for name, gradient in gradients.items()})
+            while pruner.is_due(step + 1):
+                weights = pruner.prune(weights, step + 1).weights
+        return pruner.masks
+
+    expected, found = train(lambda tensor: tensor.numpy(), "cpu"), train(lambda tensor: tensor, "cuda:0")
+    for name, mask in expected.items():
+        np.testing.assert_array_equal(found[name], mask)

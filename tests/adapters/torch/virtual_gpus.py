@@ -14,28 +14,37 @@ from mfac_core.backends import Array
 from mfac_torch.array_backend import TorchBackend
 
 
-class OnSecondGpu(torch.Tensor):
-    """A tensor on ``cuda:1``; plain tensors are on ``cuda:0``. Like real GPUs, the two refuse to compute together."""
+class OnGpu(torch.Tensor):
+    """A tensor that the backend has placed on a GPU. Like those of real GPUs, tensors of both do not mix."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if not all(isinstance(x, OnSecondGpu) for x in tensors):
+        if {OnFirstGpu, OnSecondGpu} <= set(types):
             raise RuntimeError("Expected all tensors to be on the same device, but found cuda:0 and cuda:1")
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class OnFirstGpu(OnGpu):
+    """A tensor on ``cuda:0``, where those of a model are, too."""
+
+
+class OnSecondGpu(OnGpu):
+    """A tensor on ``cuda:1``."""
 
 
 class VirtualGpus(TorchBackend):
     """The backend of ``cuda:0`` and ``cuda:1``, which do not exist.
 
     Attributes:
-        to_host: Shape of each tensor that was copied to host memory.
-        to_gpus: Device and shape of each NumPy array that was copied to a GPU.
+        to_host: dtype and size of each tensor that was copied to host memory.
+        to_gpus: dtype and size of each NumPy array that was copied to a GPU.
+        worked: The names of the GPUs that have read groups of blocks.
     """
 
     def __init__(self) -> None:
-        self.to_host: list[tuple[int, ...]] = []
-        self.to_gpus: list[tuple[str, tuple[int, ...]]] = []
+        self.to_host: list[tuple[np.dtype[Any], int]] = []
+        self.to_gpus: list[tuple[np.dtype[Any], int]] = []
+        self.worked: set[str] = set()
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu", "cuda:0", "cuda:1")
@@ -46,18 +55,20 @@ class VirtualGpus(TorchBackend):
     def asarray(self, x: Array, device: str, dtype: Any = None) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
             tensor = super().asarray(x, self.device_of(x), dtype)
-            return tensor if self.device_of(tensor) == device else self._placed(_plain(tensor).clone(), device)
-        self.to_gpus.append((device, x.shape))
-        return self._placed(torch.from_numpy(np.array(x, dtype, order="C")), device)
+            return tensor if self.device_of(tensor) == device else _placed(_plain(tensor).clone(), device)
+        array = np.array(x, dtype, order="C")
+        self.to_gpus.append((array.dtype, array.size))
+        return _placed(torch.from_numpy(array), device)
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> torch.Tensor:
-        return self._placed(super().zeros(shape, "cpu", dtype), device)
+        return _placed(super().zeros(shape, "cpu", dtype), device)
 
     def to_numpy(self, x: Array) -> npt.NDArray[Any]:
         if isinstance(x, np.ndarray):
             return x
-        self.to_host.append(tuple(x.shape))
-        return _plain(x.detach()).numpy().copy()
+        array = _plain(x.detach()).numpy().copy()
+        self.to_host.append((array.dtype, array.size))
+        return array
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:
         array = self.to_numpy(x)
@@ -65,6 +76,7 @@ class VirtualGpus(TorchBackend):
 
     def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         for load in loaders:
+            self.worked.add(device)
             yield [self.asarray(x, device) for x in load()]
 
     def on(self, device: str) -> AbstractContextManager[None]:
@@ -82,8 +94,9 @@ class VirtualGpus(TorchBackend):
     def synchronize(self, device: str) -> None:
         pass
 
-    def _placed(self, tensor: torch.Tensor, device: str) -> torch.Tensor:
-        return tensor.as_subclass(OnSecondGpu) if device == "cuda:1" else tensor
+
+def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    return tensor.as_subclass(OnSecondGpu if device == "cuda:1" else OnFirstGpu)
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
