@@ -79,6 +79,19 @@ def test_a_gradient_may_be_overwritten_once_it_is_observed(gpus):
     assert manager.state_dict()["prunings"][0]["window"]["rows"].tolist() == [[3, 3, 3, 3]]
 
 
+def test_a_model_that_moves_to_a_gpu_after_modify_is_pruned_as_before(task, gpus, monkeypatch):
+    monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: True)
+    expected = trained(task)
+    model = task.model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    manager = ScheduledModifierManager.from_yaml(task.recipe())
+    optimizer = manager.modify(model, optimizer, task.steps_per_epoch)
+    task.train(model, optimizer, stop=7)
+    monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+    task.train(model, optimizer, start=7)
+    assert_same((model, optimizer, manager), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_every_precision_are_pruned_on_their_gpu(task, request, dtype):
     def pruned():
