@@ -24,7 +24,6 @@ __all__ = [
     "matmul",
     "register",
     "runs_on_cpu",
-    "saliency",
     "small_factors",
     "wide_dtype",
 ]
@@ -65,16 +64,6 @@ def column_sums_of_squares(x: Array) -> Array:
         array([[10., 20.]])
     """
     return _kernels_for(x).column_sums_of_squares(x)
-
-
-def saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    """Return ``w^2 / (2 [F^-1]_qq)`` of each weight.
-
-    Example:
-        >>> saliency(np.array([2.0, 1.0]), np.array([0.5, 0.25]))
-        array([4., 2.])
-    """
-    return _kernels_for(weights).saliency(weights, inverse_diagonal)
 
 
 def kth_smallest(x: Array, k: int) -> Array:
@@ -190,10 +179,6 @@ def _portable_column_sums_of_squares(x: Array) -> Array:
     return array_namespace(x).sum(x * x, axis=-2)
 
 
-def _portable_saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    return weights * weights / (2 * inverse_diagonal)
-
-
 def _portable_kth_smallest(x: Array, k: int) -> Array:
     return array_namespace(x).sort(x)[k]
 
@@ -209,7 +194,6 @@ class Kernels:
     matmul: Callable[[Array, Array], Array] = operator.matmul
     lower_gram: Callable[[Array], Array] = _portable_lower_gram
     column_sums_of_squares: Callable[[Array], Array] = _portable_column_sums_of_squares
-    saliency: Callable[[Array, Array], Array] = _portable_saliency
     kth_smallest: Callable[[Array, int], Array] = _portable_kth_smallest
     small_factors: Callable[[Array], SmallFactors] = _BorderedFactors
     run_on_cpu: Callable[[Array], bool] = lambda x: False

@@ -31,7 +31,7 @@ class GradientMatrix:
         for array in arrays:
             check_float("gradients", array)
         self._device = device_of(arrays[0])
-        self._arrays = [self._device.asarray(array) for array in arrays]
+        self._arrays = list(arrays)
         self._starts = np.concatenate([[0], np.cumsum([array.shape[1] for array in arrays])])
         self._indices = None if mask is None or bool(mask.all()) else np.flatnonzero(mask)
         self.dtype = numpy_dtype(arrays[0])

@@ -14,13 +14,16 @@ import argparse
 import copy
 import gc
 import itertools
+import logging
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,8 +60,8 @@ COLUMNS = (
 )  # fmt: skip
 LEGEND = f"""\
 * *window*: where the gradients are, and their size in GiB; the devices of a row read the same window
-* *step*: seconds, median of {REPEATS} after a warm-up, the devices taking turns; *spread*: longest minus shortest;
-  *ratio*: step over that of the first device, median of the rounds
+* *step*: seconds, median of {REPEATS} rounds (fewer if time runs out) after a warm-up, the devices in turn; *spread*:
+  longest minus shortest; *ratio*: step over that of the first device, median of the rounds
 * *diagonal*, *mask*, *update*: seconds of these parts of a step
 * *floor ratio*: step over the time of `2 m min(m, B) d` operations at the rate of the device's matrix product
 * *memory*: peak memory of the step on the GPU, beyond the window, in GiB
@@ -84,19 +87,36 @@ def main() -> None:
         parser.error(f"{error}; this script measures an NVIDIA GPU, or what --devices names")
     has_gpu = any(map(is_gpu, devices))
     report = Report(arguments.output or (OUTPUT if has_gpu else None))
-    report.add(
-        *heading(devices), outcome_of_tests(deadline) if has_gpu else "Without a GPU, its tests are not run.", ""
-    )
+    report.add(*heading(devices))
+    report.add(outcome_of_tests(deadline) if has_gpu else "Without a GPU, its tests are not run.", "")
     rates = {label(device): product_rate(device) for device in {resolve_device("cpu"): None, **dict.fromkeys(devices)}}
     report.add(*(f"* matrix product of {each}: {rate / 1e12:.3g} TFLOP/s in float32" for each, rate in rates.items()))
     report.add(LEGEND, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS))
     shapes = [Shape(arguments.weights, m, place) for place in ("device", "host") for m in arguments.rows]
     # the masks of all devices beside those of the CPU, on a hundredth of the weights
     small = [Shape(arguments.weights // 100, m, "host") for m in arguments.rows]
-    for shape in small + shapes:
-        measured = list(dict.fromkeys([resolve_device("cpu"), *devices])) if shape in small else devices
-        start = f"| {shape.d:,} | {shape.m} | {shape.place} | {shape.num_bytes / GIB:.1f} | "
-        report.add(*(f"{start}{row} |" for row in rows_of(shape, measured, rates, deadline)))
+    with logged_warnings() as warnings:
+        for shape in small + shapes:
+            measured = list(dict.fromkeys([resolve_device("cpu"), *devices])) if shape in small else devices
+            start = f"| {shape.d:,} | {shape.m} | {shape.place} | {shape.num_bytes / GIB:.1f} | "
+            report.add(*(f"{start}{row} |" for row in rows_of(shape, measured, rates, deadline)))
+    report.add("", f"Warnings while measuring: {'; '.join(warnings) or 'none'}.")
+
+
+@contextmanager
+def logged_warnings() -> Iterator[list[str]]:
+    """Collect what is logged, such as that page-locked memory is refused."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("mfac_core", "mfac_torch")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
 
 
 class Report:
@@ -176,18 +196,20 @@ def rows_of(shape: Shape, devices: list[Device], rates: dict[str, float], deadli
     if shape.num_bytes + room > free:
         return [f"skipped: it needs {(shape.num_bytes + room) / GIB:.1f} GiB, and {free / GIB:.1f} are free"]
     try:
-        return measure(shape, devices, rates)
+        return measure(shape, devices, rates, deadline)
     except Exception as error:  # must not end the other measurements
         message = str(error).partition("\n")[0].replace("|", "/")
         return [f"failed: {type(error).__name__}: {message[:200]}"]
 
 
-def measure(shape: Shape, devices: list[Device], rates: dict[str, float]) -> list[str]:
+def measure(shape: Shape, devices: list[Device], rates: dict[str, float], deadline: float) -> list[str]:
     window = filled_window(shape, devices)
     weights = np.random.default_rng(1).standard_normal(shape.d, dtype=np.float32)
     runs = [Run(device, seen_by(device, window), device.asarray(weights)) for device in devices]
     first_steps = [run.first_step() for run in runs]
-    rounds = [[timed(run.device, run.step)[0] for run in runs] for _ in range(REPEATS)]
+    rounds: list[list[float]] = []
+    while not rounds or (len(rounds) < REPEATS and time.monotonic() < deadline):
+        rounds.append([timed(run.device, run.step)[0] for run in runs])
     rows = []
     for i, run in enumerate(runs):
         steps = [seconds[i] for seconds in rounds]
@@ -298,7 +320,7 @@ def seen_by(device: Device, window: GradientWindow) -> GradientWindow:
 def release_memory() -> None:
     """Give all unused memory back, so that both libraries can take it."""
     gc.collect()
-    if "cupy" in sys.modules:
+    if "cupy" in sys.modules and sys.modules["cupy"].cuda.is_available():
         sys.modules["cupy"].get_default_memory_pool().free_all_blocks()
         sys.modules["cupy"].get_default_pinned_memory_pool().free_all_blocks()
     if "torch" in sys.modules:
@@ -345,12 +367,11 @@ def heading(devices: list[Device]) -> list[str]:
 def gpu_name(devices: list[Device]) -> str:
     if not any(map(is_gpu, devices)):
         return "the CPU alone, to check the script"
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        gpus = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
+    if shutil.which("nvidia-smi") is None:
         return "a GPU that nvidia-smi does not name"
-    return f"{len(gpus)} GPU(s), the first: {gpus[0]} (driver)"
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    gpus = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{len(gpus)} GPU(s): {'; '.join(dict.fromkeys(gpus))} (memory, driver)"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,9 @@ def test_it_measures_each_shape_on_each_device_and_writes_a_document(monkeypatch
         for m in ("4", "8")
         for device in ("numpy:cpu", "torch:cpu")
     ]
-    assert {row["differ"] for row in rows} == {"0"}
+    assert all(
+        int(row["differ"]) <= 1e-3 * int(row["d"].replace(",", "")) for row in rows
+    )  # rounding near the threshold
     assert all(float(row[part]) > 0 for row in rows for part in ("step", "diagonal", "mask", "update", "floor ratio"))
 
 
