@@ -276,7 +276,7 @@ class _Copies:
 
 
 class _FullPrecision:
-    """A context without TF32, which a training loop may have allowed; torch has only one setting for all threads."""
+    """A context without TF32, which a training loop may have allowed; torch has one setting for all threads."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -286,7 +286,7 @@ class _FullPrecision:
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._restore = _forbid_tf32()
+                self._restore = _forbid_rounding()
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -299,20 +299,29 @@ class _FullPrecision:
 _full_precision = _FullPrecision()
 
 
-def _forbid_tf32() -> Callable[[], None] | None:
-    """Forbid TF32 in products of matrices; return a function that restores the setting, None if it was forbidden."""
+def _forbid_rounding() -> Callable[[], None] | None:
+    """Forbid products of float32 in TF32 or bfloat16; return a function that allows them again, None if nothing did."""
+    # torch 2.9 has a second interface to the setting, which only that interface can read once it was used
+    settings: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    precisions = [(each, each.fp32_precision) for each in settings if hasattr(each, "fp32_precision")]
+    rounded = [(each, precision) for each, precision in precisions if precision in {"tf32", "bf16"}]
+    if precisions and not rounded:
+        return None
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
-        # torch 2.9 has a second interface to the setting, and the first refuses to work once the second was used
-        matmul = torch.backends.cuda.matmul
-        setting = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
-        return lambda: setattr(matmul, "fp32_precision", setting)
-    if before == "highest":
-        return None
-    torch.set_float32_matmul_precision("highest")
-    return lambda: torch.set_float32_matmul_precision(before)
+        before = "highest"
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+        return lambda: torch.set_float32_matmul_precision(before)
+    for each, _ in rounded:
+        each.fp32_precision = "ieee"
+
+    def allow() -> None:
+        for each, precision in rounded:
+            each.fp32_precision = precision
+
+    return allow
 
 
 def _with_streams(device: str) -> Any:

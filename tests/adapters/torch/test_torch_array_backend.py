@@ -100,14 +100,19 @@ def test_work_is_done_without_graph_half_precision_or_inference_tensors(backend)
     zeros += 1
 
 
-def precision_by(interface):
-    return torch.get_float32_matmul_precision() if interface == "old" else torch.backends.cuda.matmul.fp32_precision
+OLD = (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high", "highest")
 
 
-@pytest.mark.parametrize("interface", ["old", pytest.param("new", marks=pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="from torch 2.9 on"))])  # fmt: skip
-def test_tf32_is_off_while_any_thread_works_and_then_as_before(backend, interface):
-    allowed, exact = ("high", "highest") if interface == "old" else ("tf32", "ieee")
+def by_module(name):
+    module = getattr(torch.backends, name).matmul
+    return lambda: module.fp32_precision, lambda value: setattr(module, "fp32_precision", value)
+
+
+@pytest.mark.parametrize("interface", ["old", "cuda", "mkldnn"])
+def test_products_are_not_rounded_while_any_thread_works_and_then_as_before(backend, interface):
+    if interface != "old" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("from torch 2.9 on")
+    get, put, rounded, exact = OLD if interface == "old" else (*by_module(interface), "tf32", "ieee")
     inside, leave = threading.Event(), threading.Event()
 
     def work():
@@ -116,23 +121,29 @@ def test_tf32_is_off_while_any_thread_works_and_then_as_before(backend, interfac
             leave.wait(10)
 
     try:
-        if interface == "old":
-            torch.set_float32_matmul_precision(allowed)
-        else:
-            torch.backends.cuda.matmul.fp32_precision = allowed
+        put(rounded)
         worker = threading.Thread(target=work)
         with backend.on(CPU):
-            assert precision_by(interface) == exact
+            assert get() == exact
             worker.start()
             inside.wait(10)
-        assert precision_by(interface) == exact
+        assert get() == exact
         leave.set()
         worker.join()
-        assert precision_by(interface) == allowed
+        assert get() == rounded
     finally:
-        if interface == "new":
-            torch.backends.cuda.matmul.fp32_precision = "none"
+        if interface != "old":
+            put("none")
         torch.set_float32_matmul_precision("highest")
+
+
+def test_nothing_is_set_where_products_are_exact(backend, monkeypatch):
+    def refuse(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", refuse)
+    with backend.on(CPU):
+        pass
 
 
 # --- numbers of a device

@@ -190,10 +190,8 @@ def test_a_model_that_changes_its_dtype_after_modify_goes_on_being_pruned():
     assert model[0].weight.dtype == torch.float64
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torch")
 def test_a_model_that_moves_to_a_gpu_after_modify_goes_on_being_pruned():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 

@@ -58,7 +58,7 @@ class VirtualGpus(TorchBackend):
             return tensor if self.device_of(tensor) == device else _placed(_plain(tensor).clone(), device)
         array = np.array(x, dtype, order="C")
         self.to_gpus.append((array.dtype, array.size))
-        return _placed(torch.from_numpy(array), device)
+        return _placed(torch.from_numpy(array).clone(), device)
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> torch.Tensor:
         return _placed(super().zeros(shape, "cpu", dtype), device)
