@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_for_threads
-from mfac_core.fisher.kernels import column_sums_of_squares
+from mfac_core.fisher.kernels import Float64Needed, column_sums_of_squares, wide_dtype
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 
@@ -32,7 +32,7 @@ _Vector = npt.NDArray[np.float64]
 
 
 def mean_diagonals(chunks: Sequence[Array]) -> Array:
-    """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, float64.
+    """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, in the widest dtype.
 
     It is Inf or NaN if the gradients are not finite, or their squares overflow float64.
 
@@ -47,6 +47,8 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
         # in a smaller mean, squares may have underflowed, and a larger one has overflowed
         is_held = xp.isfinite(means) & (means >= float(limits.smallest_normal) / float(limits.eps))
         if chunks[0].dtype != xp.float64 and not bool(xp.all(is_held)):
+            if wide_dtype(chunks[0]) != xp.float64:
+                raise Float64Needed
             means = _mean_diagonals(chunks, xp.float64)
     return means
 
@@ -91,6 +93,6 @@ def _mean_diagonals(chunks: Sequence[Array], dtype: Any) -> Array:
     total = None
     for chunk in chunks:
         for sums in map_on_threads(column_sums_of_squares, split_for_threads(xp.asarray(chunk, dtype=dtype))):
-            block_sums = xp.sum(xp.asarray(sums, dtype=xp.float64), axis=-1)
+            block_sums = xp.sum(xp.asarray(sums, dtype=wide_dtype(sums)), axis=-1)
             total = block_sums if total is None else total + block_sums
     return total / (chunks[0].shape[-2] * sum(int(chunk.shape[-1]) for chunk in chunks))

@@ -13,6 +13,7 @@ import numpy as np
 from mfac_core.backends import Array, array_library, array_namespace
 
 __all__ = [
+    "Float64Needed",
     "SmallFactors",
     "column_sums_of_squares",
     "lower_gram",
@@ -95,6 +96,10 @@ def wide_dtype(x: Array) -> Any:
         True
     """
     return _kernels_for(x).wide_dtype(x)
+
+
+class Float64Needed(Exception):
+    """A computation needs float64, and the device of its arrays has none."""
 
 
 class SmallFactors(Protocol):

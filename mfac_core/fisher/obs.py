@@ -84,7 +84,7 @@ def independent_update(
         factor = fisher.factor(index, device, chunks)
         right = fisher.take(coefficients, index, device)
         # the diagonal is in units of `fisher.unit`, and the factor applies damping F^-1
-        right = right * xp.asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
+        right = right * array_namespace(right).asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
         for blocks in cache_slices(chunks):
             selected, factored = [chunk[blocks, :, :] for chunk in chunks], factor.select_blocks(blocks)
             change = -factored.apply(selected, right[blocks, :, None])[..., 0]
