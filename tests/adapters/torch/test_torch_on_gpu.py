@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfac_core import prune
-from mfac_core.backends import Device, device_of, resolve_device
+from mfac_core.backends import Device, device_of, lookup, resolve_device
+from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import DeviceError
 from mfac_core.fisher import kernels
 from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager, conversion, prune_one_shot
@@ -126,6 +127,13 @@ def test_plain_names_mean_the_devices_of_torch(task, gpus):
 
 
 def test_a_model_on_the_cpu_may_be_pruned_on_the_gpus_of_torch(task, gpus, monkeypatch):
+    class Other(NumpyBackend):  # of a library that names its GPUs as torch does, and comes first
+        name = "other"
+
+        def devices(self):
+            return ("cuda:0", "cuda:1")
+
+    monkeypatch.setattr(lookup, "_registered", {"other": Other(), "torch": gpus})
     monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: True)
     expected = trained(task)
     assert gpus.worked == set()
