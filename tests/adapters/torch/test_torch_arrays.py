@@ -87,6 +87,13 @@ def test_the_inverse_fisher_takes_tensors_of_a_graph(devices):
         assert_plain(found)
 
 
+def test_saliencies_have_no_graph():
+    weights = nn.Parameter(torch.tensor([2.0, 1.0]))
+    found = mfac_core.saliency(weights, torch.tensor([0.5, 0.25]).requires_grad_())
+    assert_plain(found)
+    assert found.tolist() == [4.0, 2.0]
+
+
 @DEVICES
 def test_a_run_with_parameters_and_their_gradients(devices):
     settings = mfac_core.MFACSettings(**RUN, num_gradients=4, devices=(devices,))
