@@ -277,6 +277,8 @@ class BlockwiseFisher:
             with ThreadPoolExecutor(len(jobs)) as pool:
                 for future in [pool.submit(self._work, task, device, queue) for device, queue in jobs]:
                     future.result()
+        # the workers of other devices may still be writing on the home device
+        self.home.backend.synchronize(self.home.name)
 
     def _work(self, task: Callable[[int, Device, list[Array]], None], device: Device, queue: deque[int]) -> None:
         # a backend loads groups ahead, so several may be taken from the queue before the first is worked on
