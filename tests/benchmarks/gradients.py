@@ -38,10 +38,11 @@ def realistic(m: int, d: int, seed: int) -> Iterator[np.ndarray]:
         yield size * scales * (mean + rng.standard_normal(d, dtype=np.float32))
 
 
-def of_network(name: str, m: int, seed: int) -> np.ndarray:
-    """Return ``m`` gradients of the weights of a network that is trained briefly on digits, shape ``(m, d)``, float32.
+def of_network(name: str, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of a network that is trained briefly on digits, and ``m`` of their gradients, float32.
 
-    Each is the gradient of the loss of one batch of training images, drawn with replacement.
+    Each row of the gradients, shape ``(m, d)``, is that of the loss of one batch of training images, drawn with
+    replacement.
     """
     torch.manual_seed(seed)
     network = NETWORKS[name]()
@@ -59,7 +60,7 @@ def of_network(name: str, m: int, seed: int) -> np.ndarray:
         batch = torch.randint(len(images), (BATCH,))
         loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
         torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)], out=torch.from_numpy(row))
-    return out
+    return torch.cat([weight.detach().flatten() for weight in weights]).numpy(), out
 
 
 def _convolutional() -> nn.Module:
