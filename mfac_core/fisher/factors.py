@@ -55,7 +55,7 @@ BOUND_FACTOR = 64
 SAFETY = 8
 """The largest error over that predicted from the columns measured."""
 
-PROBES = 8
+PROBES = 16
 """Random vectors that measure by how much rounding is amplified in each column."""
 
 MEASURED = 8
@@ -269,23 +269,28 @@ class _DualFactor:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
         xp = array_namespace(remainder)
         epsilon = float(xp.finfo(self.dtype).eps)
-        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal))
-        amplified, positive = xp.maximum(self._amplified(chunks), tiny), xp.maximum(remainder, tiny)
+        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / epsilon)
+        positive = xp.maximum(remainder, tiny)
+        amplified = xp.maximum(_with_solve(self._amplified(chunks), 1 - remainder), tiny)
         worst = xp.argsort(-amplified / positive, axis=-1)[:, : min(MEASURED, remainder.shape[-1])]
-        exact, _ = self._accurately(chunks, worst)
+        exact, corrections, exactly_amplified = self._accurately(chunks, worst, corrected=True)
         errors = xp.abs(xp.take_along_axis(remainder, worst, axis=-1) - exact)
-        factor = xp.max(errors / xp.take_along_axis(amplified, worst, axis=-1), axis=-1, keepdims=True)
+        # not by their estimated amplification, which is too large just where it is the largest
+        relative = _with_solve(exactly_amplified, 1 - exact)
+        factor = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
         factor = SAFETY * xp.maximum(factor, xp.full_like(factor, epsilon))
         estimate = (factor * amplified + 8 * epsilon * (1 - remainder)) / positive
         is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
         count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
         if not count:
             return remainder, xp.max(estimate, axis=-1)
-        most = remainder.shape[-1] if self.in_float64 else self.norms.shape[-1] // 2
-        if count > most:
-            return remainder, xp.full_like(estimate[:, 0], float("inf"))
+        if count > self.norms.shape[-1] and not self.in_float64:
+            return remainder, xp.full_like(estimate[:, 0], float("inf"))  # float64 is faster
         order = xp.argsort(xp.where(is_accurate, -estimate, xp.full_like(estimate, -float("inf"))), axis=-1)
-        exact, error = self._accurately(chunks, order[:, :count])
+        most = SAFETY * xp.max(corrections, axis=-1, keepdims=True)
+        corrected = self.in_float64 or not bool(xp.all(most <= rtol / 2))
+        exact, error, _ = self._accurately(chunks, order[:, :count], corrected=corrected)
+        error = error if corrected else error + most
         rest = order[:, count:]
         error = _concat([error, xp.take_along_axis(estimate, rest, axis=-1)], axis=-1)
         values = _concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
@@ -299,18 +304,19 @@ class _DualFactor:
         products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
         return _concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
-    def _accurately(self, chunks: Sequence[Array], columns: Array) -> tuple[Array, Array]:
-        """Return some entries of ``damping diag(F^-1)`` by the form that does not cancel, and their relative errors.
+    def _accurately(self, chunks: Sequence[Array], columns: Array, *, corrected: bool) -> tuple[Array, Array, Array]:
+        """Return some entries by the form that does not cancel, their relative errors, and ``sum_i S_ii y_i^2``.
 
         Args:
             chunks: Gradients.
             columns: Which entries of each block, shape ``(n, k)``.
+            corrected: Whether the error of the second order is subtracted and counted; it doubles the time.
         """
         xp = array_namespace(self.norms)
         bounds = _bounds(chunks)
         gradients = None
         for chunk, (start, stop) in zip(chunks, bounds, strict=True):
-            found = _take_columns(xp.asarray(chunk, dtype=self.dtype), columns, start, stop)
+            found = xp.asarray(_take_columns(chunk, columns, start, stop), dtype=self.dtype)
             gradients = found if gradients is None else gradients + found
         shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
         solved = self._solve(gradients)
@@ -322,12 +328,15 @@ class _DualFactor:
             left = matmul(rows, converted)
             left -= xp.asarray(_is_column(columns, start, stop), dtype=self.dtype)
             values = values + xp.sum(left * left, axis=-1)
-            residual = residual - matmul(left, xp.matrix_transpose(converted))
-        remaining = self.lower.solve(_concat([xp.matrix_transpose(residual)], axis=0))
-        correction = xp.sum(remaining * remaining, axis=-2)
+            if corrected:
+                residual = residual - matmul(left, xp.matrix_transpose(converted))
         amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
         rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
-        return values - correction, correction / values + rounding
+        if not corrected:
+            return values, rounding, amplified
+        remaining = self.lower.solve(_concat([xp.matrix_transpose(residual)], axis=0))
+        correction = xp.sum(remaining * remaining, axis=-2)
+        return values - correction, correction / values + rounding, amplified
 
 
 @dataclass(frozen=True)
@@ -492,6 +501,12 @@ def _cache_columns(chunk: Array) -> list[Array]:
         return [chunk]
     at_once = max(1, CACHE_BYTES // (count * rows * chunk.dtype.itemsize))
     return split_columns(chunk, -(-width // at_once))
+
+
+def _with_solve(product: Array, explained: Array) -> Array:
+    """Return by how much rounding is amplified, in ``S`` and in the solve."""
+    xp = array_namespace(product)
+    return product + xp.sqrt(product * xp.maximum(explained, xp.zeros_like(explained)))
 
 
 def _bounds(chunks: Sequence[Array]) -> list[tuple[int, int]]:

@@ -11,12 +11,27 @@ from mfac_core.fisher.kernels import (
     matmul,
     small_factors,
 )
-from mfac_core.fisher.triangular import PANEL, TriangularFactor, cholesky, diagonals
+from mfac_core.fisher.triangular import CPU_PANEL, PANEL, TriangularFactor, cholesky, diagonals
 from tests.core.strict_backend import strict_devices
 
 TOLERANCE = {np.float32: 2e-4, np.float64: 1e-11}
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
-SIZES = [1, 2, 15, 16, 17, 33, 64, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL, 2 * PANEL + 37, 3 * PANEL + 1]
+SIZES = [
+    1,
+    2,
+    15,
+    16,
+    17,
+    33,
+    CPU_PANEL,
+    CPU_PANEL + 7,
+    PANEL - 1,
+    PANEL,
+    PANEL + 1,
+    2 * PANEL,
+    2 * PANEL + 37,
+    3 * PANEL + 1,
+]
 
 
 def spd(count: int, size: int, dtype: type) -> np.ndarray:
@@ -56,8 +71,10 @@ def test_the_factors_of_some_of_the_matrices(size):
 
 
 def test_bytes_are_those_of_the_panels():
-    size = PANEL + 3
-    factor, _ = factored(size, np.float32)
+    factor, _ = factored(CPU_PANEL + 3, np.float32)
+    assert factor.num_bytes == 2 * 4 * (CPU_PANEL * CPU_PANEL + 3 * CPU_PANEL + 3 * 3)
+    device = strict_devices(1)[0]
+    factor = cholesky(device.asarray(spd(2, PANEL + 3, np.float32)), 0.5)
     assert factor.num_bytes == 2 * 4 * (PANEL * PANEL + 3 * PANEL + 3 * 3)
 
 
