@@ -29,7 +29,7 @@ help:
 	@echo "make test-lowest tests of the core with the lowest versions that pyproject.toml allows"
 	@echo "make lint        rules, format, imports and types, without tests"
 	@echo "make format      fix what ruff can fix, and format the code"
-	@echo "make bench       measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
+	@echo "make bench       measure speed, memory and error on the CPU (about 20 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
 	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 35 minutes on two cores)"
 	@echo "make clean       remove .venv, caches and builds"
 	@echo "Parts of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."

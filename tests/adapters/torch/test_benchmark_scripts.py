@@ -179,10 +179,8 @@ def test_targets_that_are_missed_name_the_rows_and_their_numbers() -> None:
 
     speed, small_m, large_m, small_blocks, _ = targets(rows)
 
-    assert (
-        "1.5 to 16.0 times faster than the best textbook variant, 5.8 in the geometric mean. Target: 8 in the mean, which is not met"
-        in speed
-    )
+    assert "1.5 to 16.0 times faster than the best textbook variant, 5.8 in the geometric mean" in speed
+    assert "8 in the mean, which is not met" in speed
     assert "not met in 1 of 3 rows: m = 64, B = 2000, realistic (1.5)." in speed
     assert "takes 6.0 times the floor" in speed
     assert small_m.endswith("not met in 1 of 1 rows: m = 64, B = 2000, realistic (4.0).")
