@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from bench_document import tolerance_table
 from gradients import DRAWN, NETWORKS, of_network
-from textbook import batched_numpy
+from textbook import single_block_numpy
 
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
@@ -31,11 +31,12 @@ REPEATS = 3
 RTOLS = ("1e-5", "1e-3")
 EXACT = "float64"
 TEXTBOOK = "textbook"
+MAGNITUDE = "magnitude"
 
 
 @dataclass
 class Tolerance:
-    """One tolerance over all seeds, or the textbook recursion, beside a computation in float64."""
+    """A tolerance, the textbook recursion or magnitude pruning over all seeds, beside a computation in float64."""
 
     time_ratios: list[float] = field(default_factory=list)
     in_float64: list[float] = field(default_factory=list)
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def measure_tolerances(seeds: Iterable[int]) -> dict[tuple[str, int, int], dict[str, Tolerance]]:
-    """Return for each kind, m and d the results by name: each tolerance, and ``textbook``."""
+    """Return for each kind, m and d the results by name: each tolerance, ``textbook`` and ``magnitude``."""
     out: dict[tuple[str, int, int], dict[str, Tolerance]] = {}
     for seed in seeds:
         for kind in (*DRAWN, *NETWORKS):
@@ -75,6 +76,9 @@ def _measure(weights: np.ndarray, gradients: np.ndarray, results: dict[str, Tole
         result.in_float64.append(run.in_float64)
         result.errors.append(float(np.max(np.abs(run.diagonal / exact.diagonal - 1))))
         result.differences.append(int(np.count_nonzero(_mask(weights, run.diagonal) != mask)))
+    # for comparison, a diagonal that knows nothing of the gradients
+    magnitude = results.setdefault(MAGNITUDE, Tolerance())
+    magnitude.differences.append(int(np.count_nonzero(_mask(weights, np.ones_like(weights)) != mask)))
 
 
 class _Run(NamedTuple):
@@ -97,10 +101,8 @@ def _diagonal(gradients: np.ndarray, rtol: str) -> _Run:
 
 def _textbook(gradients: np.ndarray) -> _Run:
     started = time.perf_counter()
-    whole = gradients.shape[1] // WIDTH * WIDTH
-    blocks = gradients[:, :whole].reshape(len(gradients), -1, WIDTH).transpose(1, 0, 2)
-    pieces = [blocks, gradients[None, :, whole:]] if whole < gradients.shape[1] else [blocks]
-    diagonals = [batched_numpy(np.ascontiguousarray(piece), DAMPING).ravel() for piece in pieces]
+    starts = range(0, gradients.shape[1], WIDTH)
+    diagonals = [single_block_numpy(gradients[None, :, start : start + WIDTH], DAMPING)[0] for start in starts]
     return _Run(np.concatenate(diagonals), time.perf_counter() - started, 0.0)
 
 

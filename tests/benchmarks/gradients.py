@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,8 +44,17 @@ def of_network(name: str, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     Each row of the gradients, shape ``(m, d)``, is that of the loss of one batch of training images, drawn with
     replacement.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same numbers with any number of cores, and as fast: the batches are small
+    try:
+        return _trained(NETWORKS[name], m, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained(make: Callable[[], nn.Module], m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(seed)
-    network = NETWORKS[name]()
+    network = make()
     digits = DigitImages.load(seed, channel_axis=1)
     images, labels = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)

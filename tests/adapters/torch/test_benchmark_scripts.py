@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import bench_pruning_step
+import bench_tolerance
 import numpy as np
 import pytest
 import textbook
@@ -17,6 +18,7 @@ from gradients import DRAWN, NETWORKS, of_network
 from mfac_core.fisher.window import GradientWindow
 from tests.reference import dense_fisher
 
+ALL_TOLERANCES = {"1e-5", "1e-3", "textbook", "magnitude"}
 VARIANTS = [name for name in vars(textbook) if name.endswith(("_numpy", "_torch")) and not name.startswith("_")]
 
 
@@ -193,7 +195,14 @@ def test_the_page_follows_from_the_measurements() -> None:
     networks = [made_up(kind="CNN", d=123_456), made_up(kind="MLP", d=300_000, in_float64=0.0)]
     scaling = [made_up(d=d, seconds={"step": d / 1e6 + 0.5}) for d in (100_000, 200_000, 300_000)]
     result = Tolerance([0.5, 0.25], [0.0, 0.5], [1e-6, 4e-5], [1, 4])
-    tolerances = {("normal", 64, 100_000): {"1e-5": result, "1e-3": result, "textbook": result}}
+    tolerances = {
+        ("normal", 64, 100_000): {
+            "1e-5": result,
+            "1e-3": result,
+            "textbook": result,
+            "magnitude": Tolerance(differences=[3, 4]),
+        }
+    }
 
     page = document(rows + networks, scaling, tolerances, minutes=12.3)
 
@@ -205,8 +214,38 @@ def test_the_page_follows_from_the_measurements() -> None:
     ) in page
     assert "slope 1.00 s per million weights, offset 0.50 s" in page
     assert "| normal | 64 | 100,000 | 1e-3 | 0.38 | 25 % | 4e-05 | 4 (2.5) |" in page
-    assert "At most 4.0e-05 of the mask entries differ at 1e-3" in page
+    assert "Of 200,000 mask entries in all, 5 differ at 1e-3, 5 at 1e-5 and 5 with the textbook recursion; " in page
+    assert "with magnitude pruning, 7." in page
+    assert "takes 1.0 times as long" in page
     columns = {line.count("|") for line in page.splitlines() if line.startswith("|") and "gradients | m | B" in line}
     assert columns == {19}
     assert all(line.count("|") == 19 for line in page.splitlines() if line.startswith(("| realistic", "| CNN")))
     assert all(line.count("|") == 9 for line in tolerance_table(tolerances))
+
+
+def test_tolerances_are_measured_beside_float64(monkeypatch) -> None:
+    monkeypatch.setattr(bench_tolerance, "DRAWN_WEIGHTS", 5_000)
+    monkeypatch.setattr(bench_tolerance, "NETWORKS", {})
+
+    measured = bench_tolerance.measure_tolerances(range(2))
+
+    assert set(measured) == {(kind, m, 5_000) for kind in DRAWN for m in bench_tolerance.ROWS}
+    for results in measured.values():
+        assert set(results) == ALL_TOLERANCES
+        for name in ("1e-5", "1e-3"):
+            assert len(results[name].errors) == 2
+            # rounding to float32 comes on top
+            assert 0 < max(results[name].errors) <= float(name) + 1e-7
+        assert max(results["textbook"].errors) < 0.1
+
+
+def test_masks_that_differ_are_counted(monkeypatch) -> None:
+    monkeypatch.setattr(bench_tolerance, "DRAWN_WEIGHTS", 2_000)
+    monkeypatch.setattr(bench_tolerance, "NETWORKS", {})
+    monkeypatch.setattr(bench_tolerance, "single_block_numpy", lambda blocks, damping: np.ones_like(blocks[:, 0]))
+
+    results = bench_tolerance.measure_tolerances(range(1))["realistic", 64, 2_000]
+
+    assert results["textbook"].differences == results["magnitude"].differences
+    assert results["magnitude"].differences[0] > 10
+    assert results["1e-3"].differences[0] <= 2
