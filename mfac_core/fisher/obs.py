@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace
-from mfac_core.fisher import kernels
+from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, gradients_times
 
-__all__ = ["independent_update", "joint_update", "saliency"]
+__all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
@@ -31,7 +30,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
 
     Args:
         weights: Unpruned weights, shape ``(d,)``, float32 or float64.
-        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, positive, same device.
+        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, positive.
 
     Returns:
         Saliencies, shape ``(d,)``. Inputs are not modified.
@@ -45,6 +44,14 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         >>> saliency(np.array([2.0, 1.0]), np.array([0.5, 0.25]))
         array([4., 2.])
     """
+    device = device_of(weights)
+    weights, inverse_diagonal = (device.asarray(device_of(x).move(x, device)) for x in (weights, inverse_diagonal))
+    with device.backend.on(device.name):
+        return checked_saliency(weights, inverse_diagonal)
+
+
+def checked_saliency(weights: Array, inverse_diagonal: Array) -> Array:
+    """Return :func:`saliency` of arrays on one device, in the context of that device."""
     xp = array_namespace(weights)
     if tuple(weights.shape) != tuple(inverse_diagonal.shape):
         raise ValueError(
@@ -57,7 +64,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"
         )
-    return kernels.saliency(weights, inverse_diagonal)
+    return weights * weights / (2 * inverse_diagonal)
 
 
 def independent_update(
@@ -84,7 +91,7 @@ def independent_update(
         factor = fisher.factor(index, device, chunks)
         right = fisher.take(coefficients, index, device)
         # the diagonal is in units of `fisher.unit`, and the factor applies damping F^-1
-        right = right * xp.asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
+        right = right * array_namespace(right).asarray(fisher.scale(index, device), dtype=right.dtype)[:, None]
         for blocks in cache_slices(chunks):
             selected, factored = [chunk[blocks, :, :] for chunk in chunks], factor.select_blocks(blocks)
             change = -factored.apply(selected, right[blocks, :, None])[..., 0]

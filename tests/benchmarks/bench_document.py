@@ -272,10 +272,11 @@ def _errors(rows: Sequence[Row]) -> list[str]:
 
 def _gpu() -> list[str]:
     if GPU_PAGE.exists():
-        return [f"[A page of its own]({GPU_PAGE.name}), made by `tests/benchmarks/bench_gpu.py`."]
+        return [f"[A page of its own]({GPU_PAGE.name}), made by `make bench-gpu`."]
     return [
-        f"`python tests/benchmarks/bench_gpu.py --write {GPU_PAGE}` measures the same step on an NVIDIA GPU, with the",
-        "window on the device and in pinned host memory. It has not been run yet, so there is no table and no claim.",
+        "`make bench-gpu` measures the same step on an NVIDIA GPU, by CuPy and by PyTorch side by side, with the",
+        f"window on the device and in pinned host memory, and writes {GPU_PAGE}. It has not been run yet, so",
+        "there is no table and no claim.",
     ]
 
 
