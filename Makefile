@@ -31,7 +31,7 @@ help:
 	@echo "make test-lowest tests of the core with the lowest versions that pyproject.toml allows"
 	@echo "make lint        rules, format, imports and types, without tests"
 	@echo "make format      fix what ruff can fix, and format the code"
-	@echo "make bench       measure speed and memory on the CPU (about 15 minutes)"
+	@echo "make bench       measure speed, memory and error on the CPU (about 20 minutes)"
 	@echo "make bench-gpu   test and measure on an NVIDIA GPU (8 minutes; for CUDA 12: make bench-gpu CUDA=cuda12)"
 	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 35 minutes on two cores)"
 	@echo "make clean       remove .venv, caches and builds"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -38,13 +38,23 @@ def realistic(m: int, d: int, seed: int) -> Iterator[np.ndarray]:
         yield size * scales * (mean + rng.standard_normal(d, dtype=np.float32))
 
 
-def of_network(name: str, m: int, seed: int) -> np.ndarray:
-    """Return ``m`` gradients of the weights of a network that is trained briefly on digits, shape ``(m, d)``, float32.
+def of_network(name: str, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of a network that is trained briefly on digits, and ``m`` of their gradients, float32.
 
-    Each is the gradient of the loss of one batch of training images, drawn with replacement.
+    Each row of the gradients, shape ``(m, d)``, is that of the loss of one batch of training images, drawn with
+    replacement.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same numbers with any number of cores, and as fast: the batches are small
+    try:
+        return _trained(NETWORKS[name], m, seed)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _trained(make: Callable[[], nn.Module], m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     torch.manual_seed(seed)
-    network = NETWORKS[name]()
+    network = make()
     digits = DigitImages.load(seed, channel_axis=1)
     images, labels = torch.from_numpy(digits.train_images), torch.from_numpy(digits.train_labels)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
@@ -59,7 +69,7 @@ def of_network(name: str, m: int, seed: int) -> np.ndarray:
         batch = torch.randint(len(images), (BATCH,))
         loss = nn.functional.cross_entropy(network(images[batch]), labels[batch])
         torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)], out=torch.from_numpy(row))
-    return out
+    return torch.cat([weight.detach().flatten() for weight in weights]).numpy(), out
 
 
 def _convolutional() -> nn.Module:
