@@ -120,7 +120,8 @@ def resolve_device(device: str | Device, library: str | None = None) -> Device:
     of_weights = [] if device == "cpu" or library is None else [library]
     found = [_backend_of(each) for each in (*of_weights, *_BUILT_IN, *_registered)]
     backends = [backend for backend in found if backend is not None]
-    return _named(device, backends) or _refuse(device, backends)
+    needs_cupy = library in {None, *_BUILT_IN} and str(device).startswith("cuda") and not _has_cupy()
+    return _named(device, backends) or _refuse(device, backends, _CUPY_CURE if needs_cupy else "")
 
 
 def device_of(x: Array) -> Device:
@@ -224,11 +225,11 @@ def _named(name: str, backends: Sequence[Backend]) -> Device | None:
     return None
 
 
-def _refuse(device: str, backends: Sequence[Backend]) -> NoReturn:
+def _refuse(device: str, backends: Sequence[Backend], cure: str = "") -> NoReturn:
     listed = [
         name if backend.name == "numpy" else f"{backend.name}:{name}"
         for backend in dict.fromkeys(backends)
         for name in backend.devices()
     ]
-    cure = "" if _has_cupy() or not device.startswith("cuda") else f"; {_CUPY_CURE}"
-    raise DeviceError(f"device {device!r} does not exist here; the devices are {', '.join(listed) or 'none'}{cure}")
+    devices = ", ".join(listed) or "none"
+    raise DeviceError(f"device {device!r} does not exist here; the devices are {devices}{f'; {cure}' if cure else ''}")
