@@ -101,7 +101,8 @@ def prune(
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
             inputs alone mean that the others index separate matrices, as in a stack of experts.
-        devices: Where the blocks are computed.
+        devices: Where the blocks are computed. ``cpu`` is computed by NumPy, whatever the library of the arrays; names
+            of GPUs mean those of the library of ``weights`` first, see :func:`mfac_core.backends.resolve_device`.
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
-from mfac_core.fisher.factors import Factor, Float64Needed, cache_slices, evaluate, factor
-from mfac_core.fisher.kernels import wide_dtype
+from mfac_core.fisher.factors import Factor, cache_slices, evaluate, factor
+from mfac_core.fisher.kernels import Float64Needed, wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping
 
@@ -277,6 +277,8 @@ class BlockwiseFisher:
             with ThreadPoolExecutor(len(jobs)) as pool:
                 for future in [pool.submit(self._work, task, device, queue) for device, queue in jobs]:
                     future.result()
+        # the workers of other devices may still be writing on the home device
+        self.home.backend.synchronize(self.home.name)
 
     def _work(self, task: Callable[[int, Device, list[Array]], None], device: Device, queue: deque[int]) -> None:
         # a backend loads groups ahead, so several may be taken from the queue before the first is worked on

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_for_threads
-from mfac_core.fisher.kernels import column_sums_of_squares, wide_dtype
+from mfac_core.fisher.kernels import Float64Needed, column_sums_of_squares, wide_dtype
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 
@@ -32,7 +32,7 @@ _Vector = npt.NDArray[np.float64]
 
 
 def mean_diagonals(chunks: Sequence[Array]) -> Array:
-    """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, float64 where its device has it.
+    """Return the mean diagonal of the empirical Fisher of each block, shape ``(n,)``, in the widest dtype.
 
     It is Inf or NaN if the gradients are not finite, or their squares overflow float64.
 
@@ -47,9 +47,9 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
         # in a smaller mean, squares may have underflowed, and a larger one has overflowed
         is_held = xp.isfinite(means) & (means >= float(limits.smallest_normal) / float(limits.eps))
         if chunks[0].dtype != xp.float64 and not bool(xp.all(is_held)):
-            if wide_dtype(chunks[0]) != xp.float64:  # on the host then
-                chunks = [device_of(chunk).to_numpy(chunk) for chunk in chunks]
-            means = _mean_diagonals(chunks, wide_dtype(chunks[0]))
+            if wide_dtype(chunks[0]) != xp.float64:
+                raise Float64Needed
+            means = _mean_diagonals(chunks, xp.float64)
     return means
 
 
@@ -67,7 +67,6 @@ def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vecto
         >>> dampings([np.array([4.0, 12.0]), np.array([0.0])], [2, 1])
         ([array([0.4, 1.2]), array([6.4e-13])], 0.5)
     """
-    means = [np.asarray(mean, np.float64) for mean in means]
     # weighted by columns, as the last block may be narrower
     num_weights = sum(len(mean) * width for mean, width in zip(means, widths, strict=True))
     overall = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))

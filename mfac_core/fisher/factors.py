@@ -44,10 +44,10 @@ from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_columns, split_for_threads
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text
-from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu, wide_dtype
+from mfac_core.fisher.kernels import Float64Needed, column_sums_of_squares, lower_gram, matmul, runs_on_cpu, wide_dtype
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
 
-__all__ = ["Factor", "Float64Needed", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
+__all__ = ["Factor", "cache_slices", "evaluate", "factor", "fisher_quadratic", "gradients_times"]
 
 BOUND_FACTOR = 64
 """Rounding errors that add up in a product, at most: a bound with it needs no measurement of the error."""
@@ -70,10 +70,6 @@ REFINEMENTS = 2
 
 CACHE_BYTES = 2 * 2**20
 """Bytes of gradients processed at once on the CPU, so that intermediate results stay in its cache."""
-
-
-class Float64Needed(Exception):
-    """A group needs float64, and its device has none: it can be evaluated on the host."""
 
 
 class Factor(Protocol):
@@ -131,7 +127,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tu
         raise IllConditionedError(
             "the Fisher of a block cannot be inverted to a relative error of "
             f"{rtol:g} with damping {damping_text(float(xp.min(damping)), float(xp.max(damping)))}: its gradients are "
-            "too large relative to the damping, or too similar; choose a larger damping"
+            "too large relative to the damping, or too similar; choose a larger damping (or rtol of inverse_fisher)"
         )
     return found
 
@@ -273,7 +269,7 @@ class _DualFactor:
         positive = xp.maximum(remainder, tiny)
         amplified = xp.maximum(_with_solve(self._amplified(chunks), 1 - remainder), tiny)
         worst = xp.argsort(-amplified / positive, axis=-1)[:, : min(MEASURED, remainder.shape[-1])]
-        exact, corrections, exactly_amplified = self._accurately(chunks, worst, corrected=True)
+        exact, second_order, exactly_amplified = self._accurately(chunks, worst, certify=True)
         errors = xp.abs(xp.take_along_axis(remainder, worst, axis=-1) - exact)
         # not by their estimated amplification, which is too large just where it is the largest
         relative = _with_solve(exactly_amplified, 1 - exact)
@@ -286,11 +282,11 @@ class _DualFactor:
             return remainder, xp.max(estimate, axis=-1)
         if count > self.norms.shape[-1] and not self.in_float64:
             return remainder, xp.full_like(estimate[:, 0], float("inf"))  # float64 is faster
-        order = xp.argsort(xp.where(is_accurate, -estimate, xp.full_like(estimate, -float("inf"))), axis=-1)
-        most = SAFETY * xp.max(corrections, axis=-1, keepdims=True)
-        corrected = self.in_float64 or not bool(xp.all(most <= rtol / 2))
-        exact, error, _ = self._accurately(chunks, order[:, :count], corrected=corrected)
-        error = error if corrected else error + most
+        order = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1)  # those not accurate first
+        most = SAFETY * xp.max(second_order, axis=-1, keepdims=True)
+        certify = self.in_float64 or not bool(xp.all(most <= rtol / 2))
+        exact, error, _ = self._accurately(chunks, order[:, :count], certify=certify)
+        error = error if certify else error + most
         rest = order[:, count:]
         error = _concat([error, xp.take_along_axis(estimate, rest, axis=-1)], axis=-1)
         values = _concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
@@ -304,13 +300,13 @@ class _DualFactor:
         products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
         return _concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
-    def _accurately(self, chunks: Sequence[Array], columns: Array, *, corrected: bool) -> tuple[Array, Array, Array]:
+    def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
         """Return some entries by the form that does not cancel, their relative errors, and ``sum_i S_ii y_i^2``.
 
         Args:
             chunks: Gradients.
             columns: Which entries of each block, shape ``(n, k)``.
-            corrected: Whether the error of the second order is subtracted and counted; it doubles the time.
+            certify: Whether the error counts what is left of the second order; that doubles the time.
         """
         xp = array_namespace(self.norms)
         bounds = _bounds(chunks)
@@ -328,15 +324,14 @@ class _DualFactor:
             left = matmul(rows, converted)
             left -= xp.asarray(_is_column(columns, start, stop), dtype=self.dtype)
             values = values + xp.sum(left * left, axis=-1)
-            if corrected:
+            if certify:
                 residual = residual - matmul(left, xp.matrix_transpose(converted))
         amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
         rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
-        if not corrected:
+        if not certify:
             return values, rounding, amplified
         remaining = self.lower.solve(_concat([xp.matrix_transpose(residual)], axis=0))
-        correction = xp.sum(remaining * remaining, axis=-2)
-        return values - correction, correction / values + rounding, amplified
+        return values, xp.sum(remaining * remaining, axis=-2) / values + rounding, amplified
 
 
 @dataclass(frozen=True)

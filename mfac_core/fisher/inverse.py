@@ -36,7 +36,7 @@ def inverse_fisher(
         block_size: Weights per block; ``None`` means one block of all weights.
         damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
             of that diagonal.
-        devices: Where the blocks are computed.
+        devices: Where the blocks are computed, as in :func:`mfac_core.prune`.
         rtol: Largest relative error of each entry of the diagonal, before it is rounded to the dtype of the gradients.
             Blocks for which float32 is not accurate enough are computed in float64, which takes two to four times as
             long.

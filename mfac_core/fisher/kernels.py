@@ -16,6 +16,7 @@ import numpy as np
 from mfac_core.backends import Array, array_library, array_namespace
 
 __all__ = [
+    "Float64Needed",
     "Kernels",
     "SmallFactors",
     "column_sums_of_squares",
@@ -100,6 +101,10 @@ def wide_dtype(x: Array) -> Any:
         True
     """
     return _kernels_for(x).wide_dtype(x)
+
+
+class Float64Needed(Exception):
+    """A computation needs float64, and the device of its arrays has none."""
 
 
 class SmallFactors(Protocol):

@@ -105,6 +105,9 @@ def test_saliencies(library, dtype):
     found = mfac_core.saliency(library.array(weights), library.array(diagonal))
     np.testing.assert_allclose(library.numpy(found), [4.0, 2.0, 0.0])
     assert numpy_dtype(found) == dtype
+    mixed = mfac_core.saliency(library.array(weights), diagonal), mfac_core.saliency(weights, library.array(diagonal))
+    np.testing.assert_array_equal(library.numpy(mixed[0]), library.numpy(found))
+    np.testing.assert_array_equal(mixed[1], library.numpy(found))
 
 
 @pytest.mark.parametrize("x", [[3.0], [3.0, 1.0, 2.0, 1.0, np.inf, 0.0], np.random.default_rng(0).integers(0, 9, 500)])
@@ -247,6 +250,25 @@ def test_the_inverse_fisher_and_its_products(library, where, m, block_size, damp
         )
     np.testing.assert_array_equal(library.numpy(given), rows)
     np.testing.assert_array_equal(library.numpy(many), x)
+
+
+@WHERE
+@pytest.mark.parametrize("m, block_size", [(9, 20), (40, 20), (150, 60), (200, None)])
+@pytest.mark.parametrize("rtol", [1e-3, 1e-5])
+@pytest.mark.parametrize("kind", ["scales over six decades", "duplicated rows", "large mean"])
+def test_the_diagonal_is_as_accurate_as_asked_for(library, where, m, block_size, rtol, kind):
+    rows = matrices(m, 240).astype(np.float32)
+    if kind == "scales over six decades":
+        rows *= np.random.default_rng(1).permutation(np.logspace(-3, 3, 240)).astype(np.float32)
+    elif kind == "duplicated rows":
+        rows[m // 2 :] = rows[: m - m // 2]
+    else:
+        rows += 100
+    # in float64 on NumPy, which test_inverse_fisher compares with exact arithmetic
+    exact = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=block_size, rtol=1e-7).diagonal()
+    devices = computed_on(library, where)
+    found = mfac_core.inverse_fisher(library.array(rows), block_size=block_size, rtol=rtol, devices=devices).diagonal()
+    np.testing.assert_allclose(library.numpy(found), exact, rtol=rtol + 2 * np.finfo(np.float32).eps)
 
 
 def test_rows_that_are_not_finite_are_named(library):

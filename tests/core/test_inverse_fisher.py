@@ -462,3 +462,16 @@ def test_rows_are_multiplied_from_the_left():
     np.testing.assert_array_equal(rows[0] @ fisher, fisher @ rows[0])
     with pytest.raises(TypeError, match=r"x must be an array of shape \(6,\) or \(k, 6\), got list"):
         [1.0] * 6 @ fisher
+
+
+@pytest.mark.parametrize("rtol", [0, 0.0, 1, 1.0, -1e-5, 2, float("nan"), float("inf"), True, "1e-5", None])
+def test_rtol_must_be_between_0_and_1(rtol):
+    with pytest.raises(ValueError, match=rf"rtol must be a number between 0 and 1, such as 1e-5, got {rtol!r}"):
+        mfac_core.inverse_fisher(np.ones((3, 4)), rtol=rtol)
+
+
+def test_an_error_that_float64_cannot_keep_is_refused_with_what_was_asked():
+    gradients = gaussian(5, 8, 1e4, np.float64)
+    mfac_core.inverse_fisher(gradients, rtol=1e-5).diagonal()
+    with pytest.raises(mfac_core.IllConditionedError, match="a relative error of 1e-15 with damping 1e-05.* rtol"):
+        mfac_core.inverse_fisher(gradients, rtol=1e-15).diagonal()

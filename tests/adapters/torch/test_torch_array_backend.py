@@ -13,6 +13,7 @@ from torch import nn
 from mfac_core.backends import Backend
 from mfac_torch import array_backend
 from mfac_torch.array_backend import TorchBackend
+from mfac_torch.array_kernels import KERNELS
 from tests.adapters.torch.stream_stand_in import GPU, BackendOfStreams, Streams
 
 CPU = "cpu"
@@ -44,6 +45,11 @@ def test_devices_have_the_names_of_torch(backend, monkeypatch):
     assert machine("mps", 1) == ("cpu", "mps")
     of = {name: backend.device_of(type("T", (), {"device": torch.device(name)})) for name in ("cuda:1", "mps:0", "cpu")}
     assert of == {"cuda:1": "cuda:1", "mps:0": "mps", "cpu": "cpu"}
+
+
+def test_apples_gpus_have_no_float64():
+    of = {name: KERNELS.wide_dtype(type("T", (), {"device": torch.device(name)})) for name in ("cpu", "cuda:0", "mps")}
+    assert of == {"cpu": torch.float64, "cuda:0": torch.float64, "mps": torch.float32}
 
 
 # --- arrays

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +90,13 @@ def test_the_inverse_fisher_takes_tensors_of_a_graph(devices):
     fisher = mfac_core.inverse_fisher(rows, damping=1e-2, devices=devices)
     for found in (fisher.diagonal(), fisher.apply(x), fisher @ x[:, 0], x.T @ fisher, x[:, 0] @ fisher):
         assert_plain(found)
+
+
+def test_saliencies_have_no_graph():
+    weights = nn.Parameter(torch.tensor([2.0, 1.0]))
+    found = mfac_core.saliency(weights, torch.tensor([0.5, 0.25]).requires_grad_())
+    assert_plain(found)
+    assert found.tolist() == [4.0, 2.0]
 
 
 @DEVICES
@@ -215,6 +227,28 @@ def test_rows_of_tensors_are_stacked():
     stacked = stacked_rows(rows, 3)
     assert type(stacked["a"]) is torch.Tensor
     np.testing.assert_array_equal(stacked["a"].numpy(), np.stack([random(2, 3).numpy() * factor for factor in (1, 2)]))
+
+
+def test_the_first_tensor_imports_the_adapter(tmp_path):
+    """With the entry point of pyproject.toml, as an installation writes it."""
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    ((library, module),) = project["entry-points"]["mfac_core.backends"].items()
+    metadata = tmp_path / "as_installed-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: as-installed\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[mfac_core.backends]\n{library} = {module}\n")
+    code = f"""
+        import sys; sys.path[:] = {[str(tmp_path), *sys.path]!r}
+        import mfac_core, torch
+        from mfac_core.backends import resolve_device
+        assert "mfac_torch" not in sys.modules
+        print(mfac_core.prune(torch.tensor([1.0, -3.0]), torch.eye(2), sparsity=0.5).weights)
+        assert resolve_device("torch:cpu").backend.name == "torch"
+    """
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert (result.stdout, result.returncode) == ("tensor([ 0., -3.])\n", 0), result.stderr
 
 
 # --- devices without float64, such as Apple's MPS

@@ -1,5 +1,6 @@
 """Models whose tensors stay on their GPU, on a stand-in for a machine with two; the other tests run there, too."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mfac_core
 from mfac_core import prune
-from mfac_core.backends import Device, device_of, resolve_device
+from mfac_core.backends import Device, device_of, lookup, resolve_device
+from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import DeviceError
 from mfac_core.fisher import kernels
 from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager, conversion, prune_one_shot
@@ -126,6 +129,13 @@ def test_plain_names_mean_the_devices_of_torch(task, gpus):
 
 
 def test_a_model_on_the_cpu_may_be_pruned_on_the_gpus_of_torch(task, gpus, monkeypatch):
+    class Other(NumpyBackend):  # of a library that names its GPUs as torch does, and comes first
+        name = "other"
+
+        def devices(self):
+            return ("cuda:0", "cuda:1")
+
+    monkeypatch.setattr(lookup, "_registered", {"other": Other(), "torch": gpus})
     monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: True)
     expected = trained(task)
     assert gpus.worked == set()
@@ -141,6 +151,17 @@ def test_two_gpus_share_the_blocks(task, request, window):
     keys = {"available_gpus": '["cuda:0", "cuda:1"]', "grads_device": f'"{window}"', "fisher_block_size": 8}
     assert_same(trained(task, **keys), expected)
     assert gpus.worked == {"cuda:0", "cuda:1"}
+
+
+def test_what_the_workers_have_written_on_the_first_gpu_is_waited_for_in_the_end(gpus):
+    """The main thread may work on a stream of its own, which is not ordered with those of the workers."""
+    gpus.group_bytes = lambda device, total: 1
+    rows = np.random.default_rng(0).standard_normal((4, 60)).astype(np.float32)
+    mfac_core.inverse_fisher(rows, block_size=5, devices=["torch:cuda:0", "torch:cuda:1"]).diagonal()
+    workers = {thread for thread, _ in gpus.waited} - {threading.main_thread()}
+    assert len(workers) == 2
+    after = gpus.waited[max(i for i, (thread, _) in enumerate(gpus.waited) if thread in workers) + 1 :]
+    assert after[0] == (threading.main_thread(), "cuda:0")
 
 
 def test_arrays_on_several_gpus_are_pruned_together(gpus):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -39,12 +40,14 @@ class VirtualGpus(TorchBackend):
         to_host: dtype and size of each tensor that was copied to host memory.
         to_gpus: dtype and size of each NumPy array that was copied to a GPU.
         worked: The names of the GPUs that have read groups of blocks.
+        waited: The thread and the device of each wait, in order.
     """
 
     def __init__(self) -> None:
         self.to_host: list[tuple[np.dtype[Any], int]] = []
         self.to_gpus: list[tuple[np.dtype[Any], int]] = []
         self.worked: set[str] = set()
+        self.waited: list[tuple[threading.Thread, str]] = []
 
     def devices(self) -> tuple[str, ...]:
         return ("cpu", "cuda:0", "cuda:1")
@@ -92,7 +95,7 @@ class VirtualGpus(TorchBackend):
         return super().free_bytes("cpu")
 
     def synchronize(self, device: str) -> None:
-        pass
+        self.waited.append((threading.current_thread(), device))
 
 
 def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:

@@ -1,0 +1,222 @@
+"""The relative error that is asked for: kept, or the block is refused; and float64 only where it is needed for that."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mfac_core
+from mfac_core.fisher import factors
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.masks.selection import least_salient
+from mfac_core.pruners.step import RTOL, mfac_step
+from tests import reference
+
+RTOLS = (1e-3, 1e-5)
+DAMPINGS = (1e-8, 1e-5, 1e-2)
+SHAPES = [(16, 300), (64, 600), (64, 40), (256, 700), (256, 100), (400, 500), (1400, 60)]
+
+
+def _decades(rng, low, high, *shape):
+    return 10 ** rng.uniform(low, high, shape)
+
+
+def _mean(rng, m, width, size):
+    return size * rng.standard_normal((1, width))
+
+
+def realistic(rng, m, width):
+    columns = _decades(rng, -4, 0, width)
+    rows = rng.standard_normal((m, width)) * rng.lognormal(0, 1, (m, 1))
+    return columns * (rows + 0.1 * rng.standard_normal(width))
+
+
+ENSEMBLES = {
+    "normal": lambda rng, m, width: rng.standard_normal((m, width)),
+    "columns over six decades": lambda rng, m, width: rng.standard_normal((m, width)) * _decades(rng, -6, 0, width),
+    "rows over six decades": lambda rng, m, width: rng.standard_normal((m, width)) * _decades(rng, -6, 0, m, 1),
+    "rows and columns over six decades": lambda rng, m, width: (
+        rng.standard_normal((m, width)) * _decades(rng, -3, 3, width) * _decades(rng, -3, 3, m, 1)
+    ),
+    "realistic": realistic,
+    "rows in pairs": lambda rng, m, width: np.repeat(rng.standard_normal((-(-m // 2), width)), 2, axis=0)[:m],
+    "rows 16 times": lambda rng, m, width: np.repeat(rng.standard_normal((-(-m // 16), width)), 16, axis=0)[:m],
+    "nearly equal rows": lambda rng, m, width: _mean(rng, m, width, 1) + 1e-3 * rng.standard_normal((m, width)),
+    "nearly equal pairs of rows": lambda rng, m, width: (
+        np.repeat(rng.standard_normal((-(-m // 2), width)), 2, axis=0)[:m] + 1e-3 * rng.standard_normal((m, width))
+    ),
+    "a common mean of 10": lambda rng, m, width: 10 + rng.standard_normal((m, width)),
+    "means of 100": lambda rng, m, width: _mean(rng, m, width, 100) + rng.standard_normal((m, width)),
+    "means of graded columns": lambda rng, m, width: (
+        (_mean(rng, m, width, 3) + rng.standard_normal((m, width))) * _decades(rng, -4, 0, width)
+    ),
+    "a large mean and rows 8 times": lambda rng, m, width: np.repeat(
+        _mean(rng, m, width, 30) + rng.standard_normal((-(-m // 8), width)), 8, axis=0
+    )[:m],
+    "low rank": lambda rng, m, width: rng.standard_normal((m, 4)) @ rng.standard_normal((4, width)),
+    "sparse": lambda rng, m, width: rng.standard_normal((m, width)) * (rng.random((m, width)) < 0.02),
+}
+
+
+@cache
+def gradients(kind, m, width, seed=0):
+    rng = np.random.default_rng([seed, list(ENSEMBLES).index(kind), m, width])
+    return ENSEMBLES[kind](rng, m, width).astype(np.float32)
+
+
+@cache
+def _singular_values(kind, m, width, seed):
+    _, values, vectors = np.linalg.svd(gradients(kind, m, width, seed).astype(np.float64))
+    return np.concatenate([values, np.zeros(width - len(values))]), vectors**2
+
+
+def damped_diagonal(kind, m, width, damping, seed=0):
+    """Return ``damping diag(F^-1)`` as a sum of positive terms, from the singular values of the gradients."""
+    values, weights = _singular_values(kind, m, width, seed)
+    return (m * damping / (values**2 + m * damping)) @ weights
+
+
+def evaluated(rows, damping, rtol):
+    """Return the diagonal and whether it was computed in float64, or ``None`` for a block that is refused."""
+    try:
+        factored, diagonal = factors.evaluate([rows[None]], damping, rtol)
+    except mfac_core.IllConditionedError as refusal:
+        assert "choose a larger damping" in str(refusal)
+        return None
+    return diagonal[0].astype(np.float64), factored.in_float64
+
+
+@pytest.mark.parametrize("kind", ["realistic", "means of graded columns", "rows and columns over six decades"])
+@pytest.mark.parametrize("damping", DAMPINGS)
+def test_the_oracle_is_the_exact_inverse(kind, damping):
+    exact = np.diag(reference.exact_inverse(gradients(kind, 8, 12), damping)) * damping
+    np.testing.assert_allclose(damped_diagonal(kind, 8, 12, damping), exact, rtol=1e-7)
+
+
+@pytest.mark.parametrize("m, width", SHAPES)
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_the_error_is_within_rtol_or_the_block_is_refused(kind, m, width):
+    refused = 0
+    for damping in DAMPINGS:
+        exact = damped_diagonal(kind, m, width, damping)
+        for rtol in RTOLS:
+            found = evaluated(gradients(kind, m, width), damping, rtol)
+            if found is None:
+                refused += 1
+                continue
+            # entries this small are beyond the oracle
+            error = np.abs(found[0] / exact - 1)[exact > 1e-9].max(initial=0)
+            assert error <= rtol, (damping, rtol, found[1])
+    assert refused <= 2  # only where float64 itself is doubtful
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["a common mean of 10", "means of 100", "means of graded columns", "realistic"])
+def test_the_error_is_within_rtol_at_the_edge_of_float32(kind, seed):
+    m, width = [(64, 900), (200, 400)][seed % 2]
+    for damping in (1e-5, 1e-2):
+        exact = damped_diagonal(kind, m, width, damping, seed)
+        for rtol in 10 ** np.linspace(-5, -2.5, 6):
+            diagonal, _ = evaluated(gradients(kind, m, width, seed), damping, float(rtol))
+            assert np.abs(diagonal / exact - 1).max() <= rtol
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    width=st.integers(1, 60),
+    kind=st.sampled_from(sorted(ENSEMBLES)),
+    seed=st.integers(0, 1000),
+    damping=st.floats(-8, 0).map(lambda power: 10.0**power),
+    rtol=st.sampled_from(RTOLS),
+    is_double=st.booleans(),
+)
+def test_the_public_function_keeps_the_promise_for_any_shape(m, width, kind, seed, damping, rtol, is_double):
+    rows = gradients(kind, m, width, seed).astype(np.float64 if is_double else np.float32)
+    exact = damped_diagonal(kind, m, width, damping, seed)
+    try:
+        diagonal = mfac_core.inverse_fisher(rows, block_size=None, damping=damping, rtol=rtol).diagonal() * damping
+    except mfac_core.IllConditionedError:
+        return
+    assert np.abs(diagonal / exact - 1)[exact > 1e-9].max(initial=0) <= rtol + 2e-7  # rounded to float32
+
+
+@pytest.mark.parametrize("m, width", [(64, 600), (256, 700), (400, 500), (256, 100)])
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_float64_is_not_used_where_float32_is_far_better_than_asked(kind, m, width):
+    rows = gradients(kind, m, width)
+    for damping in DAMPINGS:
+        try:
+            factored = factors._form([rows[None]]).of([rows[None]], np.full(1, damping), np.float32)
+        except np.linalg.LinAlgError:
+            continue
+        plain = 1 - factored.lower.column_sums(rows[None])[0] if width > m else None
+        if plain is None:
+            plain = damping * np.sum(factored.lower.inverse()[0] ** 2, axis=0)
+        error = np.abs(plain / damped_diagonal(kind, m, width, damping) - 1).max()
+        for rtol in RTOLS:
+            if error <= rtol / 30:
+                assert not evaluated(rows, damping, rtol)[1], (damping, rtol, error)
+
+
+def test_entries_that_cancel_do_not_send_their_block_to_float64():
+    rows = gradients("columns over six decades", 400, 900)
+    exact = damped_diagonal("columns over six decades", 400, 900, 1e-5)
+    factored = factors._DualFactor.of([rows[None]], np.full(1, 1e-5), np.float32)
+    plain = 1 - factored.lower.column_sums(rows[None])[0]
+    assert np.abs(plain / exact - 1).max() > 1e-3
+    diagonal, in_float64 = evaluated(rows, 1e-5, 1e-3)
+    assert not in_float64 and np.abs(diagonal / exact - 1).max() <= 1e-3
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+@pytest.mark.parametrize("kind", ["columns over six decades", "realistic", "means of 100"])
+def test_a_block_in_several_chunks_keeps_the_promise(kind, pieces):
+    rows = gradients(kind, 64, 600)
+    chunks = [np.ascontiguousarray(part)[None] for part in np.array_split(rows, pieces, axis=1)]
+    for rtol in RTOLS:
+        _, diagonal = factors.evaluate(chunks, 1e-5, rtol)
+        assert np.abs(diagonal[0] / damped_diagonal(kind, 64, 600, 1e-5) - 1).max() <= rtol
+
+
+def realistic_layers(m=128, width=500, blocks=24):
+    rng = np.random.default_rng(0)
+    of_layers = np.repeat(_decades(rng, -2, 1, blocks), width)
+    return (np.concatenate([realistic(rng, m, width) for _ in range(blocks)], axis=1) * of_layers).astype(np.float32)
+
+
+def test_a_pruning_step_rarely_uses_float64(monkeypatch):
+    used = []
+    original = factors._DualFactor.of.__func__
+
+    def spying(cls, chunks, damping, dtype):
+        used.append(dtype)
+        return original(cls, chunks, damping, dtype)
+
+    monkeypatch.setattr(factors._DualFactor, "of", classmethod(spying))
+    rows = realistic_layers()
+    weights = np.random.default_rng(1).standard_normal(rows.shape[1]).astype(np.float32)
+    source = GradientMatrix([rows], block_size=500)
+    mfac_step(weights, source, lambda s: s < np.median(s), damping=1e-5, update="independent", devices="cpu")
+    assert len(used) >= 8 and used.count(np.float64) <= len(used) / 20
+
+
+def test_a_pruning_step_chooses_the_mask_of_float64_but_for_saliencies_at_the_threshold():
+    rows = realistic_layers()
+    weights = np.random.default_rng(1).standard_normal(rows.shape[1]).astype(np.float32)
+    count = len(weights) // 2
+    source = GradientMatrix([rows], block_size=500)
+    step = mfac_step(
+        weights, source, lambda s: least_salient(s, count), damping=1e-5, update="independent", devices="cpu"
+    )
+    fisher = BlockwiseFisher(GradientMatrix([rows.astype(np.float64)], block_size=500), damping=1e-5, devices="cpu")
+    exact = reference.saliency(weights, fisher.diagonal())
+    differ = step.newly_pruned != least_salient(exact, count)
+    threshold = np.sort(exact)[count - 1]
+    np.testing.assert_allclose(exact[differ], threshold, rtol=2 * RTOL)
+    assert differ.mean() < 1e-3
