@@ -38,7 +38,7 @@ OUTPUT = Path("docs/benchmarks.md")
 STEP_SECONDS = 3.0  # the rounds of a row go on for this long
 ROUNDS = (3, 9)  # but there are at least and at most so many
 VARIANT_SECONDS = 0.4  # a textbook variant gets as many blocks as this allows, and is scaled up
-USABLE = 0.1  # largest relative error of a textbook variant that counts
+USABLE = 0.1  # a textbook variant with a larger relative error counts only if no other is better
 DENSE = 3000  # largest block whose Fisher the oracle inverts itself
 ORACLE_WORK = 4e9  # m^2 B of all blocks that are compared with the oracle
 STATIC = ("single_block_numpy", "batched_numpy", "single_block_torch", "batched_torch", "dense_blocks_torch")
@@ -243,12 +243,12 @@ def _screened(name: str, blocks: np.ndarray, exact: np.ndarray) -> Screened:
 
 
 def _candidates(screened: dict[str, Screened]) -> list[str]:
-    """Return the variants that give a diagonal at all and may be the fastest, and the dynamic algorithm."""
-    static = {name: each for name, each in screened.items() if name in STATIC and each.error <= USABLE}
+    """Return the variants that may be the fastest, accurate ones if there are any, and the dynamic algorithm."""
+    static = {name: each for name, each in screened.items() if name in STATIC}
+    static = {name: each for name, each in static.items() if each.error <= USABLE} or static
     fastest = min((each.seconds for each in static.values()), default=0.0)
-    return [
-        name for name, each in screened.items() if name not in STATIC or (name in static and each.seconds < 2 * fastest)
-    ]
+    chosen = {name for name, each in static.items() if each.seconds < 2 * fastest}
+    return [name for name in screened if name in chosen or name not in STATIC]
 
 
 def _variants(m: int, width: int) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import textbook
 import torch
 from bench_document import Row, document, targets, tolerance_table
-from bench_pruning_step import Shape, measure, oracle, some_blocks
+from bench_pruning_step import Screened, Shape, _candidates, measure, oracle, some_blocks
 from bench_tolerance import Tolerance
 from gradients import DRAWN, NETWORKS, of_network
 
@@ -126,10 +126,15 @@ def test_a_row_has_times_memory_and_errors_of_one_pruning_step(quick: None) -> N
     assert row.floor_ratios[0] > row.diagonal_floor_ratio / 3
 
 
-def test_textbook_variants_without_a_usable_diagonal_do_not_count(quick: None, monkeypatch) -> None:
-    monkeypatch.setattr(textbook, "batched_numpy", lambda blocks, damping: np.zeros_like(blocks[:, 0]))
+def test_textbook_variants_without_a_usable_diagonal_count_only_if_there_is_no_other() -> None:
+    fast, slow = Screened(1e-3, 0.5), Screened(1.5e-3, 1e-4)
 
-    assert measure(Shape("normal", 8, 300, 3_100)).textbook != "batched_numpy"
+    assert _candidates({"batched_numpy": fast, "dense_blocks_torch": slow}) == ["dense_blocks_torch"]
+    assert _candidates({"batched_numpy": fast, "single_block_numpy": fast}) == ["batched_numpy", "single_block_numpy"]
+    assert _candidates({"batched_numpy": slow, "single_block_torch": Screened(1.0, 1e-4), "dynamic_torch": fast}) == [
+        "batched_numpy",
+        "dynamic_torch",
+    ]
 
 
 def made_up(**changes) -> Row:
