@@ -7,6 +7,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-ch
 # Several processes in parallel, each on one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet
 IN_PARALLEL := --numprocesses=auto --maxprocesses=4 --dist=loadfile
+# The extra that installs CuPy for `make bench-gpu`; PyTorch brings the CUDA that it was built for.
+CUDA ?= cuda13
 OLDEST_KERAS := 3.12.4
 OLDEST_KERAS_FOLDER := $(VENV)/keras-$(OLDEST_KERAS)
 LOWEST := $(VENV)/lowest
@@ -20,7 +22,7 @@ RUN_PARTS := $(BIN)/python tests/run_parts.py $(MAKE)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-core lint format bench results clean $(LINT) lint-types-core $(TESTS)
+.PHONY: help demo test test-core lint format bench bench-gpu results clean $(LINT) lint-types-core $(TESTS)
 
 help:
 	@echo "make demo        prune a small network by M-FAC and by magnitude, and compare them"
@@ -29,7 +31,8 @@ help:
 	@echo "make test-lowest tests of the core with the lowest versions that pyproject.toml allows"
 	@echo "make lint        rules, format, imports and types, without tests"
 	@echo "make format      fix what ruff can fix, and format the code"
-	@echo "make bench       measure speed and memory on the CPU (about 15 minutes; for a GPU: tests/benchmarks/bench_gpu.py)"
+	@echo "make bench       measure speed, memory and error on the CPU (about 20 minutes)"
+	@echo "make bench-gpu   test and measure on an NVIDIA GPU (8 minutes; for CUDA 12: make bench-gpu CUDA=cuda12)"
 	@echo "make results     measure accuracy over five seeds, and write docs/results.md (about 35 minutes on two cores)"
 	@echo "make clean       remove .venv, caches and builds"
 	@echo "Parts of make test: make $(firstword $(LINT)), make $(firstword $(TESTS)), ..."
@@ -86,6 +89,9 @@ format: $(VENV)/.installed-core
 bench: $(VENV)/.installed-test
 	@$(BIN)/python tests/benchmarks/bench_pruning_step.py
 
+bench-gpu: $(VENV)/.installed-gpu
+	@$(BIN)/python tests/benchmarks/bench_gpu.py
+
 results: $(VENV)/.installed-demo
 	@$(BIN)/python tests/benchmarks/results.py
 
@@ -108,6 +114,11 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-core: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "Installing mfac-core and the tools for its tests into $(VENV)"
 	@$(INSTALL) --editable ".[lint,test-core]"
+	@touch $@
+
+$(VENV)/.installed-gpu: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "Installing mfac-core, PyTorch, CuPy for $(CUDA) and the test tools into $(VENV) (several minutes)"
+	@$(INSTALL) --editable ".[torch,$(CUDA),test-core]"
 	@touch $@
 
 $(OLDEST_KERAS_FOLDER)/.installed: $(VENV)/.installed-test

@@ -342,12 +342,14 @@ def _matched(
 
 
 def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
-    from mfac_core.backends import resolve_device
+    from mfac_core.backends import load_backends, resolve_device
     from mfac_core.errors import DeviceError
     from mfac_core.settings.pruning import MFACSettings
 
     by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
     names = [name for each in by_mfac for name in (*each.devices, each.gradients_device) if name != "auto"]
+    if set(names) - {"cpu"}:
+        load_backends()  # which framework will run the recipe is not known: a device of any library will do
     warnings = []
     for name in dict.fromkeys(names):
         try:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.backends import Array, Device, array_library, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.errors import SettingError
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.masks.patterns import mask_patterns
-from mfac_core.one_shot import Gradients, as_given, by_name, named_axes, prune
+from mfac_core.one_shot import Gradients, as_given, by_name, in_rows, named_axes, prune
 from mfac_core.report.sensitivity import draw_increases, increases_table, printed
 from mfac_core.settings.checks import (
     Damping,
@@ -171,8 +171,8 @@ def sensitivity(
     of it: the numbers rank layers, and do not predict the loss of a pruned model.
 
     Args:
-        weights: A mapping from the name of each layer to its array, or one array; float32 or float64, NumPy or CuPy.
-            Not modified.
+        weights: A mapping from the name of each layer to its array, or one array; float32 or float64. Not
+            modified.
         loss: Returns the loss of all weights, one layer of them pruned, given in the form of ``weights``. It is called
             once for the dense weights and at most once for each layer and sparsity.
         gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns fresh ones
@@ -234,8 +234,8 @@ def sensitivity(
     check_damping(damping)
     check_recomputations(num_recomputations, "geometric")
     mask_type = checked_mask_type(mask_type, levels)
-    resolve_devices(devices)
     layout = _checked_layout(named)
+    resolve_devices(devices, array_library(named[layout.names[0]]))
     mask_patterns(mask_type, layout.shapes, axes)
     rows_of = _rows_of(gradients, weights, layout)
 
@@ -265,7 +265,7 @@ def sensitivity(
             losses, increases = [dense_loss], [0.0]
             for level in levels:
                 result = prune_layer(pruned, rows_of(name), sparsity=level, masks=masks, axes=own_axes)
-                has_changed = bool((result.masks[name] != masks[name]).any())
+                has_changed = bool(array_namespace(array).any(result.masks[name] != masks[name]))
                 pruned, masks = dict(result.weights), dict(result.masks)
                 losses.append(loss_of(pruned) if has_changed else losses[-1])
                 increases.append(increases[-1] + (result.predicted_loss_increase or 0.0))
@@ -305,7 +305,7 @@ def _checked_layout(named: Mapping[str, Array]) -> WeightLayout:
         raise ValueError(f"weights[{empty[0]!r}] has no elements; leave it out")
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
     vector = layout.flatten(named)
-    layout.check_finite(vector, np.ones(len(vector), bool), "measure finite weights")
+    layout.check_finite(vector, np.ones(layout.num_weights, bool), "measure finite weights")
     return layout
 
 
@@ -345,14 +345,15 @@ def _in_rows(gradients: Gradients) -> Any:
     if isinstance(gradients, Mapping):
         return gradients
     device_of(gradients)
-    return gradients.reshape(gradients.shape[0], -1) if gradients.shape and gradients.shape[0] else gradients
+    return in_rows(gradients) if gradients.shape else gradients
 
 
 def _checked_loss(value: Any) -> float:
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        return float(value)
+        # libraries with automatic differentiation warn of a number that is cut off from its graph
+        return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error
 

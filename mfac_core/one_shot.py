@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
@@ -11,7 +12,16 @@ from typing import Any, get_args
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, check_float, device_of, resolve_devices
+from mfac_core.backends import (
+    Array,
+    Device,
+    array_library,
+    array_namespace,
+    check_float,
+    device_of,
+    numpy_dtype,
+    resolve_devices,
+)
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
@@ -35,7 +45,7 @@ from mfac_core.settings.checks import (
     checked_mask_type,
 )
 
-__all__ = ["Gradients", "as_given", "by_name", "named_axes", "prune"]
+__all__ = ["Gradients", "as_given", "by_name", "in_rows", "named_axes", "prune"]
 
 _logger = logging.getLogger("mfac_core")
 
@@ -68,7 +78,8 @@ def prune(
     the weights, and with them the gradients: pass a function that computes fresh ones.
 
     Args:
-        weights: One array, or a mapping from name to array; float32 or float64, NumPy or CuPy. Not modified.
+        weights: One array, or a mapping from name to array; float32 or float64, of NumPy, CuPy or a
+            registered library such as PyTorch. Not modified.
         gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
             ``weights``, arrays of shape ``(m, *shape)``. Not modified. Or a function that returns such rows: it is
             called before each sub-step, with the weights as they are then, in the form of ``weights``; pruned ones
@@ -90,7 +101,8 @@ def prune(
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
             inputs alone mean that the others index separate matrices, as in a stack of experts.
-        devices: Where the blocks are computed.
+        devices: Where the blocks are computed. ``cpu`` is computed by NumPy, whatever the library of the arrays; names
+            of GPUs mean those of the library of ``weights`` first, see :func:`mfac_core.backends.resolve_device`.
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted
@@ -128,6 +140,7 @@ def prune(
     for name, array in named.items():
         check_float(f"weights[{name!r}]" if isinstance(weights, Mapping) else "weights", array)
     layout = WeightLayout({name: tuple(array.shape) for name, array in named.items()})
+    devices = resolve_devices(devices, array_library(named[layout.names[0]]))
     rule = MaskRule(layout.segments, scope, mask_patterns(mask_type, layout.shapes, named_axes(axes)))
     vector = layout.flatten(named)
     mask = _flat_mask(masks, layout)
@@ -156,7 +169,7 @@ def prune(
             partial(newly_pruned, mask=mask, sparsity=wanted, rule=rule),
             damping=damping,
             update=update,
-            devices=resolve_devices(devices),
+            devices=devices,
         )
         vector = scatter_unpruned(updated, mask)
         mask[mask] = ~device_of(chosen).to_numpy(chosen)
@@ -190,7 +203,7 @@ def _flat_mask(masks: Array | Mapping[str, Array] | None, layout: WeightLayout) 
     named = by_name(masks)
     layout.check(named, "masks")
     for name, mask in named.items():
-        if np.dtype(mask.dtype) != np.bool_:
+        if mask.dtype != array_namespace(mask).bool:
             raise ValueError(f"masks[{name!r}] must be boolean (True keeps), got {mask.dtype}")
     flat = layout.flatten(named)
     return device_of(flat).to_numpy(flat)
@@ -212,7 +225,7 @@ def _rows_for_substeps(
     def drawn(vector: Array) -> list[Array]:
         device = device_of(vector)
         with device.backend.on(device.name):
-            copied = vector.copy()  # the function may modify the weights that it gets
+            copied = array_namespace(vector).asarray(vector, copy=True)  # the function may modify what it gets
         rows = draw(in_form(copied)) if takes_weights else draw()
         _check_arrays("the result of the function gradients", rows)
         return _rows_by_array(rows, weights, layout)
@@ -266,11 +279,11 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
             raise ValueError("gradients is a mapping but weights is one array; pass both in the same form")
         rows = next((tuple(array.shape)[:1] for array in gradients.values()), ())
         layout.check(gradients, "gradients", leading=rows)
-        arrays = [gradients[name].reshape(rows[0], -1) for name in layout.names]
+        arrays = [in_rows(gradients[name]) for name in layout.names]
     elif tuple(gradients.shape[1:]) == (layout.num_weights,):
         arrays = [gradients]
     elif not isinstance(weights, Mapping) and tuple(gradients.shape[1:]) == tuple(weights.shape):
-        arrays = [gradients.reshape(gradients.shape[0], -1)]
+        arrays = [in_rows(gradients)]
     else:
         raise ValueError(
             f"gradients must have one row of {layout.num_weights} numbers per sample, "
@@ -280,8 +293,13 @@ def _rows_by_array(gradients: Gradients, weights: Array | Mapping[str, Array], l
         raise ValueError("gradients contains no sample; pass at least one row")
     for array in arrays:
         check_float("gradients", array)
-    wanted = np.result_type(*(array.dtype for array in arrays))
-    return [array_namespace(array).asarray(array, dtype=wanted) for array in arrays]
+    wanted, device = np.result_type(*map(numpy_dtype, arrays)), device_of(arrays[0])
+    return [device.asarray(device_of(array).move(array, device), wanted) for array in arrays]
+
+
+def in_rows(gradients: Array) -> Array:
+    """Return gradient samples of shape ``(m, *shape)`` as rows, a view where possible."""
+    return array_namespace(gradients).reshape(gradients, (gradients.shape[0], math.prod(gradients.shape[1:])))
 
 
 def as_given(arrays: Mapping[str, Array], weights: Array | Mapping[str, Array]) -> Any:

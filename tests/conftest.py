@@ -27,18 +27,33 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and (missing := _missing_for_gpu()):
-        pytest.skip(missing)
+    for marker in item.iter_markers("gpu"):
+        missing = _missing_for_gpu(*marker.args)
+        if missing:
+            pytest.skip(missing)
 
 
 @cache
-def _missing_for_gpu() -> str:
+def _missing_for_gpu(library: str = "cupy") -> str:
     try:
-        import cupy
+        count = _num_gpus_of[library]()
     except ImportError as error:
-        return f"needs CuPy, which cannot be imported: {error}"
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"needs {library}, which cannot be imported: {error}"
+    except RuntimeError as error:
         return f"needs a CUDA device: {error}"
-    return "" if count else "needs a CUDA device, and CuPy finds none"
+    return "" if count else f"needs a CUDA device, and {library} finds none"
+
+
+def _num_gpus_of_cupy() -> int:
+    import cupy
+
+    return cupy.cuda.runtime.getDeviceCount()
+
+
+def _num_gpus_of_torch() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+_num_gpus_of = {"cupy": _num_gpus_of_cupy, "torch": _num_gpus_of_torch}

@@ -51,7 +51,7 @@ class _WithoutStream:
 @cache
 def _array_device(index: int) -> Device | None:
     try:
-        return resolve_device(f"cuda:{index}")
+        return resolve_device(f"cupy:cuda:{index}")
     except DeviceError as error:
         _logger.warning("tensors on GPU %d are copied to host memory for the pruning step: %s", index, error)
         return None

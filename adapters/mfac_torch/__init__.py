@@ -3,6 +3,10 @@
 ``manager`` and ``one_shot`` are the entry points; docs/design.md lists all modules.
 """
 
+from mfac_core import backends
+from mfac_core.fisher import kernels
+from mfac_torch.array_backend import TorchBackend
+from mfac_torch.array_kernels import KERNELS
 from mfac_torch.batchnorm import recalibrate_batchnorm
 from mfac_torch.layer_sensitivity import sensitivity
 from mfac_torch.manager import ScheduledModifierManager
@@ -55,3 +59,7 @@ __all__ = [
     "select_parameters",
     "sensitivity",
 ]
+
+# tensors are arrays of the core from now on
+backends.register(TorchBackend())
+kernels.register(TorchBackend.name, KERNELS)

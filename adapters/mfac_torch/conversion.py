@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
-from mfac_core.backends import Array, Device, resolve_device
-from mfac_core.errors import DeviceError, SettingError
+from mfac_core.backends import Array
+from mfac_core.errors import SettingError
 from mfac_core.weight_names import join_names
 
 __all__ = [
@@ -21,18 +18,15 @@ __all__ = [
     "state_to_tensors",
     "to_array",
     "to_tensor",
-    "wait_until_read",
     "write_back",
 ]
 
-_logger = logging.getLogger("mfac_torch")
-
 
 def to_array(tensor: torch.Tensor) -> Array:
-    """Return the values of a dense floating-point tensor as a NumPy array, or as a CuPy array if it is on a GPU.
+    """Return the values of a dense floating-point tensor as a NumPy array, or on a GPU as a tensor, which stays there.
 
-    The array shares the memory of float32 and float64 tensors in host memory, and on an NVIDIA GPU if CuPy is
-    installed; treat it as read-only. Smaller float types are copied to float32.
+    The array shares the memory of float32 and float64 tensors; treat it as read-only. Smaller float types are copied to
+    float32.
 
     Example:
         >>> to_array(torch.ones(2, dtype=torch.bfloat16))
@@ -44,13 +38,8 @@ def to_array(tensor: torch.Tensor) -> Array:
     tensor = tensor.detach()
     if tensor.dtype not in {torch.float32, torch.float64}:
         tensor = tensor.to(torch.float32)
-    if tensor.device.type == "cuda":
-        device = _array_device(tensor.get_device())
-        if device is not None:
-            return device.asarray(tensor)
-    elif tensor.device.type != "cpu":
-        _warn_copied_once(tensor.device.type)
-    return tensor.cpu().numpy()
+    # NumPy is the fastest on a CPU
+    return tensor.numpy() if _is_on_cpu(tensor) else tensor
 
 
 def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -68,26 +57,12 @@ def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def wait_until_read(devices: Iterable[torch.device]) -> None:
-    """Wait until the core has read tensors on these devices, if torch computes on another stream than the core.
-
-    The core reads asynchronously on CUDA's default stream. Work that torch queues on that stream comes after it; a
-    training loop on a stream of its own could overwrite the tensors too early.
-    """
-    for index in {device.index for device in devices if device.type == "cuda"}:
-        device = _array_device(index)
-        if device is not None and torch.cuda.current_stream(index) != torch.cuda.default_stream(index):
-            device.backend.synchronize(device.name)
-
-
 def to_tensor(array: Array) -> torch.Tensor:
     """Return an array as a tensor of the same dtype on the same device; treat it as read-only.
 
     The tensor shares the memory of the array unless the array is read-only.
     """
-    if isinstance(array, np.ndarray):
-        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-    return torch.utils.dlpack.from_dlpack(array)
+    return array if isinstance(array, torch.Tensor) else torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def write_back(tensor: torch.Tensor, array: Array) -> None:
@@ -144,15 +119,5 @@ def _why_not_prunable(tensor: torch.Tensor) -> str:
     return ""
 
 
-@cache
-def _array_device(index: int) -> Device | None:
-    try:
-        return resolve_device(f"cuda:{index}")
-    except DeviceError as error:
-        _logger.warning("tensors on cuda:%d are copied to host memory for the pruning step: %s", index, error)
-        return None
-
-
-@cache
-def _warn_copied_once(device_type: str) -> None:
-    _logger.warning("tensors on %s are copied to host memory for the pruning step", device_type)
+def _is_on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -14,7 +14,7 @@ from mfac_core.layer_sensitivity import SPARSITIES
 from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_torch.conditions import refuse_distributed
-from mfac_torch.conversion import check_prunable, to_array, wait_until_read, write_back
+from mfac_torch.conversion import check_prunable, to_array, write_back
 from mfac_torch.layout import weight_axes
 from mfac_torch.sampling import sampler_of
 from mfac_torch.selection import select_parameters
@@ -98,7 +98,6 @@ def sensitivity(
     def gradients(names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
         for sample in sampler.gradients(model, {name: parameters[name] for name in names}, count):
             yield {name: to_array(gradient) for name, gradient in sample.items()}
-            wait_until_read(gradient.device for gradient in sample.values())
 
     return model_sensitivity(
         {name: to_array(parameter.detach().clone()) for name, parameter in parameters.items()},

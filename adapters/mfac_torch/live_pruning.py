@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,6 @@ from mfac_torch.conversion import (
     state_to_arrays,
     state_to_tensors,
     to_array,
-    wait_until_read,
     write_back,
 )
 from mfac_torch.layout import weight_axes
@@ -60,6 +59,7 @@ class TorchPruning(LivePruning):
     """
 
     logger = logging.getLogger("mfac_torch")
+    library = "torch"
 
     def __init__(
         self,
@@ -118,7 +118,6 @@ class TorchPruning(LivePruning):
         )
         for gradients in samples:
             yield {name: to_array(gradient) for name, gradient in gradients.items()}
-            wait_until_read(gradient.device for gradient in gradients.values())
 
     def loss_function(self) -> Callable[[Sequence[Any]], float]:
         """Return a function that computes the mean loss of batches, each time with the same dropout masks."""
@@ -233,8 +232,7 @@ class TorchPruning(LivePruning):
         elif all(parameter.grad is None for parameter in self.parameters.values()):
             self._check_not_due_without_rows(step)
         else:
-            self._pruner.observe(self._gradients(self.parameters, scale))
-            wait_until_read(parameter.device for parameter in self.parameters.values())
+            self._pruner.observe({name: to_array(_gradient(self.parameters[name], scale)) for name in self.parameters})
 
     def trained_by(self, optimizer: int) -> Collection[str]:
         """Return the names of the parameters in scope that an optimizer trains, by its index."""
@@ -244,16 +242,13 @@ class TorchPruning(LivePruning):
         """Look up again which parameters an optimizer trains, after it has been given more."""
         self._trained_by[optimizer] = _trained_by(self._optimizers[optimizer], self.parameters)
 
-    def _gradients(self, names: Iterable[str], scale: torch.Tensor | None) -> dict[str, Array]:
-        return {name: to_array(_gradient(self.parameters[name], scale)) for name in names}
-
     def _complete_sample(self, names: Collection[str], scale: torch.Tensor | None, *, begins_sample: bool) -> None:
         if begins_sample:
             self._sample = {}
         if self._sample is None:  # the window has needed gradients only since the middle of a round
             return
         # Copies, because the gradients may be overwritten before the last optimizer of the round steps.
-        self._sample |= {name: array.copy() for name, array in self._gradients(names, scale).items()}
+        self._sample |= {name: to_array(_gradient(self.parameters[name], scale).detach().clone()) for name in names}
         if len(self._sample) == len(self.parameters):
             self._pruner.observe(self._sample)
             self._sample = None

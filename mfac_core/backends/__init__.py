@@ -1,7 +1,7 @@
 """Where arrays live: the backend contract, its implementations, and the choice of devices by name."""
 
-from mfac_core.backends.base import Array, Backend, Device, array_library, array_namespace, check_float
-from mfac_core.backends.lookup import device_of, resolve_device, resolve_devices
+from mfac_core.backends.base import Array, Backend, Device, array_library, array_namespace, check_float, numpy_dtype
+from mfac_core.backends.lookup import device_of, load_backends, readable_on, register, resolve_device, resolve_devices
 
 __all__ = [
     "Array",
@@ -11,6 +11,10 @@ __all__ = [
     "array_namespace",
     "check_float",
     "device_of",
+    "load_backends",
+    "numpy_dtype",
+    "readable_on",
+    "register",
     "resolve_device",
     "resolve_devices",
 ]

@@ -1,31 +1,34 @@
 """The contract of an array backend: it handles where arrays live, never what is computed.
 
-To add an array library, implement :class:`Backend` in a module of its own, for which ``numpy_backend.py`` is the
-shortest example, and list it in ``selection.py``. The section "Adding an array library" of ``docs/design.md`` names
-every step.
+To add an array library, implement :class:`Backend`, for which ``numpy_backend.py`` is the shortest example, and pass it
+to :func:`mfac_core.backends.register`. The section "Adding an array library" of ``docs/design.md`` names every step.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Array", "Backend", "Device", "array_library", "array_namespace", "check_float"]
+__all__ = ["Array", "Backend", "Device", "array_library", "array_namespace", "check_float", "numpy_dtype"]
 
 Array = Any
-"""A NumPy or CuPy array, or any other array that follows the array API standard."""
+"""An array of NumPy, or of any library that ``array_api_compat`` knows and that has a :class:`Backend`."""
 
 
 class Backend(Protocol):
     """Places arrays on the devices of one array library.
 
-    ``device`` is always one of the names that :meth:`devices` returns.
+    ``device`` is always one of the names that :meth:`devices` returns. Arrays that a backend returns carry no graph of
+    automatic differentiation, whatever the arrays that it got.
+
+    Attributes:
+        name: The library, as :func:`array_library` names it.
 
     Example:
         >>> from mfac_core.backends import resolve_device
@@ -38,8 +41,14 @@ class Backend(Protocol):
     def devices(self) -> tuple[str, ...]:
         """Return the names of the devices that exist, such as ``("cuda:0", "cuda:1")``."""
 
+    def device_of(self, x: Array) -> str:
+        """Return the name of the device that holds ``x``, an array of this library."""
+
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
-        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy if none is needed."""
+        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy if none is needed.
+
+        ``dtype`` is one of NumPy.
+        """
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
         """Return a new array of zeros on ``device``."""
@@ -60,7 +69,7 @@ class Backend(Protocol):
         """
 
     def on(self, device: str) -> AbstractContextManager[Any]:
-        """Return a context in which this thread's work runs on ``device``."""
+        """Return a context in which this thread's work runs on ``device``, without automatic differentiation."""
 
     def workers(self, device: str, tasks: int) -> AbstractContextManager[int]:
         """Return a context whose value is the number of threads that should work on ``tasks`` at the same time.
@@ -167,42 +176,66 @@ def array_library(x: Array) -> str:
     """Return the name of the package of an array; code that treats libraries differently uses only this.
 
     Args:
-        x: An array.
+        x: An array, or an object of a subclass of its library's arrays.
 
     Returns:
         A name such as ``numpy`` or ``cupy``.
+
+    Raises:
+        TypeError: If ``x`` is no array.
 
     Example:
         >>> array_library(np.zeros(2))
         'numpy'
     """
-    return "numpy" if isinstance(x, np.ndarray | np.generic) else type(x).__module__.partition(".")[0]
+    name: str = array_namespace(x).__name__
+    return name.removeprefix("array_api_compat.").partition(".")[0]
 
 
 def array_namespace(x: Array) -> Any:
     """Return the module whose functions work on an array.
 
     Args:
-        x: An array of NumPy, CuPy or another library that follows the array API standard.
+        x: An array of any library that ``array_api_compat`` knows, or that follows the array API standard.
 
     Returns:
-        ``numpy``, ``cupy``, or the namespace that the array names.
+        ``numpy``, or a namespace of the array API standard.
 
     Raises:
-        TypeError: If ``x`` is neither a NumPy or CuPy array nor one of the array API standard.
+        TypeError: If ``x`` is no array.
 
     Example:
         >>> array_namespace(np.zeros(2)).__name__
         'numpy'
     """
-    library = array_library(x)
-    if library == "numpy":
-        return np
-    if hasattr(x, "__array_namespace__"):
-        return x.__array_namespace__()
-    if library == "cupy":  # without that method before version 14
-        return sys.modules[library]
-    raise TypeError(f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first")
+    if isinstance(x, np.ndarray | np.generic):
+        return np  # it follows the standard itself: wrappers would only cost time
+    try:
+        return array_api_compat.array_namespace(x)
+    except TypeError:
+        raise TypeError(
+            f"{type(x).__module__}.{type(x).__qualname__} is not an array; convert it first, such as with numpy.asarray"
+        ) from None
+
+
+def numpy_dtype(x: Array) -> np.dtype[Any]:
+    """Return the NumPy dtype with the name of an array's dtype.
+
+    Args:
+        x: An array of any library.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        TypeError: If NumPy has no such dtype.
+
+    Example:
+        >>> import array_api_strict
+        >>> numpy_dtype(array_api_strict.zeros(2))
+        dtype('float64')
+    """
+    return x.dtype if isinstance(x.dtype, np.dtype) else np.dtype(str(x.dtype).rpartition(".")[2])
 
 
 def check_float(name: str, x: Array) -> None:
@@ -222,6 +255,6 @@ def check_float(name: str, x: Array) -> None:
     """
     xp = array_namespace(x)
     if x.dtype not in (xp.float32, xp.float64):
-        raise ValueError(
-            f'{name} must be float32 or float64, got {x.dtype}; convert them first, such as with astype("float32")'
-        )
+        # arrays without the method of NumPy have one named `to`
+        cure = 'astype("float32")' if hasattr(x, "astype") or not hasattr(x, "to") else f"to({xp.float32})"
+        raise ValueError(f"{name} must be float32 or float64, got {x.dtype}; convert them first, such as with {cure}")

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import cupy
+import cupyx
 import numpy as np
 import numpy.typing as npt
 
@@ -34,6 +35,10 @@ class CupyBackend:
             count = 0
         return tuple(f"cuda:{index}" for index in range(count))
 
+    def device_of(self, x: Array) -> str:
+        """Return the name of the GPU that holds ``x``."""
+        return f"cuda:{x.device.id}"
+
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
         """Return ``x`` on the GPU ``device``, through DLPack or a copy from host memory."""
         with self.on(device):
@@ -50,10 +55,7 @@ class CupyBackend:
 
     def host_zeros(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Return zeros in page-locked host memory, from which copies to a GPU overlap with its work."""
-        # CuPy's pool would keep the memory of these large arrays page-locked after they are freed
-        zeros = _page_locked(shape, dtype, _outside_the_pool)
-        if zeros is None:
-            return np.zeros(shape, dtype)
+        zeros = _page_locked(_empty_outside_the_pool, shape, dtype)
         zeros.fill(0)
         return zeros
 
@@ -71,12 +73,9 @@ class CupyBackend:
             array = np.asarray(x)
             return lambda: array
         with x.device:
-            pinned = _page_locked(x.shape, x.dtype, cupy.cuda.alloc_pinned_memory)
-            host = np.empty(x.shape, x.dtype) if pinned is None else pinned
-            work = cupy.cuda.get_current_stream()
-            x.get(stream=work, out=host, blocking=False)
-            done = _event()
-            done.record(work)
+            host = _page_locked(cupyx.empty_pinned, x.shape, x.dtype)
+            x.get(out=host, blocking=False)
+            done = cupy.cuda.get_current_stream().record()
         source = [x]
 
         def wait() -> npt.NDArray[Any]:
@@ -91,9 +90,9 @@ class CupyBackend:
     def stream(self, device: str, loaders: Iterable[Callable[[], list[Array]]]) -> Generator[list[Array]]:
         """Yield the arrays of each load on the GPU ``device``; while one item is worked on, the next is copied.
 
-        Work on an item belongs on the stream that was current when the first item was requested. The item after the
-        next is copied to the same memory, so the arrays are valid until the next item is requested. Arrays that are
-        already on the GPU are yielded themselves; copies are C-contiguous.
+        Work on an item belongs on the stream that was current when the first item was requested. The list of an item is
+        emptied when the next is requested, so that no more than two items take memory. Arrays that are already on the
+        GPU are yielded themselves; copies are C-contiguous.
 
         Args:
             device: The GPU.
@@ -102,22 +101,24 @@ class CupyBackend:
         with self.on(device):
             work = cupy.cuda.get_current_stream()
             copies = cupy.cuda.Stream(non_blocking=True)
-            slots = (_Slot(work, copies), _Slot(work, copies))
-        waiting: tuple[_Slot, list[Array]] | None = None
+        ahead: _Item | None = None
         try:
-            for slot, load in zip(itertools.cycle(slots), loaders, strict=False):
+            for load in loaders:
+                item = _Item()
                 with self.on(device):
-                    arrays = slot.fill(load)
-                if waiting:
-                    yield from self._lend(device, *waiting)
-                waiting = slot, arrays
-            if waiting:
-                yield from self._lend(device, *waiting)
+                    item.copy(load(), work, copies)
+                if ahead is not None:
+                    yield from ahead.lend(work)
+                ahead = item
+            if ahead is not None:
+                yield from ahead.lend(work)
         finally:
-            # the memory of the slots returns to pools that are not ordered with the copies
+            # until then the copies use their sources, and the work the memory of the last items
+            copies.synchronize()
+            work.synchronize()
             with self.on(device):
-                copies.synchronize()
-                work.synchronize()
+                cupy.get_default_memory_pool().free_all_blocks(copies)
+            cupy.get_default_pinned_memory_pool().free_all_blocks()
 
     def on(self, device: str) -> AbstractContextManager[Any]:
         """Return CuPy's device context: CuPy computes on the current device."""
@@ -158,120 +159,81 @@ class CupyBackend:
         with self.on(device):
             cupy.cuda.get_current_stream().synchronize()
 
-    def _lend(self, device: str, slot: _Slot, arrays: list[Array]) -> Iterator[list[Array]]:
-        with self.on(device):
-            slot.work.wait_event(slot.copied)
-        yield arrays
-        with self.on(device):
-            slot.consumed.record(slot.work)
-
 
 _CAPABILITIES_WITH_64_LANES = ("60", "70", "72", "75", "80")
-
-_ALIGNMENT = 256  # bytes, as CUDA aligns its own allocations
 
 _refusals = itertools.count()
 
 
-class _Slot:
-    """Memory for one item on the current device, and page-locked memory if the item has to be gathered first.
+class _Item:
+    """The arrays of one load on a GPU, and what they are copied from."""
 
-    Args:
-        work: The stream that works on the items.
-        copies: The stream that copies them.
-    """
-
-    def __init__(self, work: Any, copies: Any) -> None:
-        self.work = work
-        self.copies = copies
-        self.copied = _event()
-        self.consumed = _event()
-        self._num_bytes = 0
-        self._memory: Any = None
-        self._host: npt.NDArray[Any] = np.empty(0, np.uint8)
+    def __init__(self) -> None:
+        self._arrays: list[Array] = []
         self._sources: list[Array] = []
+        self._copied: Any = None
 
-    def fill(self, load: Callable[[], list[Array]]) -> list[Array]:
-        """Return the arrays of a load on this device: copies are started, ordered after the work on the last item."""
-        # the sources and the host memory of the last copy must not change before it is done
-        self.copied.synchronize()
-        self._sources.clear()
-        arrays = load()
+    def copy(self, arrays: list[Array], work: Any, copies: Any) -> None:
+        """Start to copy the arrays to the current device; those that are there already are taken themselves."""
         here = cupy.cuda.Device().id
-        stays = [isinstance(x, cupy.ndarray) and x.device.id == here for x in arrays]
-        sizes = [0 if stay else _padded(x.nbytes) for x, stay in zip(arrays, stays, strict=True)]
-        self._reserve(sum(sizes))
-        self.copies.wait_event(self.consumed)
-        offsets = itertools.accumulate(sizes, initial=0)
-        filled = [x if stay else self._copy(x, offset) for x, stay, offset in zip(arrays, stays, offsets, strict=False)]
-        self.copied.record(self.copies)
-        return filled
+        # memory that the copies take from CuPy's pool may still be read by the work queued so far
+        copies.wait_event(work.record())
+        for x in arrays:
+            if not isinstance(x, cupy.ndarray):
+                self._arrays.append(self._from_host(x, copies))
+            elif x.device.id == here:
+                self._arrays.append(x)
+            else:
+                self._arrays.append(self._from_device(x, copies))
+        self._copied = copies.record()
 
-    def _reserve(self, num_bytes: int) -> None:
-        if num_bytes <= self._num_bytes:
-            return
-        self.consumed.synchronize()
-        self._memory = None
-        self._memory = cupy.cuda.alloc(num_bytes)
-        self._num_bytes = num_bytes
-        # queued work may still use memory that the pool hands out again: copies come after it
-        self.consumed.record(self.work)
+    def lend(self, work: Any) -> Iterator[list[Array]]:
+        """Yield the arrays, after which the host may change what they were copied from."""
+        work.wait_event(self._copied)
+        yield self._arrays
+        self._copied.synchronize()
+        self._arrays.clear()
+        self._sources.clear()
 
-    def _copy(self, x: Array, offset: int) -> Array:
-        target = cupy.ndarray(x.shape, x.dtype, memptr=self._memory + offset)
-        if isinstance(x, np.ndarray):
-            source = x if x.flags.c_contiguous and _is_page_locked(x) else self._gather(x, offset)
-            target.set(source, stream=self.copies)
-        else:
-            with x.device:
-                source = cupy.ascontiguousarray(x)
-                ready = _event()
-                ready.record(cupy.cuda.get_current_stream())
-            self.copies.wait_event(ready)
-            target.data.copy_from_device_async(source.data, source.nbytes, self.copies)
+    def _from_host(self, x: npt.NDArray[Any], copies: Any) -> Array:
+        source = x
+        if not x.flags.c_contiguous:
+            source = _page_locked(cupyx.empty_pinned, x.shape, x.dtype)
+            np.copyto(source, x)
         self._sources.append(source)
-        return target
+        # the pool keeps memory for each stream apart: what `copies` takes and gives back, only later copies reuse
+        with copies:
+            copied = cupy.empty(x.shape, x.dtype)
+            copied.set(source)
+        return copied
 
-    def _gather(self, x: npt.NDArray[Any], offset: int) -> npt.NDArray[Any]:
-        if self._host.nbytes < self._num_bytes:
-            pinned = _page_locked((self._num_bytes,), np.uint8, _outside_the_pool)
-            self._host = np.empty(self._num_bytes, np.uint8) if pinned is None else pinned
-        gathered: npt.NDArray[Any] = np.ndarray(x.shape, x.dtype, buffer=self._host, offset=offset)
-        np.copyto(gathered, x)
-        return gathered
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-max(num_bytes, 1) // _ALIGNMENT) * _ALIGNMENT
-
-
-def _event() -> Any:
-    return cupy.cuda.Event(block=True, disable_timing=True)
+    def _from_device(self, x: Array, copies: Any) -> Array:
+        with x.device:
+            source = cupy.ascontiguousarray(x)
+            copies.wait_event(cupy.cuda.get_current_stream().record())
+        self._sources.append(source)
+        with copies:
+            return source.copy()
 
 
-def _is_page_locked(x: npt.NDArray[Any]) -> bool:
-    runtime = cupy.cuda.runtime
-    return bool(runtime.pointerGetAttributes(x.ctypes.data).type == runtime.memoryTypeHost)
-
-
-def _page_locked(shape: tuple[int, ...], dtype: Any, allocate: Callable[[int], Any]) -> npt.NDArray[Any] | None:
-    """Return uninitialized page-locked memory, or ``None`` where CUDA refuses it."""
-    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+def _page_locked(empty: Callable[..., npt.NDArray[Any]], shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """Return ``empty(shape, dtype)``, uninitialized page-locked memory, or ordinary memory where CUDA refuses it."""
     try:
-        memory = allocate(max(num_bytes, 1))
+        return empty(shape, dtype)
     except cupy.cuda.runtime.CUDARuntimeError as error:
         if next(_refusals) == 0:
             _logger.warning(
                 "CUDA refuses page-locked host memory (%s): ordinary memory is used, and copies to the GPU are slower",
                 error,
             )
-        return None
-    return np.ndarray(shape, dtype, buffer=memory)
+        return np.empty(shape, dtype)
 
 
-def _outside_the_pool(num_bytes: int) -> Any:
+def _empty_outside_the_pool(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    # CuPy's pool would keep the memory of a window page-locked after the window is gone
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     memory = cupy.cuda.PinnedMemory(num_bytes, cupy.cuda.runtime.hostAllocPortable)
-    return cupy.cuda.PinnedMemoryPointer(memory, 0)
+    return np.ndarray(shape, dtype, buffer=cupy.cuda.PinnedMemoryPointer(memory, 0))
 
 
 def _index(device: str) -> int:

@@ -5,19 +5,65 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import cache
+from importlib.metadata import entry_points
+from typing import NoReturn
 
 from mfac_core.backends.base import Array, Backend, Device, array_library
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import DeviceError
 
-__all__ = ["device_of", "resolve_device", "resolve_devices"]
+__all__ = ["device_of", "load_backends", "readable_on", "register", "resolve_device", "resolve_devices"]
+
+ENTRY_POINTS = "mfac_core.backends"
+"""The entry points of packages that register a backend when they are imported, each with the name of its library."""
+
+_BUILT_IN = ("numpy", "cupy")
+
+_CUPY_CURE = (
+    'the GPUs of NumPy arrays and of Keras models need CuPy: pip install "mfac-core[cuda12]" (CUDA 12) or '
+    '"mfac-core[cuda13]" (CUDA 13)'
+)
+
+_NUMPY = NumpyBackend()
+
+_registered: dict[str, Backend] = {}
 
 
-def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Device, ...]:
+def register(backend: Backend) -> None:
+    """Make the arrays and the devices of a further library known to everything that takes arrays or device names.
+
+    A package that lists itself under the entry points ``mfac_core.backends``, with the name of the library, and calls
+    this function when it is imported, is imported as soon as one of the library's arrays arrives.
+
+    Args:
+        backend: The backend; its ``name`` is the library as :func:`array_library` names it. A second one for the same
+            library replaces the first.
+
+    Raises:
+        ValueError: If the library is NumPy or CuPy, whose backends are built in.
+
+    Example:
+        >>> from mfac_core.backends.numpy_backend import NumpyBackend
+        >>> class OtherBackend(NumpyBackend):  # of a library whose arrays are NumPy's in all but name
+        ...     name = "otherlib"
+        ...
+        ...     def devices(self):
+        ...         return ("npu:0",)
+        >>> register(OtherBackend())
+        >>> str(resolve_device("npu:0")), str(resolve_device("otherlib:npu"))
+        ('npu:0', 'npu:0')
+    """
+    if backend.name in _BUILT_IN:
+        raise ValueError(f"the backend for {backend.name} arrays is built in; register one for another library")
+    _registered[backend.name] = backend
+
+
+def resolve_devices(devices: Sequence[str | Device] | str | Device, library: str | None = None) -> tuple[Device, ...]:
     """Return the devices with these names.
 
     Args:
         devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``; devices are returned unchanged.
+        library: As in :func:`resolve_device`.
 
     Returns:
         One device per entry, in order.
@@ -31,87 +77,158 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device) -> tuple[Dev
     """
     if isinstance(devices, str | Device):
         devices = (devices,)
-    resolved = tuple(resolve_device(device) for device in devices)
+    resolved = tuple(resolve_device(device, library) for device in devices)
     if not resolved:
         raise DeviceError('the list of devices is empty; write at least one, such as ["cpu"]')
     names = [device.name for device in resolved]
     if len(set(names)) != len(names):
-        raise DeviceError(f"{names} names a device twice; list each device once")
+        raise DeviceError(f"{list(map(str, devices))} names a device twice; list each device once")
     return resolved
 
 
-def resolve_device(device: str | Device) -> Device:
+def resolve_device(device: str | Device, library: str | None = None) -> Device:
     """Return the device with this name.
 
+    A plain name means the device of ``library``, if it has one of this name, else that of NumPy, CuPy and the
+    registered libraries, in this order. ``"cpu"`` always means NumPy, which is the fastest on a CPU. A name behind that
+    of a library, such as ``"cupy:cuda:0"``, means the device of this library alone.
+
     Args:
-        device: ``"cpu"``, ``"cuda"`` (the first GPU) or ``"cuda:N"``; a device is returned unchanged.
+        device: ``"cpu"``, ``"cuda:1"``, ``"cupy:cuda:1"``, ...; without a number the first of its kind. A device is
+            returned unchanged.
+        library: The library that brought the weights, as :func:`array_library` names it.
 
     Returns:
         The device.
 
     Raises:
-        DeviceError: If the device does not exist; the message lists those that do, or names the extra to install.
+        DeviceError: If the device does not exist; the message lists those that do, and says what to install.
 
     Example:
-        >>> str(resolve_device("cpu"))
-        'cpu'
+        >>> resolve_device("cpu").backend.name, resolve_device("numpy:cpu").backend.name
+        ('numpy', 'numpy')
     """
     if isinstance(device, Device):
         return device
-    name = "cuda:0" if device == "cuda" else device
-    if isinstance(name, str) and name.startswith("cuda:") and not _has_cupy():
-        raise DeviceError(
-            f'device {device!r} needs CuPy, which is not installed; pip install "mfac-core[cuda12]" (CUDA 12) '
-            f'or "mfac-core[cuda13]" (CUDA 13), or use "cpu"'
-        )
-    known: list[str] = []
-    for backend in _backends():
-        if name in backend.devices():
-            return Device(backend, name)
-        known.extend(backend.devices())
-    raise DeviceError(
-        f"device {device!r} does not exist here; the devices are {', '.join(known)} "
-        "(GPUs are written cuda:0, cuda:1, ...)"
-    )
+    first, _, rest = str(device).partition(":")
+    own = _backend_of(first) if rest else None
+    if own is not None:
+        return _named(rest, [own]) or _refuse(device, [own])
+    if rest and (first == "cupy" or entry_points(group=ENTRY_POINTS, name=first)):
+        cure = _CUPY_CURE if first == "cupy" else f"pip install {first}, or use another device"
+        raise DeviceError(f"device {device!r} needs {first}, which is not installed; {cure}")
+    of_weights = [] if device == "cpu" or library is None else [library]
+    found = [_backend_of(each) for each in (*of_weights, *_BUILT_IN, *_registered)]
+    backends = [backend for backend in found if backend is not None]
+    return _named(device, backends) or _refuse(device, backends)
 
 
 def device_of(x: Array) -> Device:
     """Return the device that holds an array.
 
     Args:
-        x: A NumPy or CuPy array.
+        x: An array of NumPy, CuPy or a registered library.
 
     Returns:
         Its device.
 
     Raises:
-        TypeError: If ``x`` is an array of neither library.
+        TypeError: If ``x`` is no array, or of another library.
 
     Example:
         >>> import numpy as np
         >>> str(device_of(np.zeros(2)))
         'cpu'
     """
-    match array_library(x):
-        case "numpy":
-            return resolve_device("cpu")
-        case "cupy":
-            return resolve_device(f"cuda:{x.device.id}")
-    raise TypeError(
-        f"{type(x).__module__}.{type(x).__qualname__} is not a NumPy or CuPy array; convert it first, "
-        "such as with numpy.asarray"
-    )
+    library = array_library(x)
+    backend = _backend_of(library)
+    if backend is None:
+        raise TypeError(
+            f"{type(x).__module__}.{type(x).__qualname__} is an array of {library}, for which no backend is "
+            "registered; convert it first, such as with numpy.asarray"
+        )
+    return Device(backend, backend.device_of(x))
+
+
+def readable_on(device: Device, x: Array) -> Array:
+    """Return an array in a form that the backend of a device reads.
+
+    Args:
+        device: The device.
+        x: An array of any library, on any device.
+
+    Returns:
+        ``x`` itself if it is of NumPy or the library of the device, else the same array in host memory.
+
+    Raises:
+        TypeError: As in :func:`device_of`.
+
+    Example:
+        >>> import numpy as np
+        >>> readable_on(resolve_device("cpu"), np.zeros(2))
+        array([0., 0.])
+    """
+    return x if array_library(x) in {"numpy", device.backend.name} else device_of(x).to_numpy(x)
+
+
+def load_backends() -> None:
+    """Import every installed package that registers a backend, so that all devices of this machine are known.
+
+    Example:
+        >>> load_backends()
+        >>> str(resolve_device("cpu"))
+        'cpu'
+    """
+    for name in {entry.name for entry in entry_points(group=ENTRY_POINTS)}:
+        _backend_of(name)
+
+
+def _backend_of(library: str) -> Backend | None:
+    """Return the backend of a library, or ``None`` if there is none or the library is not installed."""
+    if library == "numpy":
+        return _NUMPY
+    if library == "cupy":
+        return _cupy_backend() if _has_cupy() else None
+    if library not in _registered:
+        _import_package_for(library)
+    return _registered.get(library)
 
 
 @cache
-def _backends() -> tuple[Backend, ...]:
-    """Return one backend for each installed library; a further library is listed here."""
-    if not _has_cupy():
-        return (NumpyBackend(),)
+def _import_package_for(library: str) -> None:
+    for entry in entry_points(group=ENTRY_POINTS, name=library):
+        try:
+            entry.load()
+        except ModuleNotFoundError as error:
+            if error.name != library:
+                raise
+
+
+@cache
+def _cupy_backend() -> Backend:
     from mfac_core.backends.cupy_backend import CupyBackend
 
-    return (NumpyBackend(), CupyBackend())
+    return CupyBackend()
 
 
 def _has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
+
+
+def _named(name: str, backends: Sequence[Backend]) -> Device | None:
+    """Return the first device with this name; a name without a number means the first of its kind."""
+    for backend in backends:
+        for full in (name, f"{name}:0"):
+            if full in backend.devices():
+                return Device(backend, full)
+    return None
+
+
+def _refuse(device: str, backends: Sequence[Backend]) -> NoReturn:
+    listed = [
+        name if backend.name == "numpy" else f"{backend.name}:{name}"
+        for backend in dict.fromkeys(backends)
+        for name in backend.devices()
+    ]
+    cure = "" if _has_cupy() or not device.startswith("cuda") else f"; {_CUPY_CURE}"
+    raise DeviceError(f"device {device!r} does not exist here; the devices are {', '.join(listed) or 'none'}{cure}")

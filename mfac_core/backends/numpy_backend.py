@@ -32,6 +32,10 @@ class NumpyBackend:
         """Return ``("cpu",)``."""
         return ("cpu",)
 
+    def device_of(self, x: Array) -> str:
+        """Return ``cpu``."""
+        return "cpu"
+
     def asarray(self, x: Array, device: str, dtype: Any = None) -> npt.NDArray[Any]:
         """Return ``x`` as a NumPy array."""
         return np.asarray(x, dtype=dtype)

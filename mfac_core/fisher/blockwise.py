@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, resolve_device, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
 from mfac_core.fisher.factors import Factor, cache_slices, evaluate, factor
@@ -124,7 +124,7 @@ class BlockwiseFisher:
         # a device without float64 leaves the groups that need it to the host
         self._host = resolve_device("cpu")
         self._on_host: set[int] = set()
-        self._wide = {device.name: _widest_dtype(device) for device in (*self._devices.values(), self._host)}
+        self._wide = {device: _widest_dtype(device) for device in (*self._devices.values(), self._host)}
         self._is_measured = damping == "auto"
         if damping == "auto":
             self._dampings, self.unit = self._measured()
@@ -132,6 +132,11 @@ class BlockwiseFisher:
             self._dampings, self.unit = [np.full(group.count, float(damping)) for group in self.groups], 1.0
         limits = [float(limit) for of_group in self._dampings for limit in (of_group.min(), of_group.max())]
         self.damping_range = (min(limits, default=self.unit), max(limits, default=self.unit))
+
+    @property
+    def has_float64(self) -> bool:
+        """Whether all of its devices have float64."""
+        return all(dtype == np.float64 for dtype in self._wide.values())
 
     def diagonal(self) -> Array:
         """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.
@@ -174,15 +179,16 @@ class BlockwiseFisher:
                     factored.select_blocks(blocks).apply([chunk[blocks, :, :] for chunk in chunks], right[blocks, :, :])
                     for blocks in cache_slices(chunks)
                 ]
-                product = array_namespace(right).concat(products, axis=0)
-                self.put(results[:, some], index, device, product / xp.asarray(damping, dtype=product.dtype))
+                here = array_namespace(right)
+                product = here.concat(products, axis=0)
+                self.put(results[:, some], index, device, product / here.asarray(damping, dtype=product.dtype))
 
         self.run(task)
         return out
 
     def damping(self, index: int, device: Device) -> Array:
         """Return the damping of each block of a group, shape ``(n,)``, on ``device`` in its widest dtype."""
-        dtype = self._wide[device.name]
+        dtype = self._wide[device]
         if self._is_measured:
             return device.asarray(self._dampings[index].astype(dtype, copy=False))
         # one number for all blocks needs no copy from the host
@@ -271,6 +277,8 @@ class BlockwiseFisher:
             with ThreadPoolExecutor(len(jobs)) as pool:
                 for future in [pool.submit(self._work, task, device, queue) for device, queue in jobs]:
                     future.result()
+        # the workers of other devices may still be writing on the home device
+        self.home.backend.synchronize(self.home.name)
 
     def _work(self, task: Callable[[int, Device, list[Array]], None], device: Device, queue: deque[int]) -> None:
         # a backend loads groups ahead, so several may be taken from the queue before the first is worked on
@@ -283,7 +291,7 @@ class BlockwiseFisher:
                 except IndexError:  # another worker has taken the last one
                     return
                 taken.append(index)
-                yield partial(self.source.chunks, self.groups[index])
+                yield partial(self._readable_chunks, index, device)
 
         with device.backend.on(device.name):
             try:
@@ -294,6 +302,9 @@ class BlockwiseFisher:
                 queue.clear()  # the other workers stop after their current group
                 raise
             device.backend.synchronize(device.name)
+
+    def _readable_chunks(self, index: int, device: Device) -> list[Array]:
+        return [readable_on(device, chunk) for chunk in self.source.chunks(self.groups[index])]
 
     def _work_on(
         self, task: Callable[[int, Device, list[Array]], None], index: int, device: Device, chunks: list[Array]

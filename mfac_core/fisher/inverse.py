@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace, check_float, device_of
+from mfac_core.backends import Array, Device, array_library, array_namespace, check_float, device_of, resolve_devices
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.settings.checks import Damping, check_block_size, check_damping
 
 __all__ = ["InverseFisher", "inverse_fisher"]
+
+_logger = logging.getLogger("mfac_core")
 
 
 def inverse_fisher(
@@ -26,12 +31,12 @@ def inverse_fisher(
     """Return the inverse of the damped, block-diagonal empirical Fisher of some gradient samples.
 
     Args:
-        gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64, NumPy or CuPy. Not modified;
-            must stay unchanged while the result is in use.
+        gradients: One gradient sample per row, shape ``(m, d)``, float32 or float64. Not modified; must
+            stay unchanged while the result is in use.
         block_size: Weights per block; ``None`` means one block of all weights.
         damping: Added to the diagonal of the empirical Fisher, positive; or ``auto``, for each block 0.1 times the mean
             of that diagonal.
-        devices: Where the blocks are computed.
+        devices: Where the blocks are computed, as in :func:`mfac_core.prune`.
         rtol: Largest relative error of each entry of the diagonal, before it is rounded to the dtype of the gradients.
             Blocks for which float32 is not accurate enough are computed in float64, which takes two to four times as
             long.
@@ -71,7 +76,7 @@ def inverse_fisher(
     check_damping(damping)
     if isinstance(rtol, bool) or not isinstance(rtol, float | int) or not 0 < rtol < 1:
         raise ValueError(f"rtol must be a number between 0 and 1, such as 1e-5, got {rtol!r}")
-    return InverseFisher(gradients, block_size, damping, devices, rtol)
+    return InverseFisher(gradients, block_size, damping, resolve_devices(devices, array_library(gradients)), rtol)
 
 
 class InverseFisher:
@@ -97,8 +102,17 @@ class InverseFisher:
     ) -> None:
         self._home = device_of(gradients)
         source = GradientMatrix([gradients], block_size=block_size)
-        self._fisher = BlockwiseFisher(source, damping=damping, devices=devices, rtol=rtol, retain="always")
+        self._on = partial(BlockwiseFisher, source, damping=damping, rtol=rtol, retain="always")
+        self._fisher = self._on(devices=devices)
         self.shape = (self._fisher.source.num_weights,) * 2
+
+    @cached_property
+    def _in_float64(self) -> BlockwiseFisher:
+        """The Fisher on devices that have float64: on the host if one of the chosen devices has none."""
+        if self._fisher.has_float64:
+            return self._fisher
+        _logger.info("device %s has no float64: products are computed on the host", self._fisher.home)
+        return self._on(devices="cpu")
 
     def diagonal(self) -> Array:
         """Return ``diag(F^-1)``, shape ``(d,)``, in the dtype and on the device of the gradients.
@@ -109,11 +123,11 @@ class InverseFisher:
         """
         fisher = self._fisher
         diagonal = fisher.diagonal()
-        # divide by the unit in float64, because the result may leave the range of the dtype
+        # by a power of two, in two steps: the unit may be outside the range of the dtype where the result is not
         if fisher.unit != 1:
+            half = 2.0 ** (round(math.log2(fisher.unit)) // 2)
             with np.errstate(over="ignore"):  # check_range raises an error of its own
-                exact = fisher.home.asarray(diagonal, np.float64) / fisher.unit
-                diagonal = fisher.home.asarray(exact, fisher.source.dtype)
+                diagonal = diagonal / half / (fisher.unit / half)
             fisher.check_range(diagonal)
         return fisher.home.move(diagonal, self._home)
 
@@ -143,9 +157,9 @@ class InverseFisher:
         if not bool(xp.all(xp.isfinite(x))):
             raise ValueError("x must be finite, but contains NaN or Inf; leave these entries out or set them to zero")
         # in float64, which refines the solves: F^-1 leaves little of an x close to a combination of the gradients
-        home = self._fisher.home
-        vector = home.asarray(device_of(x).move(x, home), np.float64)
-        return home.move(home.asarray(self._fisher.apply(vector), self._fisher.source.dtype), self._home)
+        fisher = self._in_float64
+        vector = fisher.home.asarray(device_of(x).move(x, fisher.home), np.float64)
+        return fisher.home.move(fisher.home.asarray(fisher.apply(vector), fisher.source.dtype), self._home)
 
     def __matmul__(self, x: Array) -> Array:
         """Return :meth:`apply` of ``x``."""
@@ -154,7 +168,8 @@ class InverseFisher:
     def __rmatmul__(self, x: Array) -> Array:
         """Return the product with the rows of ``x``; the matrix is symmetric."""
         _check_array("x", x, f"an array of shape ({self.shape[0]},) or (k, {self.shape[0]})")
-        return self.apply(x.T).T
+        product = self.apply(x.T if x.ndim == 2 else x)
+        return product.T if x.ndim == 2 else product
 
 
 def _check_array(name: str, value: Any, expected: str) -> None:
@@ -162,5 +177,5 @@ def _check_array(name: str, value: Any, expected: str) -> None:
         array_namespace(value)
     except TypeError:
         cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
-        raise TypeError(f"{name} must be {expected}, NumPy or CuPy, got {type(value).__name__}; {cure}") from None
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}; {cure}") from None
     check_float(name, value)

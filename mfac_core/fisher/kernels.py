@@ -1,4 +1,7 @@
-"""Kernels with a faster form for some array libraries, and a portable form for all others."""
+"""Kernels with a faster form for some array libraries, and a portable form for all others.
+
+A library's forms are in the table of this module: those of NumPy and CuPy from the start, others by :func:`register`.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from mfac_core.backends import Array, array_library, array_namespace
 
 __all__ = [
     "Float64Needed",
+    "Kernels",
     "SmallFactors",
     "column_sums_of_squares",
+    "kth_smallest",
     "lower_gram",
     "matmul",
+    "register",
     "runs_on_cpu",
-    "saliency",
     "small_factors",
     "wide_dtype",
 ]
@@ -62,14 +67,14 @@ def column_sums_of_squares(x: Array) -> Array:
     return _kernels_for(x).column_sums_of_squares(x)
 
 
-def saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    """Return ``w^2 / (2 [F^-1]_qq)`` of each weight.
+def kth_smallest(x: Array, k: int) -> Array:
+    """Return the number with ``k`` numbers before it in the order of the vector ``x``, as an array without dimensions.
 
     Example:
-        >>> saliency(np.array([2.0, 1.0]), np.array([0.5, 0.25]))
-        array([4., 2.])
+        >>> float(kth_smallest(np.array([3.0, 1.0, 2.0]), 0))
+        1.0
     """
-    return _kernels_for(weights).saliency(weights, inverse_diagonal)
+    return _kernels_for(x).kth_smallest(x, k)
 
 
 def small_factors(like: Array) -> SmallFactors:
@@ -84,8 +89,8 @@ def small_factors(like: Array) -> SmallFactors:
 
 
 def runs_on_cpu(x: Array) -> bool:
-    """Return whether the library computes on the CPU, where work is faster in pieces that fit the cache."""
-    return _kernels_for(x).run_on_cpu
+    """Return whether ``x`` is computed on the CPU, where work is faster in pieces that fit the cache."""
+    return _kernels_for(x).run_on_cpu(x)
 
 
 def wide_dtype(x: Array) -> Any:
@@ -179,8 +184,8 @@ def _portable_column_sums_of_squares(x: Array) -> Array:
     return array_namespace(x).sum(x * x, axis=-2)
 
 
-def _portable_saliency(weights: Array, inverse_diagonal: Array) -> Array:
-    return weights * weights / (2 * inverse_diagonal)
+def _portable_kth_smallest(x: Array, k: int) -> Array:
+    return array_namespace(x).sort(x)[k]
 
 
 def _float64(x: Array) -> Any:
@@ -188,45 +193,47 @@ def _float64(x: Array) -> Any:
 
 
 @dataclass(frozen=True)
-class _Kernels:
-    """The form that a library uses of each kernel of this module; portable if it has none of its own."""
+class Kernels:
+    """The form that a library uses of each kernel of this module; portable where it has none of its own."""
 
     matmul: Callable[[Array, Array], Array] = operator.matmul
     lower_gram: Callable[[Array], Array] = _portable_lower_gram
     column_sums_of_squares: Callable[[Array], Array] = _portable_column_sums_of_squares
-    saliency: Callable[[Array, Array], Array] = _portable_saliency
+    kth_smallest: Callable[[Array, int], Array] = _portable_kth_smallest
     small_factors: Callable[[Array], SmallFactors] = _BorderedFactors
-    run_on_cpu: bool = False
+    run_on_cpu: Callable[[Array], bool] = lambda x: False
     wide_dtype: Callable[[Array], Any] = _float64
 
 
-def _numpy_kernels() -> _Kernels:
-    return _Kernels(
+def register(library: str, kernels: Kernels) -> None:
+    """Set the kernels for the arrays of a library, as :func:`mfac_core.backends.array_library` names it."""
+    _LIBRARIES[library] = lambda: kernels
+    _load.cache_clear()
+
+
+def _numpy_kernels() -> Kernels:
+    return Kernels(
         lower_gram=lambda x: x @ np.matrix_transpose(x),  # NumPy sees that this is symmetric, and computes half of it
         column_sums_of_squares=lambda x: np.einsum("nij,nij->nj", x, x),  # one pass, without an array of squares
-        run_on_cpu=True,
+        kth_smallest=lambda x, k: np.partition(x, k)[k],  # a selection in linear time
+        run_on_cpu=lambda x: True,
     )
 
 
-def _cupy_kernels() -> _Kernels:
-    from mfac_core.fisher import cupy_kernels
+def _cupy_kernels() -> Kernels:
+    from mfac_core.fisher.cupy_kernels import SmallFactors as CupyFactors
 
-    return _Kernels(
-        matmul=cupy_kernels.matmul,
-        column_sums_of_squares=cupy_kernels.column_sums_of_squares,
-        saliency=cupy_kernels.saliency,
-        small_factors=lambda like: cupy_kernels.SmallFactors(),
-    )
+    return Kernels(small_factors=lambda like: CupyFactors())
 
 
-_LIBRARIES = {"numpy": _numpy_kernels, "cupy": _cupy_kernels}
+_LIBRARIES: dict[str, Callable[[], Kernels]] = {"numpy": _numpy_kernels, "cupy": _cupy_kernels}
 """For each library that has kernels of its own, by the name of its package, a function that loads them."""
 
 
 @cache
-def _load(library: str) -> _Kernels:
-    return _LIBRARIES.get(library, _Kernels)()
+def _load(library: str) -> Kernels:
+    return _LIBRARIES.get(library, Kernels)()
 
 
-def _kernels_for(x: Array) -> _Kernels:
+def _kernels_for(x: Array) -> Kernels:
     return _load(array_library(x))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, check_float, device_of
+from mfac_core.backends import Array, array_namespace, check_float, device_of, numpy_dtype
 from mfac_core.fisher.partition import BlockGroup, partition
 
 __all__ = ["GradientMatrix"]
@@ -30,11 +30,11 @@ class GradientMatrix:
     ) -> None:
         for array in arrays:
             check_float("gradients", array)
-        self._arrays = list(arrays)
         self._device = device_of(arrays[0])
+        self._arrays = list(arrays)
         self._starts = np.concatenate([[0], np.cumsum([array.shape[1] for array in arrays])])
         self._indices = None if mask is None or bool(mask.all()) else np.flatnonzero(mask)
-        self.dtype = np.dtype(arrays[0].dtype)
+        self.dtype = numpy_dtype(arrays[0])
         self.count = int(arrays[0].shape[0])
         self.num_weights = int(self._starts[-1]) if self._indices is None else len(self._indices)
         # nothing is allocated here, so a group may be as large as all arrays

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mfac_core.backends import Array, Device, array_namespace
-from mfac_core.fisher import kernels
+from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, gradients_times
 
-__all__ = ["independent_update", "joint_update", "saliency"]
+__all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
 
 JOINT_RTOL = 1e-5
 """Largest relative error of the inverse diagonal for the factors of the joint update, which solves with them directly:
@@ -35,7 +34,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
 
     Args:
         weights: Unpruned weights, shape ``(d,)``, float32 or float64.
-        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, positive, same device.
+        inverse_diagonal: ``diag(F^-1)``, shape ``(d,)``, positive.
 
     Returns:
         Saliencies, shape ``(d,)``. Inputs are not modified.
@@ -49,6 +48,14 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         >>> saliency(np.array([2.0, 1.0]), np.array([0.5, 0.25]))
         array([4., 2.])
     """
+    device = device_of(weights)
+    weights, inverse_diagonal = (device.asarray(device_of(x).move(x, device)) for x in (weights, inverse_diagonal))
+    with device.backend.on(device.name):
+        return checked_saliency(weights, inverse_diagonal)
+
+
+def checked_saliency(weights: Array, inverse_diagonal: Array) -> Array:
+    """Return :func:`saliency` of arrays on one device, in the context of that device."""
     xp = array_namespace(weights)
     if tuple(weights.shape) != tuple(inverse_diagonal.shape):
         raise ValueError(
@@ -61,7 +68,7 @@ def saliency(weights: Array, inverse_diagonal: Array) -> Array:
         raise ValueError(
             "inverse_diagonal must be positive and finite; the usual cause is too little damping: choose a larger one"
         )
-    return kernels.saliency(weights, inverse_diagonal)
+    return weights * weights / (2 * inverse_diagonal)
 
 
 def independent_update(

@@ -10,6 +10,7 @@ import numpy as np
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.fisher.blockwise import GradientSource
+from mfac_core.fisher.kernels import wide_dtype
 from mfac_core.settings.checks import Damping
 
 __all__ = ["window_warnings"]
@@ -137,7 +138,9 @@ class _Seen:
     def add(self, piece: Array, *, begins_block: bool) -> None:
         """Add columns of shape ``(n, m, width)``: some of one block, or those of ``n`` whole blocks."""
         xp = array_namespace(piece)
-        # float64: squares of small float32 gradients underflow
+        # float64, on the host if need be: squares of small float32 gradients underflow
+        if wide_dtype(piece) != xp.float64:
+            piece, xp = device_of(piece).to_numpy(piece), np
         wide = xp.asarray(piece, dtype=xp.float64)
         squares = xp.sum(wide * wide, axis=(1, 2))
         differences = wide - xp.mean(wide, axis=1, keepdims=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, device_of
+from mfac_core.backends import Array, Device, array_namespace, device_of, numpy_dtype
 
 __all__ = ["Mask", "WeightLayout", "scatter_unpruned", "take_unpruned", "zeros_of"]
 
@@ -85,7 +85,7 @@ class WeightLayout:
         like = {}
         for name, array in self.unflatten(vector).items():
             device = device_of(arrays[name])
-            like[name] = device.asarray(source.move(array, device), arrays[name].dtype)
+            like[name] = device.asarray(source.move(array, device), numpy_dtype(arrays[name]))
         return like
 
     def check_finite(self, vector: Array, mask: Mask, cure: str) -> None:
@@ -156,7 +156,7 @@ def scatter_unpruned(unpruned: Array, mask: Mask) -> Array:
     """Return all weights, shape ``(n,)``, from those that a mask keeps; the others are exactly 0."""
     device = device_of(unpruned)
     with device.backend.on(device.name):
-        weights = device.zeros(mask.shape, unpruned.dtype)
+        weights = device.zeros(mask.shape, numpy_dtype(unpruned))
         weights[device.asarray(mask)] = unpruned
     return weights
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.fisher.kernels import kth_smallest
 from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
 from mfac_core.schedules.substeps import Sparsity, layer_sparsity
@@ -99,9 +100,7 @@ def least_salient(saliencies: Array, count: int) -> Array:
         raise ValueError("a saliency is NaN: the weights contain NaN or Inf; prune from finite weights")
     if count <= 0:
         return is_nan
-    # a selection in linear time if the library has one; the array API standard only sorts
-    ordered = xp.partition(saliencies, count - 1) if hasattr(xp, "partition") else xp.sort(saliencies)
-    threshold = ordered[count - 1]
+    threshold = kth_smallest(saliencies, count - 1)
     chosen = saliencies < threshold
     # the first of those equal to the threshold fill up the count
     ties = saliencies == threshold

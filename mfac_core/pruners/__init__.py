@@ -23,6 +23,7 @@ def make_pruner(
     masks: Mapping[str, Array] | None = None,
     live_gradients: bool = True,
     axes: Mapping[str, Sequence[int]] | None = None,
+    library: str | None = None,
 ) -> Pruner:
     """Return the pruner for these settings.
 
@@ -35,6 +36,8 @@ def make_pruner(
         live_gradients: Whether gradients arrive while training; False when they are sampled at each pruning step.
         axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays whose layout is not
             PyTorch's (output, input, kernel...).
+        library: The library whose devices plain names of the settings mean, as
+            :func:`mfac_core.backends.array_library` names it; ``None`` means that of the weights.
 
     Returns:
         The pruner.
@@ -61,6 +64,7 @@ def make_pruner(
                 masks=masks,
                 live_gradients=live_gradients,
                 axes=axes,
+                library=library,
             )
         case MagnitudeSettings():
             return MagnitudePruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)

@@ -61,6 +61,7 @@ class GradientCollector:
             check_float(f"gradients[{name!r}]", array)
         self.store_arriving()
         device = device_of(gradients[self.layout.names[0]])
+        gradients = {name: device.asarray(device_of(each).move(each, device)) for name, each in gradients.items()}
         entries = self._entries_on(device)
         if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot represent is refused as Inf

@@ -149,10 +149,13 @@ class WindowMemory:
             reached, columns = after
 
 
-def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int) -> Device:
-    """Return the wanted device; for ``auto`` the first GPU with room for windows of so many bytes, else host memory."""
+def choose_window_device(wanted: str, devices: Sequence[Device], num_bytes: int, library: str | None = None) -> Device:
+    """Return the wanted device; for ``auto`` the first GPU with room for windows of so many bytes, else host memory.
+
+    ``devices`` are those that compute; ``library`` is the one whose devices plain names mean.
+    """
     if wanted != "auto":
-        return resolve_device(wanted)
+        return resolve_device(wanted, library)
     elsewhere = [device for device in devices if not device.is_host]
     for device in elsewhere:
         free = device.backend.free_bytes(device.name)

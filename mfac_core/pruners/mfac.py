@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mfac_core.backends import Array, device_of, resolve_devices
+from mfac_core.backends import Array, array_library, device_of, resolve_devices
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.fisher.window_checks import window_warnings
 from mfac_core.masks.layout import Mask
@@ -79,6 +79,8 @@ class MFACPruner(GradualPruner):
             False.
         axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays whose layout is not
             PyTorch's (output, input, kernel...).
+        library: The library whose devices plain names of the settings mean, as
+            :func:`mfac_core.backends.array_library` names it; ``None`` means that of the weights.
 
     Raises:
         TypeError: If ``weights`` is not a mapping from name to array.
@@ -115,14 +117,17 @@ class MFACPruner(GradualPruner):
         masks: Mapping[str, Array] | None = None,
         live_gradients: bool = True,
         axes: Mapping[str, Sequence[int]] | None = None,
+        library: str | None = None,
     ) -> None:
         super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
-        weights_device = device_of(weights[self.layout.names[0]])
-        self._devices = (weights_device,) if settings.devices == ("auto",) else resolve_devices(settings.devices)
+        first = weights[self.layout.names[0]]
+        library = library or array_library(first)
+        names = (device_of(first).name,) if settings.devices == ("auto",) else settings.devices
+        self._devices = resolve_devices(names, library)
         memory = WindowMemory(
             settings, self.layout.num_weights, self.schedule, self.masks_to_come(), live_gradients=live_gradients
         )
-        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes())
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
         self._live = live_gradients
         self._logged: set[str] = set()
         collector = GradientCollector(
@@ -219,7 +224,7 @@ class MFACPruner(GradualPruner):
         A sample on a GPU is copied asynchronously, and checked when the next one arrives or the window is needed.
 
         Args:
-            gradients: Name and array of the gradient of each weight, unscaled; NumPy or CuPy, float32 or float64.
+            gradients: Name and array of the gradient of each weight, unscaled; float32 or float64.
                 Copied. Those of weights that are not in scope may be left out.
 
         Returns:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
-from mfac_core.fisher.obs import independent_update, joint_update, saliency
+from mfac_core.fisher.obs import checked_saliency, independent_update, joint_update
 from mfac_core.settings.checks import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
@@ -103,7 +103,7 @@ def mfac_step(
         scale = _power_of_two(working)
         working = working / scale
         inverse_diagonal = fisher.diagonal()  # in a unit of the Fisher, which does not change the order of saliencies
-        chosen = select(saliency(working, inverse_diagonal))
+        chosen = select(checked_saliency(working, inverse_diagonal))
         if update == "joint":
             change, increase = joint_update(fisher, working, chosen)
         else:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.backends import Array, array_namespace, device_of, numpy_dtype
 from mfac_core.errors import SettingError
 from mfac_core.layer_sensitivity import Sensitivity, sensitivity
 from mfac_core.pruners.memory import WindowMemory
@@ -105,7 +105,7 @@ def model_sensitivity(
             num_recomputations=num_recomputations,
             mask_type=mask_type,
             axes=axes,
-            devices=[device_of(next(iter(weights.values())))],
+            devices=device_of(next(iter(weights.values()))).name,
             progress=progress,
         )
     finally:
@@ -128,7 +128,7 @@ def stacked_rows(rows: Iterable[Mapping[str, Array]], count: int) -> dict[str, A
     for row in rows:
         for name, gradient in row.items():
             if name not in stacked:
-                stacked[name] = device_of(gradient).zeros((count, *gradient.shape), gradient.dtype)
+                stacked[name] = device_of(gradient).zeros((count, *gradient.shape), numpy_dtype(gradient))
             stacked[name][taken] = gradient
         if all(bool(array_namespace(gradient).all(abs(gradient) < math.inf)) for gradient in row.values()):
             taken += 1

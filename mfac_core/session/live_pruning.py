@@ -67,6 +67,9 @@ class LivePruning(ABC):
 
     logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
 
+    library: ClassVar[str | None] = None
+    """The array library of the framework, whose devices plain names in a recipe mean; ``None``: that of the weights."""
+
     def __init__(
         self,
         settings: PruningSettings,
@@ -88,6 +91,7 @@ class LivePruning(ABC):
             steps_per_epoch=steps_per_epoch,
             live_gradients=not self._draws_samples,
             axes=axes,
+            library=self.library,
         )
 
     @abstractmethod

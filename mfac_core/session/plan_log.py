@@ -59,5 +59,5 @@ def log_plan(
 def _devices(pruning: LivePruning) -> str:
     if not isinstance(pruning.settings, MFACSettings):
         return ""
-    why = " (the recipe names no devices: computed where the weights are, on a GPU only if CuPy is installed)"
+    why = " (the recipe names no devices: computed where the weights are)"
     return f"; computed on {', '.join(pruning.devices)}{why if pruning.settings.devices == ('auto',) else ''}"

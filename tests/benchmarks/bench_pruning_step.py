@@ -1,297 +1,339 @@
 """Measure a whole pruning step on the CPU against its floor and against the textbook recursion.
 
 Run it from the root of the project: ``python tests/benchmarks/bench_pruning_step.py [--write]``. With ``--write`` the
-table goes to ``docs/benchmarks.md``. Each row runs in its own process, so that its peak memory is measured alone.
+tables go to ``docs/benchmarks.md``. Each row runs in its own process, so that its peak memory is measured alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-from machine import YOURS_WILL_DIFFER, commit, processor
+import textbook
+import torch
+from bench_document import Row, document
+from bench_tolerance import SEEDS, measure_tolerances
+from gradients import DRAWN, NETWORKS, of_network
 
-SHAPES = [  # m, B, d; None is one block
-    (64, 50, 500_000),
-    (64, 1000, 1_000_000),
-    (64, 2000, 2_000_000),
-    (64, 10000, 1_000_000),
-    (256, 50, 200_000),
-    (256, 128, 200_000),
-    (256, 1000, 500_000),
-    (256, 2000, 500_000),
-    (256, 10000, 500_000),
-    (256, None, 200_000),
-    (512, 2000, 200_000),
-    (1024, 50, 100_000),
-    (1024, 1000, 100_000),
-    (1024, 2000, 100_000),
-    (1024, 10000, 100_000),
-    (1400, 2000, 100_000),
-]
-LINEAR_IN_D = (64, 2000, (125_000, 250_000, 500_000, 1_000_000, 2_000_000))
-TEXTBOOK_SECONDS = 5  # the textbook variants run on as many blocks as this allows, and are scaled up
+from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.window import GradientWindow
+from mfac_core.masks.selection import least_salient
+from mfac_core.pruners import step as pruning_step
+
 SPARSITY = 0.5
 DAMPING = 1e-5
 OUTPUT = Path("docs/benchmarks.md")
+STEP_SECONDS = 3.0  # the rounds of a row go on for this long
+ROUNDS = (3, 9)  # but there are at least and at most so many
+VARIANT_SECONDS = 0.4  # a textbook variant gets as many blocks as this allows, and is scaled up
+USABLE = 0.1  # largest relative error of a textbook variant that counts
+DENSE = 3000  # largest block whose Fisher the oracle inverts itself
+ORACLE_WORK = 4e9  # m^2 B of all blocks that are compared with the oracle
+STATIC = ("single_block_numpy", "batched_numpy", "single_block_torch", "batched_torch", "dense_blocks_torch")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row to measure; ``width`` is the block size, ``None`` for one block."""
+
+    kind: str
+    m: int
+    width: int | None
+    d: int
+
+
+SHAPES = [
+    Shape("realistic", 64, 50, 500_000),
+    Shape("realistic", 64, 1000, 2_000_000),
+    Shape("realistic", 64, 1500, 1_500_000),
+    Shape("realistic", 64, 2000, 2_000_000),
+    Shape("realistic", 64, 10000, 2_000_000),
+    Shape("realistic", 192, 2500, 500_000),
+    Shape("realistic", 256, 50, 200_000),
+    Shape("realistic", 256, 128, 192_000),
+    Shape("realistic", 256, 1000, 500_000),
+    Shape("realistic", 256, 2000, 500_000),
+    Shape("realistic", 256, 9000, 495_000),
+    Shape("realistic", 256, None, 100_000),
+    Shape("realistic", 512, 2000, 200_000),
+    Shape("realistic", 768, 3000, 150_000),
+    Shape("realistic", 1024, 50, 100_000),
+    Shape("realistic", 1024, 1000, 100_000),
+    Shape("realistic", 1024, 2000, 100_000),
+    Shape("realistic", 1024, 10000, 100_000),
+    Shape("realistic", 1400, 2000, 100_000),
+    Shape("normal", 64, 2000, 2_000_000),
+    Shape("normal", 256, 2000, 500_000),
+    Shape("normal", 1024, 2000, 100_000),
+    *(Shape("CNN", m, width, 0) for m, width in ((64, 2000), (256, 9000), (1024, 50), (1024, 1000))),
+    *(Shape("MLP", m, width, 0) for m, width in ((64, 1500), (256, 2000), (768, 3000))),
+]
+LINEAR_IN_D = [Shape("realistic", 64, 2000, d) for d in (125_000, 250_000, 500_000, 1_000_000, 2_000_000)]
 
 
 def main() -> None:
-    """Measure every shape and print, or write, the table."""
+    """Measure every shape and print, or write, the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {OUTPUT}")
-    parser.add_argument("--shape", nargs=3, help="measure one shape in this process: m B d")
-    parser.add_argument("--no-textbook", action="store_true", help="skip the textbook variants")
-    parser.add_argument("--made-again", action="store_true", help="with --shape: keep no factors between the passes")
+    parser.add_argument("--row", help="measure one shape in this process, given as JSON")
+    parser.add_argument("--networks", type=Path, help="with --row: folder with the gradients of the networks")
+    parser.add_argument("--no-textbook", action="store_true", help="with --row: skip the textbook variants")
     arguments = parser.parse_args()
-    if arguments.shape:
-        m, width, d = (None if value == "None" else int(value) for value in arguments.shape)
-        if arguments.made_again:
-            print(json.dumps(measure_without_kept_factors(m, width, d)))
-        else:
-            print(json.dumps(measure(m, width, d, textbook=not arguments.no_textbook)))
+    if arguments.row:
+        shape = Shape(**json.loads(arguments.row))
+        print(json.dumps(asdict(measure(shape, arguments.networks, textbook=not arguments.no_textbook))))
         return
-    rows = []
-    for shape in SHAPES:
-        row = _in_a_process(shape, *(["--no-textbook"] if arguments.no_textbook else []))
-        row["made_again"] = _in_a_process(shape, "--made-again")
-        rows.append(row)
-        print(_line(rows[-1]), flush=True)
-    m, width, sizes = LINEAR_IN_D
-    scaling = [_in_a_process((m, width, d), "--no-textbook") for d in sizes]
-    document = _document(rows, scaling)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        save_networks(Path(folder), max(shape.m for shape in SHAPES if shape.kind in NETWORKS))
+        rows = [_in_a_process(shape, folder) for shape in SHAPES]
+        scaling = [_in_a_process(shape, folder, "--no-textbook") for shape in LINEAR_IN_D]
+    text = document(rows, scaling, measure_tolerances(range(SEEDS)), minutes=(time.perf_counter() - started) / 60)
     if arguments.write:
-        OUTPUT.write_text(document, encoding="utf-8")
+        OUTPUT.write_text(text, encoding="utf-8")
         print(f"written: {OUTPUT}")
     else:
-        print(document)
+        print(text)
 
 
-def measure(m: int, width: int | None, d: int, *, textbook: bool) -> dict:
-    """Return the times of one shape, in seconds, and the memory beyond the window, in bytes."""
-    window, weights = _problem(m, width, d)
-    before = _resident()
-    whole = [_timed_beside_products(lambda: _step(window, weights))]
-    memory = _peak() - before
-    whole += [_timed_beside_products(lambda: _step(window, weights)) for _ in range(6 if whole[0][0] < 10 else 2)]
-    seconds, rates = zip(*whole, strict=True)
-    ratios = sorted(second * rate / (2 * m * m * d) for second, rate in whole)
-    result = {
-        "m": m, "B": width, "d": d, "seconds": statistics.median(seconds), "rate": statistics.median(rates),
-        "ratio": statistics.median(ratios), "lowest": ratios[0], "highest": ratios[-1], "memory": memory,
-        "window": window.num_bytes, "parts": _parts(window, weights), "textbook": {},
-    }  # fmt: skip
-    if textbook:
-        result["textbook"] = _textbook(_some_blocks(window), d)
-    return result
+def save_networks(folder: Path, m: int) -> None:
+    """Train each network once, and store its weights and gradients."""
+    for name in NETWORKS:
+        weights, gradients = of_network(name, m, seed=0)
+        weights.tofile(folder / f"{name}.weights")
+        gradients.tofile(folder / f"{name}.gradients")
 
 
-def measure_without_kept_factors(m: int, width: int | None, d: int) -> dict:
-    """Return seconds and memory of one shape if the second pass factors every block again."""
-    from mfac_core.fisher import blockwise
+def measure(shape: Shape, networks: Path | None = None, *, textbook: bool = True) -> Row:
+    """Return times, memory and errors of one shape."""
+    weights, gradients = _problem(shape, networks)
+    window = GradientWindow(len(weights), shape.m, block_size=shape.width)
+    for sample in gradients:
+        window.push(sample)
+    base = _reset_peak()
+    first = timed_step(window, weights)
+    memory = _peak() - base
+    width = shape.width or len(weights)
+    blocks, places = some_blocks(window, width, shape.m)
+    exact = oracle(blocks, shape.m)
+    screened = {name: _screened(name, blocks, exact) for name in _variants(shape.m, width)} if textbook else {}
+    candidates = _candidates(screened)
+    rounds = min(max(math.ceil(STEP_SECONDS / first.seconds["step"]), ROUNDS[0]), ROUNDS[1])
+    steps, rates, variants = [], [], {name: [] for name in candidates}
+    for _ in range(rounds):
+        rate = _product_rate()
+        step = timed_step(window, weights)
+        rates.append((rate + _product_rate()) / 2)
+        steps.append(step)
+        for name in candidates:
+            variants[name].append(_seconds_per_weight(name, screened[name], window, width) * len(weights))
+    floors = [2 * shape.m**2 * len(weights) / rate for rate in rates]
+    # the shortest times: a variant in PyTorch takes many times as long whenever another process has one of the cores
+    fastest = min(step.seconds["diagonal"] for step in steps)
+    ratios = {name: min(seconds) / fastest for name, seconds in variants.items()}
+    dynamic = ratios.pop("dynamic_torch", None)
+    best = min(ratios, key=ratios.get, default=None)
+    diagonal = np.concatenate([step.diagonal[place] for place in places]).reshape(len(places), -1)
+    return Row(
+        kind=shape.kind, m=shape.m, width=shape.width, d=len(weights),
+        seconds={part: statistics.median(step.seconds[part] for step in steps) for part in step.seconds},
+        rate=statistics.median(rates),
+        floor_ratios=sorted(step.seconds["step"] / floor for step, floor in zip(steps, floors, strict=True)),
+        diagonal_floor_ratio=statistics.median(
+            step.seconds["diagonal"] / floor for step, floor in zip(steps, floors, strict=True)
+        ),
+        textbook=best, textbook_ratio=ratios.get(best), dynamic_ratio=dynamic,
+        memory=memory, window=window.num_bytes, in_float64=step.in_float64,
+        error=relative_error(diagonal, exact), textbook_error=screened[best].error if best else None,
+        oracle_blocks=len(places),
+    )  # fmt: skip
 
-    blockwise.RETAINED_FRACTION = 0.0
-    window, weights = _problem(m, width, d)
-    before = _resident()
-    seconds = [_timed(lambda: _step(window, weights))]
-    memory = _peak() - before
-    seconds += [_timed(lambda: _step(window, weights)) for _ in range(2 if seconds[0] < 10 else 0)]
-    return {"seconds": statistics.median(seconds), "memory": memory}
+
+@dataclass(frozen=True)
+class Step:
+    """One pruning step: the seconds of each part, the diagonal, and the share of groups computed in float64."""
+
+    seconds: dict[str, float]
+    diagonal: np.ndarray
+    in_float64: float
 
 
-def _problem(m: int, width: int | None, d: int):
-    from mfac_core.fisher.window import GradientWindow
+def timed_step(window: GradientWindow, weights: np.ndarray) -> Step:
+    """Run one pruning step and measure its parts."""
+    seconds: dict[str, float] = {}
+    seen = {}
 
-    rng = np.random.default_rng(0)
-    window = GradientWindow(d, m, block_size=width)
-    for _ in range(m):
-        window.push(rng.standard_normal(d, dtype=np.float32))
-    return window, rng.standard_normal(d, dtype=np.float32)
+    def part(name: str, function: Callable) -> Callable:
+        def timed(*arguments):
+            started = time.perf_counter()
+            seen[name] = arguments, function(*arguments)
+            seconds[name] = time.perf_counter() - started
+            return seen[name][1]
 
+        return timed
 
-def _step(window, weights) -> None:
-    from mfac_core.masks.selection import least_salient
-    from mfac_core.pruners.step import mfac_step
-
-    def select(saliencies):
-        return least_salient(saliencies, round(len(weights) * SPARSITY))
-
-    mfac_step(weights, window, select, damping=DAMPING, update="independent", devices="cpu")
-
-
-def _parts(window, weights) -> dict[str, float]:
-    """Return the seconds of each part of a step, by name."""
-    from mfac_core.fisher.blockwise import BlockwiseFisher
-    from mfac_core.fisher.obs import independent_update, saliency
-    from mfac_core.masks.selection import least_salient
-
-    seconds = {}
-
-    def part(name, function):
+    with (
+        patch.object(BlockwiseFisher, "diagonal", part("diagonal", BlockwiseFisher.diagonal)),
+        patch.object(pruning_step, "independent_update", part("update", pruning_step.independent_update)),
+    ):
         started = time.perf_counter()
-        value = function()
-        seconds[name] = time.perf_counter() - started
-        return value
-
-    fisher = BlockwiseFisher(window, damping=DAMPING, devices="cpu")
-    diagonal = part("diagonal", fisher.diagonal)
-    saliencies = part("saliency", lambda: saliency(weights, diagonal))
-    chosen = part("mask", lambda: least_salient(saliencies, round(len(weights) * SPARSITY)))
-    change, _ = part("update", lambda: independent_update(fisher, weights, chosen, diagonal))
-    part("writing", lambda: np.where(chosen, 0, weights + change))
-    return seconds
-
-
-def _some_blocks(window) -> np.ndarray:
-    """Return up to 32 of the first blocks of a window, shape ``(n, m, B)``."""
-    group = window.stored_groups[0]
-    chunks = window.chunks(group.subgroup(0, min(group.count, 32)))
-    return np.concatenate(chunks, axis=-1)
+        pruning_step.mfac_step(
+            weights,
+            window,
+            part("mask", lambda saliencies: least_salient(saliencies, round(len(weights) * SPARSITY))),
+            damping=DAMPING,
+            update="independent",
+            devices="cpu",
+        )
+        seconds["step"] = time.perf_counter() - started
+    (fisher,), diagonal = seen["diagonal"]
+    return Step(seconds, diagonal, statistics.mean(fisher._in_float64))
 
 
-def _textbook(blocks: np.ndarray, d: int) -> dict[str, float]:
-    """Return seconds of the diagonal over all ``d`` weights for each variant, measured on some blocks."""
-    import textbook as variants
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    blocks = np.ascontiguousarray(blocks)
-    n, m, width = blocks.shape
-    seconds = {}
-    for name in ("single_block_numpy", "batched_numpy", "single_block_torch", "batched_torch", "dense_blocks_torch"):
-        if name == "dense_blocks_torch" and width > 256:
-            continue
-        function = getattr(variants, name)
-        data = blocks if name.endswith("numpy") else torch.from_numpy(blocks)
-        one = _timed(lambda f=function, x=data[:1]: f(x, 1e-5))
-        count = max(1, min(n, int(TEXTBOOK_SECONDS / 5 / one)))
-        taken = min(_timed(lambda f=function, x=data[:count]: f(x, 1e-5)) for _ in range(2))
-        seconds[name] = taken * d / (count * width)
-    return seconds
+def some_blocks(window: GradientWindow, width: int, m: int, most: int = 4) -> tuple[np.ndarray, list[slice]]:
+    """Return a few blocks of full width from all over a window, shape ``(n, m, width)``, and their places."""
+    total = window.num_weights // width
+    count = max(1, min(most, total, int(ORACLE_WORK / (m * m * width))))
+    indices = np.linspace(0, total - 1, count).astype(int)
+    return _blocks(window, width, indices), [slice(i * width, (i + 1) * width) for i in indices]
 
 
-def _timed_beside_products(function) -> tuple[float, float]:
-    """Return the seconds of a call, and the mean float32 rate of matrix products right before and after it."""
-    before = _product_rate()
-    seconds = _timed(function)
-    return seconds, (before + _product_rate()) / 2
+def oracle(blocks: np.ndarray, m: int) -> np.ndarray:
+    """Return the inverse diagonals of blocks, from dense inverses in float64."""
+    diagonals = []
+    for block in blocks.astype(np.float64):
+        if block.shape[1] <= DENSE:
+            fisher = DAMPING * np.eye(block.shape[1]) + block.T @ block / m
+            diagonals.append(np.diag(np.linalg.inv(fisher)))
+        else:
+            # Woodbury
+            solved = np.linalg.inv(m * DAMPING * np.eye(m) + block @ block.T) @ block
+            diagonals.append((1 - np.einsum("ij,ij->j", block, solved)) / DAMPING)
+    return np.stack(diagonals)
+
+
+def relative_error(values: np.ndarray, exact: np.ndarray) -> float:
+    """Return the largest relative error; infinite if a value is not a number."""
+    return float(np.nan_to_num(np.max(np.abs(values / exact - 1)), nan=np.inf))
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A textbook variant after its first run: seconds per block, and its relative error."""
+
+    seconds: float
+    error: float
+
+
+def _screened(name: str, blocks: np.ndarray, exact: np.ndarray) -> Screened:
+    seconds, diagonals = _run(name, blocks)
+    return Screened(seconds / len(blocks), relative_error(diagonals, exact))
+
+
+def _candidates(screened: dict[str, Screened]) -> list[str]:
+    """Return the variants that give a diagonal at all and may be the fastest, and the dynamic algorithm."""
+    static = {name: each for name, each in screened.items() if name in STATIC and each.error <= USABLE}
+    fastest = min((each.seconds for each in static.values()), default=0.0)
+    return [
+        name for name, each in screened.items() if name not in STATIC or (name in static and each.seconds < 2 * fastest)
+    ]
+
+
+def _variants(m: int, width: int) -> list[str]:
+    if width > 256:
+        return [*STATIC[:-1], "dynamic_torch"]
+    return [*STATIC, "dynamic_torch"] if width > m else list(STATIC)
+
+
+def _seconds_per_weight(name: str, screened: Screened, window: GradientWindow, width: int) -> float:
+    """Return the seconds per weight of a textbook variant on blocks from all over the window."""
+    total = window.num_weights // width
+    count = max(1, min(total, int(VARIANT_SECONDS / screened.seconds), 64))
+    blocks = _blocks(window, width, np.linspace(0, total - 1, count).astype(int))
+    return _run(name, blocks)[0] / (count * width)
+
+
+def _run(name: str, blocks: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the seconds of a textbook variant, and its diagonals."""
+    data = blocks if name.endswith("numpy") else torch.from_numpy(blocks)
+    started = time.perf_counter()
+    with np.errstate(all="ignore"):
+        diagonals = getattr(textbook, name)(data, DAMPING)
+    return time.perf_counter() - started, np.asarray(diagonals)
+
+
+def _blocks(window: GradientWindow, width: int, indices: Iterable[int]) -> np.ndarray:
+    out = []
+    for index in indices:
+        group = next(group for group in window.stored_groups if group.start <= index * width < group.stop)
+        one = group.subgroup((index * width - group.start) // width, 1)
+        out.append(np.concatenate(window.chunks(one), axis=-1))
+    return np.concatenate(out)
+
+
+def _problem(shape: Shape, networks: Path | None) -> tuple[np.ndarray, Iterable[np.ndarray]]:
+    """Return weights and gradient samples."""
+    if shape.kind in DRAWN:
+        weights = np.random.default_rng(1).standard_normal(shape.d, dtype=np.float32)
+        return weights, DRAWN[shape.kind](shape.m, shape.d, seed=0)
+    if networks is None:
+        return of_network(shape.kind, shape.m, seed=0)
+    weights = np.fromfile(networks / f"{shape.kind}.weights", np.float32)
+    rows = (
+        np.fromfile(networks / f"{shape.kind}.gradients", np.float32, len(weights), offset=4 * row * len(weights))
+        for row in range(shape.m)
+    )
+    return weights, rows
 
 
 def _product_rate(size: int = 2048) -> float:
     """Return the machine's float32 matrix-product rate on all cores, in operations per second."""
     a, b = np.ones((2, size, size), np.float32)
     out = np.empty_like(a)
-    return 2 * size**3 / min(_timed(lambda: np.matmul(a, b, out=out)) for _ in range(3))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        np.matmul(a, b, out=out)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
-def _timed(function) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def _resident() -> int:
-    import psutil
-
-    return psutil.Process().memory_info().rss
+def _reset_peak() -> int:
+    """Make the current resident memory of this process the peak so far, and return it in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return _status("VmHWM")
 
 
-def _in_a_process(shape: tuple, *options: str) -> dict:
-    command = [sys.executable, __file__, "--shape", *map(str, shape), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
 
 
-def _line(row: dict) -> str:
-    best = min(row["textbook"].values(), default=None)
-    name = min(row["textbook"], key=row["textbook"].get, default="")
-    parts = row["parts"]
-    cells = [
-        row["m"], row["B"] or "all", f"{row['d']:,}", f"{row['seconds']:.2f}",
-        *(f"{parts[name]:.2f}" for name in ("diagonal", "mask", "update")),
-        f"{row['rate'] / 1e9:.0f}", f"{row['ratio']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})",
-        f"{best / parts['diagonal']:.0f} ({name.replace('_', ' ')})" if best else "",
-        f"{row['memory'] / 2**20:.0f}", f"{row['window'] / 2**20:.0f}",
-        f"{row['made_again']['seconds']:.2f}", f"{row['made_again']['memory'] / 2**20:.0f}",
-    ]  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def _document(rows: list[dict], scaling: list[dict]) -> str:
-    import mfac_core
-
-    d = np.array([row["d"] for row in scaling], float)
-    seconds = np.array([row["seconds"] for row in scaling])
-    slope, offset = np.polyfit(d, seconds, 1)
-    fit = 1 - ((seconds - slope * d - offset) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
-    rate = statistics.median(row["rate"] for row in rows) / 1e9
-    return "\n".join(
-        [
-            "# Benchmarks",
-            "",
-            "One pruning step on the CPU: inverse diagonal, saliency, mask, independent update, new weights. float32,",
-            "standard normal gradients and weights, half of the weights pruned.",
-            "",
-            f"Made by `tests/benchmarks/bench_pruning_step.py --write` with mfac-core {mfac_core.__version__}, NumPy "
-            f"{np.__version__}, Python {platform.python_version()}, {platform.system()} on {processor()}, "
-            f"{len(os.sched_getaffinity(0))} cores; its matrix product runs at {rate:.0f} GFLOP/s (median over rows).",
-            f"Measured at commit {commit()}.",
-            YOURS_WILL_DIFFER,
-            "",
-            "* *step*: seconds, median of seven runs (three if a step takes over ten seconds); *diagonal*, *mask*,",
-            "  *update*: the time of these parts of a step (saliency and writing back take the rest)",
-            "* *product*: rate of 2048 x 2048 matrix products immediately before and after each run, in GFLOP/s",
-            "* *floor ratio*: time of the step over that of `2 m^2 d` operations at that rate: median (min to max)",
-            "* *textbook ratio*: diagonal by the fastest textbook variant of the paper's recursion, over ours",
-            "  (`tests/benchmarks/textbook.py`; measured on up to 32 blocks and scaled to `d`)",
-            "* *memory*: peak resident memory of the step beyond the window, in MiB; *window*: the window itself",
-            "* *again*, *memory again*: seconds and memory if the second pass computes all factors again",
-            "",
-            "| m | B | d | step | diagonal | mask | update | product | floor ratio | textbook ratio | memory | window "
-            "| again | memory again |",
-            "| --- " * 14 + "|",
-            *map(_line, rows),
-            "",
-            "The second pass (update) needs the factor of each block again. Factors of size `m x m` are kept from",
-            "the first pass, because computing them again costs as much as that pass without its triangular solve.",
-            "They take at most `m / B` of the window, and never more than half of it or a quarter of the free memory.",
-            "Factors of size `B x B` (`B <= m`) are computed again: together they would be as large as all dense",
-            "inverses.",
-            "",
-            "A step does not reach its floor because BLAS is slower for thin products (64 rows) than for square ones,",
-            "needs more than half the time of a full product for the product of a matrix with its own transpose, and",
-            "computes small factorizations in many small calls. This matters most if `m` is small.",
-            "",
-            "## On a GPU",
-            "",
-            "`python tests/benchmarks/bench_gpu.py --write docs/benchmarks-gpu.md` measures the same step on an NVIDIA",
-            "GPU, with the window on the device and in pinned host memory. It has not been run yet, so there is no",
-            "table and no claim.",
-            "",
-            "## Linear in d",
-            "",
-            f"m = {LINEAR_IN_D[0]}, B = {LINEAR_IN_D[1]}: a straight line through the seconds has slope "
-            f"{slope * 1e6:.2f} s per million weights, offset {offset:.2f} s, R² = {fit:.4f}.",
-            "",
-            "| d | step |",
-            "| --- | --- |",
-            *(f"| {row['d']:,} | {row['seconds']:.2f} |" for row in scaling),
-            "",
-        ]
-    )
+def _in_a_process(shape: Shape, networks: str, *options: str) -> Row:
+    # all cores, whatever the environment says
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    command = [sys.executable, __file__, "--row", json.dumps(asdict(shape)), "--networks", networks, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    line = done.stdout.splitlines()[-1]
+    print(line, flush=True)
+    return Row(**json.loads(line))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class StrictBackend:
         uploads: Device name and shape of each array that was brought there from another place.
     """
 
-    name = "strict"
+    name = "array_api_strict"
 
     def __init__(
         self, free_bytes: int | None = None, group_bytes: int = 1, speeds: dict[str, float] | None = None
@@ -41,6 +41,9 @@ class StrictBackend:
 
     def devices(self) -> tuple[str, ...]:
         return NAMES
+
+    def device_of(self, x: Array) -> str:
+        return str(x.device).split("'")[1]
 
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
         target = xp.Device(device)

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import mfac_core
 from mfac_core.backends import lookup
+from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.cli import app
 from mfac_core.report.run import RunRecord, write_json
 
@@ -766,18 +767,60 @@ def test_plan_refuses_a_safetensors_header_that_holds_no_entries(
 # --- devices and files that are not there
 
 
-@pytest.mark.parametrize(
-    "key", ['available_gpus: ["cuda:0"]', 'available_devices: ["cuda:0"]', 'grads_device: "cuda:0"']
-)
-def test_check_warns_of_a_gpu_that_is_not_here(
-    write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, key: str
-) -> None:
-    monkeypatch.setattr(lookup, "_has_cupy", lambda: False)
+class Tensors(NumpyBackend):
+    """A library with a GPU, which its package registers when it is imported."""
 
-    result = mfac("check", write_recipe(f"{RECIPE}    {key}\n"), "--strict")
+    name = "tensors"
+
+    def devices(self) -> tuple[str, ...]:
+        return ("cpu", "cuda:0")
+
+
+@pytest.fixture
+def without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "_has_cupy", lambda: False)
+    monkeypatch.setattr(lookup, "_registered", {})
+    monkeypatch.setattr(lookup, "entry_points", lambda **_: ())
+
+
+@pytest.mark.usefixtures("without_gpus")
+@pytest.mark.parametrize("value", ["cuda:0", "mps", "tensors:cuda:0", "cupy:cuda:0"])
+@pytest.mark.parametrize("key", ['available_gpus: ["{}"]', 'available_devices: ["{}"]', 'grads_device: "{}"'])
+def test_check_warns_of_a_gpu_that_is_not_here(write_recipe: Callable[[str], Path], key: str, value: str) -> None:
+    result = mfac("check", write_recipe(f"{RECIPE}    {key.format(value)}\n"), "--strict")
 
     assert result.exit_code == 1
-    assert "warning: on this machine: device 'cuda:0' needs CuPy" in result.stdout
+    if value == "cupy:cuda:0":
+        assert "warning: on this machine: device 'cupy:cuda:0' needs cupy, which is not installed" in result.stdout
+    else:
+        there = f"warning: on this machine: device '{value}' does not exist here; the devices are cpu"
+        assert there in result.stdout
+    # a framework with arrays of its own needs no CuPy
+    needs_cupy = "the GPUs of NumPy arrays and of Keras models need CuPy" in result.stdout
+    assert needs_cupy == (value in {"cuda:0", "cupy:cuda:0"})
+
+
+@pytest.mark.usefixtures("without_gpus")
+@pytest.mark.parametrize("value", ["cuda:0", "tensors:cuda:0", "cpu"])
+def test_check_finds_the_gpus_of_installed_frameworks(
+    write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    imported = []
+
+    def load() -> None:
+        imported.append(None)
+        lookup.register(Tensors())
+
+    entry = SimpleNamespace(name="tensors", load=load)
+    monkeypatch.setattr(lookup, "entry_points", lambda group, name="tensors": [entry] if name == "tensors" else [])
+    lookup._import_package_for.cache_clear()
+
+    result = mfac("check", write_recipe(f'{RECIPE}    available_gpus: ["{value}"]\n    grads_device: "cpu"\n'))
+
+    lookup._import_package_for.cache_clear()
+    assert result.exit_code == 0
+    assert "on this machine" not in result.stdout
+    assert bool(imported) == (value != "cpu")
 
 
 def test_files_that_cannot_be_read_are_errors_without_a_traceback(

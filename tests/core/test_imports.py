@@ -56,9 +56,9 @@ def test_the_torch_adapter_loads_no_other_framework() -> None:
     assert loaded_by("import mfac_torch", ("tensorflow", "keras", "jax", "mfac_keras", "matplotlib", "sklearn")) == []
 
 
-def test_the_core_prunes_where_only_numpy_and_yaml_are_installed() -> None:
+def test_the_core_prunes_where_only_numpy_array_api_compat_and_yaml_are_installed() -> None:
     result = run(
-        ONLY_STDLIB_AND.format(allowed={"mfac_core", "numpy", "yaml", "_yaml"})
+        ONLY_STDLIB_AND.format(allowed={"mfac_core", "numpy", "array_api_compat", "yaml", "_yaml"})
         + textwrap.dedent("""
         import numpy as np
         import mfac_core

@@ -327,7 +327,7 @@ def test_what_is_no_array_is_refused_with_what_is_expected(value):
     with pytest.raises(TypeError, match=rf"gradients must be an array of shape \(m, d\), one gradient sample .*{got}"):
         mfac_core.inverse_fisher(value)
     fisher = mfac_core.inverse_fisher(np.ones((3, 4)))
-    with pytest.raises(TypeError, match=rf"x must be an array of shape \(4,\) or \(4, k\), NumPy or CuPy, {got}"):
+    with pytest.raises(TypeError, match=rf"x must be an array of shape \(4,\) or \(4, k\), {got}"):
         fisher @ value
     with pytest.raises(TypeError, match="flatten its arrays and concatenate them"):
         fisher.apply({"a": np.ones(4)})
@@ -460,7 +460,7 @@ def test_rows_are_multiplied_from_the_left():
     rows = rng.standard_normal((3, 6))
     np.testing.assert_array_equal(rows @ fisher, (fisher @ rows.T).T)
     np.testing.assert_array_equal(rows[0] @ fisher, fisher @ rows[0])
-    with pytest.raises(TypeError, match=r"x must be an array of shape \(6,\) or \(k, 6\), NumPy or CuPy, got list"):
+    with pytest.raises(TypeError, match=r"x must be an array of shape \(6,\) or \(k, 6\), got list"):
         [1.0] * 6 @ fisher
 
 

@@ -19,7 +19,7 @@ from mfac_core import (
     SettingError,
     make_pruner,
 )
-from mfac_core.backends import resolve_device
+from mfac_core.backends import lookup
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.pruners import ACDCPruner, ConstantPruner
 from mfac_core.pruners.memory import WindowMemory
@@ -676,23 +676,18 @@ def test_masks_are_released_right_after_the_last_pruning_step_where_they_are_not
 
 
 def test_without_a_named_device_blocks_are_computed_where_the_weights_are(monkeypatch):
-    elsewhere = strict_devices(1)[0]
-    seen = []
-    monkeypatch.setattr("mfac_core.pruners.mfac.device_of", lambda x: seen.append(x) or elsewhere)
+    elsewhere = strict_devices(2)[1]
+    monkeypatch.setattr(lookup, "_registered", {elsewhere.backend.name: elsewhere.backend})
     monkeypatch.setattr(
         "mfac_core.pruners.mfac.mfac_step", lambda *_, devices, **__: pytest.fail(f"computed on {devices[0].name}")
     )
-    weights = make_weights()
-    pruner = MFACPruner(replace(SETTINGS, gradients_device="cpu"), weights, steps_per_epoch=STEPS_PER_EPOCH)
-    assert seen == [weights["a"]] or seen[0] is weights["a"]
-    monkeypatch.setattr("mfac_core.pruners.mfac.device_of", lambda x: resolve_device("cpu"))
-    pruner.observe(gradient_at(0))
-    with pytest.raises(pytest.fail.Exception, match="computed on CPU_DEVICE"):
-        pruner.prune(weights, 8)
-    named = make_mfac(replace(SETTINGS, devices=("cpu",)))
-    named.observe(gradient_at(0))
-    with pytest.raises(pytest.fail.Exception, match="computed on cpu"):
-        named.prune(weights, 8)
+    here, there = make_weights(), {name: elsewhere.asarray(array) for name, array in make_weights().items()}
+    for weights, devices, computed_on in [(there, "auto", "device1"), (there, "cpu", "cpu"), (here, "auto", "cpu")]:
+        settings = replace(SETTINGS, gradients_device="cpu", devices=(devices,))
+        pruner = MFACPruner(settings, weights, steps_per_epoch=STEPS_PER_EPOCH)
+        pruner.observe(gradient_at(0))
+        with pytest.raises(pytest.fail.Exception, match=f"computed on {computed_on}"):
+            pruner.prune(weights, 8)
 
 
 @pytest.mark.parametrize("kind", [MFACSettings, MagnitudeSettings])

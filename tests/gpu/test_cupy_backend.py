@@ -78,12 +78,6 @@ def test_host_zeros_are_zeros_in_page_locked_memory(backend, shape, dtype):
     assert host.size == 0 or is_page_locked(host)
 
 
-def test_a_view_of_page_locked_memory_is_known_as_such(backend):
-    host = backend.host_zeros((4, 1000), np.float32)
-    assert cupy_backend._is_page_locked(host[2:])
-    assert not cupy_backend._is_page_locked(np.zeros(1000))
-
-
 def test_where_cuda_refuses_there_is_ordinary_memory_and_one_warning(backend, monkeypatch, caplog):
     def refuse(size, flags=0):
         raise cupy.cuda.runtime.CUDARuntimeError(OUT_OF_MEMORY)
@@ -177,7 +171,15 @@ def test_a_load_may_give_several_arrays_and_those_on_the_gpu_are_yielded_themsel
             assert arrays[0] is here
 
 
-def test_memory_is_grown_while_the_smaller_one_is_in_use(backend):
+def test_the_list_of_an_item_is_emptied_when_the_next_is_requested(backend):
+    here = cupy.arange(3)
+    items = []
+    for i, item in enumerate(backend.stream(GPU, [lambda: [numbers((40, 50)), here]] * 4)):
+        assert [len(each) for each in items] == [0] * i
+        items.append(item)
+
+
+def test_items_of_growing_size_take_new_memory_while_the_smaller_one_is_in_use(backend):
     values = [numbers((1 << min(i, 12), 64), seed=i) for i in range(16)]
     assert_all_equal(copied_behind_slow_work(backend, [lambda x=x: [x] for x in values]), values)
 

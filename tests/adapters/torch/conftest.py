@@ -4,6 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from mfac_core.backends import lookup
+from mfac_torch import conversion
+from tests.adapters.torch.virtual_gpus import VirtualGpus
+
 torch.set_num_threads(1)
 
 STEPS_PER_EPOCH = 5
@@ -59,3 +63,20 @@ class TinyTask:
 @pytest.fixture
 def task():
     return TinyTask()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Make the tensors of the CPU those of a GPU, as far as pruning can see, and return the backend of the GPUs."""
+    backend = VirtualGpus()
+    monkeypatch.setitem(lookup._registered, "torch", backend)
+    monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+    return backend
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def placement(request):
+    """Run a test twice: with the model on the CPU, and on a GPU."""
+    if request.param == "gpu":
+        request.getfixturevalue("gpus")
+    return request.param

@@ -78,6 +78,7 @@ def equal(one, other):
     return type(one) is type(other) and one == other
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_resumed_run_equals_one_that_was_not_interrupted(task, tmp_path):
     whole = Run(task).fit(0, 12)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(whole.optimizer, [3, 5])

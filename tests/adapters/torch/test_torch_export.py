@@ -190,7 +190,7 @@ def test_on_a_cpu_the_pattern_that_a_recipe_made_is_found_and_the_hardware_refus
     assert type(model.weight) is nn.Parameter
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torch")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor is in prototype stage:UserWarning")
 def test_a_two_of_four_model_computes_the_same_on_its_gpu():
     if torch.cuda.get_device_capability() < (8, 0):

@@ -26,6 +26,8 @@ from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.masking import HeldMasks
 from mfac_torch.session import is_attached
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 OPTIMIZERS = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),

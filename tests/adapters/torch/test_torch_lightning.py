@@ -155,6 +155,7 @@ def test_a_recipe_runs_and_a_plain_module_remains(tmp_path):
     assert sorted(model.state_dict()) == sorted(Digits().state_dict())
 
 
+@pytest.mark.usefixtures("placement")
 def test_the_masks_are_those_of_a_plain_loop(tmp_path):
     model, callback, _ = fitted(tmp_path)
     plain = Digits()

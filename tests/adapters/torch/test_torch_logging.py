@@ -89,7 +89,7 @@ def test_modify_says_what_each_modifier_matches_and_when_it_prunes(task, caplog)
         "MFACPruningModifier 1: 72 weights in 2 parameters (0.weight, 2.weight), up to 2,944 bytes of "
         "memory; 4 pruning steps from epoch 1 (step 5), sparsity 0.2, "
         "to epoch 4 (step 20), sparsity 0.75; computed on cpu (the recipe names no devices: computed "
-        "where the weights are, on a GPU only if CuPy is installed)",
+        "where the weights are)",
         "MagnitudePruningModifier 2: 8 weights in 1 parameter (0.bias); one pruning step at epoch 1 (step 5), "
         "sparsity 0.5",
         "MFACPruningModifier 1: prunes each layer to the same sparsity, and does each pruning step in one pass: the "

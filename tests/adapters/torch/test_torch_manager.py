@@ -20,6 +20,8 @@ from mfac_torch import (
     SetLearningRateModifier,
 )
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 
 class NoisySGD(torch.optim.SGD):
     """An optimizer that moves every weight, whatever its gradient, and whose step calls another with hooks."""
@@ -827,6 +829,7 @@ def test_finalize_refuses_what_it_was_not_given(task):
     ],
 )
 def test_a_modify_that_fails_leaves_model_and_optimizer_untouched(task, error, message, change):
+    change = dict(change)
     model = task.model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     trained = list(model.parameters())[change.pop("trained", slice(None))]

@@ -7,6 +7,8 @@ from torch import nn
 
 from mfac_torch.masking import HeldMasks
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 KEEP = np.array([[True, False, True], [False, True, True]])
 
 
@@ -56,10 +58,8 @@ def test_new_masks_replace_the_old(held, weight):
     assert weight[0, 1] == -2
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torch")
 def test_masks_follow_a_parameter_to_another_device():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     layer = nn.Linear(3, 2, bias=False)
     held = HeldMasks({"weight": layer.weight})
     held.hold({"weight": KEEP})

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 LINE = re.compile(r"predicted loss increase \S+ \(in-sample\)(?:, measured loss change (\S+) on ([^()]+?))?, \d")
 
 

@@ -16,6 +16,8 @@ from mfac_torch import (
 )
 from mfac_torch.layout import weight_axes
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 SCHEDULE = {"init_sparsity": 0.25, "final_sparsity": 0.5, "start_epoch": 1.0, "end_epoch": 2.0, "update_frequency": 1.0}
 
 
@@ -188,10 +190,8 @@ def test_a_model_that_changes_its_dtype_after_modify_goes_on_being_pruned():
     assert model[0].weight.dtype == torch.float64
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu("torch")
 def test_a_model_that_moves_to_a_gpu_after_modify_goes_on_being_pruned():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 

@@ -18,6 +18,8 @@ from mfac_torch import (
     recalibrate_batchnorm,
 )
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 LOSS = nn.functional.mse_loss
 FEW = {"num_grads": 4, "fisher_block_size": 16}
 

@@ -94,6 +94,7 @@ def test_pruned_weights_are_zero_after_each_step_of_each_optimizer(task, modifie
     assert [hooks(optimizer) for optimizer in optimizers] == [0, 0]
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_sample_holds_the_gradients_of_all_optimizers(task):
     def window(model, optimizers):
         manager = ScheduledModifierManager.from_yaml(task.recipe())
@@ -107,6 +108,7 @@ def test_a_sample_holds_the_gradients_of_all_optimizers(task):
     assert torch.equal(whole[:3], parts[:3])
 
 
+@pytest.mark.usefixtures("placement")
 def test_optimizers_that_take_turns_give_one_sample_per_round(task):
     model = task.model()
     optimizers = halves(task, model)
@@ -182,6 +184,7 @@ def test_steps_are_those_of_the_first_optimizer(task):
     assert manager.sparsity == pytest.approx(0.2, abs=0.01)
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_scaler_unscales_the_gradients_of_each_optimizer_before_they_are_seen(task):
     def window(scaler):
         model = task.model()

@@ -109,6 +109,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(task, tmp_path, metho
     assert resumed.optimizer.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.usefixtures("placement")
 @pytest.mark.parametrize("order", [("manager", "model", "optimizer"), ("optimizer", "manager", "model")])
 def test_the_parts_of_a_checkpoint_may_be_loaded_in_any_order(task, tmp_path, order):
     recipe = task.recipe(num_grads="{0.0: 3, 0.5: 5}")
@@ -133,6 +134,7 @@ def test_a_resumed_run_does_not_set_its_learning_rate_a_second_time(task, tmp_pa
     assert resumed.optimizer.param_groups[0]["lr"] == 0.005
 
 
+@pytest.mark.usefixtures("placement")
 def test_released_masks_stay_released(task, tmp_path):
     recipe = task.recipe(leave_enabled="false", end_epoch=2.0)
     killed = Trainer(task, recipe)
@@ -144,6 +146,7 @@ def test_released_masks_stay_released(task, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(resumed.model.parameters(), killed.model.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("placement")
 def test_loading_masks_zeroes_weights_that_came_from_elsewhere(task):
     killed = Trainer(task, task.recipe())
     killed.fit(12)
@@ -152,6 +155,7 @@ def test_loading_masks_zeroes_weights_that_came_from_elsewhere(task):
     assert all(not resumed.model.get_parameter(name)[~mask].any() for name, mask in resumed.manager.masks.items())
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_state_is_not_changed_by_the_run_that_goes_on(task):
     run = Trainer(task, task.recipe())
     run.fit(9)
@@ -224,6 +228,7 @@ def test_the_random_numbers_of_the_process_are_left_alone_unless_asked(task, tmp
     assert torch.rand(1) == resumed
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_state_without_its_window_is_small_and_resumes_with_fresh_rows(task, tmp_path, caplog):
     recipe = task.recipe(num_grads=5)
     killed = Trainer(task, recipe)
@@ -313,6 +318,7 @@ def test_a_state_that_fits_in_part_changes_nothing(task):
     assert resumed.state_dict()["prunings"][0]["pruning_steps_done"] == 0
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_state_that_fits_in_part_is_taken_in_part_when_asked_for(task, caplog):
     model, optimizer, manager = two_modifiers(task)
     task.train(model, optimizer, stop=10)

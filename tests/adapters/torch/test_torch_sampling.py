@@ -7,6 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 
 @pytest.fixture
 def model():

@@ -13,6 +13,8 @@ from mfac_core import MemoryBudgetError, SettingError
 from mfac_torch import GradSampler, sensitivity
 from tests import reference
 
+pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
+
 LEVELS = (0.3, 0.6, 0.9)
 OPTIONS = dict(sparsities=LEVELS, num_grads=6, num_batches=3, damp=1e-5)
 

@@ -243,6 +243,7 @@ def test_bfloat16_autocast_prunes_to_the_same_sparsity(tmp_path):
     assert zeros(run.model) == wanted(run.model)
 
 
+@pytest.mark.usefixtures("placement")
 def test_a_language_model_of_conv1d_layers_with_a_sampler(tmp_path):
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=20, n_positions=12, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)

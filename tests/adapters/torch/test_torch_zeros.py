@@ -39,6 +39,7 @@ def dense(model):
 # --- at the end
 
 
+@pytest.mark.usefixtures("placement")
 @pytest.mark.parametrize("assign", [False, True])
 def test_restored_weights_are_counted_left_and_said(task, caplog, assign):
     model, optimizer, manager = attached(task)
@@ -316,6 +317,7 @@ def test_steps_by_hand_are_said_at_the_end(task, caplog):
 # --- averaged copies
 
 
+@pytest.mark.usefixtures("placement")
 def test_an_average_gets_the_zeros_of_the_masks(task):
     model, optimizer, manager = attached(task)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
@@ -505,6 +507,7 @@ class Adapted(nn.Module):
         return self.base(inputs) + self.lora_b(self.lora_a(inputs))
 
 
+@pytest.mark.usefixtures("placement")
 @pytest.mark.parametrize("by_recipe", [True, False])
 def test_an_adapter_learns_on_a_pruned_base(task, caplog, by_recipe):
     base = task.model()
