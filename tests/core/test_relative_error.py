@@ -220,3 +220,20 @@ def test_a_pruning_step_chooses_the_mask_of_float64_but_for_saliencies_at_the_th
     threshold = np.sort(exact)[count - 1]
     np.testing.assert_allclose(exact[differ], threshold, rtol=2 * RTOL)
     assert differ.mean() < 1e-3
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-3])
+@pytest.mark.parametrize("update", ["independent", "joint"])
+def test_the_update_of_a_pruning_step_has_four_digits_and_its_predicted_loss_increase_too(update, damping):
+    rows = realistic_layers()
+    weights = np.random.default_rng(1).standard_normal(rows.shape[1]).astype(np.float32)
+    chosen = np.random.default_rng(2).random(len(weights)) < 0.5
+
+    def step(gradients):
+        source = GradientMatrix([gradients], block_size=500)
+        return mfac_step(weights, source, lambda s: chosen, damping=damping, update=update, devices="cpu")
+
+    found, exact = step(rows), step(rows.astype(np.float64))
+    moved = np.linalg.norm(exact.weights - weights * ~chosen)
+    assert np.linalg.norm(found.weights - exact.weights) <= 1e-4 * moved
+    assert found.predicted_loss_increase == pytest.approx(exact.predicted_loss_increase, rel=1e-4)
