@@ -21,12 +21,10 @@ from mfac_core.fisher.chunks import columns_times, concat, is_column, over_cache
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
-    MEASURED,
-    PROBES,
     REFINEMENTS,
-    SAFETY,
     check_overflow,
     is_small,
+    measurement,
     signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
@@ -122,11 +120,12 @@ class PrimalFactor:
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
         """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
         xp = array_namespace(diagonal)
-        probes = xp.sqrt(self.norms)[:, :, None] * signs(self.norms, PROBES)
-        amplified = xp.sum(self._solve(probes) ** 2, axis=-1) / PROBES
+        how = measurement(self.norms.shape[-1])
+        probes = xp.sqrt(self.norms)[:, :, None] * signs(self.norms, how.probes)
+        amplified = xp.sum(self._solve(probes) ** 2, axis=-1) / how.probes
         width = diagonal.shape[-1]
-        worst = xp.argsort(-amplified / diagonal, axis=-1)[:, : min(MEASURED, width)]
-        unit = xp.asarray(xp.matrix_transpose(is_column(worst, 0, width)), dtype=self.dtype)
+        measured = how.choose(amplified / diagonal)
+        unit = xp.asarray(xp.matrix_transpose(is_column(measured, 0, width)), dtype=self.dtype)
         solved = self._solve(unit)
         # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
         products = rows_times(chunks, solved)
@@ -134,8 +133,8 @@ class PrimalFactor:
         quadratic = damping * xp.sum(solved * solved, axis=-2)
         quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
         exact = 2 * xp.sum(unit * solved, axis=-2) - quadratic
-        errors = xp.abs(xp.take_along_axis(diagonal, worst, axis=-1) / exact - 1)
-        return SAFETY * xp.max(errors, axis=-1)
+        errors = xp.abs(xp.take_along_axis(diagonal, measured, axis=-1) / exact - 1)
+        return how.safety * xp.max(errors, axis=-1)
 
 
 def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:
