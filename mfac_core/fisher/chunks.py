@@ -12,7 +12,7 @@ from typing import Any
 
 from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import split_columns
-from mfac_core.fisher.kernels import matmul, runs_on_cpu, wide_dtype
+from mfac_core.fisher.kernels import runs_on_cpu, wide_dtype
 
 __all__ = [
     "cache_columns",
@@ -106,7 +106,7 @@ def rows_times(chunks: Sequence[Array], x: Array) -> Array:
     start = 0
     for chunk in chunks:
         stop = start + chunk.shape[-1]
-        product = matmul(xp.asarray(chunk, dtype=x.dtype), x[:, start:stop, :])
+        product = xp.asarray(chunk, dtype=x.dtype) @ x[:, start:stop, :]
         total = product if total is None else total + product
         start = stop
     return total
@@ -115,9 +115,8 @@ def rows_times(chunks: Sequence[Array], x: Array) -> Array:
 def columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
     """Return ``G^T c`` of each block for ``c`` of shape ``(n, m, k)``, in its dtype; shape ``(n, B, k)``."""
     xp = array_namespace(coefficients)
-    dtype = coefficients.dtype
-    products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=dtype)), coefficients) for chunk in chunks]
-    return concat(products, axis=-2)
+    converted = (xp.asarray(chunk, dtype=coefficients.dtype) for chunk in chunks)
+    return concat([xp.matrix_transpose(chunk) @ coefficients for chunk in converted], axis=-2)
 
 
 def take_columns(chunk: Array, columns: Array, start: int, stop: int) -> Array:

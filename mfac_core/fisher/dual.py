@@ -58,7 +58,7 @@ from mfac_core.fisher.chunks import (
     rows_times,
     take_columns,
 )
-from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, runs_on_cpu
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
     MEASURED,
@@ -211,7 +211,7 @@ class DualFactor:
         xp = array_namespace(self.norms)
         probes = self._solve(xp.sqrt(self.norms)[:, :, None] * signs(self.norms, PROBES))
         probes = concat([xp.matrix_transpose(probes)], axis=0)
-        products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
+        products = (probes @ xp.asarray(chunk, dtype=self.dtype) for chunk in chunks)
         return concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
     def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
@@ -235,11 +235,11 @@ class DualFactor:
         residual = -shift * rows
         for chunk, (start, stop) in zip(chunks, bounds, strict=True):
             converted = xp.asarray(chunk, dtype=self.dtype)
-            left = matmul(rows, converted)
+            left = rows @ converted
             left -= xp.asarray(is_column(columns, start, stop), dtype=self.dtype)
             values = values + xp.sum(left * left, axis=-1)
             if certify:
-                residual = residual - matmul(left, xp.matrix_transpose(converted))
+                residual = residual - left @ xp.matrix_transpose(converted)
         amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
         rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
         if not certify:
