@@ -20,6 +20,7 @@ __all__ = [
     "Float64Needed",
     "Kernels",
     "SmallFactors",
+    "check_has_float64",
     "column_sums_of_squares",
     "kth_smallest",
     "lower_gram",
@@ -84,6 +85,12 @@ def wide_dtype(x: Array) -> Any:
         True
     """
     return _kernels_for(x).wide_dtype(x)
+
+
+def check_has_float64(x: Array) -> None:
+    """Raise :class:`Float64Needed` if the device of ``x`` has no float64."""
+    if wide_dtype(x) != array_namespace(x).float64:
+        raise Float64Needed
 
 
 class Float64Needed(Exception):

@@ -18,7 +18,7 @@ import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher
-from mfac_core.fisher.chunks import cache_slices, fisher_quadratic, gradients_times
+from mfac_core.fisher.chunks import cache_slices, column_bounds, fisher_quadratic, gradients_times
 from mfac_core.fisher.factors import evaluate
 
 __all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
@@ -187,10 +187,7 @@ def _in_precision(x: Array, in_float64: bool) -> Array:
 def _zero_columns(chunks: list[Array], mask: Array) -> list[Array]:
     """Return the chunks with zeros in the columns where ``mask``, of shape ``(n, B)``, is false."""
     zeroed = []
-    start = 0
-    for chunk in chunks:
+    for chunk, (start, stop) in zip(chunks, column_bounds(chunks), strict=True):
         xp = array_namespace(chunk)
-        columns = mask[:, None, start : start + chunk.shape[-1]]
-        zeroed.append(xp.where(columns, chunk, xp.zeros_like(chunk)))
-        start += chunk.shape[-1]
+        zeroed.append(xp.where(mask[:, None, start:stop], chunk, xp.zeros_like(chunk)))
     return zeroed

@@ -112,6 +112,12 @@ class TriangularFactor:
             stop = rows.start
         return out
 
+    def solve_symmetric(self, b: Array) -> Array:
+        """Return ``(L L^T)^-1 b`` in the dtype of ``b``, of shape ``(n, k, c)``; computed in that of the factor."""
+        xp = array_namespace(b)
+        in_dtype = xp.asarray(b, dtype=self.pivots.dtype)
+        return xp.asarray(self.solve_transposed(self.solve(in_dtype)), dtype=b.dtype)
+
     def inverse(self) -> Array:
         """Return ``L^-1``, shape ``(n, k, k)``, lower triangular."""
         if len(self.inverses) == 1:
