@@ -55,6 +55,6 @@ def _has_float64(device: torch.device) -> bool:
 
 
 KERNELS = Kernels(
-    small_factors=_SmallFactors, kth_smallest=_kth_smallest, run_on_cpu=_runs_on_cpu, wide_dtype=_wide_dtype
+    small_factors=_SmallFactors, kth_smallest=_kth_smallest, runs_on_cpu=_runs_on_cpu, wide_dtype=_wide_dtype
 )
 """Other products and sums are portable: each is one call of torch already."""

@@ -139,6 +139,11 @@ class BlockwiseFisher:
         """Whether all of its devices have float64."""
         return all(dtype == np.float64 for dtype in self._wide.values())
 
+    @property
+    def float64_share(self) -> float:
+        """Share of the groups whose diagonal was computed in float64."""
+        return sum(map(bool, self._in_float64)) / max(len(self._in_float64), 1)
+
     def diagonal(self) -> Array:
         """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.
 

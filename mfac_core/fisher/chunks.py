@@ -10,9 +10,11 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import array_api_compat
+
 from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import split_columns
-from mfac_core.fisher.kernels import matmul, runs_on_cpu, wide_dtype
+from mfac_core.fisher.kernels import runs_on_cpu, wide_dtype
 
 __all__ = [
     "cache_columns",
@@ -22,7 +24,6 @@ __all__ = [
     "concat",
     "fisher_quadratic",
     "gradients_times",
-    "indices",
     "is_column",
     "over_cache_slices",
     "rows_times",
@@ -103,42 +104,37 @@ def rows_times(chunks: Sequence[Array], x: Array) -> Array:
     """Return ``G x`` of each block for ``x`` of shape ``(n, B, k)``, in its dtype; shape ``(n, m, k)``."""
     xp = array_namespace(x)
     total = None
-    start = 0
-    for chunk in chunks:
-        stop = start + chunk.shape[-1]
-        product = matmul(xp.asarray(chunk, dtype=x.dtype), x[:, start:stop, :])
+    for chunk, (start, stop) in zip(chunks, column_bounds(chunks), strict=True):
+        product = xp.asarray(chunk, dtype=x.dtype) @ x[:, start:stop, :]
         total = product if total is None else total + product
-        start = stop
     return total
 
 
 def columns_times(chunks: Sequence[Array], coefficients: Array) -> Array:
     """Return ``G^T c`` of each block for ``c`` of shape ``(n, m, k)``, in its dtype; shape ``(n, B, k)``."""
     xp = array_namespace(coefficients)
-    dtype = coefficients.dtype
-    products = [matmul(xp.matrix_transpose(xp.asarray(chunk, dtype=dtype)), coefficients) for chunk in chunks]
-    return concat(products, axis=-2)
+    converted = (xp.asarray(chunk, dtype=coefficients.dtype) for chunk in chunks)
+    return concat([xp.matrix_transpose(chunk) @ coefficients for chunk in converted], axis=-2)
 
 
-def take_columns(chunk: Array, columns: Array, start: int, stop: int) -> Array:
-    """Return some columns of a chunk, shape ``(n, m, k)``; zero where another chunk has them."""
-    xp = array_namespace(chunk)
-    is_inside = (columns >= start) & (columns < stop)
-    indices = xp.where(is_inside, columns - start, xp.zeros_like(columns))[:, None, :]
-    taken = xp.take_along_axis(chunk, xp.broadcast_to(indices, (*chunk.shape[:2], indices.shape[-1])), axis=-1)
-    return xp.where(is_inside[:, None, :], taken, xp.zeros_like(taken))
+def take_columns(chunks: Sequence[Array], columns: Array) -> Array:
+    """Return some columns of each block, shape ``(n, m, k)`` for ``columns`` of shape ``(n, k)``."""
+    xp = array_namespace(columns)
+    total = None
+    for chunk, (start, stop) in zip(chunks, column_bounds(chunks), strict=True):
+        is_inside = (columns >= start) & (columns < stop)
+        indices = xp.where(is_inside, columns - start, xp.zeros_like(columns))[:, None, :]
+        taken = xp.take_along_axis(chunk, xp.broadcast_to(indices, (*chunk.shape[:2], columns.shape[-1])), axis=-1)
+        # zero where another chunk has the column
+        found = xp.where(is_inside[:, None, :], taken, xp.zeros_like(taken))
+        total = found if total is None else total + found
+    return total
 
 
 def is_column(columns: Array, start: int, stop: int) -> Array:
     """Return which of the columns from ``start`` to ``stop`` each of ``columns`` is, shape ``(n, k, stop - start)``."""
-    return columns[:, :, None] == indices(columns, stop - start)[None, None, :] + start
-
-
-def indices(like: Array, count: int) -> Array:
-    """Return ``0 .. count - 1`` on the device of an array of at least one entry."""
-    xp = array_namespace(like)
-    ones = xp.ones_like(xp.broadcast_to(xp.reshape(like, (-1,))[:1], (count,)), dtype=xp.int64)
-    return xp.cumulative_sum(ones) - 1
+    there = array_namespace(columns).arange(start, stop, device=array_api_compat.device(columns))
+    return columns[:, :, None] == there[None, None, :]
 
 
 def concat(arrays: list[Array], axis: int) -> Array:

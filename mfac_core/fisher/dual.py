@@ -1,34 +1,35 @@
 r"""The dual form of a factor: the Cholesky factor of ``S``, of the size of the number of gradient samples.
 
-For ``m`` gradient samples, the rows of ``G``,
+For ``m`` gradient samples, the rows of ``G``, Woodbury's identity gives
 
 .. math:: S = m \lambda I + G G^T = L L^T, \qquad W = L^{-1} G, \qquad \lambda F^{-1} = I - W^T W.
 
 Rounding. An entry of ``S`` is rounded relative to the norms of its two samples: the computed matrix is ``S + E`` with
 ``|E_ij|`` of the order of ``eps sqrt(S_ii S_jj)``, and its Cholesky factor adds an error of the same form (Higham,
-theorem 10.5). For a column ``g`` of ``G`` let ``y = S^-1 g``, ``|x|^2 = g^T y`` and ``r = 1 - |x|^2``, the entry of
+theorem 10.5). For a column ``g`` of ``G`` let ``x = L^-1 g``, ``y = S^-1 g`` and ``r = 1 - |x|^2``, the entry of
 :math:`\lambda F^{-1}`. To first order ``E`` changes ``r`` by ``y^T E y``, of the size ``c eps a`` with
-``a = sum_i S_ii y_i^2``; the solve adds ``c eps sqrt(a) |x|``. The factor ``c`` depends on the gradients: it is near 1
-for independent samples, near 10 if they share a large mean, and far above that if they repeat. Hence it is measured.
+``a = sum_i S_ii y_i^2``; the solve adds ``c eps sqrt(a) |x|``. The factor ``c`` depends on the gradients, above all on
+whether they share a large mean or repeat, and is therefore measured.
 
-The form that does not cancel. ``r`` is the minimum of ``|e_q - G^T y|^2 + m lambda |y|^2`` over ``y``: at
-``y = S^-1 g`` the vector ``u = e_q - G^T y`` is :math:`\lambda F^{-1} e_q`. The sum has positive terms only, so it is
-rounded relative to itself, by ``eps sqrt(a / r)``. As ``y`` minimizes it, an error of ``y`` counts to the second order:
-by ``rho^T S^-1 rho``, with the residual ``rho = g - S y = G u - m lambda y``. That is computed too, as
-``|L^-1 rho|^2``; what is left is of the third order. A column costs ``2 m B`` operations for ``G^T y``, and as much for
-``G u``: too much for all, but not for a few.
+The form that does not cancel. ``r`` is the minimum of ``|e_q - G^T y|^2 + m lambda |y|^2`` over ``y`` (ridge
+regression, Hoerl and Kennard): at ``y = S^-1 g`` the vector ``u = e_q - G^T y`` is :math:`\lambda F^{-1} e_q`. The sum
+has positive terms only, so it is rounded relative to itself, by ``eps sqrt(a / r)``. As ``y`` minimizes it, an error of
+``y`` counts to the second order: by ``rho^T S^-1 rho``, with the residual ``rho = g - S y = G u - m lambda y``. That is
+computed too, as ``|L^-1 rho|^2``; what is left is of the third order. A column costs ``2 m B`` operations for
+``G^T y``, and as much for ``G u``: too much for all, but not for a few.
 
 The inverse diagonal is therefore evaluated in up to four steps, each only if the one before does not suffice:
 
-1. ``r = 1 - |x|^2`` for all columns, and the bound ``eps (64 amplification + 8) (1 - r) / r`` of the error of the
-   smallest. ``a`` is taken for ``|x|^2`` times the largest ``S_ii / L_ii^2``, which replaces ``L^-T`` in
-   ``y = L^-T x`` by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are projected out.
+1. ``r = 1 - |x|^2`` for all columns, and the bound ``eps (BOUND_FACTOR amplification + 8) (1 - r) / r`` of the error
+   of the smallest. The amplification, the largest ``S_ii / L_ii^2``, stands in for ``a / |x|^2``, with ``L^-T`` in
+   ``y = L^-T x`` replaced by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are
+   projected out.
 2. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` with ``D = diag(S)`` has the mean ``a``
    (Johnson and Lindenstrauss). The columns with the largest ``a / r`` are evaluated again by the form that does not
-   cancel. The differences give ``c``, and ``c``, with a safety factor, the error of every column.
+   cancel. The differences give ``c``, and ``SAFETY c`` gives the error of every column.
 3. Columns whose error is above ``rtol``, mostly those with a small ``r``, take the value that does not cancel. At most
    about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to ``trace(S^-1 G G^T) < m``.
-4. The whole group in float64, by the same steps; if its error is still above ``rtol``, the block is refused.
+4. The whole group in float64, by the same steps (``factors.py``).
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few large gradient samples do no harm.
 
@@ -58,14 +59,14 @@ from mfac_core.fisher.chunks import (
     rows_times,
     take_columns,
 )
-from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, matmul, runs_on_cpu
+from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, runs_on_cpu
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
+    REFINEMENTS,
     check_overflow,
     is_small,
     measurement,
-    num_refinements,
-    signs,
+    random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
 
@@ -78,12 +79,12 @@ lost at most four of sixteen digits where it is used."""
 
 @dataclass(frozen=True)
 class DualFactor:
-    """The Cholesky factor of ``S``, of the size of the number of gradients.
+    """The Cholesky factor of ``S``, of the size of the number of gradient samples.
 
     Args:
-        lower: ``L``.
+        lower: The factor ``L``.
         norms: Diagonal of ``S``, the squared norm of each sample plus the shift; shape ``(n, m)``.
-        shift: ``m damping`` of each block, shape ``(n,)``, float64.
+        shift: ``m damping`` of each block, shape ``(n,)``, in the widest dtype of the device.
         dtype: dtype of the factor.
     """
 
@@ -144,11 +145,11 @@ class DualFactor:
         right = xp.asarray(x, dtype=xp.float64) if self.in_float64 else x
         shift = xp.asarray(self.shift, dtype=right.dtype)[:, None, None]
         # damping F^-1 x = x - G^T S^-1 G x
-        solved = self._solve(rows_times(chunks, right))
+        solved = self.lower.solve_symmetric(rows_times(chunks, right))
         left = right - columns_times(chunks, solved)
-        for _ in range(num_refinements(self.dtype, right)):
+        for _ in range(self._num_refinements(right)):
             # the residual G x - S y of y = S^-1 G x; written with what is left of x, little of it cancels
-            change = self._solve(rows_times(chunks, left) - shift * solved)
+            change = self.lower.solve_symmetric(rows_times(chunks, left) - shift * solved)
             solved = solved + change
             left = right - columns_times(chunks, solved)
             if is_small(change, solved):
@@ -158,20 +159,26 @@ class DualFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``, in its dtype."""
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self.dtype)
+        right = xp.asarray(coefficients, dtype=self.dtype)[..., None]
         # (m damping I + G^T G)^-1 G^T = G^T S^-1: no difference, in which digits could cancel
-        return xp.asarray(columns_times(chunks, self._solve(right[..., None]))[..., 0], dtype=coefficients.dtype)
+        solved = self.lower.solve_symmetric(right)
+        out = columns_times(chunks, solved)
+        if not self.in_float64:
+            shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
+            residual = right - rows_times(chunks, out) - shift * solved
+            out = out + columns_times(chunks, self.lower.solve_symmetric(residual))
+        return xp.asarray(out[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> DualFactor:
         """Return the factor of some of the blocks."""
         lower, norms, shift = self.lower.select_blocks(blocks), self.norms[blocks, :], self.shift[blocks]
         return replace(self, lower=lower, norms=norms, shift=shift)
 
-    def _solve(self, rows: Array) -> Array:
-        """Return ``S^-1 rows`` for rows of shape ``(n, m, k)``, in their dtype."""
-        xp = array_namespace(rows)
-        right = xp.asarray(rows, dtype=self.dtype)
-        return xp.asarray(self.lower.solve_transposed(self.lower.solve(right)), dtype=rows.dtype)
+    def _num_refinements(self, right: Array) -> int:
+        """Return the largest number of refinements of ``apply`` in the dtype of ``right``."""
+        if self.in_float64:
+            return 0
+        return REFINEMENTS if right.dtype == array_namespace(right).float64 else 1
 
     def _measure(self, chunks: Sequence[Array], remainder: Array, rtol: float) -> tuple[Array, Array]:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
@@ -187,9 +194,9 @@ class DualFactor:
         errors = errors - 8 * epsilon  # rounding of the two values themselves, which is not amplified
         # not by their estimated amplification, which is too large just where it is the largest
         relative = _with_solve(exactly_amplified, 1 - exact)
-        factor = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
-        factor = how.safety * xp.maximum(factor, xp.full_like(factor, epsilon))
-        estimate = (factor * amplified + 8 * epsilon * (1 - remainder)) / positive
+        ratio = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
+        ratio = how.safety * xp.maximum(ratio, xp.full_like(ratio, epsilon))
+        estimate = (ratio * amplified + 8 * epsilon * (1 - remainder)) / positive
         is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
         count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
         if not count:
@@ -209,9 +216,9 @@ class DualFactor:
     def _amplified(self, chunks: Sequence[Array], num_probes: int) -> Array:
         """Return ``sum_i S_ii y_i^2`` of each column, estimated from random signs; shape ``(n, B)``."""
         xp = array_namespace(self.norms)
-        probes = self._solve(xp.sqrt(self.norms)[:, :, None] * signs(self.norms, num_probes))
-        probes = concat([xp.matrix_transpose(probes)], axis=0)
-        products = (matmul(probes, xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
+        probes = self.lower.solve_symmetric(xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, num_probes))
+        probes = xp.matrix_transpose(probes)
+        products = (probes @ xp.asarray(chunk, dtype=self.dtype) for chunk in chunks)
         return concat([column_sums_of_squares(product) for product in products], axis=-1) / num_probes
 
     def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
@@ -223,28 +230,23 @@ class DualFactor:
             certify: Whether the error counts what is left of the second order; that doubles the time.
         """
         xp = array_namespace(self.norms)
-        bounds = column_bounds(chunks)
-        gradients = None
-        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
-            found = xp.asarray(take_columns(chunk, columns, start, stop), dtype=self.dtype)
-            gradients = found if gradients is None else gradients + found
         shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
-        solved = self._solve(gradients)
-        rows = concat([xp.matrix_transpose(solved)], axis=0)
+        solved = self.lower.solve_symmetric(xp.asarray(take_columns(chunks, columns), dtype=self.dtype))
+        rows = xp.matrix_transpose(solved)
         values = shift[..., 0] * xp.sum(rows * rows, axis=-1)
         residual = -shift * rows
-        for chunk, (start, stop) in zip(chunks, bounds, strict=True):
+        for chunk, (start, stop) in zip(chunks, column_bounds(chunks), strict=True):
             converted = xp.asarray(chunk, dtype=self.dtype)
-            left = matmul(rows, converted)
+            left = rows @ converted
             left -= xp.asarray(is_column(columns, start, stop), dtype=self.dtype)
             values = values + xp.sum(left * left, axis=-1)
             if certify:
-                residual = residual - matmul(left, xp.matrix_transpose(converted))
+                residual = residual - left @ xp.matrix_transpose(converted)
         amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
         rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
         if not certify:
             return values, rounding, amplified
-        remaining = self.lower.solve(concat([xp.matrix_transpose(residual)], axis=0))
+        remaining = self.lower.solve(xp.matrix_transpose(residual))
         return values, xp.sum(remaining * remaining, axis=-2) / values + rounding, amplified
 
 
@@ -268,7 +270,7 @@ def _row_sums_of_squares(x: Array) -> Array:
     return array_namespace(x).sum(x * x, axis=-1)
 
 
-def _with_solve(product: Array, explained: Array) -> Array:
-    """Return by how much rounding is amplified, in ``S`` and in the solve."""
-    xp = array_namespace(product)
-    return product + xp.sqrt(product * xp.maximum(explained, xp.zeros_like(explained)))
+def _with_solve(amplified: Array, explained: Array) -> Array:
+    """Return ``a + sqrt(a) |x|``: by how much rounding is amplified, in ``S`` and in the solve."""
+    xp = array_namespace(amplified)
+    return amplified + xp.sqrt(amplified * xp.maximum(explained, xp.zeros_like(explained)))

@@ -1,15 +1,15 @@
 r"""The inverse of the damped empirical Fisher of one group of blocks: the choice of its form and its precision.
 
-Notation: ``n`` blocks of ``B`` weights each, ``m`` gradient samples; a *chunk* is an array of shape ``(n, m, width)``
-that holds some columns of the blocks, and the chunks of a group together hold all ``B``. One Fisher per block,
+Notation: ``n`` blocks of ``B`` weights each, ``m`` gradient samples, the rows of ``G``. One Fisher per block,
 
-.. math:: F = \lambda I + \frac{1}{m} G^T G, \qquad S = m \lambda I + G G^T = L L^T, \qquad W = L^{-1} G.
+.. math:: F = \lambda I + \frac{1}{m} G^T G, \qquad S = m \lambda I + G G^T.
 
-The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``); each is used if it is smaller.
-Results are those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` for any scale of the gradients.
+The dual form factors ``S`` (``m x m``), the primal form ``F`` itself (``B x B``), whichever is smaller. Results are
+those of :math:`\lambda F^{-1}`, whose eigenvalues lie in ``(0, 1]`` for any scale of the gradients.
 
-The inverse diagonal is evaluated in float32, and if its estimated error exceeds what was asked, again in float64.
-`dual.py` and `primal.py` derive how each form estimates it.
+The inverse diagonal of float32 gradients is evaluated in float32. If its estimated error exceeds what was asked, the
+whole group is evaluated again in float64, and refused if that is not accurate enough either. ``dual.py`` and
+``primal.py`` derive the estimates.
 
 References:
     Frantar, Kurtic and Alistarh (2021), M-FAC: Efficient Matrix-Free Approximations of Second-Order Information.
@@ -27,8 +27,9 @@ from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.chunks import width_of
 from mfac_core.fisher.damping import damping_text
 from mfac_core.fisher.dual import DualFactor
-from mfac_core.fisher.kernels import Float64Needed, wide_dtype
+from mfac_core.fisher.kernels import check_has_float64, wide_dtype
 from mfac_core.fisher.primal import PrimalFactor
+from mfac_core.fisher.rounding import smallest_square
 
 __all__ = ["Factor", "evaluate", "factor"]
 
@@ -80,9 +81,9 @@ def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tu
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if chunks[0].dtype != xp.float64:
             found = _evaluate_in(chunks[0].dtype, chunks, damping, rtol)
-            if found is not None and bool(xp.all(damping >= _least_damping(chunks))):
+            if found is not None and bool(xp.all(damping >= smallest_square(chunks[0]))):
                 return found
-            _check_has_float64(chunks[0])
+            check_has_float64(chunks[0])
         found = _evaluate_in(xp.float64, chunks, damping, rtol)
     if found is None:
         raise IllConditionedError(
@@ -100,10 +101,7 @@ def factor(chunks: Sequence[Array], damping: Array | float, in_float64: bool) ->
         return _form(chunks).of(chunks, _of_each_block(damping, chunks), xp.float64 if in_float64 else chunks[0].dtype)
 
 
-_Form = type[DualFactor] | type[PrimalFactor]
-
-
-def _form(chunks: Sequence[Array]) -> _Form:
+def _form(chunks: Sequence[Array]) -> type[DualFactor] | type[PrimalFactor]:
     return PrimalFactor if width_of(chunks) <= chunks[0].shape[-2] else DualFactor
 
 
@@ -119,22 +117,8 @@ def _evaluate_in(
     return (factored, diagonal) if bool(array_namespace(error).all(error <= rtol)) else None
 
 
-def _check_has_float64(x: Array) -> None:
-    if wide_dtype(x) != array_namespace(x).float64:
-        raise Float64Needed
-
-
 def _of_each_block(damping: Array | float, chunks: Sequence[Array]) -> Array:
     """Return the damping of each block in the widest dtype, shape ``(n,)``, on the device of the chunks."""
-    # computed from a chunk, because new arrays would need the device by name
+    # computed from a chunk, so that it is on the same device
     first = chunks[0][:, 0, 0]
     return array_namespace(first).zeros_like(first, dtype=wide_dtype(first)) + damping
-
-
-def _least_damping(chunks: Sequence[Array]) -> float:
-    """Return the damping below which gradient squares that matter relative to it may underflow.
-
-    Relative to the damping only squares above ``eps damping`` matter, and they must be normal numbers.
-    """
-    limits = array_namespace(chunks[0]).finfo(chunks[0].dtype)
-    return float(limits.smallest_normal) / float(limits.eps)

@@ -1,10 +1,11 @@
 r"""The primal form of a factor: the Cholesky factor of ``F`` itself, of the size of a block.
 
-Rounding. ``[F^-1]_qq`` has the error ``z^T E z``, ``z = F^-1 e_q``. By Cauchy-Schwarz
-``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each of its terms, relative to ``[F^-1]_qq``, is at most
-``eps max_i F_ii [F^-1]_ii``: the bound. If it does not suffice, the error is measured in the columns with the largest
-``sum_i F_ii z_i^2 / [F^-1]_qq``, as the difference to ``2 z_q - z^T F z``, with
-``z^T F z = lambda |z|^2 + |G z|^2 / m``, to which errors of ``z`` count to the second order.
+Rounding. The computed matrix is ``F + E`` with ``|E_ij|`` of the order of ``eps sqrt(F_ii F_jj)``, as in the dual form.
+To first order ``E`` changes ``[F^-1]_qq`` by ``z^T E z`` with ``z = F^-1 e_q``. By Cauchy-Schwarz
+``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each term of ``z^T E z``, relative to ``[F^-1]_qq``, is at most
+``eps max_i F_ii [F^-1]_ii``. The bound is ``BOUND_FACTOR`` times this. If it does not suffice, the error is measured in
+the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs. It is the difference to
+``2 z_q - z^T F z``, with ``z^T F z = lambda |z|^2 + |G z|^2 / m``, to which errors of ``z`` count to the second order.
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few columns with large gradients do no harm.
 """
@@ -25,7 +26,7 @@ from mfac_core.fisher.rounding import (
     check_overflow,
     is_small,
     measurement,
-    signs,
+    random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
 
@@ -37,10 +38,10 @@ class PrimalFactor:
     """The Cholesky factor of ``F`` itself, of the size of a block.
 
     Args:
-        lower: The factor, float64.
+        lower: The factor.
         norms: Diagonal of ``F``, shape ``(n, B)``.
-        damping: That of each block, shape ``(n,)``, float64.
-        dtype: dtype in which ``F`` was computed.
+        damping: That of each block, shape ``(n,)``, in the widest dtype of the device.
+        dtype: dtype of the factor.
     """
 
     lower: TriangularFactor
@@ -87,13 +88,13 @@ class PrimalFactor:
         """Return ``damping F^-1 x`` for ``x`` of shape ``(n, B, k)``, in its dtype."""
         xp = array_namespace(x)
         right = xp.asarray(x, dtype=xp.float64) if self.in_float64 else x
-        out = self._solve(right)
+        out = self.lower.solve_symmetric(right)
         damping = xp.asarray(self.damping, dtype=right.dtype)[:, None, None]
         if right.dtype != self.dtype:
             for _ in range(REFINEMENTS):
                 product = columns_times(chunks, rows_times(chunks, out))
                 product /= chunks[0].shape[-2]
-                change = self._solve(right - damping * out - product)
+                change = self.lower.solve_symmetric(right - damping * out - product)
                 out = out + change
                 if is_small(change, out):
                     break
@@ -102,31 +103,29 @@ class PrimalFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``, in its dtype."""
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self.dtype)
-        product = columns_times(chunks, right[..., None]) / coefficients.shape[-1]
-        return xp.asarray(self._solve(product)[..., 0], dtype=coefficients.dtype)
+        right = columns_times(chunks, xp.asarray(coefficients, dtype=self.dtype)[..., None]) / coefficients.shape[-1]
+        out = self.lower.solve_symmetric(right)
+        if not self.in_float64:
+            damping = xp.asarray(self.damping, dtype=self.dtype)[:, None, None]
+            product = columns_times(chunks, rows_times(chunks, out)) / coefficients.shape[-1]
+            out = out + self.lower.solve_symmetric(right - damping * out - product)
+        return xp.asarray(out[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> PrimalFactor:
         """Return the factor of some of the blocks."""
         lower, norms, damping = self.lower.select_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
         return replace(self, lower=lower, norms=norms, damping=damping)
 
-    def _solve(self, right: Array) -> Array:
-        """Return ``F^-1 right`` for shape ``(n, B, k)``, in its dtype."""
-        xp = array_namespace(right)
-        in_dtype = xp.asarray(right, dtype=self.dtype)
-        return xp.asarray(self.lower.solve_transposed(self.lower.solve(in_dtype)), dtype=right.dtype)
-
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
         """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
         xp = array_namespace(diagonal)
         how = measurement(self.norms.shape[-1])
-        probes = xp.sqrt(self.norms)[:, :, None] * signs(self.norms, how.probes)
-        amplified = xp.sum(self._solve(probes) ** 2, axis=-1) / how.probes
+        probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, how.probes)
+        amplified = xp.sum(self.lower.solve_symmetric(probes) ** 2, axis=-1) / how.probes
         width = diagonal.shape[-1]
         measured = how.choose(amplified / diagonal)
         unit = xp.asarray(xp.matrix_transpose(is_column(measured, 0, width)), dtype=self.dtype)
-        solved = self._solve(unit)
+        solved = self.lower.solve_symmetric(unit)
         # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
         products = rows_times(chunks, solved)
         damping = xp.asarray(self.damping, dtype=self.dtype)[:, None]

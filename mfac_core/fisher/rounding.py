@@ -1,30 +1,31 @@
-"""Rounding errors in both forms of a factor: the margins of their estimates, random probes, refinement."""
+"""Rounding errors in both forms of a factor: margins of their estimates, random signs, the end of refinements."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+import array_api_compat
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.fisher.chunks import concat, indices
+from mfac_core.fisher.chunks import concat
 
 __all__ = [
     "BOUND_FACTOR",
+    "REFINEMENTS",
     "Measurement",
     "check_overflow",
     "is_small",
     "measurement",
-    "num_refinements",
-    "signs",
+    "random_signs",
+    "smallest_square",
 ]
 
 BOUND_FACTOR = 64
-"""Rounding errors that add up, with a margin: at most 25 were seen, in samples that share a large mean."""
+"""Margin of the bounds for rounding errors that add up."""
 
 REFINEMENTS = 8
-"""Steps, at most, that refine a solve with a float32 factor to float64 (Higham, chapter 12)."""
+"""Steps, at most, that refine a solve with a float32 factor to float64 (Higham 2002, chapter 12)."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class Measurement:
     def choose(self, amplified: Array) -> Array:
         """Return the columns to measure, shape ``(n, k)``, by how much rounding is amplified, shape ``(n, B)``."""
         order = array_namespace(amplified).argsort(-amplified, axis=-1)
-        most = self.columns // 2
         if order.shape[-1] <= self.columns:
             return order
-        rest = order[:, most:]
-        return concat([order[:, :most], rest[:, :: rest.shape[-1] // most][:, :most]], axis=-1)
+        half = self.columns // 2
+        rest = order[:, half:]
+        return concat([order[:, :half], rest[:, :: rest.shape[-1] // half][:, :half]], axis=-1)
 
 
 _QUICK = Measurement(probes=24, columns=16, safety=8)
@@ -68,23 +69,11 @@ def measurement(size: int) -> Measurement:
     return _THOROUGH if size >= _THOROUGH_FROM else _QUICK
 
 
-def signs(like: Array, count: int) -> Array:
-    """Return ``count`` vectors of signs that look random, shape ``(1, k, count)`` for ``like`` of shape ``(n, k)``."""
-    xp = array_namespace(like)
-    rows = indices(like, like.shape[-1])[:, None] + 1
-    columns = indices(like, count)[None, :] + 1
-    # a generator of numbers in sequence would need the device by name
-    hashed = (rows * 2654435761 + columns * 40503 + rows * rows * columns * 97) % 4294967296
-    bits = (hashed * 2246822519 % 4294967296) // 65536 % 2
-    return xp.asarray(1 - 2 * bits, dtype=like.dtype)[None, :, :]
-
-
-def num_refinements(dtype: Any, right: Array) -> int:
-    """Return the largest number of refinements of a solve with a factor of ``dtype``."""
-    xp = array_namespace(right)
-    if dtype == xp.float64:
-        return 0
-    return REFINEMENTS if right.dtype == xp.float64 else 1
+def random_signs(like: Array, count: int) -> Array:
+    """Return ``count`` vectors of signs, the same in each call, shape ``(1, k, count)`` for ``like`` of ``(n, k)``."""
+    # drawn by NumPy, so that they are the same on every library and device
+    drawn = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (1, like.shape[-1], count))
+    return array_namespace(like).asarray(drawn, dtype=like.dtype, device=array_api_compat.device(like))
 
 
 def is_small(change: Array, solved: Array) -> bool:
@@ -93,6 +82,15 @@ def is_small(change: Array, solved: Array) -> bool:
     if change.dtype != xp.float64:
         return True
     return bool(xp.all(xp.max(xp.abs(change), axis=-2) <= 1e-10 * xp.max(xp.abs(solved), axis=-2)))
+
+
+def smallest_square(x: Array) -> float:
+    """Return below which number, in the dtype of ``x``, squares may underflow that matter relative to it.
+
+    Relative to a number only squares above ``eps`` times the number matter, and they must be normal numbers.
+    """
+    limits = array_namespace(x).finfo(x.dtype)
+    return float(limits.smallest_normal) / float(limits.eps)
 
 
 def check_overflow(x: Array) -> None:

@@ -255,7 +255,7 @@ class Run:
             saliencies = saliency(weights, diagonal)
             of_mask, pruned = timed(device, lambda: self._select(saliencies))
             of_update, _ = timed(device, lambda: independent_update(fisher, weights, pruned, diagonal))
-        return [of_diagonal, of_mask, of_update], statistics.mean(map(bool, fisher._in_float64))
+        return [of_diagonal, of_mask, of_update], fisher.float64_share
 
     def _select(self, saliencies: Array) -> Array:
         return least_salient(saliencies, round(SPARSITY * self._window.num_weights))

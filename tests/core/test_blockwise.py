@@ -88,6 +88,14 @@ def test_rows_are_applied_to_in_the_precision_of_each_block():
         np.testing.assert_allclose(found[block], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
 
 
+def test_the_share_of_groups_in_float64_counts_those_that_needed_it():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=strict_devices(1, StrictBackend(group_bytes=1)))
+    assert len(fisher.groups) == BLOCKS and fisher.float64_share == 0
+    fisher.diagonal()
+    assert fisher.float64_share == 2 / BLOCKS
+
+
 def steps_with(backend, monkeypatch, rows, width, update="independent"):
     """Return what a pruning step gives, and how often a group was factored."""
     made = []

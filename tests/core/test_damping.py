@@ -17,9 +17,9 @@ from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.fisher import chunks
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.damping import dampings, mean_diagonals
-from mfac_core.fisher.factors import _least_damping
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.partition import partition
+from mfac_core.fisher.rounding import smallest_square
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.pruners.step import mfac_step
 from mfac_core.session.log_lines import pruning_step_line
@@ -477,4 +477,4 @@ def test_auto_is_no_warning(caplog):
 
 
 def test_float32_is_left_where_damping_says_that_it_holds_no_squares():
-    assert 1e-32 < _least_damping([np.ones((1, 1, 1), np.float32)]) < 1e-30
+    assert 1e-32 < smallest_square(np.ones(1, np.float32)) < 1e-30
