@@ -1,4 +1,4 @@
-"""A tiny training run that the tests of the manager share."""
+"""What the tests of the adapter share: a tiny training run, and virtual GPUs."""
 
 import pytest
 import torch
