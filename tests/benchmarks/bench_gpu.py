@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", default=["cupy:cuda:0", "torch:cuda:0"], help="%(default)s")
     parser.add_argument("--weights", type=int, default=25_500_000, help="as many as ResNet-50 has: %(default)s")
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 256, 1024], help="gradient samples: %(default)s")
-    parser.add_argument("--seconds", type=float, default=480, help="shapes that may take longer are skipped: %(default)s")
+    parser.add_argument("--seconds", type=float, default=480, help="what may take longer is skipped: %(default)s")
     parser.add_argument("--output", type=Path, help=f"the document; {OUTPUT.relative_to(ROOT)} if a GPU is measured")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
