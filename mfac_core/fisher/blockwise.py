@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
+from mfac_core.fisher.chunks import cache_slices
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
-from mfac_core.fisher.factors import Factor, cache_slices, evaluate, factor
+from mfac_core.fisher.factors import Factor, evaluate, factor
 from mfac_core.fisher.kernels import Float64Needed, wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping

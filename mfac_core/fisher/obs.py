@@ -18,7 +18,8 @@ import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher
-from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, gradients_times
+from mfac_core.fisher.chunks import cache_slices, fisher_quadratic, gradients_times
+from mfac_core.fisher.factors import evaluate
 
 __all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
 

@@ -14,7 +14,7 @@ import mfac_core
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.fisher import factors
+from mfac_core.fisher import chunks
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.damping import dampings, mean_diagonals
 from mfac_core.fisher.factors import _least_damping
@@ -128,7 +128,7 @@ def test_a_pruning_step_matches_the_dense_oracle(shape, devices, update, dtype):
 @UPDATES
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_that_stay_in_the_cache_keep_their_own_damping(shape, update, dtype, monkeypatch):
-    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
+    monkeypatch.setattr(chunks, "CACHE_BYTES", 1)
     m, d, block_size = SHAPES[shape]
     weights, gradients = numbered_weights(d, dtype), uneven_gradients(m, d, dtype)
     options = dict(sparsity=0.6, block_size=block_size, damping="auto", update=update)

@@ -8,7 +8,7 @@ import pytest
 from array_api_strict._array_object import Array
 
 import mfac_core
-from mfac_core.fisher import blockwise, damping, factors
+from mfac_core.fisher import blockwise, chunks, damping, factors
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.pruners.step import mfac_step
 from tests.core.strict_backend import StrictBackend, strict_devices
@@ -30,7 +30,7 @@ def device(monkeypatch):
         return xp.float32 if isinstance(x, Array) else np.float64
 
     monkeypatch.setattr(Array, "_new", classmethod(refusing))
-    for module in (factors, blockwise, damping):
+    for module in (factors, chunks, blockwise, damping):
         monkeypatch.setattr(module, "wide_dtype", narrow)
     return strict_devices(2, StrictBackend(group_bytes=1))[1]
 
