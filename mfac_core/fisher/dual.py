@@ -25,8 +25,8 @@ The inverse diagonal is therefore evaluated in up to four steps, each only if th
    ``y = L^-T x`` replaced by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are
    projected out.
 2. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` with ``D = diag(S)`` has the mean ``a``
-   (Johnson and Lindenstrauss). The columns with the largest ``a / r`` are evaluated again by the form that does not
-   cancel. The differences give ``c``, and ``SAFETY c`` gives the error of every column.
+   (Johnson and Lindenstrauss). The columns with the largest ``a / r``, and as many others, are evaluated again by the
+   form that does not cancel. The differences give ``c``, and ``c`` with a margin the error of every column.
 3. Columns whose error is above ``rtol``, mostly those with a small ``r``, take the value that does not cancel. At most
    about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to ``trace(S^-1 G G^T) < m``.
 4. The whole group in float64, by the same steps (``factors.py``).
@@ -62,12 +62,10 @@ from mfac_core.fisher.chunks import (
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, runs_on_cpu
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
-    MEASURED,
-    PROBES,
     REFINEMENTS,
-    SAFETY,
     check_overflow,
     is_small,
+    measurement,
     random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
@@ -181,16 +179,18 @@ class DualFactor:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
         xp = array_namespace(remainder)
         epsilon = float(xp.finfo(self.dtype).eps)
+        how = measurement(self.norms.shape[-1])
         tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / epsilon)
         positive = xp.maximum(remainder, tiny)
-        amplified = xp.maximum(_with_solve(self._amplified(chunks), 1 - remainder), tiny)
-        worst = xp.argsort(-amplified / positive, axis=-1)[:, : min(MEASURED, remainder.shape[-1])]
-        exact, second_order, exactly_amplified = self._accurately(chunks, worst, certify=True)
-        errors = xp.abs(xp.take_along_axis(remainder, worst, axis=-1) - exact)
+        amplified = xp.maximum(_with_solve(self._amplified(chunks, how.probes), 1 - remainder), tiny)
+        measured = how.choose(amplified / positive)
+        exact, second_order, exactly_amplified = self._accurately(chunks, measured, certify=True)
+        errors = xp.abs(xp.take_along_axis(remainder, measured, axis=-1) - exact)
+        errors = errors - 8 * epsilon  # rounding of the two values themselves, which is not amplified
         # not by their estimated amplification, which is too large just where it is the largest
         relative = _with_solve(exactly_amplified, 1 - exact)
         ratio = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
-        ratio = SAFETY * xp.maximum(ratio, xp.full_like(ratio, epsilon))
+        ratio = how.safety * xp.maximum(ratio, xp.full_like(ratio, epsilon))
         estimate = (ratio * amplified + 8 * epsilon * (1 - remainder)) / positive
         is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
         count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
@@ -199,7 +199,7 @@ class DualFactor:
         if count > self.norms.shape[-1] and not self.in_float64:
             return remainder, xp.full_like(estimate[:, 0], float("inf"))  # float64 is faster
         order = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1)  # those not accurate first
-        most = SAFETY * xp.max(second_order, axis=-1, keepdims=True)
+        most = how.safety * xp.max(second_order, axis=-1, keepdims=True)
         certify = self.in_float64 or not bool(xp.all(most <= rtol / 2))
         exact, error, _ = self._accurately(chunks, order[:, :count], certify=certify)
         error = error if certify else error + most
@@ -208,13 +208,13 @@ class DualFactor:
         values = concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
         return xp.take_along_axis(values, xp.argsort(order, axis=-1), axis=-1), xp.max(error, axis=-1)
 
-    def _amplified(self, chunks: Sequence[Array]) -> Array:
-        """Return ``sum_i S_ii y_i^2`` of each column, estimated from random vectors; shape ``(n, B)``."""
+    def _amplified(self, chunks: Sequence[Array], num_probes: int) -> Array:
+        """Return ``sum_i S_ii y_i^2`` of each column, estimated from random signs; shape ``(n, B)``."""
         xp = array_namespace(self.norms)
-        probes = self.lower.solve_symmetric(xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, PROBES))
+        probes = self.lower.solve_symmetric(xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, num_probes))
         probes = xp.matrix_transpose(probes)
         products = (probes @ xp.asarray(chunk, dtype=self.dtype) for chunk in chunks)
-        return concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
+        return concat([column_sums_of_squares(product) for product in products], axis=-1) / num_probes
 
     def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
         """Return some entries by the form that does not cancel, their relative errors, and ``sum_i S_ii y_i^2``.

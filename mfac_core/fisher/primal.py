@@ -4,8 +4,9 @@ Rounding. The computed matrix is ``F + E`` with ``|E_ij|`` of the order of ``eps
 To first order ``E`` changes ``[F^-1]_qq`` by ``z^T E z`` with ``z = F^-1 e_q``. By Cauchy-Schwarz
 ``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each term of ``z^T E z``, relative to ``[F^-1]_qq``, is at most
 ``eps max_i F_ii [F^-1]_ii``. The bound is ``BOUND_FACTOR`` times this. If it does not suffice, the error is measured in
-the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs. It is the difference to
-``2 z_q - z^T F z``, with ``z^T F z = lambda |z|^2 + |G z|^2 / m``, to which errors of ``z`` count to the second order.
+the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs, and in as many others. It is
+the difference to ``2 z_q - z^T F z``, to which errors of ``z`` count to the second order, with
+``z^T F z = lambda |z|^2 + |G z|^2 / m``.
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few columns with large gradients do no harm.
 """
@@ -22,12 +23,10 @@ from mfac_core.fisher.chunks import columns_times, concat, is_column, over_cache
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
-    MEASURED,
-    PROBES,
     REFINEMENTS,
-    SAFETY,
     check_overflow,
     is_small,
+    measurement,
     random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
@@ -115,13 +114,14 @@ class PrimalFactor:
         return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
-        """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
+        """Return the estimated error of each block, measured in some of its columns."""
         xp = array_namespace(diagonal)
-        probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, PROBES)
-        amplified = xp.sum(self.lower.solve_symmetric(probes) ** 2, axis=-1) / PROBES
+        how = measurement(self.norms.shape[-1])
+        probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, how.probes)
+        amplified = xp.sum(self.lower.solve_symmetric(probes) ** 2, axis=-1) / how.probes
         width = diagonal.shape[-1]
-        worst = xp.argsort(-amplified / diagonal, axis=-1)[:, : min(MEASURED, width)]
-        unit = xp.asarray(xp.matrix_transpose(is_column(worst, 0, width)), dtype=self.dtype)
+        measured = how.choose(amplified / diagonal)
+        unit = xp.asarray(xp.matrix_transpose(is_column(measured, 0, width)), dtype=self.dtype)
         solved = self.lower.solve_symmetric(unit)
         # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
         products = rows_times(chunks, solved)
@@ -129,8 +129,8 @@ class PrimalFactor:
         quadratic = damping * xp.sum(solved * solved, axis=-2)
         quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
         exact = 2 * xp.sum(unit * solved, axis=-2) - quadratic
-        errors = xp.abs(xp.take_along_axis(diagonal, worst, axis=-1) / exact - 1)
-        return SAFETY * xp.max(errors, axis=-1)
+        errors = xp.abs(xp.take_along_axis(diagonal, measured, axis=-1) / exact - 1)
+        return how.safety * xp.max(errors, axis=-1)
 
 
 def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:

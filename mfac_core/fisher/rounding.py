@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import array_api_compat
 import numpy as np
 
 from mfac_core.backends import Array, array_namespace
+from mfac_core.fisher.chunks import concat
 
 __all__ = [
     "BOUND_FACTOR",
-    "MEASURED",
-    "PROBES",
     "REFINEMENTS",
-    "SAFETY",
+    "Measurement",
     "check_overflow",
     "is_small",
+    "measurement",
     "random_signs",
     "smallest_square",
 ]
@@ -22,17 +24,49 @@ __all__ = [
 BOUND_FACTOR = 64
 """Margin of the bounds for rounding errors that add up."""
 
-SAFETY = 8
-"""Margin between the error predicted from the columns measured and the largest that is possible."""
-
-PROBES = 16
-"""Random vectors that measure by how much rounding is amplified in each column."""
-
-MEASURED = 8
-"""Columns of each block whose error is measured: those in which rounding is amplified the most."""
-
 REFINEMENTS = 8
 """Steps, at most, that refine a solve with a float32 factor to float64 (Higham 2002, chapter 12)."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How thoroughly the error of a block is measured.
+
+    Args:
+        probes: Random vectors that measure by how much rounding is amplified in each column.
+        columns: Number of columns whose error is measured. Half of them are those in which rounding is amplified the
+            most. The others are spread over the rest: if samples share a mean, the error does not follow the
+            amplification.
+        safety: Margin between the error predicted from these columns and the largest of all columns.
+    """
+
+    probes: int
+    columns: int
+    safety: float
+
+    def choose(self, amplified: Array) -> Array:
+        """Return the columns to measure, shape ``(n, k)``, by how much rounding is amplified, shape ``(n, B)``."""
+        order = array_namespace(amplified).argsort(-amplified, axis=-1)
+        most = self.columns // 2
+        if order.shape[-1] <= self.columns:
+            return order
+        rest = order[:, most:]
+        return concat([order[:, :most], rest[:, :: rest.shape[-1] // most][:, :most]], axis=-1)
+
+
+_QUICK = Measurement(probes=24, columns=16, safety=8)
+"""Over random ensembles the error of a column was at most 6.3 times its prediction."""
+
+_THOROUGH = Measurement(probes=64, columns=32, safety=4)
+"""Over the same ensembles the error of a column was at most 3.4 times its prediction."""
+
+_THOROUGH_FROM = 512
+"""Size of the factor from which on a thorough measurement costs little beside it."""
+
+
+def measurement(size: int) -> Measurement:
+    """Return how thoroughly the error is measured, for a factor of ``size`` rows."""
+    return _THOROUGH if size >= _THOROUGH_FROM else _QUICK
 
 
 def random_signs(like: Array, count: int) -> Array:
