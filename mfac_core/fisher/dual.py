@@ -159,10 +159,15 @@ class DualFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``, in its dtype."""
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self.dtype)
+        right = xp.asarray(coefficients, dtype=self.dtype)[..., None]
         # (m damping I + G^T G)^-1 G^T = G^T S^-1: no difference, in which digits could cancel
-        solved = self.lower.solve_symmetric(right[..., None])
-        return xp.asarray(columns_times(chunks, solved)[..., 0], dtype=coefficients.dtype)
+        solved = self.lower.solve_symmetric(right)
+        out = columns_times(chunks, solved)
+        if not self.in_float64:
+            shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
+            residual = right - rows_times(chunks, out) - shift * solved
+            out = out + columns_times(chunks, self.lower.solve_symmetric(residual))
+        return xp.asarray(out[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> DualFactor:
         """Return the factor of some of the blocks."""

@@ -23,10 +23,6 @@ from mfac_core.fisher.factors import evaluate
 
 __all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
 
-JOINT_RTOL = 1e-5
-"""Largest relative error of the inverse diagonal for the factors of the joint update, which solves with them directly:
-nothing refines the solution."""
-
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
     r"""Return the predicted loss increase of pruning each weight alone.
@@ -129,7 +125,7 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
             selected = [chunk[blocks, :, :] for chunk in chunks]
             # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
             restricted = _zero_columns(selected, mask[blocks, :])
-            factored, _ = evaluate(restricted, damping[blocks], min(fisher.rtol, JOINT_RTOL))
+            factored, _ = evaluate(restricted, damping[blocks], fisher.rtol)
             in_float64 = factored.in_float64
             rows = gradients_times(selected, _in_precision(pruned[blocks, :], in_float64))
             yield _Update(blocks, selected, factored.apply_to_rows(restricted, rows), in_float64)

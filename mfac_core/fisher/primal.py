@@ -104,9 +104,13 @@ class PrimalFactor:
     def apply_to_rows(self, chunks: Sequence[Array], coefficients: Array) -> Array:
         """Return ``F^-1 G^T c / m`` for ``c`` of shape ``(n, m)``, in its dtype."""
         xp = array_namespace(coefficients)
-        right = xp.asarray(coefficients, dtype=self.dtype)
-        product = columns_times(chunks, right[..., None]) / coefficients.shape[-1]
-        return xp.asarray(self.lower.solve_symmetric(product)[..., 0], dtype=coefficients.dtype)
+        right = columns_times(chunks, xp.asarray(coefficients, dtype=self.dtype)[..., None]) / coefficients.shape[-1]
+        out = self.lower.solve_symmetric(right)
+        if not self.in_float64:
+            damping = xp.asarray(self.damping, dtype=self.dtype)[:, None, None]
+            product = columns_times(chunks, rows_times(chunks, out)) / coefficients.shape[-1]
+            out = out + self.lower.solve_symmetric(right - damping * out - product)
+        return xp.asarray(out[..., 0], dtype=coefficients.dtype)
 
     def select_blocks(self, blocks: slice) -> PrimalFactor:
         """Return the factor of some of the blocks."""

@@ -47,11 +47,11 @@ class Measurement:
     def choose(self, amplified: Array) -> Array:
         """Return the columns to measure, shape ``(n, k)``, by how much rounding is amplified, shape ``(n, B)``."""
         order = array_namespace(amplified).argsort(-amplified, axis=-1)
-        most = self.columns // 2
         if order.shape[-1] <= self.columns:
             return order
-        rest = order[:, most:]
-        return concat([order[:, :most], rest[:, :: rest.shape[-1] // most][:, :most]], axis=-1)
+        half = self.columns // 2
+        rest = order[:, half:]
+        return concat([order[:, :half], rest[:, :: rest.shape[-1] // half][:, :half]], axis=-1)
 
 
 _QUICK = Measurement(probes=24, columns=16, safety=8)

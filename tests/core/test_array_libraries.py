@@ -37,7 +37,7 @@ def test_an_array_has_a_library_a_device_and_a_dtype(library, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_])
-def test_numbers_that_are_not_floats_are_refused_with_a_cure_in_their_own_words(library, dtype):
+def test_an_array_that_is_not_float_is_refused_with_the_method_of_its_library_as_the_cure(library, dtype):
     x = library.array(np.zeros(3, dtype))
     with pytest.raises(ValueError, match="x must be float32 or float64, got .*; convert them first") as caught:
         check_float("x", x)
@@ -46,7 +46,9 @@ def test_numbers_that_are_not_floats_are_refused_with_a_cure_in_their_own_words(
 
 def test_a_device_reads_arrays_of_its_own_library_and_of_numpy_as_they_are(library):
     x = library.array(np.arange(3.0))
+    given = np.arange(3.0)
     assert readable_on(library.device, x) is x
+    assert readable_on(library.device, given) is given
     here = readable_on(resolve_device("cpu"), x)
     assert isinstance(here, np.ndarray)
     np.testing.assert_array_equal(here, np.arange(3.0))
