@@ -25,8 +25,8 @@ The inverse diagonal is therefore evaluated in up to four steps, each only if th
    ``y = L^-T x`` replaced by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are
    projected out.
 2. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` with ``D = diag(S)`` has the mean ``a``
-   (Johnson and Lindenstrauss). The columns with the largest ``a / r`` are evaluated again by the form that does not
-   cancel. The differences give ``c``, and ``SAFETY c`` gives the error of every column.
+   (Johnson and Lindenstrauss). The columns with the largest ``a / r``, and as many others, are evaluated again by the
+   form that does not cancel. The differences give ``c``, and ``c`` with a margin the error of every column.
 3. Columns whose error is above ``rtol``, mostly those with a small ``r``, take the value that does not cancel. At most
    about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to ``trace(S^-1 G G^T) < m``.
 4. The whole group in float64, by the same steps (``factors.py``).

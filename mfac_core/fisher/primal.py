@@ -4,8 +4,9 @@ Rounding. The computed matrix is ``F + E`` with ``|E_ij|`` of the order of ``eps
 To first order ``E`` changes ``[F^-1]_qq`` by ``z^T E z`` with ``z = F^-1 e_q``. By Cauchy-Schwarz
 ``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each term of ``z^T E z``, relative to ``[F^-1]_qq``, is at most
 ``eps max_i F_ii [F^-1]_ii``. The bound is ``BOUND_FACTOR`` times this. If it does not suffice, the error is measured in
-the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs. It is the difference to
-``2 z_q - z^T F z``, with ``z^T F z = lambda |z|^2 + |G z|^2 / m``, to which errors of ``z`` count to the second order.
+the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs, and in as many others. It is
+the difference to ``2 z_q - z^T F z``, to which errors of ``z`` count to the second order, with
+``z^T F z = lambda |z|^2 + |G z|^2 / m``.
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few columns with large gradients do no harm.
 """
@@ -117,7 +118,7 @@ class PrimalFactor:
         return replace(self, lower=lower, norms=norms, damping=damping)
 
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
-        """Return the estimated error of each block, from the columns in which rounding is amplified the most."""
+        """Return the estimated error of each block, measured in some of its columns."""
         xp = array_namespace(diagonal)
         how = measurement(self.norms.shape[-1])
         probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, how.probes)
