@@ -119,7 +119,9 @@ class Factor(Protocol):
         """Return the factor of some of the blocks."""
 
 
-def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tuple[Factor, Array]:
+def evaluate(
+    chunks: Sequence[Array], damping: Array | float, rtol: float, *, float32_rtol: float | None = None
+) -> tuple[Factor, Array]:
     """Factor the Fisher of one group of blocks and evaluate its inverse diagonal, in float32 if that suffices.
 
     Args:
@@ -127,6 +129,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tu
         damping: Added to the diagonal of the empirical Fisher, positive: one number, or one for each block, shape
             ``(n,)``, in the widest dtype of the device.
         rtol: Largest relative error of the inverse diagonal.
+        float32_rtol: Largest such error at which the factor is left in float32; ``None`` means ``rtol``.
 
     Returns:
         The factor, and ``damping diag(F^-1)`` of shape ``(n, B)``, in the dtype of the factor.
@@ -140,7 +143,7 @@ def evaluate(chunks: Sequence[Array], damping: Array | float, rtol: float) -> tu
     # overflow shows in the results, which are then computed in float64 or refused
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         if chunks[0].dtype != xp.float64:
-            found = _evaluate_in(chunks[0].dtype, chunks, damping, rtol)
+            found = _evaluate_in(chunks[0].dtype, chunks, damping, float32_rtol or rtol)
             if found is not None and bool(xp.all(damping >= _least_damping(chunks))):
                 return found
             _check_has_float64(chunks[0])

@@ -22,9 +22,9 @@ from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, g
 
 __all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
 
-JOINT_RTOL = 1e-5
-"""Largest relative error of the inverse diagonal for the factors of the joint update, which solves with them directly:
-nothing refines the solution."""
+JOINT_FLOAT32_RTOL = 1e-5
+"""Largest relative error of the inverse diagonal at which the joint update solves in float32, where nothing refines the
+solution. In float64 the error that is asked of the diagonal itself is enough."""
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
@@ -128,7 +128,9 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
             selected = [chunk[blocks, :, :] for chunk in chunks]
             # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
             restricted = _zero_columns(selected, mask[blocks, :])
-            factored, _ = evaluate(restricted, damping[blocks], min(fisher.rtol, JOINT_RTOL))
+            factored, _ = evaluate(
+                restricted, damping[blocks], fisher.rtol, float32_rtol=min(fisher.rtol, JOINT_FLOAT32_RTOL)
+            )
             in_float64 = factored.in_float64
             rows = gradients_times(selected, _in_precision(pruned[blocks, :], in_float64))
             yield _Update(blocks, selected, factored.apply_to_rows(restricted, rows), in_float64)
