@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import NoReturn
@@ -75,7 +75,7 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device, library: str
         >>> [str(device) for device in resolve_devices(["cpu"])]
         ['cpu']
     """
-    if isinstance(devices, str | Device):
+    if isinstance(devices, str | Device) or not isinstance(devices, Iterable):
         devices = (devices,)
     resolved = tuple(resolve_device(device, library) for device in devices)
     if not resolved:
@@ -110,7 +110,12 @@ def resolve_device(device: str | Device, library: str | None = None) -> Device:
     """
     if isinstance(device, Device):
         return device
-    first, _, rest = str(device).partition(":")
+    if not isinstance(device, str):
+        raise DeviceError(
+            f'{device!r} is not the name of a device; write a name, such as "cpu" or "cuda:0", or pass str() of a '
+            "device object of another library"
+        )
+    first, _, rest = device.partition(":")
     own = _backend_of(first) if rest else None
     if own is not None:
         return _named(rest, [own]) or _refuse(device, [own])
@@ -120,7 +125,7 @@ def resolve_device(device: str | Device, library: str | None = None) -> Device:
     of_weights = [] if device == "cpu" or library is None else [library]
     found = [_backend_of(each) for each in (*of_weights, *_BUILT_IN, *_registered)]
     backends = [backend for backend in found if backend is not None]
-    needs_cupy = library in {None, *_BUILT_IN} and str(device).startswith("cuda") and not _has_cupy()
+    needs_cupy = library in {None, *_BUILT_IN} and device.startswith("cuda") and not _has_cupy()
     return _named(device, backends) or _refuse(device, backends, _CUPY_CURE if needs_cupy else "")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,23 @@ def test_a_device_that_does_not_exist_is_refused_with_those_that_do(machine, nam
     machine(cupy=cupy, registered=registered)
     with pytest.raises(DeviceError, match=message):
         resolve_device(name)
+
+
+class DeviceOfALibrary:
+    def __str__(self):
+        return "cuda:0"
+
+
+@pytest.mark.parametrize("device", [None, 0, b"cuda:0", DeviceOfALibrary()])
+def test_a_device_that_is_no_name_is_refused_with_the_cure(machine, device):
+    machine(cupy=True)
+    message = f"{re.escape(repr(device))} is not the name of a device; write a name.* or pass str"
+    with pytest.raises(DeviceError, match=message):
+        resolve_device(device)
+    with pytest.raises(DeviceError, match=message):
+        resolve_devices([device])
+    with pytest.raises(DeviceError, match="is not the name of a device"):
+        resolve_devices(device)
 
 
 def test_the_library_of_the_weights_is_listed_once_and_cupy_is_no_cure_for_it(machine):
