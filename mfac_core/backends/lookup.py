@@ -140,6 +140,7 @@ def device_of(x: Array) -> Device:
 
     Raises:
         TypeError: If ``x`` is no array, or of another library.
+        DeviceError: If the package that registers the backend of the library cannot be imported.
 
     Example:
         >>> import numpy as np
@@ -180,6 +181,9 @@ def readable_on(device: Device, x: Array) -> Array:
 def load_backends() -> None:
     """Import every installed package that registers a backend, so that all devices of this machine are known.
 
+    Raises:
+        DeviceError: If a package cannot be imported, unless its library is not installed.
+
     Example:
         >>> load_backends()
         >>> str(resolve_device("cpu"))
@@ -205,9 +209,13 @@ def _import_package_for(library: str) -> None:
     for entry in entry_points(group=ENTRY_POINTS, name=library):
         try:
             entry.load()
-        except ModuleNotFoundError as error:
-            if error.name != library:
-                raise
+        except Exception as error:  # of any kind: the package and its library run code of their own
+            if isinstance(error, ModuleNotFoundError) and error.name == library:
+                return
+            raise DeviceError(
+                f"arrays and devices of {library} cannot be used: importing {entry.value} raises "
+                f"{type(error).__name__}: {error}; repair its installation, or use another library"
+            ) from error
 
 
 @cache

@@ -168,7 +168,7 @@ def installed(machine, monkeypatch):
     """Returns a function that installs a package with an entry point for a library; ``load`` imports it."""
 
     def install(library, load):
-        entry = SimpleNamespace(name=library, load=load)
+        entry = SimpleNamespace(name=library, value="mfac_of_library", load=load)
         monkeypatch.setattr(lookup, "entry_points", lambda group, name=library: [entry] if name == library else [])
         lookup._import_package_for.cache_clear()
 
@@ -210,13 +210,26 @@ def test_a_library_that_is_not_installed_is_named(installed):
         resolve_device("tensors:cuda:0")
 
 
-def test_a_package_that_cannot_be_imported_for_another_reason_says_so(installed):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'safetensors'", name="safetensors"),
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        OSError("libtensors.so: undefined symbol"),
+        AttributeError("module 'tensors' has no attribute 'linalg'"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_for_another_reason_says_so(installed, error):
     def load():
-        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+        raise error
 
     installed("tensors", load)
-    with pytest.raises(ModuleNotFoundError, match="safetensors"):
-        resolve_device("tensors:cuda:0")
+    message = rf"devices of tensors cannot be used: importing mfac_of_library raises {type(error).__name__}: {error};"
+    for look_up in (lambda: resolve_device("tensors:cuda:0"), lookup.load_backends):
+        with pytest.raises(DeviceError, match=message) as caught:
+            look_up()
+        assert caught.value.__cause__ is error
+    assert resolve_device("cpu").is_host
 
 
 @pytest.mark.parametrize(
