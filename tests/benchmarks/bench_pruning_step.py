@@ -199,7 +199,7 @@ def timed_step(window: GradientWindow, weights: np.ndarray) -> Step:
         )
         seconds["step"] = time.perf_counter() - started
     (fisher,), diagonal = seen["diagonal"]
-    return Step(seconds, diagonal, statistics.mean(fisher._in_float64))
+    return Step(seconds, diagonal, fisher.float64_share)
 
 
 def some_blocks(window: GradientWindow, width: int, m: int, most: int = 4) -> tuple[np.ndarray, list[slice]]:
