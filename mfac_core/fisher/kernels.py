@@ -131,7 +131,15 @@ class Kernels:
 
 
 def register(library: str, kernels: Kernels) -> None:
-    """Set the kernels for the arrays of a library, as :func:`mfac_core.backends.array_library` names it."""
+    """Use the given forms of the kernels for the arrays of a library.
+
+    Args:
+        library: The library, as :func:`mfac_core.backends.array_library` names it.
+        kernels: Its kernels; fields that are left out keep the portable form.
+
+    Example:
+        >>> register("otherlib", Kernels(runs_on_cpu=lambda x: True))
+    """
     _LIBRARIES[library] = lambda: kernels
     _load.cache_clear()
 
