@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -348,15 +349,17 @@ def _missing_devices(pruning: Sequence[PruningSettings]) -> list[str]:
 
     by_mfac = [each for each in pruning if isinstance(each, MFACSettings)]
     names = [name for each in by_mfac for name in (*each.devices, each.gradients_device) if name != "auto"]
+    checks: list[Callable[[], object]] = [partial(resolve_device, name) for name in dict.fromkeys(names)]
     if set(names) - {"cpu"}:
-        load_backends()  # which framework will run the recipe is not known: a device of any library will do
+        # which framework will run the recipe is not known: a device of any library will do
+        checks.insert(0, load_backends)
     warnings = []
-    for name in dict.fromkeys(names):
+    for check in checks:
         try:
-            resolve_device(name)
+            check()
         except DeviceError as error:
             warnings.append(f"on this machine: {error}")
-    return warnings
+    return list(dict.fromkeys(warnings))
 
 
 def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from mfac_core.backends import Array
 from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_torch.conversion import why_not_dense
 from mfac_torch.full_precision import full_precision
 
 __all__ = ["TorchBackend"]
@@ -57,7 +58,10 @@ class TorchBackend:
         return ("cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())))
 
     def device_of(self, x: torch.Tensor) -> str:
-        """Return the name of the device that holds ``x``."""
+        """Return the name of the device that holds ``x``; refuse a tensor that is not dense or has no values."""
+        reason = why_not_dense(x)
+        if reason:
+            raise TypeError(f"the tensor cannot be used as an array: it is {reason}")
         device = x.device
         return device.type if device.type in {"cpu", "mps"} else f"{device.type}:{device.index}"
 
@@ -86,7 +90,7 @@ class TorchBackend:
         if not isinstance(x, torch.Tensor):
             return np.asarray(x)
         with self.on(self.device_of(x)):
-            array: npt.NDArray[Any] = x.detach().cpu().numpy()
+            array: npt.NDArray[Any] = x.numpy(force=True)  # also of a view that negates
         return array
 
     def fetch(self, x: Array) -> Callable[[], npt.NDArray[Any]]:

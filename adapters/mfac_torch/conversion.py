@@ -18,6 +18,7 @@ __all__ = [
     "state_to_tensors",
     "to_array",
     "to_tensor",
+    "why_not_dense",
     "write_back",
 ]
 
@@ -39,7 +40,7 @@ def to_array(tensor: torch.Tensor) -> Array:
     if tensor.dtype not in {torch.float32, torch.float64}:
         tensor = tensor.to(torch.float32)
     # NumPy is the fastest on a CPU
-    return tensor.numpy() if _is_on_cpu(tensor) else tensor
+    return tensor.numpy(force=True) if _is_on_cpu(tensor) else tensor
 
 
 def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -96,22 +97,32 @@ def state_to_arrays(state: Any) -> Any:
     if not isinstance(state, torch.Tensor):
         return state
     try:
-        return state.detach().cpu().numpy()
+        return state.numpy(force=True)
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"the state is broken: it holds a tensor of {state.dtype}; load another checkpoint") from error
 
 
-def _why_not_prunable(tensor: torch.Tensor) -> str:
-    """Return why a tensor cannot be pruned as it is stored, and what to do about it; empty if it can."""
+def why_not_dense(tensor: torch.Tensor) -> str:
+    """Return why a tensor has no memory of its own with one value per entry, and the cure; empty if it has."""
     kind = type(tensor).__name__
     if kind == "DTensor":
         return "a DTensor, of a model that is distributed (fully_shard, FSDP2); prune before the model is distributed"
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"a {kind}, a tensor subclass with its own storage (quantized?); prune first and convert afterwards"
+    if tensor.is_nested:
+        return "nested, with parts of different shapes; pad them (torch.nested.to_padded_tensor)"
     if tensor.is_meta:
         return "on the meta device, without values; materialize the model first"
     if tensor.layout != torch.strided:
         return f"of the layout {tensor.layout}; make it dense (Embedding: sparse=False)"
+    return ""
+
+
+def _why_not_prunable(tensor: torch.Tensor) -> str:
+    """Return why a tensor cannot be pruned as it is stored, and what to do about it; empty if it can."""
+    reason = why_not_dense(tensor)
+    if reason:
+        return reason
     if tensor.is_complex():
         return f"complex ({tensor.dtype}); remove it from params, or store real and imaginary parts as two parameters"
     if not tensor.dtype.is_floating_point:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import NoReturn
@@ -77,7 +77,7 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device, library: str
         >>> [str(device) for device in resolve_devices(["cpu"])]
         ['cpu']
     """
-    if isinstance(devices, str | Device):
+    if isinstance(devices, str | Device) or not isinstance(devices, Iterable):
         devices = (devices,)
     resolved = tuple(resolve_device(device, library) for device in devices)
     if not resolved:
@@ -112,7 +112,12 @@ def resolve_device(device: str | Device, library: str | None = None) -> Device:
     """
     if isinstance(device, Device):
         return device
-    first, _, rest = str(device).partition(":")
+    if not isinstance(device, str):
+        raise DeviceError(
+            f'{device!r} is not the name of a device; write a name, such as "cpu" or "cuda:0", or pass str() of a '
+            "device object of another library"
+        )
+    first, _, rest = device.partition(":")
     own = _backend_of(first) if rest else None
     if own is not None:
         return _named(rest, [own]) or _refuse(device, [own])
@@ -122,7 +127,7 @@ def resolve_device(device: str | Device, library: str | None = None) -> Device:
     of_weights = [] if device == "cpu" or library is None else [library]
     found = [_backend_of(each) for each in (*of_weights, *_BUILT_IN, *_registered)]
     backends = [backend for backend in found if backend is not None]
-    needs_cupy = library in {None, *_BUILT_IN} and str(device).startswith("cuda") and not _has_cupy()
+    needs_cupy = library in {None, *_BUILT_IN} and device.startswith("cuda") and not _has_cupy()
     return _named(device, backends) or _refuse(device, backends, _CUPY_CURE if needs_cupy else "")
 
 
@@ -137,6 +142,7 @@ def device_of(x: Array) -> Device:
 
     Raises:
         TypeError: If ``x`` is no array, or of another library.
+        DeviceError: If the package that registers the backend of the library cannot be imported.
 
     Example:
         >>> import numpy as np
@@ -177,6 +183,9 @@ def readable_on(device: Device, x: Array) -> Array:
 def load_backends() -> None:
     """Import every installed package that registers a backend, so that all devices of this machine can be found.
 
+    Raises:
+        DeviceError: If a package cannot be imported, unless its library is not installed.
+
     Example:
         >>> load_backends()
         >>> str(resolve_device("cpu"))
@@ -202,9 +211,13 @@ def _import_package_for(library: str) -> None:
     for entry in entry_points(group=ENTRY_POINTS, name=library):
         try:
             entry.load()
-        except ModuleNotFoundError as error:
-            if error.name != library:
-                raise
+        except Exception as error:  # of any kind: the package and its library run code of their own
+            if isinstance(error, ModuleNotFoundError) and error.name == library:
+                return
+            raise DeviceError(
+                f"arrays and devices of {library} cannot be used: importing {entry.value} raises "
+                f"{type(error).__name__}: {error}; repair its installation, or use another library"
+            ) from error
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_device, resolve_devices
+from mfac_core.backends import Array, Device, array_namespace, numpy_dtype, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
 from mfac_core.fisher.chunks import cache_slices
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
@@ -169,8 +169,7 @@ class BlockwiseFisher:
         Returns:
             The shape and the dtype of ``x``.
         """
-        xp = array_namespace(x)
-        out = xp.zeros_like(x)
+        out = self.home.zeros(x.shape, numpy_dtype(x))
         columns, results = (each if each.ndim == 2 else each[:, None] for each in (x, out))
         # no more columns at once than there are rows, so that they take no more memory than the gradients of a group
         at_once = max(self.source.count, _MIN_COLUMNS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -74,9 +75,10 @@ def inverse_fisher(
         raise ValueError(f"gradients must have at least one row and one column, got shape {tuple(gradients.shape)}")
     check_block_size(block_size)
     check_damping(damping)
-    if isinstance(rtol, bool) or not isinstance(rtol, float | int) or not 0 < rtol < 1:
+    if isinstance(rtol, bool) or not isinstance(rtol, numbers.Real) or not 0 < rtol < 1:
         raise ValueError(f"rtol must be a number between 0 and 1, such as 1e-5, got {rtol!r}")
-    return InverseFisher(gradients, block_size, damping, resolve_devices(devices, array_library(gradients)), rtol)
+    resolved = resolve_devices(devices, array_library(gradients))
+    return InverseFisher(gradients, block_size, damping, resolved, float(rtol))
 
 
 class InverseFisher:
@@ -178,4 +180,5 @@ def _check_array(name: str, value: Any, expected: str) -> None:
     except TypeError:
         cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}; {cure}") from None
+    device_of(value)  # raises an error if the array is not dense or has no values
     check_float(name, value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self, get_args
 
@@ -247,7 +247,8 @@ class MFACSettings(GradualSettings):
         options = self.sampler_options
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
             raise SettingError("sampler_options", f"{options!r} must be a mapping from argument to value")
-        devices = (self.devices,) if isinstance(self.devices, str) else tuple(self.devices)
+        one = isinstance(self.devices, str) or not isinstance(self.devices, Iterable)
+        devices = (self.devices,) if one else tuple(self.devices)
         if not devices or not all(isinstance(name, str) and name for name in devices):
             raise SettingError(
                 "devices", f'{self.devices!r} must be a non-empty list of device names, such as ["cpu"] or ["cuda:0"]'

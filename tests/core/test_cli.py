@@ -801,6 +801,25 @@ def test_check_warns_of_a_gpu_that_is_not_here(write_recipe: Callable[[str], Pat
 
 
 @pytest.mark.usefixtures("without_gpus")
+@pytest.mark.parametrize("value", ["cuda:0", "tensors:cuda:0"])
+def test_check_warns_once_of_a_framework_that_cannot_be_imported(
+    write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    def load() -> None:
+        raise OSError("libtensors.so: undefined symbol")
+
+    entry = SimpleNamespace(name="tensors", value="mfac_tensors", load=load)
+    monkeypatch.setattr(lookup, "entry_points", lambda group, name="tensors": [entry] if name == "tensors" else [])
+    lookup._import_package_for.cache_clear()
+
+    result = mfac("check", write_recipe(f'{RECIPE}    available_gpus: ["{value}"]\n'))
+
+    warning = "warning: on this machine: arrays and devices of tensors cannot be used: importing mfac_tensors raises OS"
+    assert result.exit_code == 0
+    assert result.stdout.count(warning) == 1
+
+
+@pytest.mark.usefixtures("without_gpus")
 @pytest.mark.parametrize("value", ["cuda:0", "tensors:cuda:0", "cpu"])
 def test_check_finds_the_gpus_of_installed_frameworks(
     write_recipe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, value: str

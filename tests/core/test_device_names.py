@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -116,6 +117,23 @@ def test_a_device_that_does_not_exist_is_refused_with_those_that_do(machine, nam
         resolve_device(name)
 
 
+class DeviceOfALibrary:
+    def __str__(self):
+        return "cuda:0"
+
+
+@pytest.mark.parametrize("device", [None, 0, b"cuda:0", DeviceOfALibrary()])
+def test_a_device_that_is_no_name_is_refused_with_the_cure(machine, device):
+    machine(cupy=True)
+    message = f"{re.escape(repr(device))} is not the name of a device; write a name.* or pass str"
+    with pytest.raises(DeviceError, match=message):
+        resolve_device(device)
+    with pytest.raises(DeviceError, match=message):
+        resolve_devices([device])
+    with pytest.raises(DeviceError, match="is not the name of a device"):
+        resolve_devices(device)
+
+
 def test_the_library_of_the_weights_is_listed_once_and_cupy_is_no_cure_for_it(machine):
     machine(registered=[TENSORS])
     with pytest.raises(DeviceError, match="devices are tensors:cpu, tensors:cuda:0, tensors:mps, cpu$"):
@@ -150,7 +168,7 @@ def installed(machine, monkeypatch):
     """Returns a function that installs a package with an entry point for a library; ``load`` imports it."""
 
     def install(library, load):
-        entry = SimpleNamespace(name=library, load=load)
+        entry = SimpleNamespace(name=library, value="mfac_of_library", load=load)
         monkeypatch.setattr(lookup, "entry_points", lambda group, name=library: [entry] if name == library else [])
         lookup._import_package_for.cache_clear()
 
@@ -192,13 +210,26 @@ def test_a_library_that_is_not_installed_is_named(installed):
         resolve_device("tensors:cuda:0")
 
 
-def test_a_package_that_cannot_be_imported_for_another_reason_says_so(installed):
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'safetensors'", name="safetensors"),
+        ImportError("libcudart.so.12: cannot open shared object file"),
+        OSError("libtensors.so: undefined symbol"),
+        AttributeError("module 'tensors' has no attribute 'linalg'"),
+    ],
+)
+def test_a_package_that_cannot_be_imported_for_another_reason_says_so(installed, error):
     def load():
-        raise ModuleNotFoundError("No module named 'safetensors'", name="safetensors")
+        raise error
 
     installed("tensors", load)
-    with pytest.raises(ModuleNotFoundError, match="safetensors"):
-        resolve_device("tensors:cuda:0")
+    message = rf"devices of tensors cannot be used: importing mfac_of_library raises {type(error).__name__}: {error};"
+    for look_up in (lambda: resolve_device("tensors:cuda:0"), lookup.load_backends):
+        with pytest.raises(DeviceError, match=message) as caught:
+            look_up()
+        assert caught.value.__cause__ is error
+    assert resolve_device("cpu").is_host
 
 
 @pytest.mark.parametrize(

@@ -464,6 +464,13 @@ def test_rows_are_multiplied_from_the_left():
         [1.0] * 6 @ fisher
 
 
+@pytest.mark.parametrize("rtol", [np.float32(1e-3), np.float64(1e-3)])
+def test_rtol_may_be_a_number_of_numpy(rtol):
+    gradients = np.random.default_rng(0).standard_normal((3, 4))
+    expected = mfac_core.inverse_fisher(gradients, rtol=1e-3).diagonal()
+    np.testing.assert_array_equal(mfac_core.inverse_fisher(gradients, rtol=rtol).diagonal(), expected)
+
+
 @pytest.mark.parametrize("rtol", [0, 0.0, 1, 1.0, -1e-5, 2, float("nan"), float("inf"), True, "1e-5", None])
 def test_rtol_must_be_between_0_and_1(rtol):
     with pytest.raises(ValueError, match=rf"rtol must be a number between 0 and 1, such as 1e-5, got {rtol!r}"):

@@ -223,6 +223,22 @@ def test_a_pruning_step_chooses_the_mask_of_float64_but_for_saliencies_at_the_th
     assert differ.mean() < 1e-3
 
 
+def test_the_joint_update_refuses_no_block_whose_diagonal_is_accurate_enough():
+    rng = np.random.default_rng(0)
+    # of so low a rank that float64 keeps 1e-3, but not 1e-5
+    rows = rng.standard_normal((300, 3)) @ rng.standard_normal((3, 56)) * 100
+    weights = rng.standard_normal(56)
+
+    def step(update):
+        source = GradientMatrix([rows], block_size=7)
+        return mfac_step(weights, source, lambda s: least_salient(s, 28), damping=1e-5, update=update, devices="cpu")
+
+    independent, joint = step("independent"), step("joint")
+    np.testing.assert_array_equal(joint.newly_pruned, independent.newly_pruned)
+    assert np.isfinite(joint.weights).all()
+    assert joint.predicted_loss_increase <= independent.predicted_loss_increase
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-3])
 @pytest.mark.parametrize("update", ["independent", "joint"])
 def test_the_update_of_a_pruning_step_has_four_digits_and_its_predicted_loss_increase_too(update, damping):

@@ -109,6 +109,7 @@ def acdc(**changes: object) -> ACDCSettings:
         (mfac, {"sampler_options": [1]}, "sampler_options", "[1] must be a mapping from argument to value"),
         (mfac, {"sampler_options": {1: 2}}, "sampler_options", "{1: 2} must be a mapping"),
         (mfac, {"devices": ()}, "devices", "() must be a non-empty list of device names"),
+        (mfac, {"devices": None}, "devices", "None must be a non-empty list of device names"),
         (mfac, {"devices": ("",)}, "devices", "('',) must be a non-empty list"),
         (mfac, {"devices": ("auto", "cpu")}, "devices", "mixes auto with names"),
         (mfac, {"devices": ("cpu", "cpu")}, "devices", "names a device twice"),

@@ -43,7 +43,13 @@ def test_devices_have_the_names_of_torch(backend, monkeypatch):
     assert machine("cuda", 2) == ("cpu", "cuda:0", "cuda:1")  # of NVIDIA and of AMD
     assert machine("xpu", 1) == ("cpu", "xpu:0")
     assert machine("mps", 1) == ("cpu", "mps")
-    of = {name: backend.device_of(type("T", (), {"device": torch.device(name)})) for name in ("cuda:1", "mps:0", "cpu")}
+
+
+def test_the_device_of_a_tensor_has_the_name_that_torch_gives_it(backend):
+    def on(name):
+        return torch.zeros(0).as_subclass(type("OnDevice", (torch.Tensor,), {"device": torch.device(name)}))
+
+    of = {name: backend.device_of(on(name)) for name in ("cuda:1", "mps:0", "cpu")}
     assert of == {"cuda:1": "cuda:1", "mps:0": "mps", "cpu": "cpu"}
 
 

@@ -123,6 +123,63 @@ def test_tensors_of_inference_mode_are_taken():
     assert torch.equal(inside.masks, outside.masks) and torch.equal(inside.weights, outside.weights)
 
 
+@DEVICES
+def test_products_with_the_inverse_fisher_are_computed_in_inference_mode(devices):
+    rows, x = random(9, 20), random(20, 3)
+    expected = mfac_core.inverse_fisher(rows, damping=0.1) @ x
+    with torch.inference_mode():
+        found = mfac_core.inverse_fisher(rows, damping=0.1, devices=devices) @ x
+    assert_plain(found)
+    torch.testing.assert_close(found, expected)
+
+
+@DEVICES
+def test_views_that_negate_are_read_as_any_tensor(devices):
+    def imaginary(x):  # of a conjugate: torch negates the values only when it reads them
+        return torch.complex(x, -x).conj().imag
+
+    weights, rows, x = random(10), random(4, 10), random(10, 2)
+    assert imaginary(weights).is_neg()
+    found = mfac_core.prune(imaginary(weights), imaginary(rows), sparsity=0.5, devices=devices)
+    expected = mfac_core.prune(weights, rows, sparsity=0.5, devices=devices)
+    assert torch.equal(found.masks, expected.masks) and torch.equal(found.weights, expected.weights)
+    fisher = mfac_core.inverse_fisher(imaginary(rows), devices=devices)
+    assert torch.equal(fisher @ imaginary(x), mfac_core.inverse_fisher(rows, devices=devices) @ x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_refused():
+    with pytest.raises(TypeError, match="weights: the tensor cannot be used as an array: it is nested, .* pad them"):
+        mfac_core.prune(torch.nested.nested_tensor([random(3, 4)]), random(5, 12), sparsity=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize(
+    "convert, message",
+    [
+        (lambda x: x.to_sparse(), "of the layout torch.sparse_coo; make it dense"),
+        (lambda x: x.to_sparse_csr(), "of the layout torch.sparse_csr; make it dense"),
+        (lambda x: x.to("meta"), "on the meta device, without values"),
+    ],
+)
+def test_a_tensor_that_is_not_dense_is_refused_with_the_reason(convert, message):
+    weights, rows = random(3, 4), random(5, 12)
+    other = convert(weights)
+    with pytest.raises(TypeError, match=f"weights: the tensor cannot be used as an array: it is {message}"):
+        mfac_core.prune(other, rows, sparsity=0.5)
+    with pytest.raises(TypeError, match=f"gradients: the tensor cannot be used as an array: it is {message}"):
+        mfac_core.prune(weights, other, sparsity=0.5)
+    with pytest.raises(TypeError, match=message):
+        mfac_core.inverse_fisher(other)
+    with pytest.raises(TypeError, match=message):
+        mfac_core.inverse_fisher(rows.T) @ other
+    with pytest.raises(TypeError, match=message):
+        mfac_core.saliency(other, weights.abs())
+    pruner = mfac_core.make_pruner(mfac_core.MFACSettings(**RUN), {"w": weights}, steps_per_epoch=1)
+    with pytest.raises(TypeError, match=message):
+        pruner.observe({"w": other})
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.complex64])
 def test_other_dtypes_are_refused_in_the_words_of_torch(dtype):
     weights, rows = random(10), random(4, 10)
