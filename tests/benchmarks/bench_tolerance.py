@@ -27,7 +27,7 @@ WIDTH = 2000
 DRAWN_WEIGHTS = 100_000
 DAMPING = 1e-5
 SPARSITY = 0.5
-REPEATS = 3
+REPEATS = 2
 RTOLS = ("1e-5", "1e-3")
 EXACT = "float64"
 TEXTBOOK = "textbook"
@@ -53,6 +53,7 @@ def measure_tolerances(seeds: Iterable[int]) -> dict[tuple[str, int, int], dict[
     """Return for each kind, m and d the results by name: each tolerance, ``textbook`` and ``magnitude``."""
     out: dict[tuple[str, int, int], dict[str, Tolerance]] = {}
     for seed in seeds:
+        print(f"tolerances, seed {seed}", flush=True)
         for kind in (*DRAWN, *NETWORKS):
             weights, gradients = _problem(kind, seed)
             for m in ROWS:
