@@ -164,8 +164,8 @@ def document(
             "",
             "* *product*: that rate, in GFLOP/s",
             "* *step*: time of the step over the floor, median (min to max)",
-            "* *diagonal*: the same for the diagonal alone, and its parts, which add up to it: *Gram*, the products",
-            "  of the gradients with each other; *factor*, the Cholesky factorization; *solve*, the triangular solve",
+            "* *diagonal*: the same for the diagonal alone, followed by its parts: *Gram*, the products of the",
+            "  gradients with each other; *factor*, the Cholesky factorization; *solve*, the triangular solve",
             "  and the sums (for `B <= m` the triangular inverse); *check*, where rounding is measured and inaccurate",
             "  entries are computed again; *float64*, all that is computed in it; *rest*",
             "* *groups in float64*: share of the groups of blocks for which float32 is not accurate enough",
@@ -360,18 +360,28 @@ def _mask_sentences(tolerances: Mapping[tuple[str, int, int], Any]) -> list[str]
     return [
         f"Of {entries:,} mask entries in all, {differ('1e-3'):,} differ from float64 at 1e-3, {differ('1e-5'):,} at "
         f"1e-5, {differ('textbook'):,} with the textbook recursion and {differ('magnitude'):,} with magnitude pruning. "
-        f"In no run does 1e-3 change more than {100 * worst('1e-3'):.2g} % of the mask; the textbook recursion changes "
-        f"up to {100 * worst('textbook'):.2g} %. A tolerance of 1e-5 takes {_range(gains)} times as long as 1e-3."
+        "The largest change in one run: "
+        + ", ".join(f"{100 * worst(name):.2g} % of the mask ({name})" for name in ("1e-3", "textbook", "magnitude"))
+        + f". A tolerance of 1e-5 takes {_range(gains)} times as long as 1e-3."
     ]
 
 
 def _errors(rows: Sequence[Row]) -> list[str]:
     accurate = [row.errors[name] for row in rows if (name := row.fastest_accurate(PUBLIC))]
     theirs = f"; that of the accurate public variants is {_error(max(accurate))}" if accurate else ""
-    return [
+    lines = [
         f"A pruning step asks for a relative error of the diagonal of at most 1e-3. The largest that was measured is "
         f"{_error(max(row.error for row in rows))}{theirs}."
     ]
+    slower = [
+        f"{row.name} ({row.ratio(names):.1f}, {_long_name(row.fastest_accurate(names) or row.fastest(names))})"
+        for row in rows
+        for names in (PUBLIC, NUMPY, (DYNAMIC,))
+        if set(names) & set(row.ratios) and row.ratio(names) < 1
+    ]
+    if slower:
+        lines.append(f"Faster than our diagonal: {'; '.join(slower)}.")
+    return lines
 
 
 def _failures(failed: Sequence[str]) -> list[str]:
@@ -380,10 +390,11 @@ def _failures(failed: Sequence[str]) -> list[str]:
 
 def _networks(rows: Sequence[Row]) -> list[str]:
     described = {"CNN": "a convolutional network", "MLP": "a fully connected network"}
-    sizes = {row.kind: row.d for row in rows if row.kind in described}
+    kinds = dict.fromkeys(row.kind for row in rows if row.kind in described)
+    sizes = {kind: max(row.d for row in rows if row.kind == kind) for kind in kinds}
     return [
         f"* *{kind}*: {described[kind]} of {d:,} weights, trained for three epochs on scikit-learn's digits; one "
-        "gradient for each batch of 16 images"
+        "gradient for each batch of 16 images; where `d` is smaller, the first `d` weights"
         for kind, d in sizes.items()
     ]
 
@@ -399,6 +410,8 @@ def _gpu() -> list[str]:
 
 
 def _linear(scaling: Sequence[Row]) -> list[str]:
+    if len(scaling) < 2:
+        return ["Not measured."]
     d = np.array([row.d for row in scaling], float)
     seconds = np.array([row.seconds["step"] for row in scaling])
     slope, offset = np.polyfit(d, seconds, 1)
