@@ -27,7 +27,6 @@ WIDTH = 2000
 DRAWN_WEIGHTS = 100_000
 DAMPING = 1e-5
 SPARSITY = 0.5
-REPEATS = 2
 RTOLS = ("1e-5", "1e-3")
 EXACT = "float64"
 TEXTBOOK = "textbook"
@@ -65,10 +64,6 @@ def measure_tolerances(seeds: Iterable[int]) -> dict[tuple[str, int, int], dict[
 def _measure(weights: np.ndarray, gradients: np.ndarray, results: dict[str, Tolerance]) -> None:
     wide = gradients.astype(np.float64)
     runs = {name: _diagonal(wide if name == EXACT else gradients, name) for name in (EXACT, *RTOLS)}
-    for _ in range(REPEATS - 1):  # in turn, so that all meet the same machine
-        for name, run in runs.items():
-            again = _diagonal(wide if name == EXACT else gradients, name)
-            runs[name] = min(run, again, key=lambda each: each.seconds)
     exact = runs.pop(EXACT)
     mask = _mask(weights.astype(np.float64), exact.diagonal)
     for name, run in {**runs, TEXTBOOK: _textbook(gradients)}.items():
