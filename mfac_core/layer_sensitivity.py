@@ -171,8 +171,7 @@ def sensitivity(
     of it: the numbers rank layers, and do not predict the loss of a pruned model.
 
     Args:
-        weights: A mapping from the name of each layer to its array, or one array; float32 or float64. Not
-            modified.
+        weights: A mapping from the name of each layer to its array, or one array; float32 or float64. Not modified.
         loss: Returns the loss of all weights, one layer of them pruned, given in the form of ``weights``. It is called
             once for the dense weights and at most once for each layer and sparsity.
         gradients: Gradient samples in a form that :func:`mfac_core.prune` takes; or a function that returns fresh ones
@@ -352,7 +351,7 @@ def _checked_loss(value: Any) -> float:
     try:
         if isinstance(value, str | bytes):
             raise TypeError
-        # libraries with automatic differentiation warn of a number that is cut off from its graph
+        # a library with automatic differentiation warns when a number is taken out of its graph
         return float(value.detach() if hasattr(value, "detach") else value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"loss returned a {type(value).__name__}; it must return a number") from error

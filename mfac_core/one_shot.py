@@ -78,8 +78,8 @@ def prune(
     the weights, and with them the gradients: pass a function that computes fresh ones.
 
     Args:
-        weights: One array, or a mapping from name to array; float32 or float64, of NumPy, CuPy or a
-            registered library such as PyTorch. Not modified.
+        weights: One array, or a mapping from name to array; float32 or float64, of NumPy, CuPy or a registered library
+            such as PyTorch. Not modified.
         gradients: One gradient sample per row: shape ``(m, n)`` for all ``n`` weights in order, or, in the form of
             ``weights``, arrays of shape ``(m, *shape)``. Not modified. Or a function that returns such rows: it is
             called before each sub-step, with the weights as they are then, in the form of ``weights``; pruned ones
@@ -101,8 +101,8 @@ def prune(
         axes: Permutation that brings the axes of an array into the order (output, kernel..., input), or a mapping from
             name to permutation; for arrays whose layout is not (output, input, kernel...). The axes of outputs and
             inputs alone mean that the others index separate matrices, as in a stack of experts.
-        devices: Where the blocks are computed. ``cpu`` is computed by NumPy, whatever the library of the arrays; names
-            of GPUs mean those of the library of ``weights`` first, see :func:`mfac_core.backends.resolve_device`.
+        devices: Where the blocks are computed. ``"cpu"`` means NumPy for arrays of any library, ``"cuda:0"`` a device
+            of the library of ``weights``; see :func:`mfac_core.backends.resolve_device`.
 
     Returns:
         Weights and masks in the form and on the device of ``weights``, the sparsity reached, the predicted

@@ -1,4 +1,4 @@
-"""PyTorch as an array library of the core: tensors on the CPU, on GPUs, and on any other accelerator of torch."""
+"""PyTorch as an array library of the core: tensors on the CPU, on GPUs, and on torch's other accelerators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 
 from mfac_core.backends import Array
 from mfac_core.backends.numpy_backend import NumpyBackend
+from mfac_torch.full_precision import full_precision
 
 __all__ = ["TorchBackend"]
 
@@ -27,8 +27,10 @@ _refusals = itertools.count()
 _CAPABILITIES_WITH_64_LANES = ((6, 0), (7, 0), (7, 2), (7, 5), (8, 0))
 
 _TYPICAL_KILOHERTZ = 1.5e6
+"""Clock of a GPU, for releases of torch that do not report it."""
 
 _TYPICAL_SPEED = 5e12
+"""Float32 operations per second of an accelerator whose lanes and clock torch does not report."""
 
 
 class TorchBackend:
@@ -122,18 +124,18 @@ class TorchBackend:
             return
         with self.on(device):
             copies = _Copies(self, device, streams)
-        waiting: tuple[list[torch.Tensor], Any] | None = None
+        ahead: tuple[list[torch.Tensor], Any] | None = None
         try:
             for load in loaders:
                 with self.on(device):
                     started = copies.start(load)
-                if waiting is not None:
-                    yield from copies.lend(*waiting)
-                waiting = started
-            if waiting is not None:
-                yield from copies.lend(*waiting)
+                if ahead is not None:
+                    yield from copies.lend(*ahead)
+                ahead = started
+            if ahead is not None:
+                yield from copies.lend(*ahead)
         finally:
-            # the host may overwrite the sources, and the memory of the copies is free for new work
+            # from now on the host may overwrite the sources, and new work the memory of the copies
             copies.queue.synchronize()
 
     @contextmanager
@@ -142,17 +144,16 @@ class TorchBackend:
 
         Whatever the training loop has set, tensors are neither inference tensors nor rounded to half precision or TF32.
         """
-        where = getattr(torch.get_device_module(device), "device", None)
         kind = torch.device(device).type
+        streams = _with_streams(device)
         with ExitStack() as stack:
-            # MPS is a single device, and the CPU has no context
-            if _with_streams(device) is not None and where is not None:
-                stack.enter_context(where(device))
+            if streams is not None:  # MPS is a single device, and the CPU has no context
+                stack.enter_context(streams.device(device))
             stack.enter_context(torch.inference_mode(mode=False))
             stack.enter_context(torch.no_grad())
             if torch.amp.is_autocast_available(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(_full_precision)
+            stack.enter_context(full_precision)
             yield
 
     @contextmanager
@@ -170,7 +171,7 @@ class TorchBackend:
             return _TYPICAL_SPEED
         properties = torch.cuda.get_device_properties(device)
         lanes = 64 if (properties.major, properties.minor) in _CAPABILITIES_WITH_64_LANES else 128
-        hertz = 1e3 * getattr(properties, "clock_rate", _TYPICAL_KILOHERTZ)  # older releases do not tell
+        hertz = 1e3 * getattr(properties, "clock_rate", _TYPICAL_KILOHERTZ)
         return 2.0 * properties.multi_processor_count * lanes * hertz  # one multiplication and addition per cycle
 
     def group_bytes(self, device: str, total: int) -> int:
@@ -208,7 +209,7 @@ class TorchBackend:
             torch.get_device_module(device).synchronize()
 
     def _memory(self, device: str) -> int | None:
-        """Return the total memory of a device in bytes; None for the CPU, and where torch does not tell."""
+        """Return the total memory of a device in bytes; None for the CPU, and where torch does not report it."""
         kind = torch.device(device).type
         if kind == "mps":
             return torch.mps.recommended_max_memory()
@@ -221,9 +222,9 @@ class TorchBackend:
 class _Copies:
     """Copies to one device on a stream of their own, in order with the work of the thread that makes this object.
 
-    The memory of a copy is allocated on the stream of the work, and the copy waits for the work queued until then, so
-    that it may be memory that this work still reads. The work on an item waits for its copy. After the work has used
-    an item, its memory can be allocated again on that stream, as any other memory.
+    The memory of a copy is allocated on the stream of the work, so torch may hand out memory that work in its queue
+    still reads: each copy waits for the work queued before it, and the work on an item waits for its copy. Memory that
+    is freed after that goes back to the stream of the work, as any other.
     """
 
     def __init__(self, backend: TorchBackend, device: str, streams: Any) -> None:
@@ -241,23 +242,13 @@ class _Copies:
         # two loads at most, so that the host does not run ahead and take page-locked memory for all of them
         while len(self._in_progress) > 1:
             self._in_progress.popleft().synchronize()
-        arrays, sources, targets = [], [], []
-        for x in load():
-            source = x if isinstance(x, torch.Tensor) else _in_page_locked_memory(x)
-            here = self._backend.device_of(source)
-            if here == self._device:
-                arrays.append(source)
-                continue
-            if here != "cpu":
-                self._wait_for_writers(here)
-            target = torch.empty(source.shape, dtype=source.dtype, device=self._device)
-            arrays.append(target)
-            sources.append(source)
-            targets.append(target)
+        sources = [x if isinstance(x, torch.Tensor) else _in_page_locked_memory(x) for x in load()]
+        arrays = [self._target_of(source) for source in sources]
         self.queue.wait_event(self._work.record_event())
         with self._streams.stream(self.queue):
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source, non_blocking=True)  # torch keeps page-locked sources until this is done
+            for array, source in zip(arrays, sources, strict=True):
+                if array is not source:
+                    array.copy_(source, non_blocking=True)  # torch keeps page-locked sources until this is done
         copied = self.queue.record_event()
         self._in_progress.append(copied)
         return arrays, copied
@@ -268,60 +259,20 @@ class _Copies:
         yield arrays
         arrays.clear()  # the caller may still hold the list, and the next load takes the memory
 
+    def _target_of(self, source: torch.Tensor) -> torch.Tensor:
+        """Return memory for a copy, or the source itself if it is on the device."""
+        there = self._backend.device_of(source)
+        if there == self._device:
+            return source
+        if there != "cpu":
+            self._wait_for_writers(there)
+        return torch.empty(source.shape, dtype=source.dtype, device=self._device)
+
     def _wait_for_writers(self, device: str) -> None:
         # another thread may have written to tensors there, on a stream of its own
         if device not in self._waited_for:
             self._waited_for.add(device)
             self._backend.synchronize(device)
-
-
-class _FullPrecision:
-    """A context without TF32, which a training loop may have allowed; torch has one setting for all threads."""
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-        self._inside = 0
-        self._restore: Callable[[], None] | None = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._restore = _forbid_rounding()
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._restore is not None:
-                self._restore()
-
-
-_full_precision = _FullPrecision()
-
-
-def _forbid_rounding() -> Callable[[], None] | None:
-    """Forbid products of float32 in TF32 or bfloat16; return a function that allows them again, None if nothing did."""
-    # torch 2.9 has a second interface to the setting, which only that interface can read once it was used
-    settings: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    precisions = [(each, each.fp32_precision) for each in settings if hasattr(each, "fp32_precision")]
-    rounded = [(each, precision) for each, precision in precisions if precision in {"tf32", "bf16"}]
-    if precisions and not rounded:
-        return None
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        before = "highest"
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-        return lambda: torch.set_float32_matmul_precision(before)
-    for each, _ in rounded:
-        each.fp32_precision = "ieee"
-
-    def allow() -> None:
-        for each, precision in rounded:
-            each.fp32_precision = precision
-
-    return allow
 
 
 def _with_streams(device: str) -> Any:
@@ -362,9 +313,5 @@ def _page_locked(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 @cache
-def _numpy_to_torch(dtype: np.dtype[Any]) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype
-
-
 def _torch_dtype(dtype: Any) -> torch.dtype:
-    return dtype if isinstance(dtype, torch.dtype) else _numpy_to_torch(np.dtype(dtype))
+    return torch.from_numpy(np.empty(0, dtype)).dtype

@@ -1,4 +1,4 @@
-"""Kernels of the core in the forms that torch has of them, for tensors on any device."""
+"""The kernels of the core for which torch has a faster form, for tensors on any device."""
 
 from __future__ import annotations
 
@@ -55,6 +55,6 @@ def _has_float64(device: torch.device) -> bool:
 
 
 KERNELS = Kernels(
-    small_factors=_SmallFactors, kth_smallest=_kth_smallest, run_on_cpu=_runs_on_cpu, wide_dtype=_wide_dtype
+    small_factors=_SmallFactors, kth_smallest=_kth_smallest, runs_on_cpu=_runs_on_cpu, wide_dtype=_wide_dtype
 )
-"""Other products and sums are portable: each is one call of torch already."""
+"""Products and sums keep their portable forms, each of which is a single call of torch."""

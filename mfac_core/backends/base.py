@@ -24,8 +24,8 @@ Array = Any
 class Backend(Protocol):
     """Places arrays on the devices of one array library.
 
-    ``device`` is always one of the names that :meth:`devices` returns. Arrays that a backend returns carry no graph of
-    automatic differentiation, whatever the arrays that it got.
+    ``device`` is always one of the names that :meth:`devices` returns. The arrays that a backend returns are detached
+    from automatic differentiation.
 
     Attributes:
         name: The library, as :func:`array_library` names it.
@@ -45,9 +45,9 @@ class Backend(Protocol):
         """Return the name of the device that holds ``x``, an array of this library."""
 
     def asarray(self, x: Array, device: str, dtype: Any = None) -> Array:
-        """Return ``x`` (any array of this library, or NumPy) on ``device``; no copy if none is needed.
+        """Return ``x``, an array of this library or of NumPy, on ``device``; no copy if none is needed.
 
-        ``dtype`` is one of NumPy.
+        ``dtype`` is a NumPy dtype, here and in the other methods.
         """
 
     def zeros(self, shape: tuple[int, ...], device: str, dtype: Any) -> Array:
@@ -173,13 +173,13 @@ class Device:
 
 
 def array_library(x: Array) -> str:
-    """Return the name of the package of an array; code that treats libraries differently uses only this.
+    """Return the name of an array's library; code that treats libraries differently uses only this.
 
     Args:
-        x: An array, or an object of a subclass of its library's arrays.
+        x: An array of any library; subclasses, such as parameters of a model, are arrays too.
 
     Returns:
-        A name such as ``numpy`` or ``cupy``.
+        The name of the top-level package, such as ``numpy`` or ``cupy``.
 
     Raises:
         TypeError: If ``x`` is no array.
@@ -209,7 +209,7 @@ def array_namespace(x: Array) -> Any:
         'numpy'
     """
     if isinstance(x, np.ndarray | np.generic):
-        return np  # it follows the standard itself: wrappers would only cost time
+        return np  # NumPy follows the standard itself, and a wrapper would only cost time
     try:
         return array_api_compat.array_namespace(x)
     except TypeError:
@@ -219,13 +219,13 @@ def array_namespace(x: Array) -> Any:
 
 
 def numpy_dtype(x: Array) -> np.dtype[Any]:
-    """Return the NumPy dtype with the name of an array's dtype.
+    """Return the dtype of an array as a NumPy dtype.
 
     Args:
         x: An array of any library.
 
     Returns:
-        The dtype.
+        The NumPy dtype of the same name.
 
     Raises:
         TypeError: If NumPy has no such dtype.
@@ -255,6 +255,6 @@ def check_float(name: str, x: Array) -> None:
     """
     xp = array_namespace(x)
     if x.dtype not in (xp.float32, xp.float64):
-        # arrays without the method of NumPy have one named `to`
-        cure = 'astype("float32")' if hasattr(x, "astype") or not hasattr(x, "to") else f"to({xp.float32})"
+        # libraries differ in the name of the method
+        cure = f"to({xp.float32})" if hasattr(x, "to") else 'astype("float32")'
         raise ValueError(f"{name} must be float32 or float64, got {x.dtype}; convert them first, such as with {cure}")

@@ -1,4 +1,4 @@
-"""Finds devices by the names that users write, such as ``cuda:0``, and the device of an array."""
+"""Registered libraries, devices by the names that users write, such as ``cuda:0``, and the device of an array."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mfac_core.errors import DeviceError
 __all__ = ["device_of", "load_backends", "readable_on", "register", "resolve_device", "resolve_devices"]
 
 ENTRY_POINTS = "mfac_core.backends"
-"""The entry points of packages that register a backend when they are imported, each with the name of its library."""
+"""Group of the entry points that name, for each array library, the package whose import registers a backend."""
 
 _BUILT_IN = ("numpy", "cupy")
 
 _CUPY_CURE = (
-    'the GPUs of NumPy arrays and of Keras models need CuPy: pip install "mfac-core[cuda12]" (CUDA 12) or '
+    'NumPy arrays and Keras models need CuPy on a GPU: pip install "mfac-core[cuda12]" (CUDA 12) or '
     '"mfac-core[cuda13]" (CUDA 13)'
 )
 
@@ -30,10 +30,11 @@ _registered: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Make the arrays and the devices of a further library known to everything that takes arrays or device names.
+    """Make the arrays and devices of a further library known wherever arrays and device names are accepted.
 
-    A package that lists itself under the entry points ``mfac_core.backends``, with the name of the library, and calls
-    this function when it is imported, is imported as soon as one of the library's arrays arrives.
+    A package that calls this function when it is imported can declare an entry point in the group
+    ``mfac_core.backends``, with the name of the library. Then it need not be imported by users: it is imported when the
+    first array of the library arrives, or a device name that begins with the library.
 
     Args:
         backend: The backend; its ``name`` is the library as :func:`array_library` names it. A second one for the same
@@ -44,7 +45,7 @@ def register(backend: Backend) -> None:
 
     Example:
         >>> from mfac_core.backends.numpy_backend import NumpyBackend
-        >>> class OtherBackend(NumpyBackend):  # of a library whose arrays are NumPy's in all but name
+        >>> class OtherBackend(NumpyBackend):
         ...     name = "otherlib"
         ...
         ...     def devices(self):
@@ -62,14 +63,15 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device, library: str
     """Return the devices with these names.
 
     Args:
-        devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``; devices are returned unchanged.
+        devices: Names such as ``["cpu"]`` or ``["cuda:0", "cuda:1"]``, or one name; a :class:`Device` is returned
+            unchanged.
         library: As in :func:`resolve_device`.
 
     Returns:
         One device per entry, in order.
 
     Raises:
-        DeviceError: If the list is empty or names a device twice, or a device does not exist.
+        DeviceError: If the list is empty or names a device twice, in any spelling, or a device does not exist.
 
     Example:
         >>> [str(device) for device in resolve_devices(["cpu"])]
@@ -89,20 +91,20 @@ def resolve_devices(devices: Sequence[str | Device] | str | Device, library: str
 def resolve_device(device: str | Device, library: str | None = None) -> Device:
     """Return the device with this name.
 
-    A plain name means the device of ``library``, if it has one of this name, else that of NumPy, CuPy and the
-    registered libraries, in this order. ``"cpu"`` always means NumPy, which is the fastest on a CPU. A name behind that
-    of a library, such as ``"cupy:cuda:0"``, means the device of this library alone.
+    A plain name, such as ``"cuda:0"``, is looked up in ``library`` first, then in NumPy, CuPy and the registered
+    libraries, in this order. ``"cpu"`` always means NumPy, which is the fastest on a CPU. A name that begins with a
+    library, such as ``"cupy:cuda:0"``, means the device of that library.
 
     Args:
-        device: ``"cpu"``, ``"cuda:1"``, ``"cupy:cuda:1"``, ...; without a number the first of its kind. A device is
-            returned unchanged.
+        device: ``"cpu"``, ``"cuda:1"``, ``"cupy:cuda:1"``, ...; without a number, the first device of its kind. A
+            :class:`Device` is returned unchanged.
         library: The library that brought the weights, as :func:`array_library` names it.
 
     Returns:
         The device.
 
     Raises:
-        DeviceError: If the device does not exist; the message lists those that do, and says what to install.
+        DeviceError: If the device does not exist. The message lists those that do, or names what to install.
 
     Example:
         >>> resolve_device("cpu").backend.name, resolve_device("numpy:cpu").backend.name
@@ -152,14 +154,14 @@ def device_of(x: Array) -> Device:
 
 
 def readable_on(device: Device, x: Array) -> Array:
-    """Return an array in a form that the backend of a device reads.
+    """Return an array in a form that the backend of a device can read.
 
     Args:
         device: The device.
         x: An array of any library, on any device.
 
     Returns:
-        ``x`` itself if it is of NumPy or the library of the device, else the same array in host memory.
+        ``x`` itself if it is a NumPy array or of the device's library, else a NumPy array; no copy if none is needed.
 
     Raises:
         TypeError: As in :func:`device_of`.
@@ -173,7 +175,7 @@ def readable_on(device: Device, x: Array) -> Array:
 
 
 def load_backends() -> None:
-    """Import every installed package that registers a backend, so that all devices of this machine are known.
+    """Import every installed package that registers a backend, so that all devices of this machine can be found.
 
     Example:
         >>> load_backends()

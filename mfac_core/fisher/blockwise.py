@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
+from mfac_core.fisher.chunks import cache_slices
 from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
-from mfac_core.fisher.factors import Factor, cache_slices, evaluate, factor
+from mfac_core.fisher.factors import Factor, evaluate, factor
 from mfac_core.fisher.kernels import Float64Needed, wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
 from mfac_core.settings.checks import Damping
@@ -137,6 +138,11 @@ class BlockwiseFisher:
     def has_float64(self) -> bool:
         """Whether all of its devices have float64."""
         return all(dtype == np.float64 for dtype in self._wide.values())
+
+    @property
+    def float64_share(self) -> float:
+        """Share of the groups whose diagonal was computed in float64."""
+        return sum(map(bool, self._in_float64)) / max(len(self._in_float64), 1)
 
     def diagonal(self) -> Array:
         """Return ``diag(F^-1)`` times :attr:`unit` on the home device, shape ``(d,)``.

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace
 from mfac_core.backends.threads import map_on_threads, split_for_threads
-from mfac_core.fisher.kernels import Float64Needed, column_sums_of_squares, wide_dtype
+from mfac_core.fisher.chunks import width_of
+from mfac_core.fisher.kernels import check_has_float64, column_sums_of_squares, wide_dtype
+from mfac_core.fisher.rounding import smallest_square
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 
@@ -43,12 +45,9 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
     xp = array_namespace(chunks[0])
     with np.errstate(over="ignore", invalid="ignore"):
         means = _mean_diagonals(chunks, chunks[0].dtype)
-        limits = xp.finfo(chunks[0].dtype)
-        # in a smaller mean, squares may have underflowed, and a larger one has overflowed
-        is_held = xp.isfinite(means) & (means >= float(limits.smallest_normal) / float(limits.eps))
+        is_held = xp.isfinite(means) & (means >= smallest_square(chunks[0]))
         if chunks[0].dtype != xp.float64 and not bool(xp.all(is_held)):
-            if wide_dtype(chunks[0]) != xp.float64:
-                raise Float64Needed
+            check_has_float64(chunks[0])
             means = _mean_diagonals(chunks, xp.float64)
     return means
 
@@ -95,4 +94,4 @@ def _mean_diagonals(chunks: Sequence[Array], dtype: Any) -> Array:
         for sums in map_on_threads(column_sums_of_squares, split_for_threads(xp.asarray(chunk, dtype=dtype))):
             block_sums = xp.sum(xp.asarray(sums, dtype=wide_dtype(sums)), axis=-1)
             total = block_sums if total is None else total + block_sums
-    return total / (chunks[0].shape[-2] * sum(int(chunk.shape[-1]) for chunk in chunks))
+    return total / (chunks[0].shape[-2] * width_of(chunks))

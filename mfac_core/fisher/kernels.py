@@ -1,11 +1,11 @@
-"""Kernels with a faster form for some array libraries, and a portable form for all others.
+"""The kernels for which an array library may have a faster form, and the table of these forms.
 
-A library's forms are in the table of this module: those of NumPy and CuPy from the start, others by :func:`register`.
+Those of NumPy and CuPy are in the table from the start, others by :func:`register`. A library without a form of its own
+uses that of ``portable_kernels.py``.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,37 +14,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from mfac_core.backends import Array, array_library, array_namespace
+from mfac_core.fisher import portable_kernels
 
 __all__ = [
     "Float64Needed",
     "Kernels",
     "SmallFactors",
+    "check_has_float64",
     "column_sums_of_squares",
     "kth_smallest",
     "lower_gram",
-    "matmul",
     "register",
     "runs_on_cpu",
     "small_factors",
     "wide_dtype",
 ]
-
-GRAM_PANEL = 256
-"""Rows of a symmetric product that are computed at once if the library does not use the symmetry."""
-
-MAX_FACTOR = 16
-"""Largest matrices that the portable form factors in one call: on a CPU, LAPACK is slow for a batch of larger ones."""
-
-
-def matmul(a: Array, b: Array) -> Array:
-    """Return the products ``a b`` of two batches of matrices; transposed and sliced operands are not copied.
-
-    Example:
-        >>> matmul(np.ones((1, 2, 3)), np.ones((1, 3, 1)))
-        array([[[3.],
-                [3.]]])
-    """
-    return _kernels_for(a).matmul(a, b)
 
 
 def lower_gram(x: Array) -> Array:
@@ -90,7 +74,7 @@ def small_factors(like: Array) -> SmallFactors:
 
 def runs_on_cpu(x: Array) -> bool:
     """Return whether ``x`` is computed on the CPU, where work is faster in pieces that fit the cache."""
-    return _kernels_for(x).run_on_cpu(x)
+    return _kernels_for(x).runs_on_cpu(x)
 
 
 def wide_dtype(x: Array) -> Any:
@@ -101,6 +85,12 @@ def wide_dtype(x: Array) -> Any:
         True
     """
     return _kernels_for(x).wide_dtype(x)
+
+
+def check_has_float64(x: Array) -> None:
+    """Raise :class:`Float64Needed` if the device of ``x`` has no float64."""
+    if wide_dtype(x) != array_namespace(x).float64:
+        raise Float64Needed
 
 
 class Float64Needed(Exception):
@@ -124,70 +114,6 @@ class SmallFactors(Protocol):
         """
 
 
-class _BorderedFactors:
-    """Inverse Cholesky factors by one Cholesky factorization of a matrix of twice the size.
-
-    Libraries have no batched triangular inverse, and their general inverse is slow. The factorization
-
-        [A    I ]   [L     0] [L^T  L^-1]
-        [I   c I] = [L^-T  M] [0    M^T ],    M M^T = c I - A^-1,
-
-    computes ``L^-T`` below ``L``. It exists if ``c`` exceeds the largest eigenvalue of ``A^-1``.
-    """
-
-    def __init__(self, like: Array) -> None:
-        self.largest = min(MAX_FACTOR, like.shape[-1])
-        # the borders are the same at each call, so only the upper left corner is written again
-        self._bordered = {self.largest: _bordered(like, self.largest)}
-
-    def __call__(self, matrices: Array, shift: Array | float) -> tuple[Array, Array]:
-        xp = array_namespace(matrices)
-        size = matrices.shape[-1]
-        if size not in self._bordered:
-            self._bordered[size] = _bordered(matrices, size)
-        bordered = self._bordered[size]
-        bordered[:, :size, :size] = matrices
-        bordered[:, :size, :size] += shift * bordered[:, size:, :size]
-        both = xp.linalg.cholesky(bordered)
-        # a copy in row order: products with a transposed view are several times slower
-        inverse = xp.concat([xp.matrix_transpose(both[:, size:, :size])], axis=0)
-        # in the flattened matrix of 2 size columns, neighbours on the diagonal are 2 size + 1 apart
-        flat = xp.reshape(both, (both.shape[0], -1))
-        return inverse, flat[:, : 2 * size * size : 2 * size + 1]
-
-
-def _bordered(like: Array, size: int) -> Array:
-    xp = array_namespace(like)
-    # xp.eye would need the device by name, in a spelling that differs between libraries
-    ones = xp.ones_like(like[:, :size, :size])
-    identity = xp.tril(ones) - xp.tril(ones, k=-1)
-    # any c between ||A^-1|| and overflow will do, as M is thrown away: this is 8e28 in float32, 1e231 in float64
-    large = float(xp.finfo(ones.dtype).max) ** 0.75
-    top = xp.concat([xp.zeros_like(identity), identity], axis=-1)
-    return xp.concat([top, xp.concat([identity, large * identity], axis=-1)], axis=-2)
-
-
-def _portable_lower_gram(x: Array) -> Array:
-    xp = array_namespace(x)
-    count, size, _ = x.shape
-    if size <= GRAM_PANEL:
-        return matmul(x, xp.matrix_transpose(x))
-    # panel by panel, each only up to its diagonal: for many rows half of the multiplications of the full product
-    out = xp.zeros_like(xp.broadcast_to(x[:1, :1, :1], (count, size, size)))
-    for start in range(0, size, GRAM_PANEL):
-        stop = min(start + GRAM_PANEL, size)
-        out[:, start:stop, :stop] = matmul(x[:, start:stop, :], xp.matrix_transpose(x[:, :stop, :]))
-    return out
-
-
-def _portable_column_sums_of_squares(x: Array) -> Array:
-    return array_namespace(x).sum(x * x, axis=-2)
-
-
-def _portable_kth_smallest(x: Array, k: int) -> Array:
-    return array_namespace(x).sort(x)[k]
-
-
 def _float64(x: Array) -> Any:
     return array_namespace(x).float64
 
@@ -196,12 +122,11 @@ def _float64(x: Array) -> Any:
 class Kernels:
     """The form that a library uses of each kernel of this module; portable where it has none of its own."""
 
-    matmul: Callable[[Array, Array], Array] = operator.matmul
-    lower_gram: Callable[[Array], Array] = _portable_lower_gram
-    column_sums_of_squares: Callable[[Array], Array] = _portable_column_sums_of_squares
-    kth_smallest: Callable[[Array, int], Array] = _portable_kth_smallest
-    small_factors: Callable[[Array], SmallFactors] = _BorderedFactors
-    run_on_cpu: Callable[[Array], bool] = lambda x: False
+    lower_gram: Callable[[Array], Array] = portable_kernels.lower_gram
+    column_sums_of_squares: Callable[[Array], Array] = portable_kernels.column_sums_of_squares
+    kth_smallest: Callable[[Array, int], Array] = portable_kernels.kth_smallest
+    small_factors: Callable[[Array], SmallFactors] = portable_kernels.SmallFactors
+    runs_on_cpu: Callable[[Array], bool] = lambda x: False
     wide_dtype: Callable[[Array], Any] = _float64
 
 
@@ -216,7 +141,7 @@ def _numpy_kernels() -> Kernels:
         lower_gram=lambda x: x @ np.matrix_transpose(x),  # NumPy sees that this is symmetric, and computes half of it
         column_sums_of_squares=lambda x: np.einsum("nij,nij->nj", x, x),  # one pass, without an array of squares
         kth_smallest=lambda x, k: np.partition(x, k)[k],  # a selection in linear time
-        run_on_cpu=lambda x: True,
+        runs_on_cpu=lambda x: True,
     )
 
 

@@ -18,13 +18,10 @@ import numpy as np
 
 from mfac_core.backends import Array, Device, array_namespace, device_of
 from mfac_core.fisher.blockwise import BlockwiseFisher
-from mfac_core.fisher.factors import cache_slices, evaluate, fisher_quadratic, gradients_times
+from mfac_core.fisher.chunks import cache_slices, column_bounds, fisher_quadratic, gradients_times
+from mfac_core.fisher.factors import evaluate
 
 __all__ = ["checked_saliency", "independent_update", "joint_update", "saliency"]
-
-JOINT_RTOL = 1e-5
-"""Largest relative error of the inverse diagonal for the factors of the joint update, which solves with them directly:
-nothing refines the solution."""
 
 
 def saliency(weights: Array, inverse_diagonal: Array) -> Array:
@@ -128,7 +125,7 @@ def joint_update(fisher: BlockwiseFisher, weights: Array, newly_pruned: Array) -
             selected = [chunk[blocks, :, :] for chunk in chunks]
             # a column of zeros adds nothing to G_K G_K^T, and blocks keep one shape however many columns are pruned
             restricted = _zero_columns(selected, mask[blocks, :])
-            factored, _ = evaluate(restricted, damping[blocks], min(fisher.rtol, JOINT_RTOL))
+            factored, _ = evaluate(restricted, damping[blocks], fisher.rtol)
             in_float64 = factored.in_float64
             rows = gradients_times(selected, _in_precision(pruned[blocks, :], in_float64))
             yield _Update(blocks, selected, factored.apply_to_rows(restricted, rows), in_float64)
@@ -186,10 +183,7 @@ def _in_precision(x: Array, in_float64: bool) -> Array:
 def _zero_columns(chunks: list[Array], mask: Array) -> list[Array]:
     """Return the chunks with zeros in the columns where ``mask``, of shape ``(n, B)``, is false."""
     zeroed = []
-    start = 0
-    for chunk in chunks:
+    for chunk, (start, stop) in zip(chunks, column_bounds(chunks), strict=True):
         xp = array_namespace(chunk)
-        columns = mask[:, None, start : start + chunk.shape[-1]]
-        zeroed.append(xp.where(columns, chunk, xp.zeros_like(chunk)))
-        start += chunk.shape[-1]
+        zeroed.append(xp.where(mask[:, None, start:stop], chunk, xp.zeros_like(chunk)))
     return zeroed

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, matmul, runs_on_cpu, small_factors
+from mfac_core.fisher.kernels import SmallFactors, column_sums_of_squares, runs_on_cpu, small_factors
 
 __all__ = ["PANEL", "TriangularFactor", "cholesky", "diagonals", "set_diagonals"]
 
@@ -57,17 +57,17 @@ class TriangularFactor:
     def solve(self, b: Array) -> Array:
         """Return ``L^-1 b``, a new array, for ``b`` of shape ``(n, k, c)`` in the dtype of the factor."""
         if len(self.inverses) == 1:
-            return matmul(self.inverses[0], b)
+            return self.inverses[0] @ b
         out = array_namespace(b).empty_like(b)
         start = 0
         for left, inverse in zip(self.left, self.inverses, strict=True):
             rows = slice(start, start + inverse.shape[-1])
             right = b[:, rows, :]
             if start:
-                solved = matmul(left, out[:, :start, :])
+                solved = left @ out[:, :start, :]
                 solved += right
                 right = solved
-            out[:, rows, :] = matmul(inverse, right)
+            out[:, rows, :] = inverse @ right
             start = rows.stop
         return out
 
@@ -82,12 +82,12 @@ class TriangularFactor:
             rows = slice(start, start + inverse.shape[-1])
             right = b[:, rows, :]
             if start:
-                product = matmul(left, above[:, :start, :])
+                product = left @ above[:, :start, :]
                 product += right
                 right = product
             is_read_later = rows.stop < b.shape[-2]
             for first, stop in _row_slices(inverse):
-                solved = matmul(inverse[:, first:stop, :stop], right[:, :stop, :])
+                solved = inverse[:, first:stop, :stop] @ right[:, :stop, :]
                 squares = column_sums_of_squares(solved)
                 sums = squares if sums is None else sums + squares
                 if is_read_later:
@@ -99,18 +99,24 @@ class TriangularFactor:
         """Return ``L^-T b``, a new array, for ``b`` of shape ``(n, k, c)`` in the dtype of the factor."""
         xp = array_namespace(b)
         if len(self.inverses) == 1:
-            return matmul(xp.matrix_transpose(self.inverses[0]), b)
+            return xp.matrix_transpose(self.inverses[0]) @ b
         out = xp.asarray(b, copy=True)
         stop = b.shape[-2]
         for left, inverse in zip(reversed(self.left), reversed(self.inverses), strict=True):
             rows = slice(stop - inverse.shape[-1], stop)
-            solved = matmul(xp.matrix_transpose(inverse), out[:, rows, :])
+            solved = xp.matrix_transpose(inverse) @ out[:, rows, :]
             out[:, rows, :] = solved
             # `left` is negated: this subtracts L_ij^T x_i from every panel j above
             if rows.start:
-                out[:, : rows.start, :] += matmul(xp.matrix_transpose(left), solved)
+                out[:, : rows.start, :] += xp.matrix_transpose(left) @ solved
             stop = rows.start
         return out
+
+    def solve_symmetric(self, b: Array) -> Array:
+        """Return ``(L L^T)^-1 b`` in the dtype of ``b``, of shape ``(n, k, c)``; computed in that of the factor."""
+        xp = array_namespace(b)
+        in_dtype = xp.asarray(b, dtype=self.pivots.dtype)
+        return xp.asarray(self.solve_transposed(self.solve(in_dtype)), dtype=b.dtype)
 
     def inverse(self) -> Array:
         """Return ``L^-1``, shape ``(n, k, k)``, lower triangular."""
@@ -125,7 +131,7 @@ class TriangularFactor:
             out[:, rows, rows] = inverse
             # the rows of L^-1 left of the diagonal solve L_ii x_i = -sum of L_ij x_j
             if start:
-                out[:, rows, :start] = matmul(inverse, matmul(left, out[:, :start, :start]))
+                out[:, rows, :start] = inverse @ (left @ out[:, :start, :start])
             start = rows.stop
         return out
 
@@ -156,7 +162,7 @@ def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
         # left-looking: columns left of `start` hold those of L, and are now subtracted from the columns of this panel
         if start:
             negated = -matrices[:, rows, :start]
-            matrices[:, start:, rows] += matmul(matrices[:, start:, :start], xp.matrix_transpose(negated))
+            matrices[:, start:, rows] += matrices[:, start:, :start] @ xp.matrix_transpose(negated)
             left.append(negated)
         inverse, diagonal = _inverse_factor(matrices[:, rows, rows], shift, small)
         if not start:
@@ -166,7 +172,7 @@ def cholesky(matrices: Array, shift: Array | float) -> TriangularFactor:
         # below the diagonal panel, L_ji = A_ji L_ii^-T
         if rows.stop < size:
             below = matrices[:, rows.stop :, rows]
-            matrices[:, rows.stop :, rows] = matmul(below, xp.matrix_transpose(inverse))
+            matrices[:, rows.stop :, rows] = below @ xp.matrix_transpose(inverse)
     return TriangularFactor(left, inverses, pivots[0] if len(pivots) == 1 else xp.concat(pivots, axis=-1))
 
 
@@ -200,12 +206,12 @@ def _inverse_factor(matrices: Array, shift: Array | float, small: SmallFactors) 
     while 2 * half < size:
         half *= 2
     upper, upper_diagonal = _inverse_factor(matrices[:, :half, :half], shift, small)
-    corner = matmul(matrices[:, half:, :half], _transposed(upper))
-    rest = matrices[:, half:, half:] - matmul(corner, _transposed(corner))
+    corner = matrices[:, half:, :half] @ _transposed(upper)
+    rest = matrices[:, half:, half:] - corner @ _transposed(corner)
     lower, lower_diagonal = _inverse_factor(rest, shift, small)
     inverse = xp.zeros_like(matrices)
     inverse[:, :half, :half] = upper
-    inverse[:, half:, :half] = -matmul(lower, matmul(corner, upper))
+    inverse[:, half:, :half] = -(lower @ (corner @ upper))
     inverse[:, half:, half:] = lower
     return inverse, xp.concat([upper_diagonal, lower_diagonal], axis=-1)
 

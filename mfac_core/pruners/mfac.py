@@ -224,8 +224,8 @@ class MFACPruner(GradualPruner):
         A sample on a GPU is copied asynchronously, and checked when the next one arrives or the window is needed.
 
         Args:
-            gradients: Name and array of the gradient of each weight, unscaled; float32 or float64.
-                Copied. Those of weights that are not in scope may be left out.
+            gradients: Name and array of the gradient of each weight, unscaled; float32 or float64. Copied. Those of
+                weights that are not in scope may be left out.
 
         Returns:
             False for a sample with NaN or Inf: it is refused and counted in ``refused_rows``. A sample on a GPU may be

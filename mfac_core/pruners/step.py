@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from mfac_core.backends import Array, Device, array_namespace, device_of
+from mfac_core.backends import Array, Device, array_namespace, device_of, numpy_dtype
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import checked_saliency, independent_update, joint_update
 from mfac_core.settings.checks import Damping, Update
@@ -15,8 +15,8 @@ from mfac_core.settings.checks import Damping, Update
 __all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
 
 RTOL = 1e-3
-"""Largest relative error of the inverse diagonal: only saliencies this close to the threshold can end up on its other
-side, and the choice of the gradient samples changes them far more."""
+"""Largest relative error of the inverse diagonal. It can move only saliencies this close to the threshold to its other
+side; other gradient samples would change the saliencies far more."""
 
 Selection = Callable[[Array], Array]
 """Chooses the newly pruned weights by the saliencies of the unpruned ones: a boolean array on the same device."""
@@ -111,7 +111,7 @@ def mfac_step(
         newly_pruned = compute_device.move(chosen, weights_device)
         change = compute_device.move(change * scale, weights_device)
     with weights_device.backend.on(weights_device.name):
-        updated = _without(newly_pruned, weights_device.asarray(weights + change, weights.dtype))
+        updated = _without(newly_pruned, weights_device.asarray(weights + change, numpy_dtype(weights)))
     return UnprunedOutcome(updated, newly_pruned, increase * scale * scale, fisher.damping_range)
 
 

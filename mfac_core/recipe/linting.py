@@ -154,8 +154,8 @@ def _notes_on(name: str, settings: PruningSettings) -> Iterator[str]:
         )
     if settings.devices == ("auto",):
         yield (
-            f"{name}: computes where the model is (a Keras model on a GPU needs CuPy for that, and is computed on the "
-            "CPU otherwise); set available_devices to choose"
+            f"{name}: computes on the model's device (for a Keras model on a GPU only if CuPy is installed, else on "
+            "the CPU); set available_devices to choose"
         )
     elif settings.gradients_device == "auto" and settings.devices != ("cpu",):
         yield (

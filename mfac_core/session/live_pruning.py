@@ -68,7 +68,7 @@ class LivePruning(ABC):
     logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
 
     library: ClassVar[str | None] = None
-    """The array library of the framework, whose devices plain names in a recipe mean; ``None``: that of the weights."""
+    """The array library whose devices plain names in a recipe mean; ``None`` means that of the weights."""
 
     def __init__(
         self,

@@ -207,8 +207,8 @@ class MFACSettings(GradualSettings):
         damping: Added to the diagonal of the empirical Fisher (lambda), ``> 0``; or ``auto``, for each block 0.1 times
             the mean diagonal of its empirical Fisher, measured for each Fisher.
         devices: Where the blocks are computed, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``; ``("auto",)`` is where
-            the weights are. Names without that of a library (``"cupy:cuda:0"``) mean the library of the weights first;
-            see :func:`mfac_core.backends.resolve_device`.
+            the weights are. ``"cuda:0"`` means a device of the weights' library, ``"cupy:cuda:0"`` one of CuPy; see
+            :func:`mfac_core.backends.resolve_device`.
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
             GPU among ``devices`` that has room for it, and host memory otherwise.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).

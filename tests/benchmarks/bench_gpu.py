@@ -1,9 +1,9 @@
-"""Test and measure a pruning step on an NVIDIA GPU, by CuPy and by PyTorch side by side, in at most eight minutes.
+"""Test and measure a pruning step on an NVIDIA GPU, with CuPy and PyTorch side by side, in at most eight minutes.
 
     python tests/benchmarks/bench_gpu.py
 
-It needs PyTorch, CuPy and the packages of the extra `test-core`; `make bench-gpu` installs them. It runs the tests of
-GPUs, measures, and writes docs/benchmarks-gpu.md row by row. To check the script without a GPU:
+It needs PyTorch, CuPy and the packages of the extra `test-core`; `make bench-gpu` installs them. It runs the GPU tests,
+measures, and writes docs/benchmarks-gpu.md row by row. To check the script without a GPU:
 
     python tests/benchmarks/bench_gpu.py --devices cpu torch:cpu --weights 200_000 --rows 64 256
 """
@@ -88,7 +88,7 @@ def main() -> None:
     has_gpu = any(map(is_gpu, devices))
     report = Report(arguments.output or (OUTPUT if has_gpu else None))
     report.add(*heading(devices))
-    report.add(outcome_of_tests(deadline) if has_gpu else "Without a GPU, its tests are not run.", "")
+    report.add(outcome_of_tests(deadline) if has_gpu else "The GPU tests are not run without a GPU.", "")
     rates = {label(device): product_rate(device) for device in {resolve_device("cpu"): None, **dict.fromkeys(devices)}}
     report.add(*(f"* matrix product of {each}: {rate / 1e12:.3g} TFLOP/s in float32" for each, rate in rates.items()))
     report.add(LEGEND, "", f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS))
@@ -105,7 +105,7 @@ def main() -> None:
 
 @contextmanager
 def logged_warnings() -> Iterator[list[str]]:
-    """Collect what is logged, such as that page-locked memory is refused."""
+    """Collect the warnings that are logged, such as that page-locked memory is refused."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -159,8 +159,8 @@ def label(device: Device) -> str:
 
 
 def outcome_of_tests(deadline: float) -> str:
-    """Run the tests of GPUs in another process, and return their outcome."""
-    print("Running the tests of GPUs ...", flush=True)
+    """Run the GPU tests in another process, and return their outcome."""
+    print("Running the GPU tests ...", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--tb=line", "tests/core", "tests/gpu"]
     seconds = 0.4 * (deadline - time.monotonic())
     try:
@@ -181,7 +181,7 @@ def product_rate(device: Device) -> float:
 
 
 def rows_of(shape: Shape, devices: list[Device], rates: dict[str, float], deadline: float) -> list[str]:
-    """Return a row for each device; or a single one that says why the shape is skipped, or what has failed."""
+    """Return a row for each device, or a single one that says why the shape was skipped or what failed."""
     # a step may take five times its floor
     needed = sum(5 * (REPEATS + 2) * shape.operations / rates[label(each)] for each in devices) + shape.num_bytes / 1e9
     left = deadline - time.monotonic()
@@ -255,7 +255,7 @@ class Run:
             saliencies = saliency(weights, diagonal)
             of_mask, pruned = timed(device, lambda: self._select(saliencies))
             of_update, _ = timed(device, lambda: independent_update(fisher, weights, pruned, diagonal))
-        return [of_diagonal, of_mask, of_update], statistics.mean(map(bool, fisher._in_float64))
+        return [of_diagonal, of_mask, of_update], fisher.float64_share
 
     def _select(self, saliencies: Array) -> Array:
         return least_salient(saliencies, round(SPARSITY * self._window.num_weights))

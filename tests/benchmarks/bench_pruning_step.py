@@ -31,8 +31,10 @@ from bench_document import NUMPY, PARTS, PUBLIC, SMALL_BLOCK, USABLE, Row, docum
 from bench_tolerance import SEEDS, measure_tolerances
 from gradients import DRAWN, NETWORKS, of_network
 
-from mfac_core.fisher import factors
+from mfac_core.fisher import dual, factors, primal
 from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.dual import DualFactor
+from mfac_core.fisher.primal import PrimalFactor
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.selection import least_salient
 from mfac_core.pruners import step as pruning_step
@@ -240,7 +242,7 @@ def timed_step(window: GradientWindow, weights: np.ndarray) -> Step:
         )
         seconds["step"] = time.perf_counter() - started
     (fisher,), values = seen["diagonal"]
-    return Step(seconds, seen["shares"], values, statistics.mean(fisher._in_float64))
+    return Step(seconds, seen["shares"], values, fisher.float64_share)
 
 
 @contextmanager
@@ -275,17 +277,17 @@ def timed_parts() -> Iterator[dict[str, float]]:
 
     evaluate_in = factors._evaluate_in
     redone = timed("float64", in_float64)
-    dual, primal = factors._DualFactor, factors._PrimalFactor
     replaced = [
         (BlockwiseFisher, "_evaluate", timed("all", BlockwiseFisher._evaluate)),
         (factors, "_evaluate_in", lambda dtype, *rest: (redone if dtype == np.float64 else evaluate_in)(dtype, *rest)),
-        (factors, "_gram", timed("gram", factors._gram)),
-        (factors, "_primal_product", timed("gram", factors._primal_product)),
-        (factors, "cholesky", timed("factor", factors.cholesky)),
-        (dual, "diagonal", timed("solve", dual.diagonal)),
-        (primal, "diagonal", timed("solve", primal.diagonal)),
-        (dual, "_measure", timed("check", dual._measure)),
-        (primal, "_measured_error", timed("check", primal._measured_error)),
+        (dual, "_gram", timed("gram", dual._gram)),
+        (dual, "cholesky", timed("factor", dual.cholesky)),
+        (DualFactor, "diagonal", timed("solve", DualFactor.diagonal)),
+        (DualFactor, "_measure", timed("check", DualFactor._measure)),
+        (primal, "_primal_product", timed("gram", primal._primal_product)),
+        (primal, "cholesky", timed("factor", primal.cholesky)),
+        (PrimalFactor, "diagonal", timed("solve", PrimalFactor.diagonal)),
+        (PrimalFactor, "_measured_error", timed("check", PrimalFactor._measured_error)),
     ]
     shares: dict[str, float] = {}
     with ExitStack() as stack:

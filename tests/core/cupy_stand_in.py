@@ -1,46 +1,28 @@
-"""What the CuPy backend uses of CuPy, on the CPU. A queue runs as late as it may, or, if it is eager, as early.
+"""What the CuPy backend uses of CuPy, on the CPU.
 
 Memory that is freed is handed out again at once, for each stream apart, as by CuPy's pools. So a copy that is not
 ordered with the work, or memory that is given back too early, shows as wrong numbers.
 """
 
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from types import SimpleNamespace
 
 import numpy as np
+
+from tests.late_queue import LateQueue
 
 _devices = [0]  # the current device is the last
 _streams = defaultdict(lambda: [Stream()])  # for each device; the current stream is the last
 _free = defaultdict(list)  # blocks by stream and size; page-locked blocks have no stream
 
 
-class Stream:
+class Stream(LateQueue):
     made = []
 
     def __init__(self, non_blocking=False):
-        self.eager, self.queue, self._queued, self._done = False, deque(), 0, 0
+        super().__init__()
         Stream.made.append(self)
-
-    def put(self, work):
-        self.queue.append(work)
-        self._queued += 1
-        if self.eager:
-            self.synchronize()
-
-    def record(self):
-        return SimpleNamespace(synchronize=lambda until=self._queued: self._run(until))
-
-    def wait_event(self, event):
-        self.put(event.synchronize)
-
-    def synchronize(self):
-        self._run(self._queued)
-
-    def _run(self, until):
-        while self._done < until:
-            self._done += 1
-            self.queue.popleft()()
 
     def __enter__(self):
         _streams[_devices[-1]].append(self)

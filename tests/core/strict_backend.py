@@ -102,4 +102,5 @@ def strict_devices(count: int, backend: StrictBackend | None = None) -> tuple[De
 
 
 def _strict_dtype(dtype: Any) -> Any:
-    return dtype if isinstance(dtype, type(xp.float32)) else getattr(xp, np.dtype(dtype).name)
+    assert not isinstance(dtype, type(xp.float32)), "the contract of a backend names NumPy dtypes"
+    return getattr(xp, np.dtype(dtype).name)

@@ -9,6 +9,7 @@ import mfac_core
 from mfac_core.backends import array_library, check_float, device_of, numpy_dtype, readable_on, resolve_device
 from mfac_core.fisher import kernels
 from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.rounding import random_signs
 from mfac_core.fisher.triangular import cholesky
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.layout import WeightLayout, scatter_unpruned, take_unpruned, zeros_of
@@ -36,7 +37,7 @@ def test_an_array_has_a_library_a_device_and_a_dtype(library, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_])
-def test_numbers_that_are_not_floats_are_refused_with_a_cure_in_their_own_words(library, dtype):
+def test_an_array_that_is_not_float_is_refused_with_the_method_of_its_library_as_the_cure(library, dtype):
     x = library.array(np.zeros(3, dtype))
     with pytest.raises(ValueError, match="x must be float32 or float64, got .*; convert them first") as caught:
         check_float("x", x)
@@ -45,7 +46,9 @@ def test_numbers_that_are_not_floats_are_refused_with_a_cure_in_their_own_words(
 
 def test_a_device_reads_arrays_of_its_own_library_and_of_numpy_as_they_are(library):
     x = library.array(np.arange(3.0))
+    given = np.arange(3.0)
     assert readable_on(library.device, x) is x
+    assert readable_on(library.device, given) is given
     here = readable_on(resolve_device("cpu"), x)
     assert isinstance(here, np.ndarray)
     np.testing.assert_array_equal(here, np.arange(3.0))
@@ -54,6 +57,18 @@ def test_a_device_reads_arrays_of_its_own_library_and_of_numpy_as_they_are(libra
 
 
 # --- kernels
+
+
+@DTYPES
+def test_random_signs_are_the_same_on_every_library_and_device(library, dtype):
+    signs = random_signs(library.array(np.zeros((2, 3000), dtype)), 16)
+    assert device_of(signs) == library.device and numpy_dtype(signs) == dtype
+    found = library.numpy(signs)
+    np.testing.assert_array_equal(found, random_signs(np.zeros((5, 3000)), 16))
+    assert found.shape == (1, 3000, 16) and np.all(np.abs(found) == 1)
+    # as good as orthogonal to each other and to the vector of ones
+    together = np.concatenate([found[0], np.ones((3000, 1))], axis=1)
+    assert np.abs(together.T @ together / 3000 - np.eye(17)).max() < 0.1
 
 
 def matrices(*shape, dtype=np.float64):
@@ -68,7 +83,7 @@ def test_products_and_sums_of_batches(library, shape, dtype):
     tolerance = dict(rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     gram = library.numpy(kernels.lower_gram(there))
     np.testing.assert_allclose(np.tril(gram), np.tril(x @ transposed), **tolerance)
-    product = kernels.matmul(there[:, 1:, :], library.array(transposed)[:, :, :2])
+    product = there[:, 1:, :] @ library.array(transposed)[:, :, :2]
     np.testing.assert_allclose(library.numpy(product), x[:, 1:] @ transposed[:, :, :2], **tolerance)
     sums = library.numpy(kernels.column_sums_of_squares(there))
     np.testing.assert_allclose(sums, np.sum(x * x, axis=1), **tolerance)

@@ -12,7 +12,7 @@ import mfac_core
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.backends.threads import map_on_threads, spare_threads
-from mfac_core.fisher import blockwise, factors
+from mfac_core.fisher import blockwise, dual, factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.window import GradientWindow
@@ -86,6 +86,14 @@ def test_rows_are_applied_to_in_the_precision_of_each_block():
         exact = reference.exact_inverse(rows[:, columns], DAMPING, None)
         wanted = exact @ rows[:, columns].T.astype(np.float64) @ coefficients[block] / M
         np.testing.assert_allclose(found[block], wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_the_share_of_groups_in_float64_counts_those_that_needed_it():
+    source = GradientMatrix([gradients_of_both_kinds()], block_size=B)
+    fisher = BlockwiseFisher(source, damping=DAMPING, devices=strict_devices(1, StrictBackend(group_bytes=1)))
+    assert len(fisher.groups) == BLOCKS and fisher.float64_share == 0
+    fisher.diagonal()
+    assert fisher.float64_share == 2 / BLOCKS
 
 
 def steps_with(backend, monkeypatch, rows, width, update="independent"):
@@ -254,9 +262,9 @@ def test_blocks_are_enough_for_all_cores(monkeypatch):
 @pytest.mark.parametrize("m, width", [(12, 7000), (300, 4000)])
 def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch):
     monkeypatch.setattr("mfac_core.backends.numpy_backend._cores", lambda: 3)
-    monkeypatch.setattr(factors, "CACHE_BYTES", 100_000)
+    monkeypatch.setattr("mfac_core.fisher.chunks.CACHE_BYTES", 100_000)
     threads = set()
-    original = factors.lower_gram
+    original = dual.lower_gram
 
     def counting(x):
         threads.add(threading.get_ident())
@@ -266,7 +274,7 @@ def test_a_single_block_spreads_its_columns_over_the_cores(m, width, monkeypatch
     barrier = threading.Barrier(3)
     rows = np.random.default_rng(0).standard_normal((m, width)).astype(np.float32)
     alone = mfac_core.inverse_fisher(rows.astype(np.float64), block_size=None, damping=1e-2).diagonal()
-    monkeypatch.setattr(factors, "lower_gram", counting)
+    monkeypatch.setattr(dual, "lower_gram", counting)
     spread = mfac_core.inverse_fisher(rows, block_size=None, damping=1e-2).diagonal()
     assert len(threads) == 3
     np.testing.assert_allclose(spread, alone, rtol=1e-4)

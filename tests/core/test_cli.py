@@ -167,7 +167,7 @@ def test_check_refuses_zero_steps_per_epoch(write_recipe: Callable[[str], Path])
 def test_check_says_what_is_decided_later(write_recipe: Callable[[str], Path]) -> None:
     output = mfac("check", write_recipe(RECIPE)).stdout
 
-    assert "note: MFACPruningModifier: computes where the model is" in output
+    assert "note: MFACPruningModifier: computes on the model's device" in output
     assert "on this machine" not in output
 
 
@@ -571,7 +571,7 @@ def test_check_as_json(write_recipe: Callable[[str], Path]) -> None:
         "num_gradients": 64,
     }
     assert "falls due while its gradient window has" in found["warnings"][0]
-    assert "computes where the model is" in found["notes"][0]
+    assert "computes on the model's device" in found["notes"][0]
 
 
 def test_plan_as_json(write_recipe: Callable[[str], Path], tmp_path: Path) -> None:
@@ -795,8 +795,8 @@ def test_check_warns_of_a_gpu_that_is_not_here(write_recipe: Callable[[str], Pat
     else:
         there = f"warning: on this machine: device '{value}' does not exist here; the devices are cpu"
         assert there in result.stdout
-    # a framework with arrays of its own needs no CuPy
-    needs_cupy = "the GPUs of NumPy arrays and of Keras models need CuPy" in result.stdout
+    # only CuPy's devices, and plain names that may mean them, need CuPy
+    needs_cupy = "NumPy arrays and Keras models need CuPy on a GPU" in result.stdout
     assert needs_cupy == (value in {"cuda:0", "cupy:cuda:0"})
 
 

@@ -14,12 +14,12 @@ import mfac_core
 from mfac_core import MagnitudeSettings, MFACPruner, MFACSettings
 from mfac_core.backends import Device
 from mfac_core.backends.numpy_backend import NumpyBackend
-from mfac_core.fisher import factors
+from mfac_core.fisher import chunks
 from mfac_core.fisher.blockwise import BlockwiseFisher
 from mfac_core.fisher.damping import dampings, mean_diagonals
-from mfac_core.fisher.factors import _least_damping
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.fisher.partition import partition
+from mfac_core.fisher.rounding import smallest_square
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.pruners.step import mfac_step
 from mfac_core.session.log_lines import pruning_step_line
@@ -128,7 +128,7 @@ def test_a_pruning_step_matches_the_dense_oracle(shape, devices, update, dtype):
 @UPDATES
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parts_that_stay_in_the_cache_keep_their_own_damping(shape, update, dtype, monkeypatch):
-    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
+    monkeypatch.setattr(chunks, "CACHE_BYTES", 1)
     m, d, block_size = SHAPES[shape]
     weights, gradients = numbered_weights(d, dtype), uneven_gradients(m, d, dtype)
     options = dict(sparsity=0.6, block_size=block_size, damping="auto", update=update)
@@ -477,4 +477,4 @@ def test_auto_is_no_warning(caplog):
 
 
 def test_float32_is_left_where_damping_says_that_it_holds_no_squares():
-    assert 1e-32 < _least_damping([np.ones((1, 1, 1), np.float32)]) < 1e-30
+    assert 1e-32 < smallest_square(np.ones(1, np.float32)) < 1e-30

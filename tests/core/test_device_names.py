@@ -89,9 +89,9 @@ def test_a_device_may_be_named_once_whatever_the_library(machine, names):
             "cuda:0",
             False,
             [],
-            r"'cuda:0' does not exist here; the devices are cpu; the GPUs of NumPy .* need CuPy: pip",
+            r"'cuda:0' does not exist here; the devices are cpu; NumPy arrays .* need CuPy on a GPU: pip",
         ),
-        ("cuda", False, [], r"'cuda' does not exist here; the devices are cpu; the GPUs of NumPy .* need CuPy: pip"),
+        ("cuda", False, [], r"'cuda' does not exist here; the devices are cpu; .* need CuPy on a GPU: pip install"),
         (
             "cupy:cuda:0",
             False,
@@ -102,7 +102,7 @@ def test_a_device_may_be_named_once_whatever_the_library(machine, names):
         ("mps", False, [], r"'mps' does not exist here; the devices are cpu$"),
         ("", False, [], r"'' does not exist here; the devices are cpu$"),
         # tensors without CuPy
-        ("cuda:1", False, [TENSORS], r"devices are cpu, tensors:cpu, tensors:cuda:0, tensors:mps; the GPUs of NumPy"),
+        ("cuda:1", False, [TENSORS], r"devices are cpu, tensors:cpu, tensors:cuda:0, tensors:mps; NumPy arrays"),
         ("tensors:cuda:1", False, [TENSORS], r"the devices are tensors:cpu, tensors:cuda:0, tensors:mps$"),
         ("cupy:cuda:0", False, [TENSORS], r"needs cupy, which is not installed"),
         # CuPy without tensors

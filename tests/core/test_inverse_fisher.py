@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mfac_core
-from mfac_core.fisher import factors
+from mfac_core.fisher import chunks
 from mfac_core.fisher.matrix import GradientMatrix
 from tests import reference
 from tests.core.strict_backend import strict_devices
@@ -144,7 +144,7 @@ def test_duplicated_rows(block_size, damping, dtype):
 
 @pytest.mark.parametrize("scale, damping", [(30, 1e-6), (1000, 1e-5)])
 def test_a_repeated_sample_beside_weights_without_gradients_is_not_refused(scale, damping, monkeypatch):
-    monkeypatch.setattr(factors, "CACHE_BYTES", 1)
+    monkeypatch.setattr(chunks, "CACHE_BYTES", 1)
     gradients = scale * np.random.default_rng(0).standard_normal((6, 40))
     gradients[:, 10:20] = gradients[:, 30:] = 0
     gradients[:, 20:] /= 100

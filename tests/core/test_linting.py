@@ -322,8 +322,8 @@ class TestNotes:
 
     def test_devices_that_are_decided_later(self):
         assert only(notes(recipe(mfac()))) == (
-            "MFACPruningModifier: computes where the model is (a Keras model on a GPU needs CuPy for that, and is "
-            "computed on the CPU otherwise); set available_devices to choose"
+            "MFACPruningModifier: computes on the model's device (for a Keras model on a GPU only if CuPy is "
+            "installed, else on the CPU); set available_devices to choose"
         )
         assert notes(recipe(mfac(devices=("cpu",)))) == ()
 

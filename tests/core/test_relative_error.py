@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import mfac_core
 from mfac_core.fisher import factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
+from mfac_core.fisher.dual import DualFactor
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.masks.selection import least_salient
 from mfac_core.pruners.step import RTOL, mfac_step
@@ -19,7 +20,7 @@ from tests import reference
 
 RTOLS = (1e-3, 1e-5)
 DAMPINGS = (1e-8, 1e-5, 1e-2)
-SHAPES = [(16, 300), (64, 600), (64, 40), (256, 700), (256, 100), (400, 500), (1400, 60)]
+SHAPES = [(16, 300), (64, 600), (64, 40), (256, 700), (256, 100), (400, 500), (600, 650), (1400, 60)]
 
 
 def _decades(rng, low, high, *shape):
@@ -167,7 +168,7 @@ def test_float64_is_not_used_where_float32_is_far_better_than_asked(kind, m, wid
 def test_entries_that_cancel_do_not_send_their_block_to_float64():
     rows = gradients("columns over six decades", 400, 900)
     exact = damped_diagonal("columns over six decades", 400, 900, 1e-5)
-    factored = factors._DualFactor.of([rows[None]], np.full(1, 1e-5), np.float32)
+    factored = DualFactor.of([rows[None]], np.full(1, 1e-5), np.float32)
     plain = 1 - factored.lower.column_sums(rows[None])[0]
     assert np.abs(plain / exact - 1).max() > 1e-3
     diagonal, in_float64 = evaluated(rows, 1e-5, 1e-3)
@@ -192,13 +193,13 @@ def realistic_layers(m=128, width=500, blocks=24):
 
 def test_a_pruning_step_rarely_uses_float64(monkeypatch):
     used = []
-    original = factors._DualFactor.of.__func__
+    original = DualFactor.of.__func__
 
     def spying(cls, chunks, damping, dtype):
         used.append(dtype)
         return original(cls, chunks, damping, dtype)
 
-    monkeypatch.setattr(factors._DualFactor, "of", classmethod(spying))
+    monkeypatch.setattr(DualFactor, "of", classmethod(spying))
     rows = realistic_layers()
     weights = np.random.default_rng(1).standard_normal(rows.shape[1]).astype(np.float32)
     source = GradientMatrix([rows], block_size=500)

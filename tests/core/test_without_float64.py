@@ -8,7 +8,7 @@ import pytest
 from array_api_strict._array_object import Array
 
 import mfac_core
-from mfac_core.fisher import blockwise, damping, factors
+from mfac_core.fisher import blockwise, kernels
 from mfac_core.fisher.matrix import GradientMatrix
 from mfac_core.pruners.step import mfac_step
 from tests.core.strict_backend import StrictBackend, strict_devices
@@ -26,13 +26,12 @@ def device(monkeypatch):
             raise TypeError("this device has no float64")
         return original(cls, x, device)
 
-    def narrow(x):
-        return xp.float32 if isinstance(x, Array) else np.float64
-
     monkeypatch.setattr(Array, "_new", classmethod(refusing))
-    for module in (factors, blockwise, damping):
-        monkeypatch.setattr(module, "wide_dtype", narrow)
-    return strict_devices(2, StrictBackend(group_bytes=1))[1]
+    narrow = kernels.Kernels(wide_dtype=lambda x: xp.float32)
+    monkeypatch.setitem(kernels._LIBRARIES, "array_api_strict", lambda: narrow)
+    kernels._load.cache_clear()
+    yield strict_devices(2, StrictBackend(group_bytes=1))[1]
+    kernels._load.cache_clear()
 
 
 def rows_of(needing):

@@ -1,12 +1,16 @@
-"""A tiny training run that the tests of the manager share."""
+"""What the tests of the adapter share: a tiny training run, and virtual GPUs."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from mfac_core.backends import lookup
+from mfac_core.fisher import kernels
 from mfac_torch import conversion
-from tests.adapters.torch.virtual_gpus import VirtualGpus
+from mfac_torch.array_kernels import KERNELS
+from tests.adapters.torch.virtual_gpus import NoFloat64, VirtualGpus
 
 torch.set_num_threads(1)
 
@@ -72,6 +76,17 @@ def gpus(monkeypatch):
     monkeypatch.setitem(lookup._registered, "torch", backend)
     monkeypatch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
     return backend
+
+
+@pytest.fixture
+def no_float64(gpus):
+    """Run on virtual GPUs without float64, like Apple's, and return their backend."""
+    kernels.register("torch", replace(KERNELS, wide_dtype=lambda x: torch.float32))
+    try:
+        with NoFloat64():
+            yield gpus
+    finally:
+        kernels.register("torch", KERNELS)
 
 
 @pytest.fixture(params=["cpu", "gpu"])

@@ -1,4 +1,4 @@
-"""What the torch backend uses of ``torch.cuda``, on the CPU. A queue runs as late as it may, or, if eager, as early.
+"""What the torch backend uses of ``torch.cuda``, on the CPU.
 
 Memory of the GPU that is freed is handed out again at once to the same stream, as by torch's caching allocator. So a
 copy that is not ordered with the work, or memory that is given back too early, shows as wrong numbers.
@@ -7,43 +7,25 @@ copy that is not ordered with the work, or memory that is given back too early, 
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
 from mfac_torch.array_backend import TorchBackend
+from tests.late_queue import LateQueue
 
 GPU = "cuda:0"
 
 
-class Stream:
-    def __init__(self, *, eager=False):
-        self.eager, self.queue, self._queued, self._done = eager, deque(), 0, 0
-
-    def put(self, work):
-        self.queue.append(work)
-        self._queued += 1
-        if self.eager:
-            self.synchronize()
-
-    def record_event(self):
-        return SimpleNamespace(synchronize=lambda until=self._queued: self._run(until))
-
-    def wait_event(self, event):
-        self.put(event.synchronize)
-
-    def synchronize(self):
-        self._run(self._queued)
+class Stream(LateQueue):
+    record_event = LateQueue.record
 
     def _run(self, until):
-        while self._done < until:
-            self._done += 1
-            with torch._C.DisableTorchFunction():
-                self.queue.popleft()()
+        with torch._C.DisableTorchFunction():
+            super()._run(until)
 
 
 class Streams(TorchFunctionMode):

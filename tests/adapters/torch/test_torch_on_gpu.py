@@ -1,22 +1,18 @@
-"""Models whose tensors stay on their GPU, on a stand-in for a machine with two; the other tests run there, too."""
+"""Models on a GPU, simulated by two virtual ones; the fixture ``placement`` runs other tests there, too."""
 
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mfac_core
 from mfac_core import prune
 from mfac_core.backends import Device, device_of, lookup, resolve_device
 from mfac_core.backends.numpy_backend import NumpyBackend
 from mfac_core.errors import DeviceError
-from mfac_core.fisher import kernels
 from mfac_torch import GradSampler, MFACPruningModifier, ScheduledModifierManager, conversion, prune_one_shot
-from mfac_torch.array_kernels import KERNELS
 from tests.adapters.torch.virtual_gpus import OnFirstGpu, OnSecondGpu
 
 RECIPES = {
@@ -178,7 +174,7 @@ def test_arrays_on_several_gpus_are_pruned_together(gpus):
         np.testing.assert_allclose(gpus.to_numpy(found.weights[name]), expected.weights[name], rtol=1e-3, atol=1e-5)
 
 
-def test_the_two_gpus_of_these_tests_compute_together_no_more_than_real_ones():
+def test_tensors_of_the_two_virtual_gpus_do_not_mix():
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2).as_subclass(OnFirstGpu) + torch.ones(2).as_subclass(OnSecondGpu)
 
@@ -201,27 +197,6 @@ def test_a_run_is_resumed_on_another_device(task, gpus, monkeypatch, first, then
 
 
 # --- devices without float64
-
-
-class NoFloat64(TorchDispatchMode):
-    """A device like Apple's: no tensor of float64 comes into being."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
-                raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support it")
-        return result
-
-
-@pytest.fixture
-def no_float64(gpus):
-    kernels.register("torch", replace(KERNELS, wide_dtype=lambda x: torch.float32))
-    try:
-        with NoFloat64():
-            yield gpus
-    finally:
-        kernels.register("torch", KERNELS)
 
 
 @pytest.mark.parametrize("keys", RECIPES.values(), ids=RECIPES)

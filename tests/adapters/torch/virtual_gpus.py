@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mfac_core.backends import Array
 from mfac_torch.array_backend import TorchBackend
@@ -96,6 +98,16 @@ class VirtualGpus(TorchBackend):
 
     def synchronize(self, device: str) -> None:
         self.waited.append((threading.current_thread(), device))
+
+
+class NoFloat64(TorchDispatchMode):
+    """A device like Apple's: an operation whose result is float64 is refused."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(result)):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        return result
 
 
 def _placed(tensor: torch.Tensor, device: str) -> torch.Tensor:
