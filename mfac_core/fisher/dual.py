@@ -62,10 +62,12 @@ from mfac_core.fisher.chunks import (
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, runs_on_cpu
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
+    PROBES,
     REFINEMENTS,
+    SAFETY,
     check_overflow,
+    columns_to_measure,
     is_small,
-    measurement,
     random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
@@ -184,18 +186,17 @@ class DualFactor:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
         xp = array_namespace(remainder)
         epsilon = float(xp.finfo(self.dtype).eps)
-        how = measurement(self.norms.shape[-1])
         tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / epsilon)
         positive = xp.maximum(remainder, tiny)
-        amplified = xp.maximum(_with_solve(self._amplified(chunks, how.probes), 1 - remainder), tiny)
-        measured = how.choose(amplified / positive)
+        amplified = xp.maximum(_with_solve(self._amplified(chunks), 1 - remainder), tiny)
+        measured = columns_to_measure(amplified / positive)
         exact, second_order, exactly_amplified = self._accurately(chunks, measured, certify=True)
         errors = xp.abs(xp.take_along_axis(remainder, measured, axis=-1) - exact)
         errors = errors - 8 * epsilon  # rounding of the two values themselves, which is not amplified
         # not by their estimated amplification, which is too large just where it is the largest
         relative = _with_solve(exactly_amplified, 1 - exact)
         ratio = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
-        ratio = how.safety * xp.maximum(ratio, xp.full_like(ratio, epsilon))
+        ratio = SAFETY * xp.maximum(ratio, xp.full_like(ratio, epsilon))
         estimate = (ratio * amplified + 8 * epsilon * (1 - remainder)) / positive
         is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
         count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
@@ -204,7 +205,7 @@ class DualFactor:
         if count > self.norms.shape[-1] and not self.in_float64:
             return remainder, xp.full_like(estimate[:, 0], float("inf"))  # float64 is faster
         order = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1)  # those not accurate first
-        most = how.safety * xp.max(second_order, axis=-1, keepdims=True)
+        most = SAFETY * xp.max(second_order, axis=-1, keepdims=True)
         certify = self.in_float64 or not bool(xp.all(most <= rtol / 2))
         exact, error, _ = self._accurately(chunks, order[:, :count], certify=certify)
         error = error if certify else error + most
@@ -213,13 +214,13 @@ class DualFactor:
         values = concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
         return xp.take_along_axis(values, xp.argsort(order, axis=-1), axis=-1), xp.max(error, axis=-1)
 
-    def _amplified(self, chunks: Sequence[Array], num_probes: int) -> Array:
+    def _amplified(self, chunks: Sequence[Array]) -> Array:
         """Return ``sum_i S_ii y_i^2`` of each column, estimated from random signs; shape ``(n, B)``."""
         xp = array_namespace(self.norms)
-        probes = self.lower.solve_symmetric(xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, num_probes))
+        probes = self.lower.solve_symmetric(xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, PROBES))
         probes = xp.matrix_transpose(probes)
         products = (probes @ xp.asarray(chunk, dtype=self.dtype) for chunk in chunks)
-        return concat([column_sums_of_squares(product) for product in products], axis=-1) / num_probes
+        return concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
     def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
         """Return some entries by the form that does not cancel, their relative errors, and ``sum_i S_ii y_i^2``.

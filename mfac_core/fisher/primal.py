@@ -23,10 +23,12 @@ from mfac_core.fisher.chunks import columns_times, concat, is_column, over_cache
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
+    PROBES,
     REFINEMENTS,
+    SAFETY,
     check_overflow,
+    columns_to_measure,
     is_small,
-    measurement,
     random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
@@ -120,11 +122,10 @@ class PrimalFactor:
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
         """Return the estimated error of each block, measured in some of its columns."""
         xp = array_namespace(diagonal)
-        how = measurement(self.norms.shape[-1])
-        probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, how.probes)
-        amplified = xp.sum(self.lower.solve_symmetric(probes) ** 2, axis=-1) / how.probes
+        probes = xp.sqrt(self.norms)[:, :, None] * random_signs(self.norms, PROBES)
+        amplified = xp.sum(self.lower.solve_symmetric(probes) ** 2, axis=-1) / PROBES
         width = diagonal.shape[-1]
-        measured = how.choose(amplified / diagonal)
+        measured = columns_to_measure(amplified / diagonal)
         unit = xp.asarray(xp.matrix_transpose(is_column(measured, 0, width)), dtype=self.dtype)
         solved = self.lower.solve_symmetric(unit)
         # 2 z_q - z^T F z is accurate to the second order, and at the solution equals z_q
@@ -134,7 +135,7 @@ class PrimalFactor:
         quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
         exact = 2 * xp.sum(unit * solved, axis=-2) - quadratic
         errors = xp.abs(xp.take_along_axis(diagonal, measured, axis=-1) / exact - 1)
-        return how.safety * xp.max(errors, axis=-1)
+        return SAFETY * xp.max(errors, axis=-1)
 
 
 def _primal_product(chunks: Iterable[Array], blocks: slice) -> Array:

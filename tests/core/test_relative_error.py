@@ -116,6 +116,15 @@ def test_the_error_is_within_rtol_or_the_block_is_refused(kind, m, width):
     assert refused <= 2  # only where float64 itself is doubtful
 
 
+@pytest.mark.parametrize("seed", [22, 32])
+def test_the_error_is_within_rtol_where_the_measured_columns_are_accurate_by_chance(seed):
+    kind, m, width, damping = "means of graded columns", 200, 400, 1e-2
+    exact = damped_diagonal(kind, m, width, damping, seed)
+    for rtol in np.geomspace(2e-5, 6e-5, 12):
+        diagonal, _ = evaluated(gradients(kind, m, width, seed), damping, float(rtol))
+        np.testing.assert_allclose(diagonal, exact, rtol=rtol)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("kind", ["a common mean of 10", "means of 100", "means of graded columns", "realistic"])
 def test_the_error_is_within_rtol_at_the_edge_of_float32(kind, seed):
