@@ -6,7 +6,7 @@ To first order ``E`` changes ``[F^-1]_qq`` by ``z^T E z`` with ``z = F^-1 e_q``.
 ``eps max_i F_ii [F^-1]_ii``. The bound is ``BOUND_FACTOR`` times this. If it does not suffice, the error is measured in
 the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs, and in as many others. It is
 the difference to ``2 z_q - z^T F z``, to which errors of ``z`` count to the second order, with
-``z^T F z = lambda |z|^2 + |G z|^2 / m``.
+``z^T F z = lambda |z|^2 + |G z|^2 / m``. Entries of a float64 factor whose error is too large take that value.
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few columns with large gradients do no harm.
 """
@@ -17,6 +17,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import array_api_compat
 
 from mfac_core.backends import Array, array_namespace
 from mfac_core.fisher.chunks import columns_times, concat, is_column, over_cache_slices, rows_times
@@ -34,6 +36,9 @@ from mfac_core.fisher.rounding import (
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals
 
 __all__ = ["PrimalFactor"]
+
+MAX_ERROR = 1e-3
+"""Estimated relative error above which a float64 factor is refused: its solves are as inaccurate as its diagonal."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,12 @@ class PrimalFactor:
         error = epsilon * BOUND_FACTOR * xp.max(self.norms * diagonal, axis=-1)
         if not bool(xp.all(error <= rtol)) and bool(xp.all(xp.isfinite(diagonal))):
             error = self._measured_error(chunks, inverse, diagonal)
+            for block in range(error.shape[0] if self.in_float64 else 0):
+                if rtol < float(error[block]) <= MAX_ERROR:
+                    one = slice(block, block + 1)
+                    selected = [chunk[one, :, :] for chunk in chunks]
+                    value, remaining = self.select_blocks(one)._accurately(selected)
+                    damped[block, :], error[block] = value[0, :], remaining[0]
         # the exact value is at most 1: only rounding of the sum can exceed it
         most = 1 + 16 * epsilon * math.sqrt(diagonal.shape[-1])
         usable = xp.all((damped > 0) & (damped <= most), axis=-1)
@@ -118,6 +129,29 @@ class PrimalFactor:
         """Return the factor of some of the blocks."""
         lower, norms, damping = self.lower.select_blocks(blocks), self.norms[blocks, :], self.damping[blocks]
         return replace(self, lower=lower, norms=norms, damping=damping)
+
+    def _accurately(self, chunks: Sequence[Array]) -> tuple[Array, Array]:
+        """Return ``damping diag(F^-1)`` to the second order, and its estimated relative error in each block.
+
+        An error ``e`` of ``z = F^-1 e_q`` changes ``2 z_q - z^T F z`` by ``e^T F e = rho^T F^-1 rho``, with the
+        residual ``rho = e_q - F z``. Rounding of ``G z``, of which ``|G z|^2 <= m z_q`` is left, changes it by
+        ``eps sqrt(trace(F) / damping)``, relative to itself.
+        """
+        xp = array_namespace(self.norms)
+        damping = xp.asarray(self.damping, dtype=self.dtype)
+        width = self.norms.shape[-1]
+        identity = xp.eye(width, dtype=self.dtype, device=array_api_compat.device(self.norms))
+        unit = xp.broadcast_to(identity, (self.norms.shape[0], width, width))
+        solved = self.lower.solve_symmetric(unit)
+        products = rows_times(chunks, solved)
+        quadratic = damping[:, None] * xp.sum(solved * solved, axis=-2)
+        quadratic += xp.sum(products * products, axis=-2) / products.shape[-2]
+        values = 2 * xp.sum(unit * solved, axis=-2) - quadratic
+        residual = unit - damping[:, None, None] * solved - columns_times(chunks, products) / products.shape[-2]
+        left = self.lower.solve(residual)
+        rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(xp.sum(self.norms, axis=-1) / damping))
+        error = xp.max(xp.sum(left * left, axis=-2) / values, axis=-1) + rounding
+        return damping[:, None] * values, error
 
     def _measured_error(self, chunks: Sequence[Array], inverse: Array, diagonal: Array) -> Array:
         """Return the estimated error of each block, measured in some of its columns."""

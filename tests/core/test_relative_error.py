@@ -263,3 +263,12 @@ def test_the_update_of_a_pruning_step_has_four_digits_and_its_predicted_loss_inc
     moved = np.linalg.norm(exact.weights - weights * ~chosen)
     assert np.linalg.norm(found.weights - exact.weights) <= 1e-4 * moved
     assert found.predicted_loss_increase == pytest.approx(exact.predicted_loss_increase, rel=1e-4)
+
+
+@pytest.mark.parametrize("m", [26, 30, 40])
+def test_equal_rows_with_little_damping_are_not_refused(m):
+    # one gradient g: [F^-1]_qq = (damping + |g|^2 - g_q^2) / (damping (damping + |g|^2))
+    row, damping = 30 * np.random.default_rng(0).standard_normal(26), 1e-6
+    exact = (damping + row @ row - row**2) / (damping + row @ row) / damping
+    diagonal = mfac_core.inverse_fisher(np.repeat(row[None], m, axis=0), damping=damping).diagonal()
+    np.testing.assert_allclose(diagonal, exact, rtol=1e-8)
