@@ -39,8 +39,7 @@ def inverse_fisher(
             of that diagonal.
         devices: Where the blocks are computed, as in :func:`mfac_core.prune`.
         rtol: Largest relative error of each entry of the diagonal, before it is rounded to the dtype of the gradients.
-            Blocks for which float32 is not accurate enough are computed in float64, which takes two to four times as
-            long.
+            Blocks for which float32 is not accurate enough are computed in float64, which takes longer.
 
     Returns:
         An object with ``diagonal()`` and ``apply(x)``, which can also be written ``fisher @ x``.
@@ -180,5 +179,8 @@ def _check_array(name: str, value: Any, expected: str) -> None:
     except TypeError:
         cure = "flatten its arrays and concatenate them" if isinstance(value, Mapping) else "convert it first"
         raise TypeError(f"{name} must be {expected}, got {type(value).__name__}; {cure}") from None
-    device_of(value)  # raises an error if the array is not dense or has no values
+    try:
+        device_of(value)
+    except TypeError as error:  # it is not dense, has no values, or is of an unknown library
+        raise TypeError(f"{name}: {error}") from None
     check_float(name, value)

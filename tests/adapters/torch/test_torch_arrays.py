@@ -366,3 +366,8 @@ def test_a_run_where_there_is_no_float64(no_float64):
     expected, found = train(lambda tensor: tensor.numpy(), "cpu"), train(lambda tensor: tensor, "cuda:0")
     for name, mask in expected.items():
         np.testing.assert_array_equal(found[name], mask)
+
+
+def test_the_inverse_fisher_names_the_argument_that_is_not_dense():
+    with pytest.raises(TypeError, match="^gradients: .*torch.sparse_coo; make it dense"):
+        mfac_core.inverse_fisher(torch.eye(3).to_sparse())
