@@ -1,4 +1,4 @@
-"""Rounding errors in both forms of a factor: margins of their estimates, random signs, the end of refinements."""
+"""Rounding errors in both forms of a factor: margins of their estimates, random vectors, the end of refinements."""
 
 from __future__ import annotations
 
