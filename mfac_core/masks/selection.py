@@ -134,8 +134,8 @@ def _least_salient_of_all(
     values = device.to_numpy(saliencies)
     if distribution.ranks.sum(np.array([np.count_nonzero(np.isnan(values))])).any():
         raise ValueError(_NAN)
-    first, last = distribution.columns
-    parts = [values[max(start - first, 0) : max(min(stop, last) - first, 0)] for start, stop in layers]
+    first, _ = distribution.columns
+    parts = [values[max(start - first, 0) : max(stop - first, 0)] for start, stop in layers]
     return device.asarray(np.concatenate(smallest(distribution.ranks, parts, counts)))
 
 

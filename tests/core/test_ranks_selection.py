@@ -181,6 +181,13 @@ def test_ties_across_ranks_are_pruned_in_the_order_of_the_weights():
     assert chosen.tolist() == [True, False, True, False, True, False]
 
 
+def test_the_sign_of_zero_breaks_no_tie():
+    rule = MaskRule({"a": (0, 4)}, "layer")
+    for dtype in (np.float32, np.float64):
+        chosen = chosen_by_ranks(2, 1, rule, np.ones(4, bool), np.array([0.0, -0.0, -0.0, 0.0], dtype), 0.75)
+        assert chosen.tolist() == [True, True, True, False]
+
+
 def test_many_digits_are_counted_in_parts(monkeypatch):
     monkeypatch.setattr("mfac_core.ranks.smallest._COUNTED_AT_ONCE", 7)
     values = np.random.default_rng(1).standard_normal(100)
