@@ -43,20 +43,32 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def without_gradients(leaves: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Remove ``.grad`` for a block, and hooks on its accumulation: optimizers that step inside the backward pass."""
-    before = []
+def without_gradients(leaves: Iterable[torch.Tensor], keep: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Remove ``.grad`` for a block, and hooks on its accumulation: optimizers that step inside the backward pass.
+
+    Inside, only the leaves to keep get a gradient; those of others are dropped as soon as they are computed.
+    """
+    before, dropping = [], []
+    kept = {id(leaf) for leaf in keep}
     for leaf in leaves:
         hooks = leaf._post_accumulate_grad_hooks or {}
         before.append((leaf, leaf.grad, hooks, dict(hooks)))
         leaf.grad = None
         hooks.clear()
+        if leaf.requires_grad and id(leaf) not in kept:
+            dropping.append(leaf.register_post_accumulate_grad_hook(_drop_gradient))
     try:
         yield
     finally:
+        for handle in dropping:
+            handle.remove()
         for leaf, gradient, hooks, removed in before:
             leaf.grad = gradient
             hooks.update(removed)
+
+
+def _drop_gradient(leaf: torch.Tensor) -> None:
+    leaf.grad = None
 
 
 @contextmanager

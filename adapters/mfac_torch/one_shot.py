@@ -29,6 +29,7 @@ def prune_one_shot(
     *,
     sparsity: float | Mapping[float, Sequence[str]] | None = None,
     recalibrate_batchnorm: bool = False,
+    layers_at_once: int | None = None,
     **recipe_keys: Any,
 ) -> dict[str, torch.Tensor]:
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
@@ -46,6 +47,8 @@ def prune_one_shot(
             them.
         recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards over
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
+        layers_at_once: Number of parameters that are sampled and pruned at one time, as in
+            :meth:`ScheduledModifierManager.apply`; needs ``global_sparsity=False``.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
             ``num_grads=512``.
 
@@ -73,7 +76,9 @@ def prune_one_shot(
     line = recommended_line({**recipe_keys, "final_sparsity": keys["final_sparsity"]})
     if line:
         _logger.info("%s", line)
-    manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)
+    manager.apply(
+        model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm, layers_at_once=layers_at_once
+    )
     return manager.masks
 
 

@@ -224,7 +224,7 @@ class GradSampler(Sampler):
         with (
             in_mode(model, training=self._training),
             requiring_gradients(parameters.values()),
-            without_gradients(leaves),
+            without_gradients(leaves, keep=parameters.values()),
             torch.enable_grad(),
         ):
             loss = self._loss_of(model(*args, **kwargs), target)
