@@ -18,7 +18,8 @@ from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, Pruner, make_pruner
 from mfac_core.pruners.step import PruneResult
 from mfac_core.ranks import Ranks, Shards
-from mfac_core.sample_batches import HeldOut
+from mfac_core.ranks.agreement import together
+from mfac_core.sample_batches import HeldOut, in_rounds
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line, unfinished_line
 from mfac_core.session.measured_loss import LossMeasurement
@@ -117,7 +118,10 @@ class LivePruning(ABC):
         """Register callbacks that restore the current values of the weights."""
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterable[Mapping[str, Array]]:
-        """Draw as many gradient samples, by name, as the pruner needs; ``held_out`` gets further batches."""
+        """Draw the share of this rank of the gradient samples that the pruner needs, by name, in its own shards.
+
+        ``held_out`` gets further batches.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no gradient sampler")
 
     def loss_function(self) -> Callable[[Sequence[Any]], float] | None:
@@ -258,9 +262,10 @@ class LivePruning(ABC):
         with self._sampled(step, measurement), ExitStack() as undo:
             num_rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self.weights(), step) as result:
-                self.snapshot(undo)
-                self.write({name: _masked(array, others.get(name)) for name, array in result.weights.items()})
-                self.enforce_masks(result, undo)
+                with together(self._pruner.ranks, "writing the pruned weights"):
+                    self.snapshot(undo)
+                    self.write({name: _masked(array, others.get(name)) for name, array in result.weights.items()})
+                    self.enforce_masks(result, undo)
                 measured = measurement.end(result)
             undo.pop_all()
         line = pruning_step_line(
@@ -289,8 +294,10 @@ class LivePruning(ABC):
         with self.drawing():
             try:
                 pruner.forget_gradients()
-                for gradients in self.gradient_samples(pruner, measurement.held_out(pruner)):
-                    pruner.observe(gradients)
+                drawn = self.gradient_samples(pruner, measurement.held_out(pruner))
+                sharded = not pruner.shards.is_whole
+                for gradients in in_rounds(drawn, pruner.num_gradients, pruner.ranks, sharded=sharded):
+                    pruner.observe_samples(gradients)
                 measurement.begin()
                 yield
             finally:

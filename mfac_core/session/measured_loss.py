@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from mfac_core.pruners.mfac import MFACPruner
 from mfac_core.pruners.step import PruneResult
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.logs import logger_of
 from mfac_core.sample_batches import HeldOut
 
 __all__ = ["LossMeasurement"]
@@ -23,7 +29,8 @@ NUM_HELD_OUT = 16
 class LossMeasurement:
     """The measurement of one pruning step: the loss of the same batches before and after it.
 
-    The batches are drawn together with the gradient samples of the first sub-step.
+    The batches are drawn together with the gradient samples of the first sub-step. Over several ranks, each measures
+    batches of its own, and the loss is the mean over all of them.
 
     Args:
         loss: Returns the mean loss over batches at the model's current weights; ``None`` if there are no batches.
@@ -44,7 +51,10 @@ class LossMeasurement:
 
     def __init__(self, loss: Callable[[list[Any]], float] | None) -> None:
         self._loss = loss
+        self._ranks: Ranks = Alone()
+        self._sharded = False
         self._held_out: HeldOut | None = None
+        self._num_batches: int | None = None
         self._before: float | None = None
         self._num_substeps = 0
 
@@ -55,14 +65,19 @@ class LossMeasurement:
         """
         if pruner.is_inside_step:
             return None
+        self._ranks, self._sharded = pruner.ranks, not pruner.shards.is_whole
         self._held_out = HeldOut(min(NUM_HELD_OUT, pruner.num_gradients))
         return self._held_out
 
     def begin(self) -> None:
         """Measure the loss before the first sub-step changes the weights, if there are batches."""
         self._num_substeps += 1
-        if self._before is None and self._loss and self._held_out and self._held_out.batches:
-            self._before = self._loss(self._held_out.batches)
+        if self._before is not None or not self._loss or not self._held_out:
+            return
+        if self._num_batches is None:
+            self._num_batches = self._agreed(self._held_out)
+        if self._num_batches:
+            self._before = self._mean_loss(self._loss, self._held_out)
 
     def end(self, result: PruneResult) -> PruneResult:
         """Return the result of a sub-step, whose weights are in the model, with the change of the loss.
@@ -71,9 +86,9 @@ class LossMeasurement:
         """
         if self._before is None or not self._loss or not self._held_out or not result.completes_step:
             return result
-        after = self._loss(self._held_out.batches)
+        after = self._mean_loss(self._loss, self._held_out)
         if not math.isfinite(self._before) or not math.isfinite(after):
-            _logger.warning(
+            logger_of(self._ranks, _logger).warning(
                 "the loss was %.3g before the pruning step and is %.3g after it, on %s, so its change is not "
                 "measured; look for NaN or empty batches in the data, and for NaN in the weights",
                 self._before,
@@ -90,6 +105,26 @@ class LossMeasurement:
             return ""
         # every sub-step draws new samples, and from shuffled data these may be the same examples
         is_apart = self._held_out.are_new and self._num_substeps == 1
-        count = len(self._held_out.batches)
+        count = self._num_batches or 0
         batches = f"{count} {'held-out ' if is_apart else ''}batch{'' if count == 1 else 'es'}"
         return batches if self._num_substeps == 1 else f"{batches}, over all {self._num_substeps} sub-steps"
+
+    def _agreed(self, held_out: HeldOut) -> int:
+        """Return how many batches all ranks together measure on."""
+        if self._ranks.size == 1:
+            return len(held_out.batches)
+        counts, are_new = gathered(self._ranks, [len(held_out.batches), int(held_out.are_new)]).T
+        held_out.are_new = bool(are_new.all())
+        if self._sharded:  # each loss is computed by all ranks together
+            counts[:] = counts.min()
+            del held_out.batches[int(counts[0]) :]
+        return int(counts.sum())
+
+    def _mean_loss(self, loss: Callable[[list[Any]], float], held_out: HeldOut) -> float:
+        """Return the mean loss of the batches of all ranks."""
+        ranks, batches = self._ranks, held_out.batches
+        if ranks.size == 1:
+            return loss(batches)
+        with nullcontext() if self._sharded else together(ranks, "measuring the loss"):
+            total = len(batches) * loss(batches) if batches else 0.0
+        return float(ranks.sum(np.array([total]))[0]) / (self._num_batches or 1)
