@@ -99,6 +99,8 @@ class RunningStatistics(LayerStatistics):
         for layer in self.layers.values():
             layer.reset_running_stats()  # each batch by itself: half precision cannot hold a sum of many
         sampler.forward(self._model, batch)
+
+    def _collect(self, statistics: BatchStatistics) -> None:
         for name, layer in self.layers.items():
             mean, variance, calls = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS)
             statistics.add(name, mean, variance, int(calls))
