@@ -175,9 +175,9 @@ class SharingPruning(ArrayPruning):
     spoiled: tuple = ()
 
     def gradient_samples(self, pruner, held_out):
-        numbers = batches_to_sample(range(20), pruner.num_gradients, None, held_out, ranks=self.ranks)
+        numbers = batches_to_sample(range(20), pruner.num_gradients, None, held_out, ranks=pruner.ranks)
         for number in numbers:
-            if (self.ranks.rank, number) in self.spoiled:
+            if (pruner.ranks.rank, number) in self.spoiled:
                 raise OSError("the disk is gone")
             yield {name: self.model.gradients(batch(number))[name] for name in self.names}
 
