@@ -104,3 +104,11 @@ def rank_processes():
     processes = RankProcesses()
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """Let this process be a process group."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -53,7 +53,8 @@ class RankProcesses:
         outcomes = self.outcomes(function, *args, size=size)
         failed = [f"rank {rank} {outcome}" for rank, outcome in enumerate(outcomes) if isinstance(outcome, _Failure)]
         if failed:
-            raise RankFailure("\n".join(failed))
+            others = [each.partition("\n")[0] for each in failed[1:]]  # without their tracebacks
+            raise RankFailure("\n".join([failed[0], *others]))
         return outcomes
 
     def outcomes(self, function: Callable[..., Any], *args: Any, size: int | None = None) -> list[Any]:
