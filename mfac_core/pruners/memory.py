@@ -12,6 +12,7 @@ from itertools import pairwise
 from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
 from mfac_core.fisher.partition import partition, working_bytes
+from mfac_core.ranks.distribution import deal
 from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, layer_sparsity, num_substeps, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
@@ -47,6 +48,8 @@ class WindowMemory:
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
         live_gradients: Whether gradients arrive while training. Their rows survive a pruning step, so the old and
             the new window exist at the same time.
+        rank: The process whose share of the window is counted; the first has the largest.
+        num_ranks: Number of processes, to which the columns of the window are dealt by whole blocks.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -60,6 +63,8 @@ class WindowMemory:
     schedule: Sequence[ScheduledStep]
     masks: MasksToCome | None = None
     live_gradients: bool = True
+    rank: int = 0
+    num_ranks: int = 1
 
     def peak(self) -> tuple[int, int]:
         """Return rows and columns of the largest gradient window.
@@ -118,6 +123,11 @@ class WindowMemory:
             f"{free:,} are free; {cure}"
         )
 
+    def _share(self, columns: int) -> int:
+        """Return how many of the columns the rank stores."""
+        start, stop = deal(columns, self.settings.block_size, self.num_ranks)[self.rank]
+        return stop - start
+
     def _sequences(self, *, skips: bool) -> Iterator[list[tuple[int, int]]]:
         """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
 
@@ -136,12 +146,12 @@ class WindowMemory:
         for index in range(last + 1):
             for to in range(index, min(index + skips, last) + 1):
                 now, unpruned = reached, columns
-                windows = [(rows[index], unpruned)]
+                windows = [(rows[index], self._share(unpruned))]
                 for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
                     wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
                     now, left = reaches(wanted)
                     unpruned = min(unpruned, left)
-                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
+                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], self._share(unpruned)))
                 if to == index:
                     after = now, unpruned
                 # no window follows the last pruning step

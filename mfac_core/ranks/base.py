@@ -43,8 +43,8 @@ class Ranks(Protocol):
     def exchange(self, parts: Sequence[Array]) -> list[Array]:
         """Send ``parts[i]`` to rank ``i``, and return what each rank has sent to this one, in the order of ranks.
 
-        Parts are vectors of one dtype, which is the same on all ranks: float32, float64, int64 or uint8. They are of one
-        library and on one device, as are those that are returned. Their lengths may differ, and be 0.
+        Parts are vectors of one dtype, the same on all ranks: float32, float64, int64 or uint8. They are of one library
+        and on one device, and so are those that are returned. Their lengths may differ, and be 0.
         """
 
     def sum(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

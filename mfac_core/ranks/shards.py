@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 from mfac_core.backends import Array, array_namespace
 
@@ -61,6 +62,33 @@ class Shards:
         return cls(shapes, {name: [(0, math.prod(shape))] * size for name, shape in shapes.items()})
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and full shape of each array, in order.
+
+        Returns:
+            A copy.
+        """
+        return dict(self._shapes)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks.
+
+        Returns:
+            The number.
+        """
+        return len(next(iter(self._ranges.values())))
+
+    @property
+    def num_entries(self) -> int:
+        """Number of entries of all arrays.
+
+        Returns:
+            The number.
+        """
+        return sum(map(math.prod, self._shapes.values()))
+
+    @property
     def is_whole(self) -> bool:
         """Whether each rank has everything.
 
@@ -81,6 +109,19 @@ class Shards:
             For each array, in order, the first and one-past-last position in the flattened array.
         """
         return {name: of_array[rank] for name, of_array in self._ranges.items()}
+
+    def positions(self, rank: int) -> list[tuple[int, int]]:
+        """Return what a rank has, as positions in the vector of all arrays.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            For each array the first and one-past-last position.
+        """
+        offsets = accumulate(map(math.prod, self._shapes.values()), initial=0)
+        ranges = self.of_rank(rank).values()
+        return [(offset + start, offset + stop) for offset, (start, stop) in zip(offsets, ranges, strict=False)]
 
     def restricted(self, names: Collection[str]) -> Shards:
         """Return the shards of some of the arrays.
