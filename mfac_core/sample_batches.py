@@ -12,6 +12,8 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mfac_core.errors import SettingError
 from mfac_core.left_out import warn_once
 from mfac_core.ranks.agreement import gathered, together
@@ -100,14 +102,23 @@ class Sampler:
         return batches_of_one_pass(self._source, at_most, options)
 
     def _without_gaps(
-        self, samples: Iterable[Sequence[Any]], names: Sequence[str], count: int, zeros: Callable[[int], Any]
+        self,
+        samples: Iterable[Sequence[Any]],
+        names: Sequence[str],
+        count: int,
+        zeros: Callable[[int], Any],
+        *,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
     ) -> Iterator[list[Any]]:
         """Yield samples, a gradient per name, with ``zeros(index)`` for ``None``; warn about gradients that stay zero.
+
+        Of sharded weights, each of the ranks has a part of each sample; otherwise the first warns about its own.
 
         Raises:
             ValueError: If a sample has no gradient at all.
         """
-        zero = list(range(len(names)))
+        ranks, zero = ranks or Alone(), list(range(len(names)))
         for number, gradients in enumerate(samples, start=1):
             if all(gradient is None for gradient in gradients):
                 raise ValueError(
@@ -115,7 +126,11 @@ class Sampler:
                 )
             zero = [index for index in zero if gradients[index] is None or not gradients[index].any()]
             if number == count:  # before the last sample is yielded: the caller may not ask for another
-                warn_once(self._logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
+                if sharded:
+                    is_nonzero = ranks.sum(np.array([index not in zero for index in range(len(names))], np.int64))
+                    zero = np.flatnonzero(is_nonzero == 0).tolist()
+                warning = zero_in_all_samples([names[index] for index in zero], len(names))
+                warn_once(logger_of(ranks, self._logger), warning, self._logged)
             yield [zeros(index) if gradient is None else gradient for index, gradient in enumerate(gradients)]
 
 

@@ -101,6 +101,7 @@ class LivePruning(ABC):
             ranks=ranks,
             shards=shards,
         )
+        self.ranks = self._pruner.ranks
 
     @abstractmethod
     def weights(self) -> dict[str, Array]:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners import Pruner
+from mfac_core.ranks import Alone, Ranks
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.naming import log_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks
@@ -113,6 +114,7 @@ class Session(Generic[P, C]):
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step
+        self.ranks: Ranks = self.prunings[0].ranks if self.prunings else Alone()
         self.logger = logger
         self._changes = changes
 
