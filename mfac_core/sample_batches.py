@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from typing import Any, ClassVar
 
@@ -193,7 +192,8 @@ def batches_to_sample(
                 following = range(count, count + held_out.wanted)
                 share = -(-held_out.wanted // ranks.size) if sharded else _share(following, ranks)
                 held_out.are_new = number == 0
-                _hold_out(held_out, share, passed, partial(_pass, source, options or {}, ranks, number + 1))
+                further = (_pass(source, options or {}, ranks, number + each) for each in range(1, ranks.size + 1))
+                _hold_out(held_out, share, passed, further)
             return
 
 
@@ -322,14 +322,14 @@ def _pass(source: BatchSource, options: Mapping[str, object], ranks: Ranks, numb
     return islice(chain(first, batches), (ranks.rank + number) % ranks.size, None, ranks.size)
 
 
-def _hold_out(
-    held_out: HeldOut, wanted: int, batches: Iterator[Any], restarted: Callable[[], Iterator[Any] | None]
-) -> None:
+def _hold_out(held_out: HeldOut, wanted: int, batches: Iterator[Any], further: Iterable[Iterator[Any] | None]) -> None:
     held_out.batches.extend(islice(batches, wanted))
-    lacking = wanted - len(held_out.batches)
-    if lacking:
+    for restarted in further:
+        lacking = wanted - len(held_out.batches)
+        if not lacking:
+            return
         held_out.are_new = False
-        held_out.batches.extend(islice(restarted() or (), lacking))
+        held_out.batches.extend(islice(restarted or (), lacking))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:
