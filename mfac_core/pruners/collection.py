@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of
+from mfac_core.fisher.row_formats import RowFormat
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.layout import WeightLayout
 
@@ -28,6 +29,7 @@ class GradientCollector:
         num_gradients: Maximum number of rows in the window.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
+        dtype: As in :class:`GradientWindow`.
         consumers: As in :class:`GradientWindow`.
         warn_once: Logs a message unless one about the same subject has been logged: ``warn_once(subject, message)``.
         window: The samples stored so far; ``None`` before the first sample, which allocates it.
@@ -39,6 +41,7 @@ class GradientCollector:
     num_gradients: int
     block_size: int | None
     device: Device
+    dtype: str
     consumers: Sequence[Device]
     warn_once: Callable[[str, str], None]
     window: GradientWindow | None = None
@@ -72,7 +75,7 @@ class GradientCollector:
             row = device.asarray(self.layout.gather(gradients, entries), np.float32)
             if device.backend is self.device.backend:
                 xp = array_namespace(row)
-                finite = device.backend.fetch(xp.all(xp.isfinite(row)))
+                finite = device.backend.fetch(xp.all(xp.abs(row) <= self._largest))  # False for NaN
                 self._arriving = lambda: row if bool(finite()) else None
             else:
                 self._arriving = device.backend.fetch(row)
@@ -117,7 +120,8 @@ class GradientCollector:
 
     def _store(self, row: list[Array] | None) -> bool:
         # checked before anything is written: in a full window it overwrites the oldest sample
-        if row is None or not all(_is_finite(values) for values in row if isinstance(values, np.ndarray)):
+        on_host = [values for values in row or [] if isinstance(values, np.ndarray)]
+        if row is None or not all(_is_within(values, self._largest) for values in on_host):
             self.refused_rows += 1
             self.warn_once("refused", "a gradient sample contains NaN or Inf: it is refused and counted")
             return False
@@ -133,10 +137,16 @@ class GradientCollector:
             block_size=self.block_size,
             device=self.device,
             consumers=self.consumers,
+            dtype=self.dtype,
         )
 
+    @property
+    def _largest(self) -> float:
+        return RowFormat.named(self.dtype).largest
 
-def _is_finite(values: npt.NDArray[Any]) -> bool:
+
+def _is_within(values: npt.NDArray[Any], largest: float) -> bool:
+    """Return whether all numbers are finite, and at most so large."""
     with np.errstate(all="ignore"):
         # one fast pass: NaN and Inf propagate into a sum of squares; overflow of the sum proves nothing
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
+        return bool(np.isfinite(np.dot(values, values))) or bool((np.abs(values) <= largest).all())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from mfac_core.pruners.memory import WINDOW_ITEMSIZE, WindowMemory
+from mfac_core.pruners.memory import WindowMemory
 from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.linting import model_notes, model_warnings
 from mfac_core.recipe.loading import Recipe
@@ -28,6 +28,7 @@ class ModifierPlan(NamedTuple):
         weights: Name of each parameter that it matches -> number of weights.
         steps: Its pruning steps.
         window: Rows and columns of its largest gradient window; zeros if it needs none.
+        window_bytes: Bytes of that window.
         needed_bytes: Bytes that it needs for gradient windows and computation; a run with less free memory is refused.
     """
 
@@ -35,17 +36,13 @@ class ModifierPlan(NamedTuple):
     weights: Mapping[str, int]
     steps: tuple[ScheduleRow, ...]
     window: tuple[int, int] = (0, 0)
+    window_bytes: int = 0
     needed_bytes: int = 0
 
     @property
     def num_weights(self) -> int:
         """Number of all weights that it matches."""
         return sum(self.weights.values())
-
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of its largest gradient window."""
-        return math.prod(self.window) * WINDOW_ITEMSIZE
 
     def summary(self, schedule: Sequence[ScheduledStep]) -> str:
         """Return in one line what the modifier matches and when it prunes, by the schedule of its pruner."""
@@ -156,7 +153,9 @@ def _modifier_plan(
     is_live = not sampled or settings.gradient_origin == "training"
     schedule = pruning_schedule(settings, steps_per_epoch)
     memory = WindowMemory(settings, plan.num_weights, schedule, live_gradients=is_live)
-    return plan._replace(window=memory.peak(), needed_bytes=memory.needed_bytes())
+    window = memory.peak()
+    num_bytes = math.prod(window) * memory.row_format.itemsize
+    return plan._replace(window=window, window_bytes=num_bytes, needed_bytes=memory.needed_bytes())
 
 
 def _in_words(schedule: Sequence[ScheduledStep]) -> str:
