@@ -4,7 +4,7 @@ Start with :func:`prune` for one-shot pruning, and with :class:`MFACPruner` insi
 The packages ``mfac_torch`` and ``mfac_keras`` connect this core to their frameworks.
 """
 
-from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RecipeError, SettingError
+from mfac_core.errors import DeviceError, IllConditionedError, MemoryBudgetError, RankError, RecipeError, SettingError
 from mfac_core.fisher.inverse import inverse_fisher
 from mfac_core.fisher.obs import saliency
 from mfac_core.layer_sensitivity import Sensitivity, sensitivity
@@ -42,6 +42,7 @@ __all__ = [
     "DeviceError",
     "IllConditionedError",
     "MemoryBudgetError",
+    "RankError",
     "RecipeError",
     "SettingError",
     # About

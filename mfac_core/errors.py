@@ -1,6 +1,6 @@
 """Exceptions that a caller may want to distinguish."""
 
-__all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RecipeError", "SettingError"]
+__all__ = ["DeviceError", "IllConditionedError", "MemoryBudgetError", "RankError", "RecipeError", "SettingError"]
 
 
 class SettingError(ValueError):
@@ -42,3 +42,7 @@ class MemoryBudgetError(MemoryError):
 
 class IllConditionedError(ArithmeticError):
     """The damped Fisher of a block cannot be inverted accurately; increase the damping."""
+
+
+class RankError(RuntimeError):
+    """Another rank (process of the same run) has failed, is gone, or differs from this one; the message names it."""

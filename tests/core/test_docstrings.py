@@ -17,7 +17,7 @@ import griffe
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("mfac_core", "mfac_core.backends", "mfac_torch", "mfac_torch.export", "mfac_keras")
+PACKAGES = ("mfac_core", "mfac_core.backends", "mfac_core.ranks", "mfac_torch", "mfac_torch.export", "mfac_keras")
 # exceptions that a caller cannot act on, and those that only end a generator or mark an abstract method
 NOT_DOCUMENTED = {"NotImplementedError", "AssertionError", "StopIteration"}
 SECTIONS = {"example", "note", "references", "warning"}  # heads that griffe reads as admonitions
