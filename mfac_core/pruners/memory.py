@@ -12,7 +12,8 @@ from itertools import pairwise
 from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
 from mfac_core.fisher.partition import BlockGroup, partition, working_bytes
-from mfac_core.fisher.row_formats import RowFormat
+from mfac_core.fisher.row_formats import BFLOAT16, RowFormat
+from mfac_core.ranks.distribution import deal
 from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, layer_sparsity, num_substeps, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
@@ -38,7 +39,7 @@ _logger = logging.getLogger("mfac_core")
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """The gradient windows of a run, and the bytes that they need.
+    """The gradient windows of a run, and the bytes that they need on one rank, the one with the most blocks.
 
     Args:
         settings: What to prune, when and how.
@@ -47,6 +48,7 @@ class WindowMemory:
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
         live_gradients: Whether gradients arrive while training. Their rows survive a pruning step, so the old and
             the new window exist at the same time.
+        num_ranks: Number of processes among which the blocks are dealt.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -60,6 +62,7 @@ class WindowMemory:
     schedule: Sequence[ScheduledStep]
     masks: MasksToCome | None = None
     live_gradients: bool = True
+    num_ranks: int = 1
 
     @property
     def row_format(self) -> RowFormat:
@@ -67,7 +70,7 @@ class WindowMemory:
         return RowFormat.named(self.settings.gradients_dtype)
 
     def peak(self) -> tuple[int, int]:
-        """Return rows and columns of the largest gradient window.
+        """Return rows and columns of the largest gradient window, those of all ranks together.
 
         Example:
             >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
@@ -76,10 +79,21 @@ class WindowMemory:
         """
         return max((window for windows in self._sequences(skips=False) for window in windows), key=math.prod)
 
+    def own_columns(self, columns: int) -> int:
+        """Return how many of so many columns the rank with the most blocks owns.
+
+        Example:
+            >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=1, block_size=300)
+            >>> WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5)], num_ranks=2).own_columns(1000)
+            600
+        """
+        return max(stop - start for start, stop in deal(columns, self.settings.block_size, self.num_ranks))
+
     def window_bytes(self) -> int:
         """Return the largest number of bytes that gradient windows take at one time."""
         live, largest = self.live_gradients, 0
-        for windows in self._sequences(skips=live):
+        for sequence in self._sequences(skips=live):
+            windows = [(rows, self.own_columns(columns)) for rows, columns in sequence]
             both = [math.prod(one) + math.prod(other) for one, other in pairwise(windows) if one != other and live]
             largest = max(largest, *map(math.prod, windows), *both)
         return largest * self.row_format.itemsize
@@ -97,7 +111,7 @@ class WindowMemory:
         distinct = min(columns, alike + columns % alike)
         blocks = partition(distinct, block_size, num_gradients=rows, itemsize=COMPUTED_ITEMSIZE, group_bytes=1)
         working = 2 * max((self._working_bytes(block, rows) for block in blocks), default=0)
-        return max(rows * columns * self.row_format.itemsize + working, self.window_bytes())
+        return max(rows * self.own_columns(columns) * self.row_format.itemsize + working, self.window_bytes())
 
     def check(self, device: Device) -> int:
         """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
@@ -117,9 +131,13 @@ class WindowMemory:
             else "choose a smaller block_size (fisher_block_size in a recipe), fewer weights in params, or a machine "
             "with more memory"
         )
+        if self.settings.gradients_dtype != BFLOAT16 and self.settings.block_size is not None:
+            cure += "; gradients_dtype bfloat16 (grads_dtype in a recipe) halves the window"
+        own = self.own_columns(columns)
+        of_all = "" if self.num_ranks == 1 else f"{own:,} of the "
         raise MemoryBudgetError(
-            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {columns:,} unpruned "
-            "weights, and room for computation or for the window that follows a pruning step), but only "
+            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {of_all}{columns:,} "
+            "unpruned weights, and room for computation or for the window that follows a pruning step), but only "
             f"{free:,} are free; {cure}"
         )
 
