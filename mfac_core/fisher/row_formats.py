@@ -53,6 +53,17 @@ class RowFormat(NamedTuple):
         """Bytes per stored number."""
         return self.stored_dtype.itemsize
 
+    def limited(self, x: Array) -> Array:
+        """Return numbers of :attr:`dtype`, Inf in place of those that cannot be stored: a check for Inf finds them."""
+        if self.dtype == self.stored_dtype:
+            return x
+        xp = array_namespace(x)
+        if xp is np:
+            with np.errstate(over="ignore"):  # overflow proves nothing
+                if np.isfinite(np.dot(x, x)):
+                    return x
+        return xp.where(xp.abs(x) <= self.largest, x, xp.full_like(x, xp.inf))
+
     def stored(self, x: Array) -> Array:
         """Return numbers of :attr:`dtype` as they are stored."""
         return x if self.dtype == self.stored_dtype else _rounded_to_bfloat16(x)

@@ -29,7 +29,7 @@ class GradientCollector:
         num_gradients: Maximum number of rows in the window.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
-        dtype: As in :class:`GradientWindow`.
+        row_format: How the window stores the samples.
         consumers: As in :class:`GradientWindow`.
         warn_once: Logs a message unless one about the same subject has been logged: ``warn_once(subject, message)``.
         window: The samples stored so far; ``None`` before the first sample, which allocates it.
@@ -41,7 +41,7 @@ class GradientCollector:
     num_gradients: int
     block_size: int | None
     device: Device
-    dtype: str
+    row_format: RowFormat
     consumers: Sequence[Device]
     warn_once: Callable[[str, str], None]
     window: GradientWindow | None = None
@@ -68,14 +68,13 @@ class GradientCollector:
         entries = self._entries_on(device)
         if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot represent is refused as Inf
-                return self._store(
-                    [values.astype(np.float32, copy=False) for values in self.layout.gather_each(gradients, entries)]
-                )
+                each = self.layout.gather_each(gradients, entries)
+                return self._store([self.row_format.limited(values.astype(np.float32, copy=False)) for values in each])
         with device.backend.on(device.name):
-            row = device.asarray(self.layout.gather(gradients, entries), np.float32)
+            row = self.row_format.limited(device.asarray(self.layout.gather(gradients, entries), np.float32))
             if device.backend is self.device.backend:
                 xp = array_namespace(row)
-                finite = device.backend.fetch(xp.all(xp.abs(row) <= self._largest))  # False for NaN
+                finite = device.backend.fetch(xp.all(xp.isfinite(row)))
                 self._arriving = lambda: row if bool(finite()) else None
             else:
                 self._arriving = device.backend.fetch(row)
@@ -120,8 +119,7 @@ class GradientCollector:
 
     def _store(self, row: list[Array] | None) -> bool:
         # checked before anything is written: in a full window it overwrites the oldest sample
-        on_host = [values for values in row or [] if isinstance(values, np.ndarray)]
-        if row is None or not all(_is_within(values, self._largest) for values in on_host):
+        if row is None or not all(_is_finite(values) for values in row if isinstance(values, np.ndarray)):
             self.refused_rows += 1
             self.warn_once("refused", "a gradient sample contains NaN or Inf: it is refused and counted")
             return False
@@ -137,16 +135,11 @@ class GradientCollector:
             block_size=self.block_size,
             device=self.device,
             consumers=self.consumers,
-            dtype=self.dtype,
+            dtype=self.row_format.name,
         )
 
-    @property
-    def _largest(self) -> float:
-        return RowFormat.named(self.dtype).largest
 
-
-def _is_within(values: npt.NDArray[Any], largest: float) -> bool:
-    """Return whether all numbers are finite, and at most so large."""
+def _is_finite(values: npt.NDArray[Any]) -> bool:
     with np.errstate(all="ignore"):
         # one fast pass: NaN and Inf propagate into a sum of squares; overflow of the sum proves nothing
-        return bool(np.isfinite(np.dot(values, values))) or bool((np.abs(values) <= largest).all())
+        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

@@ -39,7 +39,7 @@ _logger = logging.getLogger("mfac_core")
 
 @dataclass(frozen=True)
 class WindowMemory:
-    """The gradient windows of a run, and the bytes that they need on one rank, the one with the most blocks.
+    """The gradient windows of a run, and the bytes that they need.
 
     Args:
         settings: What to prune, when and how.
@@ -48,7 +48,8 @@ class WindowMemory:
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
         live_gradients: Whether gradients arrive while training. Their rows survive a pruning step, so the old and
             the new window exist at the same time.
-        num_ranks: Number of processes among which the blocks are dealt.
+        rank: The process whose share of the window is counted; the first has the largest.
+        num_ranks: Number of processes, to which the columns of the window are dealt by whole blocks.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -62,6 +63,7 @@ class WindowMemory:
     schedule: Sequence[ScheduledStep]
     masks: MasksToCome | None = None
     live_gradients: bool = True
+    rank: int = 0
     num_ranks: int = 1
 
     @property
@@ -70,7 +72,7 @@ class WindowMemory:
         return RowFormat.named(self.settings.gradients_dtype)
 
     def peak(self) -> tuple[int, int]:
-        """Return rows and columns of the largest gradient window, those of all ranks together.
+        """Return rows and columns of the largest gradient window.
 
         Example:
             >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients={0.0: 64, 0.5: 512})
@@ -79,21 +81,10 @@ class WindowMemory:
         """
         return max((window for windows in self._sequences(skips=False) for window in windows), key=math.prod)
 
-    def own_columns(self, columns: int) -> int:
-        """Return how many of so many columns the rank with the most blocks owns.
-
-        Example:
-            >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=1, block_size=300)
-            >>> WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5)], num_ranks=2).own_columns(1000)
-            600
-        """
-        return max(stop - start for start, stop in deal(columns, self.settings.block_size, self.num_ranks))
-
     def window_bytes(self) -> int:
         """Return the largest number of bytes that gradient windows take at one time."""
         live, largest = self.live_gradients, 0
-        for sequence in self._sequences(skips=live):
-            windows = [(rows, self.own_columns(columns)) for rows, columns in sequence]
+        for windows in self._sequences(skips=live):
             both = [math.prod(one) + math.prod(other) for one, other in pairwise(windows) if one != other and live]
             largest = max(largest, *map(math.prod, windows), *both)
         return largest * self.row_format.itemsize
@@ -111,7 +102,7 @@ class WindowMemory:
         distinct = min(columns, alike + columns % alike)
         blocks = partition(distinct, block_size, num_gradients=rows, itemsize=COMPUTED_ITEMSIZE, group_bytes=1)
         working = 2 * max((self._working_bytes(block, rows) for block in blocks), default=0)
-        return max(rows * self.own_columns(columns) * self.row_format.itemsize + working, self.window_bytes())
+        return max(rows * columns * self.row_format.itemsize + working, self.window_bytes())
 
     def check(self, device: Device) -> int:
         """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
@@ -133,10 +124,8 @@ class WindowMemory:
         )
         if self.settings.gradients_dtype != BFLOAT16 and self.settings.block_size is not None:
             cure += "; gradients_dtype bfloat16 (grads_dtype in a recipe) halves the window"
-        own = self.own_columns(columns)
-        of_all = "" if self.num_ranks == 1 else f"{own:,} of the "
         raise MemoryBudgetError(
-            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {of_all}{columns:,} "
+            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {columns:,} "
             "unpruned weights, and room for computation or for the window that follows a pruning step), but only "
             f"{free:,} are free; {cure}"
         )
@@ -147,6 +136,11 @@ class WindowMemory:
         is_widened = self.row_format.itemsize < COMPUTED_ITEMSIZE
         others = block.width - max(block.chunk_widths) if is_widened else 0
         return working_bytes(block, rows, COMPUTED_ITEMSIZE) + rows * others * COMPUTED_ITEMSIZE
+
+    def _share(self, columns: int) -> int:
+        """Return how many of the columns the rank stores."""
+        start, stop = deal(columns, self.settings.block_size, self.num_ranks)[self.rank]
+        return stop - start
 
     def _sequences(self, *, skips: bool) -> Iterator[list[tuple[int, int]]]:
         """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
@@ -166,12 +160,12 @@ class WindowMemory:
         for index in range(last + 1):
             for to in range(index, min(index + skips, last) + 1):
                 now, unpruned = reached, columns
-                windows = [(rows[index], unpruned)]
+                windows = [(rows[index], self._share(unpruned))]
                 for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
                     wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
                     now, left = reaches(wanted)
                     unpruned = min(unpruned, left)
-                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
+                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], self._share(unpruned)))
                 if to == index:
                     after = now, unpruned
                 # no window follows the last pruning step

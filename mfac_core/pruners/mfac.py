@@ -136,7 +136,7 @@ class MFACPruner(GradualPruner):
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
-            dtype=settings.gradients_dtype,
+            row_format=memory.row_format,
             consumers=[device for device in self._devices if not device.is_host],
             warn_once=self._warn_once,
         )

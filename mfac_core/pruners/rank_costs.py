@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from mfac_core.pruners.memory import COMPUTED_ITEMSIZE, WindowMemory
@@ -61,8 +62,10 @@ def rank_costs(memory: WindowMemory) -> RankCosts:
         >>> costs.blocks, costs.columns, costs.window_bytes, costs.replicated.per_row, costs.sharded.per_row
         (7, 14000, 3584000, 0, 50000)
     """
-    rows, columns = memory.peak()
-    own = memory.own_columns(columns)
+    _, columns = replace(memory, num_ranks=1).peak()
+    # the first rank has the most blocks
+    memory = replace(memory, rank=0)
+    rows, own = memory.peak()
     width = memory.settings.block_size or max(columns, 1)
     others = memory.num_ranks - 1
     window_bytes = rows * own * memory.row_format.itemsize
