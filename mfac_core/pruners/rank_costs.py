@@ -83,7 +83,7 @@ def rank_costs(memory: WindowMemory) -> RankCosts:
         memory.needed_bytes(),
         # the dual form: a symmetric product and a triangular solve; the primal form has the width in place of m
         2 * rows * min(rows, width) * own,
-        window_bytes if others and memory.live_gradients else 0,
+        rows * own * COMPUTED_ITEMSIZE if others and memory.live_gradients else 0,
         # all new weights of its columns go to each other rank
         replicated=Traffic(0, others * weights + mask),
         # its part of the weights goes to the owners of its columns, and the new weights back
