@@ -81,9 +81,13 @@ class TorchPruning(LivePruning):
         logged: set[str] | None = None,
         ranks: TorchRanks | Alone | None = None,
     ) -> None:
-        # A modifier that only holds zeros may have frozen weights in scope.
         self.parameters = select_parameters(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
+            model,
+            settings.params,
+            settings.exclude,
+            frozen_too=isinstance(settings, ConstantSettings),  # one that only holds zeros
+            logged=logged,
+            logger=logger_of(ranks or Alone(), self.logger),
         )
         check_prunable(self.parameters)
         self._model = model

@@ -76,7 +76,6 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._last: int | None = 0 if len(optimizers) == 1 else None
         self._stepped: int | None = None  # the optimizer that has made the latest step
         self._handles: list[Any] = []
-        self._is_unchecked = True  # ranks have not compared yet what they start from
 
     def attach(self) -> None:
         """Add hooks to the optimizers: to all of them or, if that fails, to none."""
@@ -159,7 +158,6 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._changes.set_trained(self.step)
         self.monitor.record_versions()
         self._counts = False
-        self._is_unchecked = True
         self._observed_at = [-1] * len(self.optimizers)
 
     def _before_step(
@@ -168,10 +166,8 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
         self.monitor.step_begins(number)
+        self.fence()
         self._update_trained(number)
-        if self._is_unchecked and number == self._first:
-            self._is_unchecked = False
-            self.fence()
         self._zero_regrown(number)
         if number == self._first:
             self._last = self._last if self._stepped in {None, number} else self._stepped
@@ -215,6 +211,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
 
     def prune_if_due(self) -> None:
         """Run the pruning steps that are due."""
+        self.fence()
         if self.is_due():
             super().prune_if_due()
             self.monitor.record_versions()
