@@ -27,7 +27,6 @@ __all__ = [
     "Sampler",
     "batches_of_one_pass",
     "batches_to_sample",
-    "in_rounds",
     "in_step",
     "mean_loss",
     "zero_in_all_samples",
@@ -140,9 +139,8 @@ def batches_to_sample(
     held_out: HeldOut | None = None,
     *,
     ranks: Ranks | None = None,
-    sharded: bool = False,
 ) -> Iterator[Any]:
-    """Yield the batches for ``count`` gradient samples; a source that runs out is restarted.
+    """Yield ``count`` batches; a source that runs out is restarted.
 
     A function is then called again; an iterator, which cannot be restarted, yields the batches it has left, with a
     warning. It is an error if the source yields no batch at all, or if a function does not take the options.
@@ -153,76 +151,44 @@ def batches_to_sample(
 
     Args:
         source: The batches, or a function that makes them.
-        count: The number of gradient samples, of all ranks together.
+        count: How many to yield: of several ranks, the share of this one.
         options: ``grad_sampler_kwargs`` of the recipe. A function gets them by name if it has these arguments,
             otherwise as one dictionary.
         held_out: Filled once all batches are yielded and one more is asked for; not from an iterator, whose batches are
             all needed for gradient samples.
-        ranks: The processes that draw samples, each its share; ``None`` for a single one.
-        sharded: Whether each sample is computed by all ranks together, from a batch of each.
+        ranks: The processes that draw samples; ``None`` for a single one.
 
     Example:
         >>> list(batches_to_sample(["first", "second"], 3))
         ['first', 'second', 'first']
     """
     ranks = ranks or Alone()
-    wanted = count if sharded else _share(range(count), ranks)
     taken = 0
     for number in itertools.count():
         if number == 1:
             of_rank = "" if ranks.size == 1 else " on each rank"
             message = "the data ended after %d of %d gradient samples%s and are restarted"
-            logger_of(ranks, _logger).info(message, taken, wanted, of_rank)
+            logger_of(ranks, _logger).info(message, taken, count, of_rank)
         passed = _pass(source, options or {}, ranks, number)
         if passed is None and number == 0:
             raise ValueError(_no_batch(source))
         if passed is None and ranks.size > 1:
             raise ValueError(
-                f"the data ended after {taken} of {wanted} gradient samples on rank {ranks.rank} and cannot be "
+                f"the data ended after {taken} of {count} gradient samples on rank {ranks.rank} and cannot be "
                 "restarted; instead of an iterator, pass a data loader, or a function that returns a new iterator"
             )
         if passed is None:
-            _logger.warning("the data ended after %d of %d gradient samples and cannot be restarted", taken, wanted)
+            _logger.warning("the data ended after %d of %d gradient samples and cannot be restarted", taken, count)
             return
-        for batch in islice(passed, wanted - taken):
+        for batch in islice(passed, count - taken):
             taken += 1
             yield batch
-        if taken == wanted:
+        if taken == count:
             if held_out is not None and not isinstance(source, Iterator):
-                following = range(count, count + held_out.wanted)
-                share = -(-held_out.wanted // ranks.size) if sharded else _share(following, ranks)
                 held_out.are_new = number == 0
                 further = (_pass(source, options or {}, ranks, number + each) for each in range(1, ranks.size + 1))
-                _hold_out(held_out, share, passed, further)
+                _hold_out(held_out, passed, further)
             return
-
-
-def in_rounds(samples: Iterable[Any], count: int, ranks: Ranks, *, sharded: bool = False) -> Iterator[Any]:
-    """Yield what this rank draws, in as many rounds on each rank; ``None`` in rounds in which it has no more to draw.
-
-    Collective: what fails on one rank fails on all. Ranks that compute each sample together are in step already.
-
-    Args:
-        samples: The gradient samples of this rank.
-        count: The number of gradient samples of all ranks together.
-        ranks: The processes that draw them.
-        sharded: As in :func:`batches_to_sample`.
-
-    Example:
-        >>> from mfac_core.ranks import Alone
-        >>> list(in_rounds(["first", "second"], 2, Alone()))
-        ['first', 'second']
-    """
-    if ranks.size == 1 or sharded:
-        yield from samples
-        return
-    drawn = iter(samples)
-    for _ in range(-(-count // ranks.size)):
-        with together(ranks, "drawing a gradient sample"):
-            sample = next(drawn, None)
-        yield sample
-    with together(ranks, "drawing held-out batches"):
-        next(drawn, None)
 
 
 def in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
@@ -308,11 +274,6 @@ def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     ]
 
 
-def _share(positions: range, ranks: Ranks) -> int:
-    """Return how many positions of a common stream are those of this rank."""
-    return sum(position % ranks.size == ranks.rank for position in positions)
-
-
 def _pass(source: BatchSource, options: Mapping[str, object], ranks: Ranks, number: int) -> Iterator[Any] | None:
     """Return the batches of this rank in a pass over the data; ``None`` if there are no data at all."""
     batches = iter(_opened(source, options))
@@ -322,10 +283,10 @@ def _pass(source: BatchSource, options: Mapping[str, object], ranks: Ranks, numb
     return islice(chain(first, batches), (ranks.rank + number) % ranks.size, None, ranks.size)
 
 
-def _hold_out(held_out: HeldOut, wanted: int, batches: Iterator[Any], further: Iterable[Iterator[Any] | None]) -> None:
-    held_out.batches.extend(islice(batches, wanted))
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], further: Iterable[Iterator[Any] | None]) -> None:
+    held_out.batches.extend(islice(batches, held_out.wanted))
     for restarted in further:
-        lacking = wanted - len(held_out.batches)
+        lacking = held_out.wanted - len(held_out.batches)
         if not lacking:
             return
         held_out.are_new = False

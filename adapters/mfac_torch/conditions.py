@@ -114,4 +114,5 @@ def check_trained(prunings: Sequence[TorchPruning]) -> None:
             raise ValueError(
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so they could not be kept sparse; add "
                 "them to the optimizer, or list in params only what it trains"
+                + ("; fully_shard replaces parameters, so create the optimizer after it" if pruning.is_sharded else "")
             )

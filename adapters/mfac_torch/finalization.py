@@ -36,7 +36,7 @@ def reconcile(prunings: Sequence[TorchPruning], hold: bool | None, monitor: Writ
     difference = current_zeros(prunings).difference()
     if not difference:
         return
-    logger = _logger if any(pruning.is_sharded for pruning in prunings) else logger_of(prunings[0].ranks, _logger)
+    logger = prunings[0].weights_logger
     if hold or (hold is None and monitor is None):
         changed = apply_masks(_parameters(prunings), _masks(prunings))
         level = logging.INFO if hold is None else logging.WARNING  # fine-tuning after one shot regrows them as expected

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from mfac_core.backends import Array
-from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, Pruner
 from mfac_core.pruners.step import PruneResult
 from mfac_core.ranks import Alone
+from mfac_core.ranks.logs import logger_of
 from mfac_core.sample_batches import HeldOut
 from mfac_core.session.live_pruning import LivePruning
 from mfac_core.settings.pruning import ConstantSettings, PruningSettings
@@ -36,6 +36,7 @@ from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters
 from mfac_torch.sharded import is_sharded, local, reshard, shards_of
+from mfac_torch.zeros import zeros_of
 
 __all__ = ["TorchPruning"]
 
@@ -80,9 +81,13 @@ class TorchPruning(LivePruning):
         logged: set[str] | None = None,
         ranks: TorchRanks | Alone | None = None,
     ) -> None:
-        # A modifier that only holds zeros may have frozen weights in scope.
         self.parameters = select_parameters(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
+            model,
+            settings.params,
+            settings.exclude,
+            frozen_too=isinstance(settings, ConstantSettings),  # one that only holds zeros
+            logged=logged,
+            logger=logger_of(ranks or Alone(), self.logger),
         )
         check_prunable(self.parameters)
         self._model = model
@@ -124,7 +129,7 @@ class TorchPruning(LivePruning):
         assert self._sampler is not None  # the caller draws samples only from a sampler
         options = pruner.settings.sampler_options
         samples = self._sampler.gradients(
-            self._model, self.parameters, pruner.num_gradients, options, held_out=held_out, ranks=pruner.ranks
+            self._model, self.parameters, pruner.num_samples_here, options, held_out=held_out, ranks=self.ranks
         )
         for gradients in samples:
             yield {name: to_array(gradient) for name, gradient in gradients.items()}
@@ -193,9 +198,9 @@ class TorchPruning(LivePruning):
         self._sample = None
         self.held_masks = HeldMasks(self.parameters)
         self.held_masks.hold(self.masks)
-        difference = count_zeros(self.weights(), self.masks).difference()
+        difference = zeros_of(self.parameters, self.mask_tensors).difference()
         if difference:
-            self.logger.warning(
+            self.weights_logger.warning(
                 "%s. The loaded masks set these weights to zero now; load the model's own state, saved together with "
                 "them, before that of the manager",
                 difference,
@@ -221,9 +226,16 @@ class TorchPruning(LivePruning):
         """Whether this rank has only a part of the parameters."""
         return any(map(is_sharded, self.parameters.values()))
 
-    def check_not_replaced(self) -> None:
-        """Raise an error if the model has been distributed, by sharding its parameters, since it was attached."""
-        refuse_replaced(self._model, self.parameters)
+    @property
+    def weights_logger(self) -> logging.Logger:
+        """Where differences between weights and masks are logged: on the first rank, or on each about its shards."""
+        return type(self).logger if self.is_sharded else logger_of(self.ranks, type(self).logger)
+
+    def check_not_replaced(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise an error if the model that an optimizer trains has been sharded since it was attached."""
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(each) in trained for each in (*self.parameters.values(), *self._model.parameters())):
+            refuse_replaced(self._model, self.parameters)
 
     @property
     def untrained(self) -> list[str]:

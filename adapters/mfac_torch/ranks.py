@@ -39,13 +39,15 @@ def ranks_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Torch
     """
     if not dist.is_available() or not dist.is_initialized():
         return Alone()
-    mesh = mesh_of(parameters)
-    if mesh is not None:
-        group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-    else:
-        replicated = (each for each in layers_of(module) if isinstance(each, nn.parallel.DistributedDataParallel))
-        group = next((each.process_group for each in replicated), dist.group.WORLD)
+    group = _group(module, mesh_of(parameters))
     return Alone() if group.size() == 1 else TorchRanks(group)
+
+
+def _group(module: nn.Module, mesh: Any) -> Any:
+    if mesh is not None and mesh.ndim == 1:
+        return mesh.get_group()
+    replicated = (each for each in layers_of(module) if isinstance(each, nn.parallel.DistributedDataParallel))
+    return next((each.process_group for each in replicated), dist.group.WORLD)
 
 
 class TorchRanks:
@@ -118,6 +120,6 @@ def _raising(ranks: TorchRanks, doing: str) -> Iterator[None]:
     except RuntimeError as error:
         raise RankError(
             f"{doing} between the {ranks.size} ranks has failed on rank {ranks.rank}: another rank has raised an "
-            "error, has ended, or takes another path through the training loop, such as a step that the others do not "
-            f"take. Look for its error, and start all ranks again from the last checkpoint ({error})"
+            "error, has ended or does not make the same calls. Look for its error, call modify() and each optimizer "
+            f"step on all ranks, and start all of them again from the last checkpoint ({error})"
         ) from error

@@ -148,12 +148,12 @@ class GradSampler(Sampler):
         Args:
             model: The model to evaluate, unwrapped.
             parameters: The parameters to differentiate with respect to, by name.
-            count: How many samples to draw.
+            count: How many samples this process draws.
             options: Passed to the callable that makes the batches.
             held_out: Filled with the batches that follow, once all samples are drawn.
-            ranks: The processes that draw samples together. Each has its share of the samples, or of sharded parameters
-                (``fully_shard``) its part of each sample, which is then the mean over a batch of each. ``None`` for a
-                single process.
+            ranks: The processes that draw samples, ``None`` for a single one: each has samples of its own. Those of
+                sharded parameters (``fully_shard``) draw each sample together, as the mean over a batch of each, and
+                have their parts of it.
 
         Yields:
             The gradient of one batch's loss by parameter name, each of its parameter's shape; zeros for a parameter
@@ -174,21 +174,19 @@ class GradSampler(Sampler):
         ranks, tensors = ranks or Alone(), list(parameters.values())
         sharded = any(map(is_sharded, tensors))
         reshard(model)
-        batches = batches_to_sample(self._source, count, options, held_out, ranks=ranks, sharded=sharded)
+        batches = batches_to_sample(self._source, count, options, held_out, ranks=ranks)
         if sharded:
-            batches, share = in_step(batches, ranks), count
-        else:
-            share = len(range(ranks.rank, count, ranks.size))
+            batches = in_step(batches, ranks)
         samples = (self._gradient(model, tensors, batch, is_first=not number) for number, batch in enumerate(batches))
         rows = self._without_gaps(
             samples,
             list(parameters),
-            share,
+            count,
             lambda index: torch.zeros_like(local(tensors[index])),
             ranks=ranks,
             sharded=sharded,
         )
-        with _progress_bar(share) if self._progress and ranks.rank == 0 else nullcontext(_no_advance) as advance:
+        with _progress_bar(count) if self._progress and ranks.rank == 0 else nullcontext(_no_advance) as advance:
             for row in rows:
                 yield dict(zip(parameters, row, strict=True))
                 advance()

@@ -166,6 +166,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
         self.monitor.step_begins(number)
+        self.fence()
         self._update_trained(number)
         self._zero_regrown(number)
         if number == self._first:
@@ -210,6 +211,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
 
     def prune_if_due(self) -> None:
         """Run the pruning steps that are due."""
+        self.fence()
         if self.is_due():
             super().prune_if_due()
             self.monitor.record_versions()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed
@@ -18,7 +18,7 @@ __all__ = ["imported", "is_sharded", "local", "local_part", "mesh_of", "reshard"
 _SUPPORTED = "fully_shard(model) on the whole model, with the default mesh, or a 2-D one (HSDP) over all processes"
 
 
-def is_sharded(tensor: object) -> bool:
+def is_sharded(tensor: object) -> TypeGuard[Any]:
     """Return whether a tensor is a DTensor."""
     return isinstance(tensor, imported("torch.distributed.tensor", "DTensor"))
 
@@ -26,14 +26,14 @@ def is_sharded(tensor: object) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return what this rank has of a tensor, without autograd; it shares the memory of the tensor."""
     tensor = tensor.detach()
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # of DTensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_part(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the part of a full tensor that this rank has of another one of its shape, as a view."""
     if not is_sharded(like):
         return full
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]  # of DTensor
+    mesh: Any = like.device_mesh
     return full[slice(*_rows(len(full), mesh, torch.distributed.get_rank()))]
 
 

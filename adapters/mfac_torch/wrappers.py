@@ -30,5 +30,6 @@ def layers_of(module: nn.Module) -> Iterator[nn.Module]:
 
 def _inside(module: nn.Module) -> nn.Module | None:
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return module.module
+        inside: nn.Module = module.module
+        return inside
     return next((module._modules[name] for name in _INSIDE if module._modules.get(name) is not None), None)

@@ -22,8 +22,6 @@ from mfac_torch.zeros import zeros_of
 
 __all__ = ["WriteMonitor"]
 
-_logger = logging.getLogger("mfac_torch")
-
 
 class WriteMonitor:
     """Detects steps of optimizers that are not attached, and pruned weights that are no longer zero.
@@ -113,9 +111,7 @@ class WriteMonitor:
         level = logging.DEBUG if self._warned_in == epoch else logging.WARNING
         self._warned_in = epoch
         weights = {name: each for pruning in self._prunings for name, each in pruning.parameters.items()}
-        # each rank sees its own shards only
-        logger = _logger if any(pruning.is_sharded for pruning in self._prunings) else self._logger
-        logger.log(
+        self._prunings[0].weights_logger.log(
             level,
             "%s, at step %d. Likely cause: %s. The next step sets these weights to zero again. For an average of the "
             "weights use mfac_torch.apply_masks; to train without masks call finalize() first (logged once per epoch)",
@@ -163,7 +159,7 @@ class WriteMonitor:
         if optimizer not in self._known:
             self._known.add(optimizer)
             for pruning in self._prunings:
-                pruning.check_not_replaced()
+                pruning.check_not_replaced(optimizer)
         self._steps_before[optimizer] = self._num_steps
 
     def _after_any(self, optimizer: torch.optim.Optimizer) -> None:

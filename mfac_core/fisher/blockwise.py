@@ -20,6 +20,7 @@ from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
 from mfac_core.fisher.factors import Factor, evaluate, factor
 from mfac_core.fisher.kernels import Float64Needed, wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
+from mfac_core.fisher.row_formats import widened
 from mfac_core.ranks.base import Ranks
 from mfac_core.settings.checks import Damping
 
@@ -40,7 +41,7 @@ class GradientSource(Protocol):
     Attributes:
         stored_groups: The blocks, in the groups in which they are stored.
         num_weights: Columns ``d``.
-        dtype: dtype of the rows.
+        dtype: dtype of the rows when they are read.
     """
 
     stored_groups: tuple[BlockGroup, ...]
@@ -52,7 +53,7 @@ class GradientSource(Protocol):
         """Rows ``m``."""
 
     def chunks(self, group: BlockGroup) -> list[Array]:
-        """Return the chunks of a group, each of shape ``(n, m, width)``."""
+        """Return the chunks of a group, each of shape ``(n, m, width)``, as they are stored."""
 
 
 class BlockwiseFisher:
@@ -311,7 +312,8 @@ class BlockwiseFisher:
             try:
                 with closing(device.backend.stream(device.name, loaders())) as items:
                     for chunks in items:
-                        self._work_on(task, taken.popleft(), device, chunks)
+                        # widened on the device: copies to it take the bytes that are stored
+                        self._work_on(task, taken.popleft(), device, [widened(chunk) for chunk in chunks])
             except BaseException:
                 queue.clear()  # the other workers stop after their current group
                 raise
@@ -385,7 +387,7 @@ class BlockwiseFisher:
         """Raise an error that names the rows with NaN or Inf, if there are any."""
         bad: set[int] = set()
         for group in self.groups:
-            for chunk in self.source.chunks(group):
+            for chunk in map(widened, self.source.chunks(group)):
                 xp = array_namespace(chunk)
                 finite = xp.all(xp.all(xp.isfinite(chunk), axis=-1), axis=0)
                 bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}

@@ -11,6 +11,7 @@ import numpy as np
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.fisher.blockwise import GradientSource
 from mfac_core.fisher.kernels import wide_dtype
+from mfac_core.fisher.row_formats import widened
 from mfac_core.ranks.agreement import gathered, together
 from mfac_core.ranks.base import Alone, Ranks
 from mfac_core.settings.checks import Damping
@@ -198,5 +199,5 @@ def _pieces(source: GradientSource) -> Iterator[tuple[Array, bool]]:
             for chunk in source.chunks(group.subgroup(first, min(blocks, group.count - first))):
                 width = chunk.shape[2]
                 for start in range(0, width, at_once):
-                    yield chunk[:, :, start : min(start + at_once, width)], begins_block
+                    yield widened(chunk[:, :, start : min(start + at_once, width)]), begins_block
                     begins_block = False

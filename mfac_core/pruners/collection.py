@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, device_of
+from mfac_core.fisher.row_formats import RowFormat
 from mfac_core.fisher.window import GradientWindow
 from mfac_core.masks.layout import WeightLayout
 from mfac_core.pruners.fence import strided
@@ -37,6 +38,7 @@ class GradientCollector:
         num_gradients: Maximum number of rows in the window.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
+        row_format: How the window stores the samples.
         consumers: As in :class:`GradientWindow`.
         home: The device of gradients, on which ranks exchange samples.
         warn_once: Logs a message unless one about the same subject has been logged: ``warn_once(subject, message)``.
@@ -53,6 +55,7 @@ class GradientCollector:
     num_gradients: int
     block_size: int | None
     device: Device
+    row_format: RowFormat
     consumers: Sequence[Device]
     home: Device
     warn_once: Callable[[str, str], None]
@@ -175,7 +178,7 @@ class GradientCollector:
             return
 
         def in_host_memory(num_columns: int) -> GradientWindow:
-            return GradientWindow(num_columns, num_gradients, block_size=None)
+            return GradientWindow(num_columns, num_gradients, block_size=None, dtype=self.row_format.name)
 
         self.loaded = LoadedRows.checked(states, self.distribution.num_columns, in_host_memory)
         if self.ranks.size == 1:
@@ -234,9 +237,10 @@ class GradientCollector:
         if device.is_host:
             with np.errstate(over="ignore"):  # what float32 cannot represent is refused as Inf
                 each = self.layout.gather_each(gradients, unpruned)
-                return device, [values.astype(np.float32, copy=False) for values in each]
+                return device, [self.row_format.limited(values.astype(np.float32, copy=False)) for values in each]
         with device.backend.on(device.name):
-            return device, [device.asarray(self.layout.gather(gradients, unpruned), np.float32)]
+            row = device.asarray(self.layout.gather(gradients, unpruned), np.float32)
+            return device, [self.row_format.limited(row)]
 
     def _unpruned_on(self, device: Device) -> dict[str, Array]:
         if self._unpruned is None or self._unpruned[0] != device:
@@ -286,6 +290,7 @@ class GradientCollector:
             block_size=self.block_size,
             device=self.device,
             consumers=self.consumers,
+            dtype=self.row_format.name,
         )
 
 

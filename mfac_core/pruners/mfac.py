@@ -18,7 +18,7 @@ from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
 from mfac_core.pruners.fence import check_alike
 from mfac_core.pruners.gradual import GradualPruner
-from mfac_core.pruners.memory import WINDOW_ITEMSIZE, MasksToCome, WindowMemory, choose_window_device
+from mfac_core.pruners.memory import MasksToCome, WindowMemory, choose_window_device
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
 from mfac_core.ranks.base import Ranks
 from mfac_core.ranks.distribution import Distribution
@@ -154,6 +154,7 @@ class MFACPruner(GradualPruner):
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
+            row_format=memory.row_format,
             consumers=[device for device in self._devices if not device.is_host],
             home=device_of(first),
             warn_once=self._warn_once,
@@ -162,7 +163,7 @@ class MFACPruner(GradualPruner):
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
         self.needed_bytes = memory.check(window_device)
-        self.window_bytes = math.prod(memory.peak()) * WINDOW_ITEMSIZE
+        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
 
     @property
     def num_gradients(self) -> int:
@@ -275,9 +276,18 @@ class MFACPruner(GradualPruner):
     @property
     def num_samples_here(self) -> int:
         """Gradient samples that this rank draws to fill the window: its share, or all if each is drawn together."""
-        if self._is_sharded:
-            return self.num_gradients
-        return len(range(self.ranks.rank, self.num_gradients, self.ranks.size))
+        return self.share_of(self.num_gradients)
+
+    def share_of(self, count: int) -> int:
+        """Return how many of the batches that all ranks draw together this rank draws.
+
+        Args:
+            count: How many all draw.
+
+        Returns:
+            Its share; all of them if the weights are in shards, because the ranks then compute with each together.
+        """
+        return count if self._is_sharded else len(range(self.ranks.rank, count, self.ranks.size))
 
     def forget_gradients(self) -> None:
         """Empty the window, before fresh samples are drawn."""

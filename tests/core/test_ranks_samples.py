@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mfac_core import MFACPruner, MFACSettings, RankError
 from mfac_core.pruners.step import PruneResult
 from mfac_core.ranks import Shards
-from mfac_core.sample_batches import HeldOut, batches_to_sample, in_rounds, in_step
+from mfac_core.sample_batches import HeldOut, batches_to_sample, in_step
 from mfac_core.session.measured_loss import LossMeasurement
 from mfac_core.session.session import Session
 from tests.core.numpy_framework import LOGGER, SHAPES, STEPS_PER_EPOCH, ArrayPruning, Model, batch
@@ -20,19 +20,24 @@ from tests.core.thread_ranks import outcomes, run_ranks
 SIZES = st.integers(1, 4)
 
 
-def drawn(size, count, source_of, *, wanted=0, sharded=False):
-    """Return what each rank yields in each round, and its held-out batches."""
+def share(count, rank, size):
+    return len(range(rank, count, size))
+
+
+def drawn(size, count, source_of, *, wanted=0):
+    """Return the batches of each rank, and its held-out batches: its shares of so many."""
 
     def draw(ranks):
-        held_out = HeldOut(wanted) if wanted else None
-        batches = batches_to_sample(source_of(ranks.rank), count, None, held_out, ranks=ranks, sharded=sharded)
-        return list(in_rounds(batches, count, ranks, sharded=sharded)), held_out
+        held_out = HeldOut(share(wanted, ranks.rank, size)) if wanted else None
+        own = share(count, ranks.rank, size)
+        return list(batches_to_sample(source_of(ranks.rank), own, None, held_out, ranks=ranks)), held_out
 
     return run_ranks(size, draw)
 
 
 def in_order(found):
-    return [sample for of_round in zip(*(rounds for rounds, _ in found), strict=True) for sample in of_round]
+    rounds = itertools.zip_longest(*(batches for batches, _ in found))
+    return [batch for of_round in rounds for batch in of_round if batch is not None]
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,11 +47,11 @@ def test_ranks_that_read_the_same_data_draw_what_one_process_draws(size, count, 
     alone = HeldOut(wanted)
     samples = list(batches_to_sample(data, count, None, alone))
     found = drawn(size, count, lambda rank: data, wanted=wanted)
-    together = in_order(found)
-    assert together[:count] == samples
-    assert set(together[count:]) <= {None}  # the last round may be incomplete
-    if wanted and wanted <= further:
-        assert sorted(each for _, held_out in found for each in held_out.batches) == alone.batches
+    assert in_order(found) == samples
+    if wanted and wanted + size <= further:
+        held_out = sorted(each for _, held_out in found for each in held_out.batches)
+        assert len(set(held_out)) == wanted and not set(held_out) & set(samples)
+        assert held_out == alone.batches or count % size
         assert all(held_out.are_new for _, held_out in found)
 
 
@@ -55,54 +60,25 @@ def test_ranks_that_read_the_same_data_draw_what_one_process_draws(size, count, 
 def test_ranks_that_read_parts_of_the_data_draw_nothing_twice_until_all_is_drawn(size, length, data):
     count = data.draw(st.integers(1, size * length))
     found = drawn(size, count, lambda rank: [(rank, number) for number in range(length)])
-    samples = [each for each in in_order(found) if each is not None]
+    samples = in_order(found)
     assert len(samples) == count
     assert max(Counter(samples).values()) == 1
 
 
-@settings(deadline=None, max_examples=40)
-@given(SIZES, st.integers(1, 12), st.integers(1, 20), st.integers(1, 8))
-def test_ranks_that_compute_samples_together_take_the_same_number_of_batches(size, count, length, wanted):
-    found = drawn(size, count, lambda rank: range(length), wanted=wanted, sharded=True)
-    assert {len(rounds) for rounds, _ in found} == {count}
-    if size * (count + wanted) <= length:
-        taken = [each for rounds, held_out in found for each in (*rounds, *held_out.batches)]
-        assert max(Counter(taken).values()) == 1
-        assert {len(held_out.batches) for _, held_out in found} == {-(-wanted // size)}
+def test_a_rank_that_reads_little_has_its_share_of_held_out_batches_too():
+    for batches, held_out in drawn(4, 8, lambda rank: [0, 1], wanted=8):
+        assert sorted(batches) == sorted(held_out.batches) == [0, 1]
+        assert not held_out.are_new
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-def test_data_that_end_on_one_rank_are_an_error_on_all(sharded):
-    def draw(ranks):
-        source = iter(range(8 if ranks.rank == 1 else 100))
-        batches = batches_to_sample(source, 16, ranks=ranks, sharded=sharded)
-        return list(in_rounds(in_step(batches, ranks) if sharded else batches, 16, ranks, sharded=sharded))
-
-    first, second, third = outcomes(3, draw)
-    taken, wanted = (3, 16) if sharded else (3, 5)
-    said = f"the data ended after {taken} of {wanted} gradient samples on rank 1 and cannot be restarted; instead of"
-    assert isinstance(second, ValueError) and said in str(second)
-    assert isinstance(first, RankError) and isinstance(third, RankError)
-    assert str(first).startswith("rank 1 failed in ") and said in str(first)
-
-
-def test_an_error_in_held_out_batches_of_one_rank_is_one_on_all():
-    def source(rank):
-        def make():
-            yield from range(8)
-            if rank == 2:
-                raise OSError("the disk is gone")
-            yield from range(8, 20)
-
-        return make
-
-    def draw(ranks):
-        batches = batches_to_sample(source(ranks.rank), 6, None, HeldOut(6), ranks=ranks)
-        return list(in_rounds(batches, 6, ranks))
-
-    *others, failing = outcomes(3, draw)
-    assert isinstance(failing, OSError)
-    assert all("rank 2 failed in drawing held-out batches: OSError" in str(each) for each in others)
+def test_data_that_end_on_one_rank_and_cannot_be_restarted_are_an_error():
+    found = outcomes(3, lambda ranks: list(batches_to_sample(iter(range(8)), 3, ranks=ranks)))
+    assert found[:2] == [[0, 3, 6], [1, 4, 7]]
+    assert isinstance(found[2], ValueError)
+    assert str(found[2]) == (
+        "the data ended after 2 of 3 gradient samples on rank 2 and cannot be restarted; instead of an iterator, pass "
+        "a data loader, or a function that returns a new iterator"
+    )
 
 
 def test_batches_in_step_end_together_or_name_the_rank_that_ended():
@@ -112,6 +88,15 @@ def test_batches_in_step_end_together_or_name_the_rank_that_ended():
         "the data ended after 2 batches on rank 1, and the other ranks have more; give each rank the same number of "
         "batches, such as by a DistributedSampler"
     }
+
+
+def test_batches_in_step_fail_together():
+    def read(ranks):
+        return list(in_step((1 / (number + ranks.rank - 2) for number in range(3)), ranks))
+
+    found = outcomes(2, read)
+    assert isinstance(found[1], ZeroDivisionError)
+    assert "rank 1 failed in reading a batch: ZeroDivisionError" in str(found[0])
 
 
 # --- the measured loss
@@ -139,7 +124,7 @@ def measured(ranks, batches, *, sharded=False, fails_on=None):
             raise OSError("the disk is gone")
         return next(scale) * float(np.mean(values))
 
-    measurement = LossMeasurement(loss)
+    measurement = LossMeasurement(loss, ranks)
     measurement.held_out(pruner).batches += batches[ranks.rank]
     measurement.begin()
     result = measurement.end(PruneResult(np.zeros(2), np.zeros(2, bool), 0.5, 0.01))
@@ -175,9 +160,9 @@ class SharingPruning(ArrayPruning):
     spoiled: tuple = ()
 
     def gradient_samples(self, pruner, held_out):
-        numbers = batches_to_sample(range(20), pruner.num_gradients, None, held_out, ranks=pruner.ranks)
+        numbers = batches_to_sample(range(20), pruner.num_samples_here, None, held_out, ranks=self.ranks)
         for number in numbers:
-            if (pruner.ranks.rank, number) in self.spoiled:
+            if (self.ranks.rank, number) in self.spoiled:
                 raise OSError("the disk is gone")
             yield {name: self.model.gradients(batch(number))[name] for name in self.names}
 

@@ -542,6 +542,7 @@ def test_one_shot_that_is_not_finalized_zeroes_again_at_the_end(task):
         ("num_grads", 2),
         ("num_grads", "{0.0: 4, 0.3: 2}"),
         ("damp", 10.0),
+        ("grads_dtype", "bfloat16"),
         ("fisher_block_size", 4),
         ("fisher_block_size", "null"),
         ("inter_func", "linear"),
