@@ -118,10 +118,10 @@ def test_one_shot_is_that_of_one_process_with_the_same_rows(rank_processes, how,
     found = rank_processes.run(one_shot, how, keys, size=size)
     alone = one_shot_alone(how, keys, size)
     assert_equal(found, alone)
-    assert not any(lines for *_, lines in found[1:])  # what all would log alike, the first logs
+    assert [lines for *_, lines in found[1:]] == [[]] * (size - 1)  # what all would log alike, the first logs
     of_steps, of_alone = ([line for line in each[3] if "pruning step" in line] for each in (found[0], alone))
     assert len(of_steps) == len(of_alone) > 0
-    if how == "ddp":
+    if how == "ddp" and not keys["num_grads"] % size:  # otherwise the batches to measure on are others
         for line, of_one in zip(of_steps, of_alone, strict=True):
             assert measured(line) == pytest.approx(measured(of_one), abs=2e-4)
 
@@ -208,7 +208,7 @@ def test_no_row_is_drawn_twice_with_a_distributed_sampler_or_without(rank_proces
     assert len(measured_on) == 20 and len(set(measured_on)) == 10  # each before and after
     assert not set(drawn) & set(measured_on)
     if not sharded:
-        assert sorted(drawn) == list(range(10)) and set(measured_on) == set(range(10, 20))
+        assert sorted(drawn) == list(range(10)) and set(measured_on) < set(range(10, 24))
         assert [samples for samples, *_ in found] == [list(range(rank, 10, size)) for rank in range(size)]
 
 
@@ -259,13 +259,9 @@ class _Raising:
 @pytest.mark.parametrize(
     ("what", "own", "of_others"),
     [
-        ("raises", "OSError: the disk is gone", "RankError: rank 1 failed in .*OSError: the disk is gone"),
-        ("form", "ValueError: the data loader of the GradSampler yields a str", "RankError: rank 1 failed in .*a str"),
-        (
-            "ends",
-            "ValueError: the data ended after . of .* on rank 1",
-            "RankError: rank 1 failed in .*data ended after",
-        ),
+        ("raises", "OSError: the disk is gone", "OSError: the disk is gone"),
+        ("form", "ValueError: the data loader of the GradSampler yields a str", "a str"),
+        ("ends", "ValueError: the data ended after 2 of .* on rank 1", "the data ended after 2 of"),
     ],
 )
 def test_a_failure_on_one_rank_is_known_to_all_and_changes_nothing(rank_processes, how, what, own, of_others):
@@ -342,6 +338,18 @@ def test_one_shot_recalibrates_over_all_ranks(rank_processes):
     found = rank_processes.run(one_shot_with, "ddp", LAYERS, options, size=2)
     alone = one_shot_alone("ddp", LAYERS, 2, **options)
     assert_equal(found, (*alone[:2], _untracked(alone[2]), []), buffers=True)
+
+
+def recommended(group):
+    with logged() as lines:
+        prune_one_shot(distributed(group, "ddp", model()), batches(), LOSS, sparsity=0.5, num_grads=4)
+    return lines
+
+
+def test_only_the_first_rank_logs_the_recommended_settings(rank_processes):
+    first, second = rank_processes.run(recommended, size=2)
+    assert any("recommended settings where none are given" in line for line in first)
+    assert not second
 
 
 def one_shot_with(group, how, keys, options):
