@@ -283,14 +283,11 @@ def _pass(source: BatchSource, options: Mapping[str, object], ranks: Ranks, numb
     return islice(chain(first, batches), (ranks.rank + number) % ranks.size, None, ranks.size)
 
 
-def _hold_out(held_out: HeldOut, batches: Iterator[Any], further: Iterable[Iterator[Any] | None]) -> None:
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], further: Iterator[Iterator[Any] | None]) -> None:
     held_out.batches.extend(islice(batches, held_out.wanted))
-    for restarted in further:
-        lacking = held_out.wanted - len(held_out.batches)
-        if not lacking:
-            return
+    while len(held_out.batches) < held_out.wanted and (restarted := next(further, None)) is not None:
         held_out.are_new = False
-        held_out.batches.extend(islice(restarted or (), lacking))
+        held_out.batches.extend(islice(restarted, held_out.wanted - len(held_out.batches)))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

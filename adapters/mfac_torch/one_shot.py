@@ -40,8 +40,8 @@ def prune_one_shot(
     logged. After an exception, the model is unchanged.
 
     Args:
-        model: The model, in ``DistributedDataParallel`` or after ``fully_shard`` if there are several processes, each of
-            which makes this call. Other wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
+        model: The model, in ``DistributedDataParallel`` or after ``fully_shard`` if there are several processes, each
+            of which makes this call. Other wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches to sample gradients from, in a form that :class:`GradSampler` takes, or a :class:`GradSampler`.
             Batches smaller than in training tell more about the curvature.
         loss_fn: ``loss_fn(output, target)``, which returns a scalar tensor; ``None`` uses the loss that the model

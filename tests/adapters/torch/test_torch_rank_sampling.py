@@ -133,6 +133,49 @@ def measured(line):
     return [float(change), float(where.split()[0])] if after else []
 
 
+def evaluated(group, how):
+    """Evaluate a model without a backward pass before it is pruned and after."""
+    inside, inputs = model(), batches()[0][0]
+    module = distributed(group, how, inside)
+    with torch.no_grad():
+        module(inputs)
+    masks = prune_one_shot(
+        module, batches() if group else merged(2), LOSS if group else Merged(2), sparsity=0.6, **LAYERS
+    )
+    with torch.no_grad():
+        output = module(inputs).numpy()
+    for each in inside.modules():
+        if hasattr(each, "reshard"):
+            each.reshard()
+    return result_of(inside, masks), output
+
+
+def test_a_sharded_model_that_has_been_evaluated_is_pruned_and_then_computes_with_its_new_weights(rank_processes):
+    found = rank_processes.run(evaluated, "fsdp2", size=2)
+    alone, output = evaluated(None, "fsdp2")
+    assert_equal([each for each, _ in found], alone)
+    for _, here in found:
+        np.testing.assert_allclose(here, output, rtol=1e-5, atol=1e-5)
+
+
+def unwrapped(group, seed):
+    inside = model(seed + dist.get_rank())
+    try:
+        return result_of(inside, prune_one_shot(inside, batches(), LOSS, sparsity=0.6, **LAYERS))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def unwrapped_alike(group):
+    return unwrapped(group, -dist.get_rank())
+
+
+def test_a_model_that_is_not_wrapped_is_pruned_by_all_processes_if_its_weights_are_the_same(rank_processes):
+    assert_equal(rank_processes.run(unwrapped_alike), one_shot_alone("ddp", LAYERS, 4))
+    for message in rank_processes.run(unwrapped, 0):
+        assert "differ between ranks" in message and "DistributedDataParallel" in message
+
+
 def by_magnitude(group, how):
     inside = model()
     manager = ScheduledModifierManager([MagnitudePruningModifier(final_sparsity=0.6, end_epoch=0.0)])
@@ -232,6 +275,9 @@ def failing(group, how, what):
         data = iter(data[:5] if rank == 1 else data)
     elif rank == 1 and what == "raises":
         data = _Raising(data, at=5)
+    elif what == "last group":
+        keys, at = LAYERS | {"layers_at_once": 1}, iter([100, 100, 3])
+        data = (lambda: iter(_Raising(batches(100), next(at)))) if rank == 1 else batches(100)
     elif rank == 1 and what == "form":
         data = [*data[:4], "not a batch", *data[5:]]
     error = None
@@ -260,6 +306,7 @@ class _Raising:
     ("what", "own", "of_others"),
     [
         ("raises", "OSError: the disk is gone", "OSError: the disk is gone"),
+        ("last group", "OSError: the disk is gone", "OSError: the disk is gone"),
         ("form", "ValueError: the data loader of the GradSampler yields a str", "a str"),
         ("ends", "ValueError: the data ended after 2 of .* on rank 1", "the data ended after 2 of"),
     ],
