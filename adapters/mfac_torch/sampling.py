@@ -173,7 +173,7 @@ class GradSampler(Sampler):
             )
         ranks, tensors = ranks or Alone(), list(parameters.values())
         sharded = any(map(is_sharded, tensors))
-        reshard(model)
+        reshard(model)  # an evaluation may have left full parameters, whose gradients would not be those of the shards
         batches = batches_to_sample(self._source, count, options, held_out, ranks=ranks)
         if sharded:
             batches = in_step(batches, ranks)
@@ -218,7 +218,6 @@ class GradSampler(Sampler):
                 loss = self._loss_of(model(*args, **kwargs), target)
                 check_scalar(loss)
                 losses.append(float(loss.detach()))
-        reshard(model)
         return mean_loss(losses)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -237,9 +236,7 @@ class GradSampler(Sampler):
         """
         args, kwargs, _ = self._call_of(model, batch)
         with torch.no_grad():
-            output = model(*args, **kwargs)
-        reshard(model)
-        return output
+            return model(*args, **kwargs)
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         args, kwargs, target = model_arguments(to_device_of(model, batch), with_target=self._loss_fn is not None)

@@ -23,6 +23,7 @@ from mfac_torch import (
     prune_one_shot,
     recalibrate_batchnorm,
 )
+from mfac_torch.sharded import is_sharded
 from tests.adapters.torch.rank_training import full_weights, logged
 
 LOSS = nn.functional.mse_loss
@@ -88,6 +89,7 @@ def one_shot(group, how, keys, sparsity=0.6, **options):
     module = distributed(group, how, inside)
     with logged() as lines:
         masks = prune_one_shot(module, batches(), LOSS, sparsity=sparsity, **keys, **options)
+    assert how == "ddp" or all(map(is_sharded, inside.parameters()))  # evaluation has left nothing in full
     return result_of(inside, masks, lines)
 
 
