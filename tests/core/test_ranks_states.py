@@ -181,9 +181,7 @@ def test_states_of_other_steps_are_refused_by_the_rank_that_loads_both():
 def test_ranks_that_load_rows_of_other_steps_are_named():
     early, later = stopped(2, None, 6)[0], stopped(2, None, 7)[0]
     weights = alone(SETTINGS).full
-    with pytest.raises(
-        RankError, match="gradient windows with 2 and 3 rows; resume all ranks from the same checkpoint"
-    ):
+    with pytest.raises(RankError, match="gradient windows with 2 and 3 rows; resume all ranks"):
         resumed(2, None, 6, [early[0], later[1]], weights)
 
 
