@@ -245,11 +245,13 @@ class Session(Generic[P, C]):
             return states  # type: ignore[return-value]  # checked by the caller
         for state in states:
             check_keys("a run", state, ("step", "prunings"))
-        steps = sorted({checked_integer("step", state["step"]) for state in states})
+            if not isinstance(state["prunings"], list | tuple):
+                refuse("prunings", state["prunings"], "a list with the state of each pruning modifier")
         of_prunings = [state["prunings"] for state in states]
-        if len(steps) > 1 or len({len(each) if isinstance(each, list | tuple) else -1 for each in of_prunings}) > 1:
+        steps = sorted({checked_integer("step", state["step"]) for state in states})
+        if len(steps) > 1 or len({len(each) for each in of_prunings}) > 1:
             raise ValueError(
-                f"the states of several ranks are not from one run and step (they are at {join_names(map(str, steps))}); "
+                f"the states of several ranks are not from the same run and step (step {join_names(map(str, steps))}); "
                 "load the states that all ranks have saved at one step"
             )
         return {**states[0], "prunings": [combined(each) for each in zip(*of_prunings, strict=True)]}
