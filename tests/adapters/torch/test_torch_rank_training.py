@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from mfac_core.backends import lookup
+from mfac_torch import conversion
 from tests.adapters.torch.conftest import TinyTask
 from tests.adapters.torch.rank_training import ACDC, Run, assert_equal_runs, train
+from tests.adapters.torch.virtual_gpus import VirtualGpus
 
 GLOBAL = {"global_sparsity": True}
 
@@ -34,6 +37,20 @@ def test_masks_are_those_of_one_process_with_the_whole_batch(rank_processes, how
 def test_hsdp_prunes_like_one_process(rank_processes):
     text = recipe(**GLOBAL)
     assert_equal_runs(rank_processes.run(train, text, {"how": "hsdp", "optimizer": "adamw"}), alone(text, "adamw"))
+
+
+def _as_on_gpus(group, text, how):
+    """Train as on a GPU, where arrays are tensors."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(lookup._registered, "torch", VirtualGpus())
+        patch.setattr(conversion, "_is_on_cpu", lambda tensor: False)
+        return train(group, text, {"how": how})
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_tensors_on_gpus_are_exchanged_as_tensors(rank_processes, how):
+    text = recipe(**GLOBAL)
+    assert_equal_runs(rank_processes.run(_as_on_gpus, text, how), alone(text))
 
 
 @pytest.mark.parametrize(
