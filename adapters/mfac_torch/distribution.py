@@ -47,8 +47,8 @@ def refuse_several_processes(what: str) -> None:
     """Raise NotImplementedError if there are several processes, over which ``what`` is not supported."""
     if num_processes() > 1:
         raise NotImplementedError(
-            f"training is distributed over {num_processes()} processes, over which {what} is not supported yet: each "
-            "would choose its own masks. Use a single process"
+            f"there are {num_processes()} processes, over which {what} is not supported: each would measure samples of "
+            f"its own. Call {what} in a single process"
         )
 
 

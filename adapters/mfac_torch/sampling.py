@@ -218,6 +218,7 @@ class GradSampler(Sampler):
                 loss = self._loss_of(model(*args, **kwargs), target)
                 check_scalar(loss)
                 losses.append(float(loss.detach()))
+        reshard(model)  # an optimizer that steps before the next backward pass would leave full parameters as they are
         return mean_loss(losses)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -236,7 +237,9 @@ class GradSampler(Sampler):
         """
         args, kwargs, _ = self._call_of(model, batch)
         with torch.no_grad():
-            return model(*args, **kwargs)
+            output = model(*args, **kwargs)
+        reshard(model)
+        return output
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         args, kwargs, target = model_arguments(to_device_of(model, batch), with_target=self._loss_fn is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from mfac_core.backends import device_of
 from mfac_core.errors import SettingError
+from mfac_core.ranks.agreement import together
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import lint_one_shot
 from mfac_core.recipe.naming import display_name, log_names
@@ -107,7 +108,11 @@ def prune_in_one_shot(
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for each in modifiers if isinstance(each, MFACSettings)), {})
-            statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
+            # ranks with shards run the model together: one that fails alone can only end, so that the others notice
+            is_sharded = any(not pruning.shards.is_whole for pruning in session.prunings)
+            doing = "recalibrating batch normalization"
+            with nullcontext() if is_sharded else together(session.ranks, doing):
+                statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:
         return
