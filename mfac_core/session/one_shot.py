@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import device_of
-from mfac_core.errors import SettingError
+from mfac_core.errors import MemoryBudgetError, SettingError
 from mfac_core.ranks.agreement import together
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.linting import lint_one_shot
@@ -57,9 +57,14 @@ def attached_at_once(
 
     Raises:
         SettingError: If ``layers_at_once`` is not a positive integer, or weights of all layers compete.
+        MemoryBudgetError: If the gradient window of a group would not fit.
     """
     if layers_at_once is None:
-        return [(each,) for each in attached(settings, attach)]
+        try:
+            return [(each,) for each in attached(settings, attach)]
+        except MemoryBudgetError as error:
+            error.add_note("Groups of layers need less: pass layers_at_once=k, with global_sparsity: false.")
+            raise
     _check_divisible(settings, layers_at_once)
     found = []
     for each, modifier in zip(settings, log_names(settings), strict=True):

@@ -66,8 +66,9 @@ def test_only_the_window_of_one_group_exists_at_a_time(task, monkeypatch):
 def test_the_memory_check_counts_one_group(task, monkeypatch):
     monkeypatch.setattr(numpy_backend.NumpyBackend, "free_bytes", lambda self, device: 200_000)
     keys = KEYS | {"num_grads": 400, "fisher_block_size": 4}
-    with pytest.raises(MemoryBudgetError):
+    with pytest.raises(MemoryBudgetError) as error:
         prune_one_shot(deep(), task.batches, LOSS, sparsity=0.5, **keys)
+    assert error.value.__notes__ == ["Groups of layers need less: pass layers_at_once=k, with global_sparsity: false."]
     prune_one_shot(deep(), task.batches, LOSS, sparsity=0.5, layers_at_once=1, **keys)
 
 
