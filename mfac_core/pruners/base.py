@@ -149,7 +149,7 @@ class Pruner(ABC):
         self._steps_per_epoch = steps_per_epoch
         if shards is None:
             shards = Shards.whole({name: tuple(array.shape) for name, array in weights.items()}, self.ranks.size)
-        if shards.size != self.ranks.size:
+        elif shards.size != self.ranks.size:
             raise ValueError(
                 f"shards are those of {shards.size} ranks, and there are {self.ranks.size}; pass both or none"
             )
