@@ -112,6 +112,12 @@ class GradientWindow:
                 first += vector.shape[0]
         self._pushed += 1
 
+    def take_over(self, rows: Array) -> None:
+        """Store rows of another window, shape ``(rows, d)``: they do not count as fresh."""
+        for index in range(rows.shape[0]):
+            self.push(rows[index, :])
+        self._rebuilt_with = self._pushed
+
     def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the stored rows of a group of consecutive blocks of one of the :attr:`stored_groups`.
 
@@ -161,6 +167,19 @@ class GradientWindow:
                     )
         window._pushed = window._rebuilt_with = len(rows)
         return window
+
+    def recent(self, first: int, last: int) -> Array:
+        """Return some of the rows on the device of the window, counted from the oldest, shape ``(last - first, d)``."""
+        with self.device.backend.on(self.device.name):
+            rows = self.device.asarray(self._chronological()[first:last])
+            pieces = [self.device.zeros((last - first, 0), self.dtype)]
+            for chunks in self._storage:
+                for chunk in chunks:
+                    xp = array_namespace(chunk)
+                    # (blocks, rows, width) -> (rows, columns)
+                    taken = xp.permute_dims(widened(xp.take(chunk, rows, axis=1)), (1, 0, 2))
+                    pieces.append(xp.reshape(taken, (last - first, chunk.shape[0] * chunk.shape[2])))
+            return array_namespace(pieces[0]).concat(pieces, axis=1)
 
     def to_rows(self) -> npt.NDArray[Any]:
         """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""

@@ -14,12 +14,16 @@ from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.fisher.kernels import kth_smallest
 from mfac_core.masks.layout import Mask
 from mfac_core.masks.patterns import MaskPattern
+from mfac_core.ranks.distribution import Distribution
+from mfac_core.ranks.smallest import smallest
 from mfac_core.schedules.substeps import Sparsity, layer_sparsity
 from mfac_core.settings.checks import Scope
 
 __all__ = ["MaskRule", "least_salient", "newly_pruned"]
 
 Vector = npt.NDArray[Any]
+
+_NAN = "a saliency is NaN: the weights contain NaN or Inf; prune from finite weights"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,9 @@ class MaskRule:
     patterns: Mapping[str, MaskPattern] | None = None
 
 
-def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule) -> Array:
+def newly_pruned(
+    saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule, distribution: Distribution | None = None
+) -> Array:
     """Choose the weights to prune so that a sparsity is reached.
 
     Without patterns exactly ``round(n * sparsity)`` of ``n`` weights are pruned. Groups are ranked by the mean saliency
@@ -49,18 +55,23 @@ def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRu
     * ``N:M``: in each group the ``M - N`` least salient are candidates. The least salient candidates are pruned until
       ``round(n * sparsity)`` weights are, or all candidates: at ``1 - N/M`` exactly ``N`` of each ``M`` are kept.
 
+    Over several ranks the result is that of one process. Without patterns no rank has all saliencies; groups are ranked
+    by those of all ranks.
+
     Args:
-        saliencies: Of the unpruned weights, shape ``(d,)``, on any device.
+        saliencies: Of the unpruned weights, shape ``(d,)``, on any device; over several ranks of the columns of this
+            rank.
         mask: Which of all weights are unpruned so far, shape ``(n,)`` with ``d`` true entries, in host memory.
         sparsity: Pruned fraction to reach, in ``[0, 1]``; one per layer only if the scope is ``layer``.
         rule: Which weights compete, and which are pruned together. Groups are ranked in host memory.
+        distribution: The unpruned weights over the ranks, in which case this is collective; ``None`` for one process.
 
     Returns:
-        Which of the unpruned weights are pruned now, shape ``(d,)``, on the device of the saliencies; none if the
+        Which of the unpruned weights are pruned now, in the shape and on the device of the saliencies; none if the
         sparsity is already reached.
 
     Raises:
-        ValueError: If a saliency is NaN.
+        ValueError: If a saliency is NaN, on whatever rank.
 
     Example:
         >>> s = np.array([3.0, 1.0, 2.0, 0.5])
@@ -72,17 +83,22 @@ def newly_pruned(saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRu
         >>> newly_pruned(s, np.ones(4, bool), 0.5, MaskRule({"a": (0, 4)}, "layer", pairs)).tolist()
         [False, False, True, True]
     """
+    if distribution is not None and distribution.ranks.size == 1:
+        distribution = None
     if rule.patterns is not None:
-        return _newly_pruned_groups(saliencies, mask, sparsity, rule, rule.patterns)
+        return _newly_pruned_groups(saliencies, mask, sparsity, rule, rule.patterns, distribution)
     segments = {"all": (0, len(mask))} if rule.scope == "global" else rule.segments
-    chosen = []
+    columns, counts = [], []
     position = 0
     for name, (start, stop) in segments.items():
         unpruned = int(np.count_nonzero(mask[start:stop]))
         pruned = (stop - start) - unpruned
-        in_layer = saliencies[position : position + unpruned]
-        chosen.append(least_salient(in_layer, round((stop - start) * layer_sparsity(sparsity, name)) - pruned))
+        columns.append((position, position + unpruned))
+        counts.append(round((stop - start) * layer_sparsity(sparsity, name)) - pruned)
         position += unpruned
+    if distribution is not None:
+        return _least_salient_of_all(saliencies, columns, counts, distribution)
+    chosen = [least_salient(saliencies[slice(*layer)], count) for layer, count in zip(columns, counts, strict=True)]
     return chosen[0] if len(chosen) == 1 else array_namespace(saliencies).concat(chosen)
 
 
@@ -97,7 +113,7 @@ def least_salient(saliencies: Array, count: int) -> Array:
     xp = array_namespace(saliencies)
     is_nan = xp.isnan(saliencies)
     if bool(xp.any(is_nan)):
-        raise ValueError("a saliency is NaN: the weights contain NaN or Inf; prune from finite weights")
+        raise ValueError(_NAN)
     if count <= 0:
         return is_nan
     threshold = kth_smallest(saliencies, count - 1)
@@ -110,13 +126,32 @@ def least_salient(saliencies: Array, count: int) -> Array:
     return chosen
 
 
+def _least_salient_of_all(
+    saliencies: Array, layers: Sequence[tuple[int, int]], counts: Sequence[int], distribution: Distribution
+) -> Array:
+    """Choose the least salient of each layer, of which this rank has the part that its columns contain."""
+    device = device_of(saliencies)
+    values = device.to_numpy(saliencies)
+    if distribution.ranks.sum(np.array([np.count_nonzero(np.isnan(values))])).any():
+        raise ValueError(_NAN)
+    first, _ = distribution.columns
+    parts = [values[max(start - first, 0) : max(stop - first, 0)] for start, stop in layers]
+    return device.asarray(np.concatenate(smallest(distribution.ranks, parts, counts)))
+
+
 def _newly_pruned_groups(
-    saliencies: Array, mask: Mask, sparsity: Sparsity, rule: MaskRule, patterns: Mapping[str, MaskPattern]
+    saliencies: Array,
+    mask: Mask,
+    sparsity: Sparsity,
+    rule: MaskRule,
+    patterns: Mapping[str, MaskPattern],
+    distribution: Distribution | None,
 ) -> Array:
     device = device_of(saliencies)
     # pruned weights have saliency 0 in the means of their groups
     values = np.zeros(len(mask))
-    values[mask] = device.to_numpy(saliencies)
+    unpruned = device.to_numpy(saliencies)
+    values[mask] = unpruned if distribution is None else distribution.complete(unpruned)
     least_salient(values, 0)  # refuses NaN
     chosen = np.zeros(len(mask), bool)
     if rule.scope == "layer":
@@ -126,7 +161,8 @@ def _newly_pruned_groups(
     else:
         in_order = [patterns[name] for name in rule.segments]
         chosen = _choose(values, mask, in_order, layer_sparsity(sparsity, "all"), by_groups=False)
-    return device.asarray(chosen[mask])
+    chosen = chosen[mask]
+    return device.asarray(chosen if distribution is None else chosen[slice(*distribution.columns)])
 
 
 def _choose(values: Vector, mask: Mask, patterns: Sequence[MaskPattern], sparsity: float, *, by_groups: bool) -> Mask:

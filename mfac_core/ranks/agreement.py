@@ -15,6 +15,8 @@ from mfac_core.ranks.base import Ranks
 
 __all__ = ["gathered", "same_on_all", "together"]
 
+_FLOATS = (float, np.floating)
+
 _MESSAGE_BYTES = 2000
 """Bytes of an error message that the other ranks are told."""
 
@@ -116,7 +118,7 @@ def _bits(value: float | int | str) -> int:
     """Return 64 bits that are equal for equal values."""
     if isinstance(value, str):
         return int.from_bytes(blake2b(value.encode(), digest_size=8).digest(), "little", signed=True)
-    return int(np.float64(value).view(np.int64)) if isinstance(value, float) else int(value)
+    return int(np.float64(value).view(np.int64)) if isinstance(value, _FLOATS) else int(value)
 
 
 def _difference(column: npt.NDArray[np.int64], kind: type) -> str:
@@ -131,7 +133,7 @@ def _difference(column: npt.NDArray[np.int64], kind: type) -> str:
             return ""
         others = sorted(rank for bits, of_value in having.items() if bits != most for rank in of_value)
         return f": {_named(others)} from the others"
-    shown = {bits: str(np.int64(bits).view(np.float64) if issubclass(kind, float) else bits) for bits in having}
+    shown = {bits: str(np.int64(bits).view(np.float64) if issubclass(kind, _FLOATS) else bits) for bits in having}
     few = [bits for bits in having if bits != most or not has_majority][:_GROUPS]
     parts = [f"{shown[bits]} on {_named(having[bits])}" for bits in few]
     if has_majority:

@@ -52,6 +52,7 @@ class Distribution:
         block_size: Weights per Fisher block; ``None`` means one block.
 
     Attributes:
+        ranks: The ranks.
         ranges: First and one-past-last column that each rank owns.
         num_columns: Number of unpruned weights ``d``.
 
@@ -72,7 +73,7 @@ class Distribution:
                 f"shards of {shards.num_entries} weights on {shards.size} ranks do not fit {len(mask)} weights on "
                 f"{ranks.size} ranks"
             )
-        self._ranks = ranks
+        self.ranks = ranks
         self._mask = mask
         self._is_whole = shards.is_whole
         self._held = [shards.positions(rank) for rank in range(ranks.size)]
@@ -82,14 +83,14 @@ class Distribution:
     @property
     def columns(self) -> Interval:
         """First and one-past-last column that this rank owns."""
-        return self.ranges[self._ranks.rank]
+        return self.ranges[self.ranks.rank]
 
     @cached_property
     def held_mask(self) -> Bits:
         """Which of the weights that this rank has are unpruned, in order."""
         if self._is_whole:
             return self._mask
-        return np.concatenate([self._mask[start:stop] for start, stop in self._held[self._ranks.rank]])
+        return np.concatenate([self._mask[start:stop] for start, stop in self._held[self.ranks.rank]])
 
     def to_owners(self, held: Array) -> Array:
         """Return the columns of this rank, from the unpruned weights, or other numbers, that each rank holds.
@@ -113,7 +114,7 @@ class Distribution:
                 return self._to_owners.move(held), flag
             # also to the ranks that need nothing else of this one
             parts = [xp.concat([part, flag]) for part in self._to_owners.parts(held)]
-            received = self._ranks.exchange(parts)
+            received = self.ranks.exchange(parts)
             flags = xp.concat([part[-1:] for part in received])
             return self._to_owners.joined(held, [part[:-1] for part in received]), flags
 
@@ -126,13 +127,16 @@ class Distribution:
 
         Collective, unless the ranks are replicas.
         """
-        everything = [[(0, len(self._mask))]] * self._ranks.size
-        return Route(self._ranks, held=self._held, wanted=everything).move_bits(held)
+        everything = [[(0, len(self._mask))]] * self.ranks.size
+        return Route(self.ranks, held=self._held, wanted=everything).move_bits(held)
 
     def columns_everywhere(self, own: Bits) -> Bits:
         """Return booleans of all columns, shape ``(d,)``, from those of each rank; collective for several ranks."""
-        everything = [[(0, self.num_columns)]] * self._ranks.size
-        return Route(self._ranks, held=self._owned, wanted=everything).move_bits(own)
+        return self._to_all.move_bits(own)
+
+    def complete(self, own: Array) -> Array:
+        """Return the numbers of all columns, shape ``(d,)``, from those of each rank; collective for several ranks."""
+        return self._to_all.move(own)
 
     @property
     def _owned(self) -> list[list[Interval]]:
@@ -147,9 +151,13 @@ class Distribution:
         return [[(columns[start], columns[stop]) for start, stop in held] for held in self._held]
 
     @cached_property
+    def _to_all(self) -> Route:
+        return Route(self.ranks, held=self._owned, wanted=[[(0, self.num_columns)]] * self.ranks.size)
+
+    @cached_property
     def _to_owners(self) -> Route:
-        return Route(self._ranks, held=self._held_columns, wanted=self._owned)
+        return Route(self.ranks, held=self._held_columns, wanted=self._owned)
 
     @cached_property
     def _to_holders(self) -> Route:
-        return Route(self._ranks, held=self._owned, wanted=self._held_columns)
+        return Route(self.ranks, held=self._owned, wanted=self._held_columns)

@@ -17,6 +17,7 @@ from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, Pruner, make_pruner
 from mfac_core.pruners.step import PruneResult
+from mfac_core.ranks import Ranks, Shards
 from mfac_core.sample_batches import HeldOut
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line, unfinished_line
@@ -57,6 +58,8 @@ class LivePruning(ABC):
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
         axes: As in :func:`mfac_core.make_pruner`.
+        ranks: As in :func:`mfac_core.make_pruner`.
+        shards: As in :func:`mfac_core.make_pruner`.
         name: Name of the modifier in the log, empty if it is the only one.
 
     Raises:
@@ -78,6 +81,8 @@ class LivePruning(ABC):
         steps_per_epoch: int,
         sampled: bool = False,
         axes: Mapping[str, Sequence[int]] | None = None,
+        ranks: Ranks | None = None,
+        shards: Shards | None = None,
         name: str = "",
     ) -> None:
         self.settings = settings
@@ -92,6 +97,8 @@ class LivePruning(ABC):
             live_gradients=not self._draws_samples,
             axes=axes,
             library=self.library,
+            ranks=ranks,
+            shards=shards,
         )
 
     @abstractmethod

@@ -139,6 +139,7 @@ def test_ranks_of_which_most_differ_are_named_with_their_values():
     steps = [{"step": step} for step in (5, 6, 5, 7)]
     expected = "ranks differ in step: 5 on ranks 0 and 2, 6 on rank 1, 7 on rank 3; pass the same steps_per_epoch"
     assert compared(*steps) == expected
+    assert "0.5 on rank 0, 0.25 on rank 1" in compared({"lambda": np.float32(0.5)}, {"lambda": np.float32(0.25)})
     numbers = [{"lambda": 0.1}, {"lambda": np.nextafter(0.1, 1)}]
     expected = "ranks differ in lambda: 0.1 on rank 0, 0.10000000000000002 on rank 1; pass the same settings"
     assert compared(*numbers) == expected

@@ -180,6 +180,18 @@ def test_each_entry_is_sent_once_and_only_to_its_owner():
     assert run_ranks(2, collect) == [[("exchange", 0)], [("exchange", 16)]]
 
 
+def test_a_rank_takes_what_it_has_itself():
+    held, wanted = [(4, 8), (0, 4), (0, 4)], [(4, 8), (0, 2), (1, 5)]
+
+    def collect(ranks: ThreadRanks):
+        route = Route(ranks, held=[[each] for each in held], wanted=[[each] for each in wanted])
+        np.testing.assert_array_equal(route.move(np.arange(*map(float, held[ranks.rank]))), range(*wanted[ranks.rank]))
+        return ranks.calls
+
+    # rank 2 lacks a single entry, which rank 0 has
+    assert run_ranks(3, collect) == [[("exchange", 8)], [("exchange", 0)], [("exchange", 0)]]
+
+
 def test_replicas_of_shards_share_the_sending():
     held, wanted = [(0, 4), (0, 4), (4, 8), (4, 8)], [(4, 6), (6, 8), (0, 2), (2, 4)]
 
