@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,8 +54,6 @@ def test_a_run_is_resumed_by_another_number_of_ranks(after):
 
 
 def test_a_state_in_float32_is_refused_by_name():
-    from dataclasses import replace
-
     in_float32 = run_ranks(2, lambda ranks: on_rank(ranks, replace(SETTINGS, gradients_dtype="float32")).train(0, 6))
     states = [run.pruner.state_dict() for run in in_float32]
     with pytest.raises(ValueError, match="window is float32, this one is bfloat16"):
