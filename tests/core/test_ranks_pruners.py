@@ -33,6 +33,7 @@ MFAC = {
     "zeros": mfac(initial_sparsity=FROM_PARAM),
     "zeros, global": mfac(initial_sparsity=FROM_PARAM, scope="global"),
     "waiting": mfac(start_epoch=0.0, num_gradients=3),
+    "bfloat16": mfac(gradients_dtype="bfloat16"),
     "some": mfac(params=["re:a|c"]),
 }
 OTHERS = {
