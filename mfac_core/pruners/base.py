@@ -124,6 +124,9 @@ class Pruner(ABC):
     needed_bytes: int = 0
     """Bytes that gradient windows and computation need, as the check before the run counts them."""
 
+    window_bytes: int = 0
+    """Bytes of the largest gradient window of the run, as far as this rank keeps it."""
+
     def __init__(
         self,
         settings: PruningSettings,
@@ -273,6 +276,20 @@ class Pruner(ABC):
             f"{type(self).__name__} uses no gradients; check needs_gradients(step) before calling observe()"
         )
 
+    def falls_due(self, step: int) -> bool:
+        """Return whether a pruning step is scheduled, and not done: it may still have to wait for gradient samples.
+
+        Unlike :meth:`is_due` it is the same on all ranks that are at the same step of the same schedule, so that all
+        call :meth:`check_ranks` or none.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            True from the scheduled step until :meth:`prune` has run it.
+        """
+        return self._latest(step) >= self._done
+
     def is_due(self, step: int) -> bool:
         """Return whether a pruning step is due.
 
@@ -282,7 +299,7 @@ class Pruner(ABC):
         Returns:
             True from the scheduled step until :meth:`prune` has run it.
         """
-        return self._latest(step) >= self._done
+        return self.falls_due(step)
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
         """Run the pruning step that is due; an exception leaves the pruner unchanged.
@@ -360,7 +377,7 @@ class Pruner(ABC):
                 "steps whose gradients are not finite",
             )
             zeros_here = zeros_of(vector)
-        if not self._is_sharded:
+        if self.ranks.size > 1 and not self._is_sharded:
             check_alike(self.ranks, "weights", strided([vector]))
         is_zero = distribution.everywhere(zeros_here)
         outcome = self._prune(vector, is_zero, index)

@@ -65,8 +65,6 @@ def check_alike(ranks: Ranks, what: str, entries: Sequence[Array] | None) -> Non
         what: What is compared, in the plural.
         entries: From :func:`strided`; ``None`` if there are none, on all ranks.
     """
-    if ranks.size == 1:
-        return
     on_host = [device_of(each).to_numpy(each) for each in entries or ()]
     values = np.concatenate([np.zeros(0), *on_host])[:_ENTRIES]
     projections = _signs()[:, : len(values)] @ values

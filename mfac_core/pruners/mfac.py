@@ -276,9 +276,18 @@ class MFACPruner(GradualPruner):
     @property
     def num_samples_here(self) -> int:
         """Gradient samples that this rank draws to fill the window: its share, or all if each is drawn together."""
-        if self._is_sharded:
-            return self.num_gradients
-        return len(range(self.ranks.rank, self.num_gradients, self.ranks.size))
+        return self.share_of(self.num_gradients)
+
+    def share_of(self, count: int) -> int:
+        """Return how many of the batches that all ranks draw together this rank draws.
+
+        Args:
+            count: How many all draw.
+
+        Returns:
+            Its share; all of them if the weights are in shards, because the ranks then compute with each together.
+        """
+        return count if self._is_sharded else len(range(self.ranks.rank, count, self.ranks.size))
 
     def forget_gradients(self) -> None:
         """Empty the window, before fresh samples are drawn."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mfac_core.backends import device_of
+from mfac_core.ranks.agreement import together
 from mfac_core.recipe.linting import lint_one_shot
 from mfac_core.recipe.recommended import differs_line
 from mfac_core.session.batch_statistics import ENOUGH_BATCHES, LayerStatistics, stale_statistics_line
@@ -66,7 +67,8 @@ def prune_in_one_shot(
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for each in modifiers if isinstance(each, MFACSettings)), {})
-            statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
+            with together(session.ranks, "recalibrating batch normalization"):
+                statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:
         return

@@ -180,6 +180,17 @@ def test_each_entry_is_sent_once_and_only_to_its_owner():
     assert run_ranks(2, collect) == [[("exchange", 0)], [("exchange", 16)]]
 
 
+def test_what_lies_between_two_intervals_is_not_sent():
+    held, wanted = [[(0, 2), (4, 8)], [(2, 4)]], [[(3, 4)], [(0, 1), (3, 5), (7, 8)]]
+    entries = [[0.0, 1.0, 4.0, 5.0, 6.0, 7.0], [2.0, 3.0]]
+
+    def move(ranks: ThreadRanks):
+        route = Route(ranks, held=held, wanted=wanted)
+        return route.move(np.array(entries[ranks.rank])).tolist(), ranks.calls
+
+    assert run_ranks(2, move) == [([3.0], [("exchange", 24)]), ([0.0, 3.0, 4.0, 7.0], [("exchange", 8)])]
+
+
 def test_a_rank_takes_what_it_has_itself():
     held, wanted = [(4, 8), (0, 4), (0, 4)], [(4, 8), (0, 2), (1, 5)]
 
