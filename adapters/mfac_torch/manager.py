@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfac_core.ranks import Alone
+from mfac_core.ranks.logs import logger_of
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
 from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
@@ -24,17 +26,19 @@ from mfac_torch.checkpoint import load_checkpoint, write_checkpoint
 from mfac_torch.conditions import (
     check_optimizers,
     check_trained,
-    refuse_distributed,
     refuse_unsupported,
     unwrapped_optimizers,
     whole_steps,
 )
+from mfac_torch.distribution import refuse_other_distribution, refuse_several_processes
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
+from mfac_torch.ranks import TorchRanks, ranks_of
 from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.session import TrainingSession
+from mfac_torch.sharded import reshard
 from mfac_torch.training_changes import TrainingChanges
 from mfac_torch.wrappers import unwrapped
 
@@ -90,12 +94,18 @@ class ScheduledModifierManager(ModifierList):
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
-        """The current masks by parameter name: boolean, True keeps; empty before the first pruning step."""
+        """The current masks by parameter name: boolean, True keeps; empty before the first pruning step.
+
+        They are complete on each rank; those of sharded parameters are in host memory.
+        """
         return combined_masks(pruning.mask_tensors for pruning in self._prunings)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of all weights in scope that is pruned and zero, counted from the weights."""
+        """Fraction of all weights in scope that is pruned and zero, counted from the weights.
+
+        Of sharded weights, those of this rank are counted; of the others, the masks.
+        """
         return current_zeros(self._prunings).sparsity
 
     def regrown(self) -> dict[str, int]:
@@ -163,7 +173,9 @@ class ScheduledModifierManager(ModifierList):
         After an exception, manager, model and optimizers are unchanged, and the call can be repeated.
 
         Args:
-            module: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
+            module: The model, in ``DistributedDataParallel`` or after ``fully_shard`` if there are several processes,
+                each of which makes this call. Other wrappers (``DataParallel``, ``torch.compile``, Fabric's) are
+                unwrapped.
             optimizer: The optimizer of the model, or a list of several, the first of which counts the steps. They have
                 hooks until :meth:`finalize`. Wrappers of ``accelerate`` are unwrapped.
             steps_per_epoch: Optimizer steps per epoch: ``len(loader)``, or less with gradient accumulation. A fraction
@@ -181,7 +193,8 @@ class ScheduledModifierManager(ModifierList):
 
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
-            NotImplementedError: If training is distributed over several processes.
+            NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
+                ``fully_shard``, or a ``grad_sampler`` is used over several processes.
             SettingError: If a modifier does not fit the model, or ``steps_per_epoch`` or ``epoch`` is out of range.
             TypeError: If an argument has the wrong type or is not supported.
             ValueError: If no optimizer trains a parameter in scope, or the same optimizer is given twice.
@@ -194,12 +207,14 @@ class ScheduledModifierManager(ModifierList):
             )
         if wrap_optim is not None and not callable(getattr(wrap_optim, "step", None)):
             raise TypeError(f"wrap_optim is {wrap_optim!r}, which has no step(); pass a GradScaler or nothing")
-        refuse_distributed()
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
-        model = unwrapped(module)
+        model, ranks = self._distributed(module)
+        logger = logger_of(ranks, _logger)
         sampler = self._sampler if grad_sampler is None else grad_sampler
-        steps = whole_steps(steps_per_epoch)
+        if sampler is not None:
+            refuse_several_processes("a grad_sampler")
+        steps = whole_steps(steps_per_epoch, logger)
         start = self._epoch if epoch is None else epoch
         check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
         prunings = self._attach_prunings(
@@ -209,12 +224,13 @@ class ScheduledModifierManager(ModifierList):
             optimizers=optimizers,
             sampler=sampler,
             loggers=loggers,
+            ranks=ranks,
         )
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
         log_plan(
-            _logger,
+            logger,
             prunings,
             others,
             steps,
@@ -263,7 +279,7 @@ class ScheduledModifierManager(ModifierList):
                 supported.
         """
         refuse_unsupported("apply", unsupported)
-        refuse_distributed()
+        refuse_several_processes("one-shot pruning")
         self._check_not_attached()
         if epoch != math.inf:
             check_number("epoch", epoch, "epoch >= 0, or infinity for the end of the recipe", lambda x: x >= 0)
@@ -276,10 +292,10 @@ class ScheduledModifierManager(ModifierList):
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()",
         )
-        model = unwrapped(module)
+        model, ranks = self._distributed(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
         prunings = self._attach_prunings(
-            model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers
+            model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers, ranks=ranks
         )
         prune_in_one_shot(
             Session(prunings, logger=_logger),
@@ -357,6 +373,7 @@ class ScheduledModifierManager(ModifierList):
             monitor = self._session.monitor
             self._session.detach()
             self._session.warn_of_unfinished("finalized", monitor.missing_steps())
+        reshard(self._model)
         warn_of_replaced(self._prunings, self._model)
         reconcile(self._prunings, hold, monitor)
         if reset_loggers:
@@ -478,6 +495,7 @@ class ScheduledModifierManager(ModifierList):
         optimizers: Sequence[torch.optim.Optimizer] = (),
         sampler: SamplerArgument | None,
         loggers: ScalarLoggers | None,
+        ranks: TorchRanks | Alone,
     ) -> tuple[TorchPruning, ...]:
         functions = log_functions(self._loggers if loggers is None else loggers)
         logged: set[str] = set()
@@ -492,8 +510,17 @@ class ScheduledModifierManager(ModifierList):
                 loggers=functions,
                 name=name,
                 logged=logged,
+                ranks=ranks,
             ),
         )
+
+    @staticmethod
+    def _distributed(module: nn.Module) -> tuple[nn.Module, TorchRanks | Alone]:
+        """Return the model inside its wrappers, and the ranks that train it."""
+        model = unwrapped(module)
+        refuse_other_distribution(module)
+        reshard(model)
+        return model, ranks_of(module, dict(model.named_parameters()))
 
     def _check_not_attached(self) -> None:
         if self._model is not None:

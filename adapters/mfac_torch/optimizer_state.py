@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from mfac_torch.sharded import imported, is_sharded, local
+
 __all__ = ["declare_elementwise_state", "reset_pruned_state", "reset_state"]
 
 _logger = logging.getLogger("mfac_torch")
@@ -89,6 +91,7 @@ def reset_pruned_state(
         pruned: Boolean tensors by parameter name, True where pruned.
         undo: Gets a callback for each change that reverts it.
     """
+    optimizer = _stepping(optimizer)
     if _keeps_history(optimizer):
         _drop_history(optimizer, parameters.values(), undo)
         return
@@ -110,6 +113,7 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
         parameters: The parameters. The optimizer need not train all of them.
         undo: Gets a callback for each change that reverts it.
     """
+    optimizer = _stepping(optimizer)
     if _keeps_history(optimizer):
         _drop_history(optimizer, parameters, undo)
         return
@@ -125,6 +129,12 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
             value.fill_(optimizer.defaults.get("initial_accumulator_value", 0.0))  # of Adagrad
 
 
+def _stepping(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that keeps the state: inside ``ZeroRedundancyOptimizer``, for this rank's parameters."""
+    is_zero = isinstance(optimizer, imported("torch.distributed.optim", "ZeroRedundancyOptimizer"))
+    return optimizer.optim if is_zero else optimizer  # type: ignore[attr-defined]  # of ZeroRedundancyOptimizer
+
+
 def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Tensor]:
     """Return the state of a parameter that holds one number per weight; log once which other tensors are left alone."""
     # A subclass that overrides step may keep other state. The steps are unwrapped because PyTorch wraps that of a class
@@ -137,7 +147,7 @@ def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Te
         if keys is not None and key not in keys:
             continue
         if keys is not None and _is_dense(value, parameter):
-            found.append(value.detach())
+            found.append(local(value))
         elif not _is_scalar(value):
             left.append(str(key))
     _warn_of_unknown(optimizer, left)
@@ -146,10 +156,11 @@ def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Te
 
 def _is_dense(value: Any, parameter: nn.Parameter) -> bool:
     return (
-        type(value) in {torch.Tensor, nn.Parameter}
+        (type(value) in {torch.Tensor, nn.Parameter} or (is_sharded(value) and is_sharded(parameter)))
         and value.layout == torch.strided
         and value.dtype.is_floating_point
         and value.shape == parameter.shape
+        and local(value).shape == local(parameter).shape
     )
 
 
