@@ -147,7 +147,7 @@ class Session(Generic[P, C]):
         process it does nothing.
 
         Raises:
-            RankError: As :meth:`mfac_core.Pruner.check_ranks` raises it, on all ranks.
+            RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
         """
         if self.ranks.size == 1 or self._fenced_at == self.step:
             return
