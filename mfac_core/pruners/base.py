@@ -149,6 +149,10 @@ class Pruner(ABC):
         self._steps_per_epoch = steps_per_epoch
         if shards is None:
             shards = Shards.whole({name: tuple(array.shape) for name, array in weights.items()}, self.ranks.size)
+        if shards.size != self.ranks.size:
+            raise ValueError(
+                f"shards are those of {shards.size} ranks, and there are {self.ranks.size}; pass both or none"
+            )
         shapes = shards.shapes
         named = _selected(settings, shapes)
         self._out_of_scope = frozenset(shapes).difference(named)

@@ -296,7 +296,7 @@ class LivePruning(ABC):
             with self._pruner.pruning(self.weights(), step) as result:
                 with together(self.ranks, "writing the pruned weights"):
                     self.snapshot(undo)
-                    held = self.local(others)
+                    held = self.local({name: mask for name, mask in others.items() if name in self.sizes})
                     self.write({name: _masked(array, held.get(name)) for name, array in result.weights.items()})
                     self.enforce_masks(result, undo)
                 measured = measurement.end(result)

@@ -100,10 +100,9 @@ class Session(Generic[P, C]):
 
     changes_key: ClassVar[str] = "changes"
 
-    # the step of the last fence, which modifiers collected rows then, and which of them began to
+    # the step of the last fence, and which modifiers had collected a row before it
     _fenced_at: int | None
-    _collect: list[bool]
-    _begins: list[bool]
+    _had_row: list[bool]
 
     def __init__(
         self,
@@ -152,13 +151,12 @@ class Session(Generic[P, C]):
         """
         if self.ranks.size == 1 or self._fenced_at == self.step:
             return
-        is_first = self._fenced_at is None
-        for pruning, has_begun in zip(self.prunings, self._begins, strict=True):
-            if is_first or has_begun or pruning.falls_due(self.step):
+        before = self._fenced_at
+        has_row = [before is not None and pruning.needs_gradients(before) for pruning in self.prunings]
+        for pruning, now, then in zip(self.prunings, has_row, self._had_row, strict=True):
+            if before is None or (now and not then) or pruning.falls_due(self.step):
                 pruning.check_ranks(self.step)
-        collect = [pruning.needs_gradients(self.step) for pruning in self.prunings]
-        self._begins = [now and not before for now, before in zip(collect, self._collect, strict=True)]
-        self._fenced_at, self._collect = self.step, collect
+        self._fenced_at, self._had_row = self.step, has_row
 
     def prune_if_due(self) -> None:
         """Run the pruning steps that are due. After an exception each of them is either complete or undone.
@@ -258,7 +256,7 @@ class Session(Generic[P, C]):
 
     def _forget_fences(self) -> None:
         self._fenced_at = None
-        self._collect = self._begins = [False] * len(self.prunings)
+        self._had_row = [False] * len(self.prunings)
 
     def _resumed_step(self, parsed: ParsedState) -> int:
         """Return the completed optimizer steps of this run at the epoch of a state."""

@@ -69,9 +69,9 @@ class Run:
                     gradients["b"][7] = np.nan
                 if self.pruner.needs_gradients(step - 1):
                     self.pruner.observe(self.part(gradients))
-                masks = self.part(
-                    {**{name: np.ones(a.shape, bool) for name, a in self.full.items()}, **self.pruner.masks}
-                )
+                masks = {name: np.ones(array.shape, np.float32) for name, array in self.full.items()}
+                masks |= {name: mask.astype(np.float32) for name, mask in self.pruner.masks.items()}
+                masks = self.part(masks)
                 weights = {name: (each * 1.01 + 0.001) * masks[name] for name, each in weights.items()}
             self.pruner.check_ranks(step)
             while self.pruner.is_due(step):
@@ -115,6 +115,7 @@ def on_rank(
     settings: Any,
     shards: Shards | None = None,
     *,
+    to: Callable[[np.ndarray], Any] = np.asarray,
     live: bool = True,
     weights: Arrays | None = None,
     **options: Any,
@@ -122,7 +123,8 @@ def on_rank(
     weights = weights_at_start() if weights is None else weights
 
     def part(full: Arrays) -> Arrays:
-        return full if shards is None else {name: shards.local(name, full[name], ranks.rank) for name in full}
+        own = full if shards is None else {name: shards.local(name, full[name], ranks.rank) for name in full}
+        return {name: to(array) for name, array in own.items()}
 
     pruner = make_pruner(
         settings,

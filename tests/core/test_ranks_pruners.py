@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
-from tests.core.rank_runs import by_rows, compare, weights_at_start
+from tests.core.rank_runs import Run, alone, assert_same_steps, by_rows, compare, on_rank, weights_at_start
+from tests.core.thread_ranks import ThreadRanks, run_ranks
 
 LAST = 16
 
@@ -58,3 +59,25 @@ def shards_of(layout: str, size: int) -> Any:
 def test_a_run_on_ranks_equals_that_of_one_process(settings, size, layout):
     weights = weights_at_start(zeros=0.2)
     compare(size, settings, shards_of(layout, size), LAST, weights=weights)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+@pytest.mark.parametrize("live", [True, False])
+def test_arrays_of_any_library_are_pruned_on_ranks(layout, live, library):
+    settings = mfac(scope="global", block_size=7)
+    expected = alone(settings, live=live).train(0, LAST)
+    shards = shards_of(layout, 3)
+
+    def train(ranks: ThreadRanks) -> Run:
+        run = on_rank(ranks, settings, shards, live=live, to=library.array)
+        return run.train(0, LAST)
+
+    runs = run_ranks(3, train)
+    for run in runs:
+        run.steps = [(step, masks, {k: library.numpy(v) for k, v in now.items()}) for step, masks, now in run.steps]
+    assert_same_steps(runs, expected, shards)
+
+
+def test_shards_must_be_those_of_the_ranks():
+    with pytest.raises(ValueError, match="shards are those of 2 ranks, and there are 1; pass both or none"):
+        alone(mfac(), shards=by_rows(2))
