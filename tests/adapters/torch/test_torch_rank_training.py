@@ -144,7 +144,7 @@ def unknown(parameters):
 
 def test_lines_are_logged_once(rank_processes):
     # warnings about the recipe, the selection, the window and the optimizer
-    text = recipe(params="['re:.*weight', 're:.*bias']", final_sparsity=0.99, num_grads=50)
+    text = recipe(params="['re:.*weight', 're:.*bias']", update_frequency=10.0, num_grads=50)
     options = {"optimizer": unknown}
     first, second = (outcome.lines for outcome in rank_processes.run(train, text, options, size=2))
     of_ranks = [line for line in first if "2 ranks" in line]
