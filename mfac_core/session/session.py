@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.pruners import Pruner
+from mfac_core.pruners.fence import check_same
 from mfac_core.pruners.saved_states import combined
 from mfac_core.ranks import Alone, Ranks
 from mfac_core.ranks.logs import logger_of
@@ -147,11 +148,14 @@ class Session(Generic[P, C]):
         process it does nothing.
 
         Raises:
-            RankError: As :meth:`mfac_core.Pruner.check_ranks` raises it, on all ranks.
+            RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
         """
         if self.ranks.size == 1 or self._fenced_at == self.step:
             return
         before = self._fenced_at
+        if before is None:
+            scopes = "; ".join(f"{type(each.settings).__name__} {dict(each.sizes)}" for each in self.prunings)
+            check_same(self.ranks, {"the modifiers, or the weights that they prune": scopes})
         has_row = [before is not None and pruning.needs_gradients(before) for pruning in self.prunings]
         for pruning, now, then in zip(self.prunings, has_row, self._had_row, strict=True):
             if before is None or (now and not then) or pruning.falls_due(self.step):

@@ -20,6 +20,7 @@ from mfac_core.ranks import Shards
 from mfac_core.ranks.distribution import Distribution, deal
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.plan import plan_model
+from tests.core.rank_runs import by_rows, gradient_at, on_rank, weights_at_start
 from tests.core.thread_ranks import ThreadRanks, run_ranks
 
 SETTINGS = MFACSettings(final_sparsity=0.5, end_epoch=1.0, num_gradients=6, block_size=5)
@@ -131,3 +132,47 @@ def test_all_costs_fall_with_the_number_of_ranks():
     one, eight = (rank_costs(memory_of(80_000, size)) for size in (1, 8))
     for name in ("columns", "blocks", "window_bytes", "operations"):
         assert getattr(eight, name) == getattr(one, name) / 8, name
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_no_rank_of_a_run_sends_more_than_is_planned(size, dtype, layout):
+    made = MFACSettings(
+        final_sparsity=0.75, start_epoch=1.0, end_epoch=3.0, num_gradients=4, block_size=5, gradients_dtype=dtype
+    )
+    of_run = None if layout == "replicated" else by_rows(size, SHAPES)
+
+    def train(ranks: ThreadRanks) -> tuple[int, list[int], list[int]]:
+        run = on_rank(ranks, made, of_run, weights=weights_at_start(SHAPES))
+        pruner, weights = run.pruner, run.part(run.full)
+
+        def exchanged(since: int) -> int:
+            return sum(num_bytes for name, num_bytes in ranks.calls[since:] if name == "exchange")
+
+        per_row, per_step = [], []
+        for step in range(3 * 4 + 1):
+            pruner.check_ranks(step)
+            before = len(ranks.calls)
+            if pruner.is_due(step):
+                weights = pruner.prune(weights, step).weights
+                per_step.append(exchanged(before))
+            before = len(ranks.calls)
+            if pruner.needs_gradients(step):
+                pruner.observe(run.part(gradient_at(step, SHAPES)))
+                per_row.append(exchanged(before))
+        return pruner.window_bytes, per_row, per_step
+
+    plan = plan_model([made], [{name: math.prod(shape) for name, shape in SHAPES.items()}], 4, num_ranks=size)
+    said = plan.modifiers[0].of_rank
+    traffic = said.replicated if layout == "replicated" else said.sharded
+    found = run_ranks(size, train)
+    assert max(window_bytes for window_bytes, *_ in found) == said.window_bytes
+    flags = 0 if layout == "replicated" else 4 * (size - 1)
+    for _, per_row, per_step in found:
+        assert len(per_row) == 2 * 4 and len(per_step) == 3
+        assert max(per_row) <= traffic.per_row + flags
+        # live rows move after all but the last, in float32
+        assert all(each <= traffic.per_step + said.moved_bytes for each in per_step[:-1])
+        assert per_step[-1] <= traffic.per_step
+    assert max(per_row[0] for _, per_row, _ in found) >= 0.4 * traffic.per_row

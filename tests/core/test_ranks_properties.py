@@ -132,6 +132,7 @@ def test_the_windows_of_a_rank_never_take_more_than_was_counted(settings, where,
     def run(ranks: ThreadRanks) -> int:
         run = on_rank(ranks, settings, of_ranks, weights=start[0], masks=start[1], live=live)
         pruner = run.pruner
+        pruner.check_ranks(0)  # measures the initial sparsity of shards
         memory = WindowMemory(
             settings,
             pruner.layout.num_weights,
@@ -141,6 +142,7 @@ def test_the_windows_of_a_rank_never_take_more_than_was_counted(settings, where,
             rank=ranks.rank,
             num_ranks=size,
         )
+        assert pruner.needed_bytes == memory.needed_bytes()
         run.train(0, LAST)
         return memory.window_bytes()
 

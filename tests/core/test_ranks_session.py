@@ -200,6 +200,14 @@ def test_a_rank_that_is_a_step_behind_is_named_at_its_first_step():
         assert "119 on rank 2, 120 on the others; pass the same steps_per_epoch" in str(each)
 
 
+def test_ranks_with_other_modifiers_are_named():
+    def run(ranks: ThreadRanks) -> None:
+        session_of(ACDC if ranks.rank == 1 else ONE, Model(), ranks=ranks).prune_if_due()
+
+    for each in outcomes(3, run):
+        assert "ranks differ in the modifiers, or the weights that they prune: rank 1 from the others; use" in str(each)
+
+
 def test_gradients_that_differ_are_named_when_the_first_row_has_come():
     def run(ranks: ThreadRanks) -> int:
         model = Model()
