@@ -166,8 +166,8 @@ class TorchPruning(LivePruning):
         held_masks.zero_weights()
         for optimizer in self._optimizers:
             if result.resets_optimizer:
-                reset_state(optimizer, self.parameters.values(), undo)
-            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo)
+                reset_state(optimizer, self.parameters.values(), undo, logger=self.logger)
+            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo, logger=self.logger)
         undo.callback(setattr, self, "held_masks", self.held_masks)
         self.held_masks = held_masks
 
