@@ -16,6 +16,7 @@ import typer
 from mfac_core.terminal import console, say
 
 if TYPE_CHECKING:
+    from mfac_core.pruners.rank_costs import RankCosts
     from mfac_core.recipe import Recipe
     from mfac_core.session.plan import ModifierPlan
     from mfac_core.settings.pruning import PruningSettings
@@ -178,6 +179,10 @@ def plan(
         typer.Option(min=0.0, help="Epochs of training, instead of the end of the recipe's EpochRangeModifier."),
     ] = None,
     sampled: Annotated[bool, typer.Option("--sampled", help="Assume a gradient sampler.")] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of processes: shows what each keeps and sends.", show_default=False),
+    ] = None,
     variables: _Variables = "",
     skip_unsupported: _Skip = False,
     as_json: _Json = False,
@@ -185,7 +190,7 @@ def plan(
 ) -> None:
     """Show what a recipe will do to a model, and the memory it needs."""
     from mfac_core import RecipeError
-    from mfac_core.cli_tables import bytes_text, counts_text, schedule_table, weights_table
+    from mfac_core.cli_tables import bytes_text, counts_text, ranks_table, schedule_table, weights_table
     from mfac_core.recipe.naming import named_groups
     from mfac_core.session.plan import plan_model
 
@@ -210,7 +215,9 @@ def plan(
             loaded = _load(recipe, variables, skip_unsupported)
         groups = named_groups(loaded.pruning)
         matched = _weights(groups, weights) if shapes is None else _matched(groups, shapes, found)
-        model_plan = plan_model(loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled)
+        model_plan = plan_model(
+            loaded.modifiers, matched, steps_per_epoch, epochs=epochs, sampled=sampled, num_ranks=ranks
+        )
     except RecipeError as error:
         _fail(*error.messages, found=reported)
     except OSError as error:
@@ -221,17 +228,23 @@ def plan(
     found["modifiers"] = [_as_fields(modifier) for modifier in model_plan.modifiers]
     found["window_bytes"] = model_plan.window_bytes
     found["needed_bytes"] = model_plan.needed_bytes
+    if ranks is not None:
+        found |= {"ranks": ranks, "needed_bytes_of_rank": model_plan.needed_bytes_of_rank}
     found["warnings"] += model_plan.warnings
     if as_json:
         _print_json(found)
     else:
         console().print(weights_table(model_plan))
+        if ranks is not None:
+            console().print(ranks_table(model_plan, ranks))
         rows = [row for modifier in model_plan.modifiers for row in modifier.steps]
         if rows:
             console().print(schedule_table(rows))
         _show(found)
-        memory = bytes_text(model_plan.needed_bytes)
-        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}, {memory} of memory")
+        memory = f"{bytes_text(model_plan.needed_bytes)} of memory"
+        if ranks is not None:
+            memory = f"{bytes_text(model_plan.needed_bytes_of_rank)} of memory on each of {ranks} ranks"
+        say(f"{_shown(recipe)}: {counts_text(rows, found['warnings'])}, {memory}")
     _exit(found, strict)
 
 
@@ -370,8 +383,15 @@ def _as_fields(modifier: ModifierPlan) -> dict[str, Any]:
         "parameters": dict(modifier.weights),
         "window": {"rows": rows, "columns": columns, "bytes": modifier.window_bytes},
         "needed_bytes": modifier.needed_bytes,
+        "of_rank": _of_rank(modifier.of_rank),
         "pruning_steps": [row._asdict() for row in modifier.steps],
     }
+
+
+def _of_rank(costs: RankCosts | None) -> dict[str, Any] | None:
+    if costs is None:
+        return None
+    return {**costs._asdict(), "replicated": costs.replicated._asdict(), "sharded": costs.sharded._asdict()}
 
 
 def _print_json(found: Mapping[str, Any], errors: Sequence[str] = ()) -> None:

@@ -12,7 +12,7 @@ from mfac_core.schedules.rows import ScheduleRow
 from mfac_core.session.plan import Plan
 from mfac_core.terminal import plain_text
 
-__all__ = ["bytes_text", "counts_text", "schedule_table", "weights_table"]
+__all__ = ["bytes_text", "counts_text", "ranks_table", "schedule_table", "weights_table"]
 
 
 def weights_table(plan: Plan) -> Table:
@@ -30,6 +30,26 @@ def weights_table(plan: Plan) -> Table:
             f"{rows:,} x {columns:,}" if rows else "-",
             bytes_text(modifier.needed_bytes) if rows else "-",
         )
+    return result
+
+
+def ranks_table(plan: Plan, num_ranks: int) -> Table:
+    """Return what the rank with the most blocks keeps and sends, for each modifier with a gradient window."""
+    result = Table(f"On each of {num_ranks} ranks", box=box.SIMPLE_HEAD)
+    for heading in ("Keeps", "Sends per row", "Per pruning step"):
+        result.add_column(heading, justify="right")
+    for modifier in plan.modifiers:
+        costs = modifier.of_rank
+        if costs is None:
+            continue
+        result.add_row(Text(plain_text(modifier.modifier)))
+        result.add_row(f"  window of {costs.blocks:,} blocks", bytes_text(costs.window_bytes))
+        result.add_row("  memory", bytes_text(costs.needed_bytes))
+        for layout, traffic in (("replicated (DDP)", costs.replicated), ("sharded (FSDP2)", costs.sharded)):
+            sent = [bytes_text(each) for each in traffic]
+            result.add_row(f"  weights {layout}", "", *(f"<= {each}" if each != "0 B" else each for each in sent))
+        if costs.moved_bytes:
+            result.add_row("  live rows that move", "", "", f"<= {bytes_text(costs.moved_bytes)}")
     return result
 
 

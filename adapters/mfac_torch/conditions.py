@@ -8,22 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 
 from mfac_core.settings.checks import check_number
+from mfac_torch.distribution import refuse_optimizer
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.session import is_attached
 
 __all__ = [
     "check_optimizers",
     "check_trained",
-    "refuse_distributed",
     "refuse_unsupported",
     "unwrapped_optimizers",
     "whole_steps",
 ]
-
-_logger = logging.getLogger("mfac_torch")
 
 
 def refuse_unsupported(method: str, arguments: Mapping[str, object]) -> None:
@@ -33,26 +30,14 @@ def refuse_unsupported(method: str, arguments: Mapping[str, object]) -> None:
         raise TypeError(f"{method}() does not support {', '.join(map(repr, given))}; leave it out")
 
 
-def whole_steps(steps_per_epoch: float) -> int:
+def whole_steps(steps_per_epoch: float, logger: logging.Logger) -> int:
     """Return the steps per epoch, rounded up; raise SettingError if they are not a positive number."""
     rule = "steps_per_epoch > 0, such as len(loader) for one step per batch; a fraction is rounded up"
     check_number("steps_per_epoch", steps_per_epoch, rule, lambda x: x > 0)
     whole = math.ceil(steps_per_epoch)
     if whole != steps_per_epoch:
-        _logger.info("steps_per_epoch %g is rounded up to %d", steps_per_epoch, whole)
+        logger.info("steps_per_epoch %g is rounded up to %d", steps_per_epoch, whole)
     return whole
-
-
-def refuse_distributed() -> None:
-    """Raise NotImplementedError if training is distributed over several processes."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return
-    world_size = torch.distributed.get_world_size()
-    if world_size > 1:
-        raise NotImplementedError(
-            f"training is distributed over {world_size} processes, which is not supported yet: each would choose "
-            "its own masks. Prune in a single process"
-        )
 
 
 def unwrapped_optimizers(
@@ -62,8 +47,11 @@ def unwrapped_optimizers(
 
     Raises:
         TypeError: If one of them is not an optimizer, or cannot have hooks.
+        NotImplementedError: If one of them stores weights or makes steps in a way of its own.
     """
     given = tuple(optimizer) if isinstance(optimizer, list | tuple) else (optimizer,)
+    for each in given:
+        refuse_optimizer(each)
     optimizers = tuple(_unwrapped_optimizer(each) for each in given)
     for each, inside in zip(given, optimizers, strict=True):
         if not isinstance(inside, torch.optim.Optimizer):
@@ -126,4 +114,5 @@ def check_trained(prunings: Sequence[TorchPruning]) -> None:
             raise ValueError(
                 f"the optimizer does not train {', '.join(pruning.untrained)}, so they could not be kept sparse; add "
                 "them to the optimizer, or list in params only what it trains"
+                + ("; fully_shard replaces parameters, so create the optimizer after it" if pruning.is_sharded else "")
             )

@@ -11,6 +11,7 @@ import torch
 from mfac_core.backends import Array
 from mfac_core.errors import SettingError
 from mfac_core.weight_names import join_names
+from mfac_torch.sharded import is_sharded, local
 
 __all__ = [
     "check_prunable",
@@ -44,10 +45,13 @@ def to_array(tensor: torch.Tensor) -> Array:
 
 
 def check_prunable(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse weights unless they are plain, dense, real floating-point tensors with values; the message names all."""
+    """Refuse weights unless they are plain, dense, real floating-point tensors with values; the message names all.
+
+    Of a DTensor, this rank's part has to be one.
+    """
     refused: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        reason = _why_not_prunable(tensor)
+        reason = _why_not_prunable(local(tensor) if is_sharded(tensor) else tensor)
         if reason:
             refused.setdefault(reason, []).append(name)
     if refused:

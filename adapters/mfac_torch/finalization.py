@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mfac_core.masks.zero_count import ZeroCount
+from mfac_core.ranks.logs import logger_of
 from mfac_core.session.live_pruning import combined_masks
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.write_monitor import WriteMonitor
@@ -25,7 +26,7 @@ def current_zeros(prunings: Sequence[TorchPruning]) -> ZeroCount:
 
 
 def reconcile(prunings: Sequence[TorchPruning], hold: bool | None, monitor: WriteMonitor | None) -> None:
-    """Compare weights with masks, and log the difference.
+    """Compare weights with masks, and log the difference: on the first rank, or on each that has it in its shards.
 
     Args:
         prunings: The pruning modifiers.
@@ -35,12 +36,13 @@ def reconcile(prunings: Sequence[TorchPruning], hold: bool | None, monitor: Writ
     difference = current_zeros(prunings).difference()
     if not difference:
         return
+    logger = prunings[0].weights_logger
     if hold or (hold is None and monitor is None):
         changed = apply_masks(_parameters(prunings), _masks(prunings))
         level = logging.INFO if hold is None else logging.WARNING  # fine-tuning after one shot regrows them as expected
-        _logger.log(level, "%s; finalize has set %s weights to zero", difference, f"{changed:,}")
+        logger.log(level, "%s; finalize has set %s weights to zero", difference, f"{changed:,}")
         return
-    _logger.warning(
+    logger.warning(
         "%s.%s These weights are left unchanged; finalize(hold=True) would have set them to zero, and "
         "mfac_torch.apply_masks(model, manager) does so now",
         difference,
@@ -55,7 +57,7 @@ def warn_of_replaced(prunings: Sequence[TorchPruning], model: nn.Module) -> None
         name for pruning in prunings for name, parameter in pruning.parameters.items() if id(parameter) not in now
     ]
     if replaced:
-        _logger.warning(
+        logger_of(prunings[0].ranks, _logger).warning(
             "%s: the model has other parameters under these names than when the recipe was attached, and they are not "
             "pruned; attach the recipe once the model has its final layers, and load weights without assign=True",
             ", ".join(replaced),

@@ -13,8 +13,8 @@ from mfac_core.backends import Array
 from mfac_core.layer_sensitivity import SPARSITIES
 from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
-from mfac_torch.conditions import refuse_distributed
 from mfac_torch.conversion import check_prunable, to_array, write_back
+from mfac_torch.distribution import refuse_several_processes
 from mfac_torch.layout import weight_axes
 from mfac_torch.sampling import sampler_of
 from mfac_torch.selection import select_parameters
@@ -79,7 +79,7 @@ def sensitivity(
         ValueError: If a batch has an unsupported form, or the loss of the dense model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
-        NotImplementedError: If training is distributed over several processes.
+        NotImplementedError: If there are several processes.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def sensitivity(
         >>> [(name, len(increases)) for name, increases in result.measured.items()]
         [('0.weight', 2), ('2.weight', 2)]
     """
-    refuse_distributed()
+    refuse_several_processes("sensitivity()")
     model = unwrapped(model)
     sampler = sampler_of(loader, loss_fn)
     parameters = select_parameters(model, params, exclude)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from mfac_core.backends import Array
-from mfac_core.masks.zero_count import count_zeros
 from mfac_core.pruners import MFACPruner, Pruner
 from mfac_core.pruners.step import PruneResult
+from mfac_core.ranks import Alone
+from mfac_core.ranks.logs import logger_of
 from mfac_core.sample_batches import HeldOut
 from mfac_core.session.live_pruning import LivePruning
 from mfac_core.settings.pruning import ConstantSettings, PruningSettings
@@ -22,15 +23,20 @@ from mfac_torch.conversion import (
     state_to_arrays,
     state_to_tensors,
     to_array,
+    to_tensor,
     write_back,
 )
+from mfac_torch.distribution import refuse_replaced
 from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import reset_pruned_state, reset_state
 from mfac_torch.random_state import random_state, restore_random_state
+from mfac_torch.ranks import TorchRanks
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters
+from mfac_torch.sharded import is_sharded, local, reshard, shards_of
+from mfac_torch.zeros import zeros_of
 
 __all__ = ["TorchPruning"]
 
@@ -47,6 +53,7 @@ class TorchPruning(LivePruning):
         loggers: Functions that get the sparsity of each parameter after a pruning step, as ``ParamPruning/<name>``.
         name: As in :class:`LivePruning`.
         logged: Warnings about the selection that are logged already; new ones are added.
+        ranks: The ranks that train the model.
 
     Attributes:
         parameters: The parameters in scope by name.
@@ -72,10 +79,15 @@ class TorchPruning(LivePruning):
         loggers: Sequence[LogFunction] = (),
         name: str = "",
         logged: set[str] | None = None,
+        ranks: TorchRanks | Alone | None = None,
     ) -> None:
-        # A modifier that only holds zeros may have frozen weights in scope.
         self.parameters = select_parameters(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
+            model,
+            settings.params,
+            settings.exclude,
+            frozen_too=isinstance(settings, ConstantSettings),  # one that only holds zeros
+            logged=logged,
+            logger=logger_of(ranks or Alone(), self.logger),
         )
         check_prunable(self.parameters)
         self._model = model
@@ -90,31 +102,34 @@ class TorchPruning(LivePruning):
             sampled=grad_sampler is not None,
             axes=weight_axes(model, self.parameters),
             name=name,
+            ranks=ranks,
+            shards=shards_of(self.parameters, getattr(ranks, "group", None)),
         )
         self.held_masks = HeldMasks(self.parameters)
         self._sample: dict[str, Array] | None = None  # an incomplete sample, where several optimizers step in turn
 
     def weights(self) -> dict[str, Array]:
-        """Return the parameters in scope as arrays."""
-        return {name: to_array(parameter) for name, parameter in self.parameters.items()}
+        """Return what this rank has of the parameters in scope, as arrays."""
+        return {name: to_array(local(parameter)) for name, parameter in self.parameters.items()}
 
     def write(self, weights: Mapping[str, Array]) -> None:
         """Write weights into the parameters."""
+        reshard(self._model)
         for name, parameter in self.parameters.items():
-            write_back(parameter, weights[name])
+            write_back(local(parameter), weights[name])
 
     def snapshot(self, undo: ExitStack) -> None:
         """Register callbacks that restore the current values of the parameters."""
         for parameter in self.parameters.values():
-            values = parameter.detach()
+            values = local(parameter)
             undo.callback(values.copy_, values.clone())
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterator[Mapping[str, Array]]:
-        """Draw gradient samples; ``held_out`` gets further batches."""
+        """Draw this rank's share of the gradient samples, or its part of each; ``held_out`` gets further batches."""
         assert self._sampler is not None  # the caller draws samples only from a sampler
         options = pruner.settings.sampler_options
         samples = self._sampler.gradients(
-            self._model, self.parameters, pruner.num_gradients, options, held_out=held_out
+            self._model, self.parameters, pruner.num_samples_here, options, held_out=held_out, ranks=self.ranks
         )
         for gradients in samples:
             yield {name: to_array(gradient) for name, gradient in gradients.items()}
@@ -151,8 +166,8 @@ class TorchPruning(LivePruning):
         held_masks.zero_weights()
         for optimizer in self._optimizers:
             if result.resets_optimizer:
-                reset_state(optimizer, self.parameters.values(), undo)
-            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo)
+                reset_state(optimizer, self.parameters.values(), undo, logger=self.logger)
+            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo, logger=self.logger)
         undo.callback(setattr, self, "held_masks", self.held_masks)
         self.held_masks = held_masks
 
@@ -160,7 +175,7 @@ class TorchPruning(LivePruning):
         """Release the masks if the pruner has, and pass the sparsity of each parameter to the loggers."""
         if not self.masks:
             self.held_masks.release()
-        for log in self._loggers:
+        for log in self._loggers if self.ranks.rank == 0 else ():
             for name, mask in result.masks.items():
                 log(f"ParamPruning/{name}", 1.0 - float(mask.mean()), step)
             if result.measured_loss_change is not None:
@@ -179,12 +194,13 @@ class TorchPruning(LivePruning):
     def resume(self, pruner: Pruner) -> None:
         """Resume from a parsed state: hold its masks, and set pruned weights to zero."""
         super().resume(pruner)
+        reshard(self._model)
         self._sample = None
         self.held_masks = HeldMasks(self.parameters)
         self.held_masks.hold(self.masks)
-        difference = count_zeros(self.weights(), self.masks).difference()
+        difference = zeros_of(self.parameters, self.mask_tensors).difference()
         if difference:
-            self.logger.warning(
+            self.weights_logger.warning(
                 "%s. The loaded masks set these weights to zero now; load the model's own state, saved together with "
                 "them, before that of the manager",
                 difference,
@@ -193,14 +209,33 @@ class TorchPruning(LivePruning):
 
     @property
     def mask_tensors(self) -> dict[str, torch.Tensor]:
-        """The masks as tensors on the devices of their parameters."""
+        """The complete masks as tensors on the devices of their parameters; in host memory if those are sharded."""
+        if self.is_sharded:
+            return {name: to_tensor(mask) for name, mask in self.masks.items()}
         return self.held_masks.masks
 
     @property
     def current_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the model has now under the names in scope; a replaced one may have another shape."""
+        reshard(self._model)
         now = dict(self._model.named_parameters(remove_duplicate=False))
         return {name: now[name] for name in self.parameters if name in now}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank has only a part of the parameters."""
+        return any(map(is_sharded, self.parameters.values()))
+
+    @property
+    def weights_logger(self) -> logging.Logger:
+        """Where differences between weights and masks are logged: on the first rank, or on each about its shards."""
+        return type(self).logger if self.is_sharded else logger_of(self.ranks, type(self).logger)
+
+    def check_not_replaced(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise an error if the model that an optimizer trains has been sharded since it was attached."""
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if any(id(each) in trained for each in (*self.parameters.values(), *self._model.parameters())):
+            refuse_replaced(self._model, self.parameters)
 
     @property
     def untrained(self) -> list[str]:
@@ -232,7 +267,7 @@ class TorchPruning(LivePruning):
         elif all(parameter.grad is None for parameter in self.parameters.values()):
             self._check_not_due_without_rows(step)
         else:
-            self._pruner.observe({name: to_array(_gradient(self.parameters[name], scale)) for name in self.parameters})
+            self._pruner.observe({name: to_array(_gradient(each, scale)) for name, each in self.parameters.items()})
 
     def trained_by(self, optimizer: int) -> Collection[str]:
         """Return the names of the parameters in scope that an optimizer trains, by its index."""
@@ -248,7 +283,7 @@ class TorchPruning(LivePruning):
         if self._sample is None:  # the window has needed gradients only since the middle of a round
             return
         # Copies, because the gradients may be overwritten before the last optimizer of the round steps.
-        self._sample |= {name: to_array(_gradient(self.parameters[name], scale).detach().clone()) for name in names}
+        self._sample |= {name: to_array(_gradient(self.parameters[name], scale).clone()) for name in names}
         if len(self._sample) == len(self.parameters):
             self._pruner.observe(self._sample)
             self._sample = None
@@ -270,10 +305,11 @@ def _trained_by(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Pa
 
 
 def _gradient(parameter: nn.Parameter, scale: torch.Tensor | None) -> torch.Tensor:
-    gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros_like(parameter)
+    """Return what this rank has of a gradient."""
+    if parameter.grad is None:
+        return torch.zeros_like(local(parameter))
+    gradient = local(parameter.grad)
     if scale is None:
         return gradient
     wide = torch.promote_types(gradient.dtype, torch.float32)  # unscaled values may underflow in half precision
-    return gradient.detach().to(wide) / scale.to(gradient.device)
+    return gradient.to(wide) / scale.to(gradient.device)

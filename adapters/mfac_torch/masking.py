@@ -9,6 +9,7 @@ from torch import nn
 
 from mfac_core.backends import Array
 from mfac_torch.conversion import to_tensor
+from mfac_torch.sharded import local, local_part
 
 __all__ = ["HeldMasks"]
 
@@ -17,7 +18,7 @@ _NUM_PROBES = 8
 
 
 class HeldMasks:
-    """The masks of one pruning modifier, on the devices of their parameters.
+    """The masks of one pruning modifier, on the devices of their parameters; of a sharded one, those of this rank.
 
     Methods that take ``names`` apply to the parameters of these names, or to all if it is None.
 
@@ -41,9 +42,10 @@ class HeldMasks:
         return {name: pruned for name, _, pruned in self._entries()}
 
     def hold(self, masks: Mapping[str, Array]) -> None:
-        """Replace the masks by new ones: boolean arrays by parameter name, True keeps."""
+        """Replace the masks by new ones: boolean arrays by parameter name and of its full shape, True keeps."""
         self._pruned = {
-            name: ~to_tensor(mask).to(self._parameters[name].device, torch.bool) for name, mask in masks.items()
+            name: ~local_part(to_tensor(mask), self._parameters[name]).to(self._parameters[name].device, torch.bool)
+            for name, mask in masks.items()
         }
         self._probes = {name: _probe_positions(pruned).cpu() for name, pruned in self._pruned.items()}
 
@@ -65,12 +67,12 @@ class HeldMasks:
                     f"the gradient of {name} is sparse, which is not supported; create its layer with sparse=False "
                     "or remove it from params"
                 )
-            parameter.grad.detach().masked_fill_(pruned, 0.0)
+            local(parameter.grad).masked_fill_(pruned, 0.0)
 
     def zero_weights(self, names: Collection[str] | None = None) -> None:
         """Set pruned weights to exactly ``+0.0``."""
         for _, parameter, pruned in self._entries(names):
-            parameter.detach().masked_fill_(pruned, 0.0)
+            local(parameter).masked_fill_(pruned, 0.0)
 
     def parameters(self, names: Collection[str] | None = None) -> list[nn.Parameter]:
         """Return the parameters that have masks."""
@@ -80,7 +82,7 @@ class HeldMasks:
         """Return whether any pruned weight is not zero, computed on the devices of the weights."""
         found: dict[torch.device, torch.Tensor] = {}
         for _, parameter, pruned in self._entries(names):
-            regrown = (parameter.detach() != 0).logical_and_(pruned).any()
+            regrown = (local(parameter) != 0).logical_and_(pruned).any()
             before = found.get(regrown.device)
             found[regrown.device] = regrown if before is None else before | regrown
         return any(map(bool, found.values()))  # one synchronization per device
@@ -88,7 +90,7 @@ class HeldMasks:
     def seems_regrown(self, names: Collection[str] | None = None) -> bool:
         """Return whether one of a few pruned weights is not zero; in host memory only, where reading them is cheap."""
         return any(
-            bool(parameter.detach().take(self._probes[name]).any())
+            bool(local(parameter).take(self._probes[name]).any())
             for name, parameter, pruned in self._entries(names)
             if pruned.device.type == "cpu"
         )

@@ -104,8 +104,8 @@ class MFACPruningModifier(PruningModifier):
     Args:
         **recipe_keys: ``params``, ``exclude``, ``init_sparsity``, ``final_sparsity``, ``start_epoch``, ``end_epoch``,
             ``update_frequency``, ``inter_func``, ``mask_type``, ``leave_enabled``, ``global_sparsity``, ``num_grads``,
-            ``fisher_block_size``, ``damp``, ``available_gpus``, ``grads_device``, ``update``, ``num_recomputations``,
-            ``grad_sampler_kwargs``, ``use_gradient_buffering``.
+            ``fisher_block_size``, ``damp``, ``available_gpus``, ``grads_device``, ``grads_dtype``, ``update``,
+            ``num_recomputations``, ``grad_sampler_kwargs``, ``use_gradient_buffering``.
 
     Example:
         >>> modifier = MFACPruningModifier(final_sparsity=0.85, end_epoch=61.0, num_grads={0.0: 256, 0.5: 512})

@@ -28,6 +28,7 @@ from mfac_core.weight_names import (
     selected_names,
 )
 from mfac_torch.layout import is_transposed_linear, own_parameters
+from mfac_torch.sharded import is_sharded
 from mfac_torch.wrappers import unwrapped
 
 __all__ = ["matching_parameters", "prunable_parameters", "select_parameters", "sparse_parameters"]
@@ -47,6 +48,7 @@ def select_parameters(
     *,
     frozen_too: bool = False,
     logged: set[str] | None = None,
+    logger: logging.Logger = _logger,
 ) -> dict[str, nn.Parameter]:
     """Return the parameters that ``params`` selects, in the order of ``model.named_parameters()``.
 
@@ -63,6 +65,7 @@ def select_parameters(
         frozen_too: Whether to select frozen parameters like others, except for those that are not dense floating-point
             tensors, such as quantized weights.
         logged: Warnings that have been logged already, to which new ones are added; ``None`` logs all.
+        logger: Where warnings go.
 
     Returns:
         The selected parameters by name.
@@ -84,7 +87,7 @@ def select_parameters(
     if lazy:
         have = f"{lazy[0]!r} has" if len(lazy) == 1 else f"{join_names(lazy)} have"
         raise SettingError("params", f"{have} no values yet; run one batch through the model first")
-    warn_once(_logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), logged)
+    warn_once(logger, selection_warnings(params, exclude, names, selected, prunes=not frozen_too), logged)
     return chosen
 
 
@@ -150,6 +153,10 @@ def sparse_parameters(model: nn.Module, *, warn: bool = False) -> dict[str, nn.P
     found: dict[str, nn.Parameter] = {}
     empty, vectors = [], []
     for name, parameter in unwrapped(model).named_parameters():
+        if is_sharded(parameter):
+            raise NotImplementedError(
+                f"{name} is sharded, so its zeros cannot be counted in one process; call this before fully_shard(model)"
+            )
         if is_lazy(parameter) or not parameter.numel() or not _is_dense_float(parameter):
             continue
         zeros = float((parameter.detach() == 0).float().mean())

@@ -11,6 +11,7 @@ from weakref import WeakSet
 
 import torch
 
+from mfac_core.ranks.logs import logger_of
 from mfac_core.session.session import ParsedState, Session
 from mfac_core.state_checks import check_keys, checked_integer
 from mfac_torch.live_pruning import TorchPruning
@@ -62,7 +63,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
     ) -> None:
         super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
         self.optimizers = optimizers
-        self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch)
+        self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch, logger=logger_of(self.ranks, _logger))
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels. So that a step counts
         # once and is observed once, the first hook at either level does the work. A counter of levels would stay wrong
@@ -97,8 +98,9 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
     def detach(self) -> None:
         """Remove the hooks, and restore which parameters are trained."""
         self.monitor.detach()
-        # The last round may have lacked its last optimizer. Weights that other code has written are not pruned.
-        if len(self.optimizers) > 1 and not self.monitor.has_regrown():
+        # The last round may have lacked its last optimizer. Weights that other code has written are not pruned. Other
+        # ranks may not finalize, so they are not waited for.
+        if len(self.optimizers) > 1 and self.ranks.size == 1 and not self.monitor.has_regrown():
             self.prune_if_due()
         for handle in self._handles:
             handle.remove()
@@ -164,6 +166,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
         self.monitor.step_begins(number)
+        self.fence()
         self._update_trained(number)
         self._zero_regrown(number)
         if number == self._first:
@@ -208,6 +211,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
 
     def prune_if_due(self) -> None:
         """Run the pruning steps that are due."""
+        self.fence()
         if self.is_due():
             super().prune_if_due()
             self.monitor.record_versions()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from mfac_torch.zeros import zeros_of
 
 __all__ = ["WriteMonitor"]
 
-_logger = logging.getLogger("mfac_torch")
-
 
 class WriteMonitor:
     """Detects steps of optimizers that are not attached, and pruned weights that are no longer zero.
@@ -32,14 +30,21 @@ class WriteMonitor:
         optimizers: The attached optimizers.
         prunings: The pruning modifiers at work.
         steps_per_epoch: Optimizer steps per epoch; regrown weights are a warning once per epoch.
+        logger: Where warnings about steps go.
     """
 
     def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], prunings: Sequence[TorchPruning], steps_per_epoch: int
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        prunings: Sequence[TorchPruning],
+        steps_per_epoch: int,
+        *,
+        logger: logging.Logger,
     ) -> None:
         self._optimizers = optimizers
         self._prunings = prunings
         self._steps_per_epoch = steps_per_epoch
+        self._logger = logger
         self._names = {id(parameter): name for each in prunings for name, parameter in each.parameters.items()}
         self._versions: dict[int, int] = {}
         self._warned_in: int | None = None
@@ -50,6 +55,7 @@ class WriteMonitor:
         self._last_step = 0
         self._other_optimizer = ""  # class of one that has stepped since the last step of an attached one
         self._handles: list[Any] = []
+        self._known: WeakSet[torch.optim.Optimizer] = WeakSet()  # those that have begun a step
 
     def attach(self, step: int) -> None:
         """Add hooks to the steps of all optimizers in the process."""
@@ -105,7 +111,7 @@ class WriteMonitor:
         level = logging.DEBUG if self._warned_in == epoch else logging.WARNING
         self._warned_in = epoch
         weights = {name: each for pruning in self._prunings for name, each in pruning.parameters.items()}
-        _logger.log(
+        self._prunings[0].weights_logger.log(
             level,
             "%s, at step %d. Likely cause: %s. The next step sets these weights to zero again. For an average of the "
             "weights use mfac_torch.apply_masks; to train without masks call finalize() first (logged once per epoch)",
@@ -150,6 +156,10 @@ class WriteMonitor:
         )
 
     def _before_any(self, optimizer: torch.optim.Optimizer) -> None:
+        if optimizer not in self._known:
+            self._known.add(optimizer)
+            for pruning in self._prunings:
+                pruning.check_not_replaced(optimizer)
         self._steps_before[optimizer] = self._num_steps
 
     def _after_any(self, optimizer: torch.optim.Optimizer) -> None:
@@ -170,7 +180,7 @@ class WriteMonitor:
         if optimizer in self._warned_of:
             return
         self._warned_of[optimizer] = True
-        _logger.warning(
+        self._logger.warning(
             "%s has taken a step on %s but was not given to modify(), so pruned weights regrow and its steps do not "
             "count for the schedule; %s. If several optimizers train the model, pass all of them",
             self._other_optimizer,

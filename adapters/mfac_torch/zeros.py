@@ -12,6 +12,7 @@ from torch import nn
 from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.weight_names import join_names
 from mfac_torch.conversion import check_prunable, to_array
+from mfac_torch.sharded import is_sharded, local, local_part, mesh_of, reshard
 from mfac_torch.wrappers import unwrapped
 
 __all__ = ["HasMasks", "Masks", "apply_masks", "zeros_of"]
@@ -31,10 +32,19 @@ class HasMasks(Protocol):
 
 
 def zeros_of(parameters: Mapping[str, torch.Tensor], masks: Masks) -> ZeroCount:
-    """Count how many pruned weights are zero, given all parameters in scope and the masks of some of them."""
-    return count_zeros(
-        {name: to_array(parameter) for name, parameter in parameters.items()},
-        {name: mask.cpu().numpy() for name, mask in masks.items()},
+    """Count how many pruned weights are zero, given all parameters in scope and the masks of some of them.
+
+    Of sharded parameters, this rank sees its shards: pruned weights of other ranks count as zero.
+    """
+    count = count_zeros(
+        {name: to_array(local(parameter)) for name, parameter in parameters.items()},
+        {name: local_part(mask, parameters[name]).cpu().numpy() for name, mask in masks.items()},
+    )
+    if not any(map(is_sharded, parameters.values())):
+        return count
+    return count._replace(
+        weights=sum(parameter.numel() for parameter in parameters.values()),
+        pruned=sum(int((~mask).sum()) for mask in masks.values()),
     )
 
 
@@ -49,12 +59,13 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
         masks: The masks, or the manager that holds them. Empty masks, as before the first pruning step, change nothing.
 
     Returns:
-        How many weights were set to zero; those that were zero before do not count.
+        How many weights were set to zero; those that were zero before do not count, nor those that other ranks have.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a mask fits no tensor, several tensors, or one of another shape, or one that is distributed,
+        ValueError: If a mask fits no tensor, several tensors, or one of another shape, or one that is
             quantized or sparse. Nothing is changed then.
+        NotImplementedError: If a tensor is distributed in another way than by ``fully_shard``.
 
     Example:
         >>> average = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 1))
@@ -67,11 +78,12 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
         raise TypeError(f"masks is a {type(masks).__name__}; pass masks by parameter name, or the manager")
     matched = _matched(given, tensors)
     check_prunable({name: tensors[name] for name in matched.values()})
+    mesh_of({name: tensors[name] for name in matched.values()})
     changed = 0
     with torch.no_grad():
         for name, mask in given.items():
-            tensor = tensors[matched[name]]
-            pruned = ~mask.to(tensor.device, torch.bool)
+            tensor = local(tensors[matched[name]])
+            pruned = ~local_part(mask, tensors[matched[name]]).to(tensor.device, torch.bool)
             changed += int(((tensor != 0) & pruned).sum())
             tensor.masked_fill_(pruned, 0.0)
     return changed
@@ -79,6 +91,7 @@ def apply_masks(model_or_state: nn.Module | Mapping[str, Any], masks: HasMasks |
 
 def _tensors(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, torch.Tensor]:
     if isinstance(model_or_state, nn.Module):
+        reshard(model_or_state)
         return dict(unwrapped(model_or_state).named_parameters(remove_duplicate=False))
     if isinstance(model_or_state, Mapping):
         return {name: value for name, value in model_or_state.items() if isinstance(value, torch.Tensor)}

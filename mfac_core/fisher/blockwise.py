@@ -12,7 +12,6 @@ from threading import Lock
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, numpy_dtype, readable_on, resolve_device, resolve_devices
 from mfac_core.errors import IllConditionedError
@@ -21,6 +20,8 @@ from mfac_core.fisher.damping import damping_text, dampings, mean_diagonals
 from mfac_core.fisher.factors import Factor, evaluate, factor
 from mfac_core.fisher.kernels import Float64Needed, wide_dtype
 from mfac_core.fisher.partition import BlockGroup, DeviceShare, assign
+from mfac_core.fisher.row_formats import widened
+from mfac_core.ranks.base import Ranks
 from mfac_core.settings.checks import Damping
 
 __all__ = ["BlockwiseFisher", "GradientSource"]
@@ -40,7 +41,7 @@ class GradientSource(Protocol):
     Attributes:
         stored_groups: The blocks, in the groups in which they are stored.
         num_weights: Columns ``d``.
-        dtype: dtype of the rows.
+        dtype: dtype of the rows when they are read.
     """
 
     stored_groups: tuple[BlockGroup, ...]
@@ -52,7 +53,7 @@ class GradientSource(Protocol):
         """Rows ``m``."""
 
     def chunks(self, group: BlockGroup) -> list[Array]:
-        """Return the chunks of a group, each of shape ``(n, m, width)``."""
+        """Return the chunks of a group, each of shape ``(n, m, width)``, as they are stored."""
 
 
 class BlockwiseFisher:
@@ -73,7 +74,6 @@ class BlockwiseFisher:
     Attributes:
         unit: Power of two near the measured dampings; 1 if the damping is a number. In this unit float32 can represent
             the diagonal and what follows from it, for any scale of the gradients.
-        damping_range: The smallest and the largest damping of a block.
 
     Raises:
         DeviceError: If a device does not exist.
@@ -108,7 +108,7 @@ class BlockwiseFisher:
         self._assigned: dict[str, range] = {}
         self.groups: tuple[BlockGroup, ...] = ()
         for name, groups in assigned.items():
-            if not groups:
+            if not groups and source.num_weights:
                 _logger.info("device %s is idle: it has no memory for a block, or there are too few blocks", name)
             self._assigned[name] = range(len(self.groups), len(self.groups) + len(groups))
             self.groups += groups
@@ -128,11 +128,21 @@ class BlockwiseFisher:
         self._wide = {device: _widest_dtype(device) for device in (*self._devices.values(), self._host)}
         self._is_measured = damping == "auto"
         if damping == "auto":
-            self._dampings, self.unit = self._measured()
+            self._means = self._measured()
+            self._dampings, self.unit = dampings(self._means, [group.width for group in self.groups])
         else:
             self._dampings, self.unit = [np.full(group.count, float(damping)) for group in self.groups], 1.0
+
+    def join(self, ranks: Ranks) -> None:
+        """Measure damping ``auto`` relative to the blocks of all ranks, each of which has some of them. Collective."""
+        if self._is_measured:
+            self._dampings, self.unit = dampings(self._means, [group.width for group in self.groups], ranks)
+
+    @property
+    def damping_range(self) -> tuple[float, float]:
+        """The smallest and the largest damping of a block."""
         limits = [float(limit) for of_group in self._dampings for limit in (of_group.min(), of_group.max())]
-        self.damping_range = (min(limits, default=self.unit), max(limits, default=self.unit))
+        return min(limits, default=self.unit), max(limits, default=self.unit)
 
     @property
     def has_float64(self) -> bool:
@@ -302,7 +312,8 @@ class BlockwiseFisher:
             try:
                 with closing(device.backend.stream(device.name, loaders())) as items:
                     for chunks in items:
-                        self._work_on(task, taken.popleft(), device, chunks)
+                        # widened on the device: copies to it take the bytes that are stored
+                        self._work_on(task, taken.popleft(), device, [widened(chunk) for chunk in chunks])
             except BaseException:
                 queue.clear()  # the other workers stop after their current group
                 raise
@@ -323,8 +334,8 @@ class BlockwiseFisher:
                 self._on_host.add(index)
         task(index, self._host, [device.to_numpy(chunk) for chunk in chunks])
 
-    def _measured(self) -> tuple[list[npt.NDArray[np.float64]], float]:
-        """Return the dampings of the blocks of each group, and their unit."""
+    def _measured(self) -> list[Array]:
+        """Return the mean diagonals of the blocks of each group."""
         means: list[Array] = [None] * len(self.groups)
 
         def task(index: int, device: Device, chunks: list[Array]) -> None:
@@ -338,7 +349,7 @@ class BlockwiseFisher:
                 "damping auto cannot be measured: the squares of the gradients overflow float64; scale the gradients "
                 "down"
             )
-        return dampings(means, [group.width for group in self.groups])
+        return means
 
     def _evaluate(self, index: int, device: Device, chunks: list[Array]) -> tuple[Factor, Array]:
         try:
@@ -376,7 +387,7 @@ class BlockwiseFisher:
         """Raise an error that names the rows with NaN or Inf, if there are any."""
         bad: set[int] = set()
         for group in self.groups:
-            for chunk in self.source.chunks(group):
+            for chunk in map(widened, self.source.chunks(group)):
                 xp = array_namespace(chunk)
                 finite = xp.all(xp.all(xp.isfinite(chunk), axis=-1), axis=0)
                 bad |= {row for row in range(finite.shape[0]) if not bool(finite[row])}

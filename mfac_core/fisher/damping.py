@@ -14,6 +14,7 @@ from mfac_core.backends.threads import map_on_threads, split_for_threads
 from mfac_core.fisher.chunks import width_of
 from mfac_core.fisher.kernels import check_has_float64, column_sums_of_squares, wide_dtype
 from mfac_core.fisher.rounding import smallest_square
+from mfac_core.ranks.base import Alone, Ranks
 
 __all__ = ["AUTO_SHARE", "damping_text", "dampings", "mean_diagonals"]
 
@@ -52,7 +53,7 @@ def mean_diagonals(chunks: Sequence[Array]) -> Array:
     return means
 
 
-def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vector], float]:
+def dampings(means: Sequence[Array], widths: Sequence[int], ranks: Ranks | None = None) -> tuple[list[_Vector], float]:
     """Return damping ``auto`` of each block, and a power of two near the mean damping.
 
     In units of that power of two, float32 can represent quantities proportional to the dampings. Without any curvature
@@ -61,14 +62,18 @@ def dampings(means: Sequence[Array], widths: Sequence[int]) -> tuple[list[_Vecto
     Args:
         means: Mean diagonals of the blocks of each group, finite, in host memory.
         widths: Columns of a block of each group.
+        ranks: The processes among which the blocks are dealt; the mean is that of all blocks, on every rank.
 
     Example:
         >>> dampings([np.array([4.0, 12.0]), np.array([0.0])], [2, 1])
         ([array([0.4, 1.2]), array([6.4e-13])], 0.5)
     """
     # weighted by columns, as the last block may be narrower
-    num_weights = sum(len(mean) * width for mean, width in zip(means, widths, strict=True))
-    overall = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))
+    ranks = ranks or Alone()
+    here = sum(len(mean) * width for mean, width in zip(means, widths, strict=True))
+    num_weights = int(ranks.sum(np.array([here]))[0])
+    share = sum(float(np.sum(mean)) * (width / num_weights) for mean, width in zip(means, widths, strict=True))
+    overall = float(ranks.sum(np.array([share], np.float64))[0])
     if not overall:
         return [np.ones(len(mean)) for mean in means], 1.0
     shares = [AUTO_SHARE * np.maximum(mean, MIN_SHARE * overall) for mean in means]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, Device, array_namespace, check_float, resolve_device
 from mfac_core.fisher.partition import BlockGroup, partition
+from mfac_core.fisher.row_formats import BFLOAT16, RowFormat, widened
 from mfac_core.state_checks import check_keys, checked_array, checked_integer
 
 __all__ = ["GradientWindow"]
@@ -30,7 +31,7 @@ class GradientWindow:
         block_size: Weights per Fisher block; ``None`` means one block.
         device: Where the rows are stored, a name or a device.
         consumers: GPUs that read the rows; rows in host memory are then page-locked for fast copies.
-        dtype: dtype of the rows.
+        dtype: dtype of the rows, or ``bfloat16``: they are then stored in 16 bits, and read as float32.
 
     Example:
         >>> window = GradientWindow(3, 2, block_size=None)
@@ -54,7 +55,8 @@ class GradientWindow:
         self.num_gradients = num_gradients
         self.block_size = block_size
         self.device = resolve_device(device)
-        self.dtype = np.dtype(dtype)
+        self.row_format = RowFormat.named(dtype)
+        self.dtype = self.row_format.dtype
         # each of these changes in a single assignment, so that an interruption leaves whole rows only
         self._pushed = 0  # rows since the window was empty
         self._rebuilt_with = 0  # rows taken over from another window
@@ -83,7 +85,7 @@ class GradientWindow:
     @property
     def num_bytes(self) -> int:
         """Memory of the rows in bytes."""
-        return self.num_weights * self.num_gradients * int(self.dtype.itemsize)
+        return self.num_weights * self.num_gradients * self.row_format.itemsize
 
     def push(self, *vectors: Array) -> None:
         """Store one gradient sample; a full window drops its oldest.
@@ -110,10 +112,17 @@ class GradientWindow:
                 first += vector.shape[0]
         self._pushed += 1
 
+    def take_over(self, rows: Array) -> None:
+        """Store rows of another window, shape ``(rows, d)``: they do not count as fresh."""
+        for index in range(rows.shape[0]):
+            self.push(rows[index, :])
+        self._rebuilt_with = self._pushed
+
     def chunks(self, group: BlockGroup) -> list[Array]:
         """Return the stored rows of a group of consecutive blocks of one of the :attr:`stored_groups`.
 
         Each chunk has shape ``(count, rows, width)``: a view, in ring order; a copy after an interrupted :meth:`push`.
+        It is as stored: :func:`mfac_core.fisher.row_formats.widened` returns its numbers.
         """
         index = bisect_right(self.stored_groups, group.start, key=lambda stored: stored.start) - 1
         first = (group.start - self.stored_groups[index].start) // group.width
@@ -143,7 +152,7 @@ class GradientWindow:
             block_size=self.block_size,
             device=self.device,
             consumers=self._consumers,
-            dtype=self.dtype,
+            dtype=self.row_format.name,
         )
         with self.device.backend.on(self.device.name):
             # chunk by chunk, so that only a few chunks are held in addition to the two windows
@@ -159,9 +168,26 @@ class GradientWindow:
         window._pushed = window._rebuilt_with = len(rows)
         return window
 
+    def recent(self, first: int, last: int) -> Array:
+        """Return some of the rows on the device of the window, counted from the oldest, shape ``(last - first, d)``."""
+        with self.device.backend.on(self.device.name):
+            rows = self.device.asarray(self._chronological()[first:last])
+            pieces = [self.device.zeros((last - first, 0), self.dtype)]
+            for chunks in self._storage:
+                for chunk in chunks:
+                    xp = array_namespace(chunk)
+                    # (blocks, rows, width) -> (rows, columns)
+                    taken = xp.permute_dims(widened(xp.take(chunk, rows, axis=1)), (1, 0, 2))
+                    pieces.append(xp.reshape(taken, (last - first, chunk.shape[0] * chunk.shape[2])))
+            return array_namespace(pieces[0]).concat(pieces, axis=1)
+
     def to_rows(self) -> npt.NDArray[Any]:
         """Return the stored rows in host memory, shape ``(count, d)``, in ring order."""
-        rows = np.empty((self.count, self.num_weights), self.dtype)
+        return np.asarray(widened(self._stored_rows()))
+
+    def _stored_rows(self) -> npt.NDArray[Any]:
+        """Return the rows of :meth:`to_rows` as they are stored."""
+        rows = np.empty((self.count, self.num_weights), self.row_format.stored_dtype)
         for group, chunks in zip(self.stored_groups, self._storage, strict=True):
             for (start, stop), chunk in zip(group.chunk_bounds, chunks, strict=True):
                 stored = self.device.to_numpy(self._rows(chunk))
@@ -169,8 +195,8 @@ class GradientWindow:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows and the position in the ring."""
-        rows = self.to_rows()
+        """Return the rows, as they are stored, and the position in the ring."""
+        rows = self._stored_rows()
         if self._torn is None:
             return {"rows": rows, "position": self._pushed % self.num_gradients}
         # oldest first, so that the next row follows the last one
@@ -183,7 +209,8 @@ class GradientWindow:
             ValueError: If rows or position are invalid or do not fit this window.
         """
         check_keys("a gradient window", state, ("rows", "position"))
-        rows = checked_array("rows of the gradient window", state["rows"], self.dtype, 2)
+        self._check_row_format(state["rows"])
+        rows = checked_array("rows of the gradient window", state["rows"], self.row_format.stored_dtype, 2)
         if rows.shape[1] != self.num_weights or rows.shape[0] > self.num_gradients:
             raise ValueError(
                 f"the stored gradient window has shape {rows.shape}, this one holds {self.num_gradients} gradient "
@@ -212,9 +239,19 @@ class GradientWindow:
         self.clear()
         # rows come in ring order: pushed one by one, each lands at its old index
         for row in rows:
-            self.push(row)
+            self.push(widened(row))
         if self.is_full:
             self._pushed = self.num_gradients + int(state["position"])
+
+    def _check_row_format(self, rows: object) -> None:
+        """Refuse the rows of a state in another of the formats that a window has."""
+        known = [RowFormat.named(name) for name in ("float32", "float64", BFLOAT16)]
+        names = [each.name for each in known if isinstance(rows, np.ndarray) and rows.dtype == each.stored_dtype]
+        if names and names != [self.row_format.name]:
+            raise ValueError(
+                f"the stored gradient window is {names[0]}, this one is {self.row_format.name}; resume with the "
+                "gradients_dtype (grads_dtype in a recipe) that the state was saved with"
+            )
 
     @property
     def _torn(self) -> int | None:
@@ -240,7 +277,7 @@ class GradientWindow:
                     return
                 if first < stop:
                     here = values[max(start, first) - first : min(stop, last) - first]
-                    _write_blocks(chunk, position, max(first - start, 0), here)
+                    _write_blocks(chunk, position, max(first - start, 0), self.row_format.stored(here))
 
     def _partition(self, num_weights: int, num_gradients: int) -> tuple[BlockGroup, ...]:
         return partition(
@@ -255,8 +292,8 @@ class GradientWindow:
         shapes = [(group.count, num_gradients, width) for width in group.chunk_widths]
         # page-locked memory, if the backend has it: copies from it to a GPU do not wait
         if self.device.is_host and self._consumers:
-            return [self._consumers[0].backend.host_zeros(shape, self.dtype) for shape in shapes]
-        return [self.device.zeros(shape, self.dtype) for shape in shapes]
+            return [self._consumers[0].backend.host_zeros(shape, self.row_format.stored_dtype) for shape in shapes]
+        return [self.device.zeros(shape, self.row_format.stored_dtype) for shape in shapes]
 
     def _chronological(self) -> npt.NDArray[np.intp]:
         """Return the indices of the stored rows, oldest first."""

@@ -11,6 +11,9 @@ import numpy as np
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.fisher.blockwise import GradientSource
 from mfac_core.fisher.kernels import wide_dtype
+from mfac_core.fisher.row_formats import widened
+from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.base import Alone, Ranks
 from mfac_core.settings.checks import Damping
 
 __all__ = ["window_warnings"]
@@ -40,7 +43,7 @@ _ONE_BATCH = (
 )
 
 
-def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
+def window_warnings(source: GradientSource, *, damping: Damping, ranks: Ranks | None = None) -> list[str]:
     """Return a warning, as a sentence, for each way in which gradient samples are uninformative.
 
     The samples are read piece by piece until no warning can apply, usually after the first piece.
@@ -48,6 +51,8 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
     Args:
         source: The gradient samples: a window, or plain gradients.
         damping: Added to the diagonal of their empirical Fisher; with ``auto`` none is negligible.
+        ranks: The processes of which each has some of the columns, in which case this is collective: all return the
+            same.
 
     Example:
         >>> from mfac_core.fisher.matrix import GradientMatrix
@@ -55,14 +60,16 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
         >>> window_warnings(rows, damping=1e-5)[0].partition(",")[0]
         'of 3 gradient samples only 2 are distinct'
     """
-    if not source.count or not source.num_weights:
+    ranks = ranks or Alone()
+    if not source.count:
         return []
     seen = _Seen(source)
-    for piece, begins_block in _pieces(source):
-        with np.errstate(over="ignore", invalid="ignore"):  # sums that overflow are checked below
-            seen.add(piece, begins_block=begins_block)
-        if not (seen.is_small or seen.is_lost_under(damping) or seen.is_alike or seen.distinct < source.count):
-            return []
+    with together(ranks, "checking the gradient samples"):
+        is_informative = _reads(seen, source, damping)
+    informative, num_weights = gathered(ranks, [is_informative, source.num_weights]).T
+    if informative.any() or not num_weights.any():
+        return []
+    seen.join(ranks)
     if not math.isfinite(seen.squares):  # a pruning step names the rows with NaN or Inf
         return []
     count = source.count
@@ -96,6 +103,16 @@ def window_warnings(source: GradientSource, *, damping: Damping) -> list[str]:
             "lower num_gradients (num_grads in a recipe)"
         )
     return warnings
+
+
+def _reads(seen: _Seen, source: GradientSource, damping: Damping) -> bool:
+    """Read the samples piece by piece; return whether what is read so far rules all warnings out."""
+    for piece, begins_block in _pieces(source):
+        with np.errstate(over="ignore", invalid="ignore"):  # sums that overflow are checked later
+            seen.add(piece, begins_block=begins_block)
+        if not (seen.is_small or seen.is_lost_under(damping) or seen.is_alike or seen.distinct < source.count):
+            return True
+    return False
 
 
 class _Seen:
@@ -154,6 +171,16 @@ class _Seen:
         if self.distinct < self._count:
             self._compare(piece)
 
+    def join(self, ranks: Ranks) -> None:
+        """Take in the columns of all ranks. Collective."""
+        words = [np.frombuffer(digest.digest(), np.int64) for digest in self._digests]
+        found = gathered(ranks, [self.squares, self.deviation, self.largest_trace])
+        self.squares, self.deviation = found[:, 0].sum(), found[:, 1].sum()
+        self.largest_trace = found[:, 2].max()
+        # rows are equal if they are in the columns of each rank
+        digests = gathered(ranks, np.concatenate(words).tolist()).reshape(ranks.size, self._count, -1)
+        self.distinct = len(np.unique(digests.swapaxes(0, 1).reshape(self._count, -1), axis=0))
+
     def _compare(self, piece: Array) -> None:
         # rows are equal if all their bytes are: a digest of each takes the pieces one after another
         rows = device_of(piece).to_numpy(piece).swapaxes(0, 1)
@@ -172,5 +199,5 @@ def _pieces(source: GradientSource) -> Iterator[tuple[Array, bool]]:
             for chunk in source.chunks(group.subgroup(first, min(blocks, group.count - first))):
                 width = chunk.shape[2]
                 for start in range(0, width, at_once):
-                    yield chunk[:, :, start : min(start + at_once, width)], begins_block
+                    yield widened(chunk[:, :, start : min(start + at_once, width)]), begins_block
                     begins_block = False

@@ -22,9 +22,10 @@ class WeightLayout:
 
     Args:
         shapes: Name and shape of each weight array, in order.
+        may_be_empty: Whether there may be no weight at all, as in the shard of a rank.
 
     Raises:
-        ValueError: If there is no weight at all.
+        ValueError: If there is no weight at all, but there must be.
 
     Example:
         >>> layout = WeightLayout({"a": (2, 2), "b": (3,)})
@@ -32,7 +33,7 @@ class WeightLayout:
         (7, (4, 7))
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], *, may_be_empty: bool = False) -> None:
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.segments: dict[str, tuple[int, int]] = {}
         offset = 0
@@ -40,7 +41,7 @@ class WeightLayout:
             self.segments[name] = (offset, offset + math.prod(shape))
             offset += math.prod(shape)
         self.num_weights = offset
-        if not offset:
+        if not (offset or may_be_empty):
             raise ValueError("there are no weights to prune: pass at least one array with at least one element")
 
     @property

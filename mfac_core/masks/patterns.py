@@ -9,7 +9,7 @@ if the others index independent matrices, such as those of fused experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +82,24 @@ class MaskPattern:
         whole, short = divmod(inputs, self.inputs)
         in_a_row = whole * (self.inputs - self.unpruned_per_group) + max(short - self.unpruned_per_group, 0)
         return outputs * kernel * in_a_row
+
+    def is_cut_at(self, positions: Iterable[int]) -> bool:
+        """Return whether some group has weights both before and from one of these positions in the array on.
+
+        Example:
+            >>> [MaskPattern((2, 4), (0, 1), outputs=1, inputs=2).is_cut_at([position]) for position in (2, 3)]
+            [False, True]
+        """
+        if self.unpruned_per_group is None:
+            groups = self.groups()
+            first, last = np.full(self.num_groups, len(groups)), np.zeros(self.num_groups, int)
+            np.minimum.at(first, groups, np.arange(len(groups)))
+            np.maximum.at(last, groups, np.arange(len(groups)))
+        else:
+            members = self.members()
+            last = members.max(axis=1)
+            first = np.where(members < 0, last[:, None], members).min(axis=1)
+        return any(((first < position) & (position <= last)).any() for position in positions)
 
     def groups(self) -> npt.NDArray[np.int32]:
         """Return the group of each weight, from 0 to ``num_groups - 1``, in the order of the array."""

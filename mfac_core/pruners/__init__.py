@@ -10,6 +10,7 @@ from mfac_core.pruners.base import Pruner
 from mfac_core.pruners.constant import ConstantPruner
 from mfac_core.pruners.gradual import MagnitudePruner
 from mfac_core.pruners.mfac import MFACPruner
+from mfac_core.ranks import Ranks, Shards
 from mfac_core.settings.pruning import ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings, PruningSettings
 
 __all__ = ["ACDCPruner", "ConstantPruner", "MFACPruner", "MagnitudePruner", "Pruner", "make_pruner"]
@@ -24,6 +25,8 @@ def make_pruner(
     live_gradients: bool = True,
     axes: Mapping[str, Sequence[int]] | None = None,
     library: str | None = None,
+    ranks: Ranks | None = None,
+    shards: Shards | None = None,
 ) -> Pruner:
     """Return the pruner for these settings.
 
@@ -38,15 +41,19 @@ def make_pruner(
             PyTorch's (output, input, kernel...).
         library: The library whose devices plain names of the settings mean, as
             :func:`mfac_core.backends.array_library` names it; ``None`` means that of the weights.
+        ranks: The processes of the run, each with a pruner like this one; ``None`` for a single process.
+        shards: Which part of each array each rank has, by full shapes; ``None`` if every rank has everything. Weights
+            and gradients are then the parts of this rank, and masks are complete.
 
     Returns:
         The pruner.
 
     Raises:
         TypeError: If the settings are of none of these kinds, or ``weights`` is not a mapping.
-        ValueError: If there are no weights, or masks or axes do not fit them.
+        ValueError: If there are no weights, or masks, axes or shards do not fit them.
         SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit a shape, or
             ``final_sparsity`` is a mapping: make a pruner of each of ``settings.by_final_sparsity()``.
+        NotImplementedError: If a group of weights that the mask type prunes together is on several ranks.
 
     Example:
         >>> import numpy as np
@@ -65,13 +72,33 @@ def make_pruner(
                 live_gradients=live_gradients,
                 axes=axes,
                 library=library,
+                ranks=ranks,
+                shards=shards,
             )
         case MagnitudeSettings():
-            return MagnitudePruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+            return MagnitudePruner(
+                settings,
+                weights,
+                steps_per_epoch=steps_per_epoch,
+                masks=masks,
+                axes=axes,
+                ranks=ranks,
+                shards=shards,
+            )
         case ConstantSettings():
-            return ConstantPruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks)
+            return ConstantPruner(
+                settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, ranks=ranks, shards=shards
+            )
         case ACDCSettings():
-            return ACDCPruner(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+            return ACDCPruner(
+                settings,
+                weights,
+                steps_per_epoch=steps_per_epoch,
+                masks=masks,
+                axes=axes,
+                ranks=ranks,
+                shards=shards,
+            )
     raise TypeError(
         "settings must be MFACSettings, MagnitudeSettings, ConstantSettings or ACDCSettings, "
         f"got {type(settings).__name__}"

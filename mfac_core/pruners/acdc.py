@@ -43,12 +43,15 @@ class ACDCPruner(Pruner):
         self._warn_of_unreachable(self._sparsity)
 
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
+        distribution = self._distribution_of(self._mask)
+        unpruned = take_unpruned(weights, distribution.held_mask)
         if not self.schedule[index].sparsity:
             was_compressed = self._done > 0 and self.schedule[self._done - 1].sparsity > 0
             return Outcome(
-                scatter_unpruned(take_unpruned(weights, self._mask), self._mask),
+                scatter_unpruned(unpruned, distribution.held_mask),
                 np.ones_like(self._mask),
                 resets_optimizer=self.settings.reset_momentum and was_compressed,
             )
         select = partial(self._newly_pruned, sparsity=self._sparsity)
-        return Outcome.of_unpruned(self._mask, magnitude_step(take_unpruned(weights, self._mask), select))
+        unpruned = distribution.to_owners(unpruned)
+        return Outcome.of_unpruned(self._mask, distribution, magnitude_step(unpruned, select))

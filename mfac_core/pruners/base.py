@@ -6,26 +6,33 @@ import logging
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mfac_core.backends import Array, check_float, device_of
 from mfac_core.masks.layout import Mask, WeightLayout, scatter_unpruned, zeros_of
-from mfac_core.masks.patterns import mask_patterns
+from mfac_core.masks.patterns import MaskPattern, mask_patterns
 from mfac_core.masks.selection import MaskRule, newly_pruned
 from mfac_core.masks.sparsity import out_of_reach, pruned_fraction
+from mfac_core.pruners.fence import check_alike, check_same, digest, strided
 from mfac_core.pruners.saved_states import (
     ScheduleTable,
+    combined,
     other_schedule,
     other_weights,
     refuse_other_run,
     schedule_table,
 )
 from mfac_core.pruners.step import PruneResult, UnprunedOutcome
+from mfac_core.ranks.agreement import together
+from mfac_core.ranks.base import Alone, Ranks
+from mfac_core.ranks.distribution import Distribution
+from mfac_core.ranks.logs import logger_of
+from mfac_core.ranks.shards import Shards
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
 from mfac_core.schedules.substeps import Sparsity
 from mfac_core.settings.checks import MaskType, Scope
@@ -34,8 +41,6 @@ from mfac_core.state_checks import check_keys, checked_array, checked_integer, r
 from mfac_core.weight_names import ALL, ALL_PRUNABLE, ModelNames, join_names, layers_of_names, selected_names
 
 __all__ = ["Outcome", "Progress", "Pruner"]
-
-_logger = logging.getLogger("mfac_core")
 
 _NEARLY_ALL = 0.99
 """At or above this sparsity, layers without any weight are expected: no warning."""
@@ -46,7 +51,8 @@ class Outcome:
     """The weights and the mask after a pruning step or sub-step; for the other fields see :class:`PruneResult`.
 
     Args:
-        weights: All weights in scope, shape ``(n,)``, on the device of those before; pruned ones are exactly 0.
+        weights: All weights in scope that this rank has, as a vector on the device of those before; pruned ones are
+            exactly 0.
         mask: Which of them are unpruned now, shape ``(n,)``, in host memory.
         predicted_loss_increase: As in ``PruneResult``.
         resets_optimizer: As in ``PruneResult``.
@@ -60,11 +66,12 @@ class Outcome:
     damping: tuple[float, float] | None = None
 
     @classmethod
-    def of_unpruned(cls, mask: Mask, unpruned: UnprunedOutcome) -> Outcome:
-        """Return the outcome over all weights, from the mask before and what became of the unpruned weights."""
+    def of_unpruned(cls, mask: Mask, distribution: Distribution, unpruned: UnprunedOutcome) -> Outcome:
+        """Return the outcome over all weights, from the mask before, and what became of the unpruned weights."""
+        newly_pruned = device_of(unpruned.newly_pruned).to_numpy(unpruned.newly_pruned)
         mask_now = mask.copy()
-        mask_now[mask] = ~device_of(unpruned.newly_pruned).to_numpy(unpruned.newly_pruned)
-        weights = scatter_unpruned(unpruned.weights, mask)
+        mask_now[mask] = ~distribution.columns_everywhere(newly_pruned)
+        weights = scatter_unpruned(distribution.to_holders(unpruned.weights), distribution.held_mask)
         return cls(weights, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
 
 
@@ -99,16 +106,26 @@ class Pruner(ABC):
         masks: Which weights are unpruned at the start (True), by name; ``None`` means all.
         axes: Name and permutation of axes into the order (output, kernel..., input) for the arrays whose layout is not
             PyTorch's (output, input, kernel...); see :mod:`mfac_core.masks.patterns`.
+        ranks: The processes of the run, each with a pruner like this one; ``None`` for a single process.
+        shards: Which part of each array each rank has, by full shapes; ``None`` if every rank has everything. All
+            arrays of weights and gradients are then the parts of this rank, and all masks are complete.
+
+    Attributes:
+        ranks: The processes of the run.
+        shards: Which part of each array in scope each rank has.
 
     Raises:
         TypeError: If ``weights`` is not a mapping from name to array.
-        ValueError: If there are no weights, or masks or axes do not fit them.
+        ValueError: If there are no weights, or masks, axes or shards do not fit them.
         SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit the shape of an
             array, or ``final_sparsity`` is a mapping.
     """
 
     needed_bytes: int = 0
     """Bytes that gradient windows and computation need, as the check before the run counts them."""
+
+    window_bytes: int = 0
+    """Bytes of the largest gradient window of the run, as far as this rank keeps it."""
 
     def __init__(
         self,
@@ -118,6 +135,8 @@ class Pruner(ABC):
         steps_per_epoch: int,
         masks: Mapping[str, Array] | None = None,
         axes: Mapping[str, Sequence[int]] | None = None,
+        ranks: Ranks | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if not isinstance(weights, Mapping):
             raise TypeError(
@@ -125,11 +144,25 @@ class Pruner(ABC):
                 'write {"weight": array} for a single one'
             )
         self.settings = settings
+        self.ranks: Ranks = ranks or Alone()
+        self._logger = logger_of(self.ranks, logging.getLogger("mfac_core"))
         self._steps_per_epoch = steps_per_epoch
-        shapes = {name: tuple(array.shape) for name, array in weights.items()}
+        if shards is None:
+            shards = Shards.whole({name: tuple(array.shape) for name, array in weights.items()}, self.ranks.size)
+        elif shards.size != self.ranks.size:
+            raise ValueError(
+                f"shards are those of {shards.size} ranks, and there are {self.ranks.size}; pass both or none"
+            )
+        shapes = shards.shapes
         named = _selected(settings, shapes)
-        self._out_of_scope = frozenset(weights).difference(named)
-        self.layout = WeightLayout({name: shape for name, shape in shapes.items() if name in named})
+        self._out_of_scope = frozenset(shapes).difference(named)
+        self.shards = shards.restricted(named)
+        self.layout = WeightLayout(self.shards.shapes)
+        self._here = WeightLayout(
+            {name: self.shards.local_shape(name, self.ranks.rank) for name in self.layout.names}, may_be_empty=True
+        )
+        self._is_sharded = not self.shards.is_whole
+        self._here.check(self._in_scope(weights), "weights")
         if masks is None:
             mask = np.ones(self.layout.num_weights, bool)
         else:
@@ -141,8 +174,13 @@ class Pruner(ABC):
         scope: Scope = getattr(settings, "scope", "layer")
         self._mask_type: MaskType = getattr(settings, "mask_type", "unstructured")
         patterns = mask_patterns(self._mask_type, self.layout.shapes, self._in_scope(axes or {}))
+        self._check_shards(patterns)
         self._rule = MaskRule(self.layout.segments, scope, patterns)
-        initial = self._measured_sparsity(weights, mask)
+        self._latest_distribution = mask, self._distributed(mask)
+        self._latest_digest: tuple[Mask | None, str] = None, ""
+        self._zeros_here: Mask | None = None  # of a shard, from which the initial sparsity will be measured
+        here = self._in_scope(weights)
+        initial = self._measured_sparsity(lambda: self._zeros_at_start(here), mask)
         self._progress = Progress(mask, self._schedule_at(steps_per_epoch, initial), initial)
         self._warned_empty: set[str] = set()
         self._warn_at_start()
@@ -243,6 +281,20 @@ class Pruner(ABC):
             f"{type(self).__name__} uses no gradients; check needs_gradients(step) before calling observe()"
         )
 
+    def falls_due(self, step: int) -> bool:
+        """Return whether a pruning step is scheduled, and not done: it may still have to wait for gradient samples.
+
+        Unlike :meth:`is_due` it is the same on all ranks that are at the same step of the same schedule, so that all
+        call :meth:`check_ranks` or none.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Returns:
+            True from the scheduled step until :meth:`prune` has run it.
+        """
+        return self._latest(step) >= self._done
+
     def is_due(self, step: int) -> bool:
         """Return whether a pruning step is due.
 
@@ -252,7 +304,7 @@ class Pruner(ABC):
         Returns:
             True from the scheduled step until :meth:`prune` has run it.
         """
-        return self._latest(step) >= self._done
+        return self.falls_due(step)
 
     def prune(self, weights: Mapping[str, Array], step: int | None = None) -> PruneResult:
         """Run the pruning step that is due; an exception leaves the pruner unchanged.
@@ -314,40 +366,66 @@ class Pruner(ABC):
             raise ValueError(
                 f"no pruning step is due at step {step}; the next is at step {self.schedule[self._done].step}"
             )
+        self.check_ranks(self.schedule[index].step if step is None else step)
         given, weights = weights, self._in_scope(weights)
-        self.layout.check(weights, "weights")
-        for name, array in weights.items():
-            check_float(f"weights[{name!r}]", array)
-        vector = self.layout.flatten(weights)
         before = self._mask
-        self.layout.check_finite(
-            vector,
-            before,
-            "training has diverged; restore finite weights, and lower the learning rate or skip the optimizer "
-            "steps whose gradients are not finite",
-        )
-        is_zero = zeros_of(vector)
+        distribution = self._distribution_of(before)
+        with together(self.ranks, "reading the weights"):
+            self._here.check(weights, "weights")
+            for name, array in weights.items():
+                check_float(f"weights[{name!r}]", array)
+            vector = self._here.flatten(weights)
+            self._here.check_finite(
+                vector,
+                distribution.held_mask,
+                "training has diverged; restore finite weights, and lower the learning rate or skip the optimizer "
+                "steps whose gradients are not finite",
+            )
+            zeros_here = zeros_of(vector)
+        if self.ranks.size > 1 and not self._is_sharded:
+            check_alike(self.ranks, "weights", strided([vector]))
+        is_zero = distribution.everywhere(zeros_here)
         outcome = self._prune(vector, is_zero, index)
         self._warn_of_empty(before & ~is_zero, outcome.mask, self.schedule[index])
         after = self._after(outcome.mask, index)
-        yield PruneResult(
-            weights={**given, **self.layout.unflatten_like(outcome.weights, weights)},
-            masks=self.layout.unflatten(outcome.mask.copy()),
-            sparsity=pruned_fraction(outcome.mask),
-            predicted_loss_increase=outcome.predicted_loss_increase,
-            resets_optimizer=outcome.resets_optimizer,
-            completes_step=after.done > index,
-            damping=outcome.damping,
-        )
-        if self._mask is not before:
-            raise RuntimeError(
-                "the pruner was used for another pruning step, or loaded a state, inside the block of pruning(); "
-                "end the block first"
+        with together(self.ranks, "writing the pruned weights"):
+            yield PruneResult(
+                weights={**given, **self._here.unflatten_like(outcome.weights, weights)},
+                masks=self.layout.unflatten(outcome.mask.copy()),
+                sparsity=pruned_fraction(outcome.mask),
+                predicted_loss_increase=outcome.predicted_loss_increase,
+                resets_optimizer=outcome.resets_optimizer,
+                completes_step=after.done > index,
+                damping=outcome.damping,
             )
+            if self._mask is not before:
+                raise RuntimeError(
+                    "the pruner was used for another pruning step, or loaded a state, inside the block of pruning(); "
+                    "end the block first"
+                )
         self._progress = after
+
+    def check_ranks(self, step: int) -> None:
+        """Check that all ranks are at the same point of the same run: the fence before they prune together.
+
+        Collective: all ranks call it. A single process has nothing to check. What ranks have loaded from saved states
+        is brought together here, and so is an initial sparsity that is measured from weights in shards.
+
+        Args:
+            step: Completed optimizer steps.
+
+        Raises:
+            RankError: If ranks differ in step, schedule, masks or gradient samples, or if each trains a model of its
+                own; the message names the ranks and the cure. All ranks raise it.
+        """
+        if self.ranks.size > 1:
+            check_same(self.ranks, self._compared(step))
+            self._measure()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as arrays and numbers only.
+
+        Never a collective: of several ranks, each returns what all have, and its own share of the rest.
 
         Returns:
             The state, to be passed to :meth:`load_state_dict`.
@@ -360,32 +438,38 @@ class Pruner(ABC):
             "masks": self.masks,
         }
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Refuse a state that is broken or belongs to another run; the pruner does not change.
 
         Arrays must be NumPy arrays of the dtype that :meth:`state_dict` gives them. Numbers may be those of Python or
         NumPy, or arrays without dimensions. The sparsity of the masks is not compared with the schedule.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: What :meth:`state_dict` returned; or what it returned on several ranks, as a sequence.
 
         Raises:
             ValueError: If it is broken, or belongs to another recipe or model; the message names what differs.
         """
-        self._parsed(state)
+        self._parsed(combined(state))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Resume from :meth:`state_dict` of a pruner with the same settings and weights.
 
-        Its run may have had another number of steps per epoch: this one resumes at the same epoch.
+        Its run may have had another number of steps per epoch: this one resumes at the same epoch. It may also have had
+        another number of ranks, and other shards.
+
+        Never a collective: each rank takes what it is given. Masks and progress are those of the first state. Of the
+        gradient window, the columns that all ranks have loaded are dealt to their owners by the next
+        :meth:`check_ranks`; if some are missing, rows are collected anew, which is logged.
 
         Args:
-            state: What :meth:`state_dict` returned.
+            state: What :meth:`state_dict` returned; or what it returned on several ranks, as a sequence.
 
         Raises:
             ValueError: As in :meth:`check_state`; the pruner does not change then.
         """
-        self._progress = self._parsed(state)
+        self._progress = self._parsed(combined(state))
+        self._zeros_here = None
 
     def _parsed(self, state: Mapping[str, Any]) -> Progress:
         """Return the progress that a state contains, or raise ``ValueError``."""
@@ -414,9 +498,73 @@ class Pruner(ABC):
             done = bisect_right(schedule, scheduled[done - 1].epoch, key=lambda each: each.epoch)
         return Progress(self.layout.flatten(state["masks"]), schedule, initial, done)
 
-    def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
-        """Return the sparsity that the schedule starts from, if the settings leave it to the weights."""
+    def _check_shards(self, patterns: Mapping[str, MaskPattern] | None) -> None:
+        """Refuse mask types whose groups are cut by shards."""
+        if patterns is None or not self._is_sharded:
+            return
+        ranges = [self.shards.of_rank(rank) for rank in range(self.ranks.size)]
+        bounds = {name: {bound for of_rank in ranges for bound in of_rank[name]} for name in patterns}
+        cut = [name for name, pattern in patterns.items() if pattern.is_cut_at(bounds[name])]
+        if cut:
+            raise NotImplementedError(
+                f"mask_type {self._mask_type} groups weights of {join_names(cut)} that are on different ranks; shard "
+                "these arrays along an axis that no group crosses, leave them out of params, or train with replicas "
+                "(DistributedDataParallel)"
+            )
+
+    def _measured_sparsity(self, zeros: Callable[[], Mask], mask: Mask) -> Sparsity | None:
+        """Return the sparsity that the schedule starts from, if the settings leave it to the zeros of the weights."""
         return None
+
+    def _zeros_at_start(self, weights: Mapping[str, Array]) -> Mask:
+        """Return which weights are zero at the start; of shards, those of this rank until :meth:`check_ranks`."""
+        zeros_here = zeros_of(self._here.flatten(weights))
+        if not self._is_sharded:
+            return zeros_here
+        self._zeros_here = zeros_here
+        found = np.zeros(self.layout.num_weights, bool)
+        for name, (start, stop) in self.shards.of_rank(self.ranks.rank).items():
+            first, last = self._here.segments[name]
+            offset = self.layout.segments[name][0]
+            found[offset + start : offset + stop] = zeros_here[first:last]
+        return found
+
+    def _measure(self) -> None:
+        """Measure the initial sparsity, if it is that of weights of which each rank has a shard. Collective."""
+        zeros_here, self._zeros_here = self._zeros_here, None
+        if zeros_here is not None:
+            mask = self._mask
+            zeros = self._distribution_of(mask).everywhere(zeros_here)
+            initial = self._measured_sparsity(lambda: zeros, mask)
+            schedule = self._schedule_at(self._steps_per_epoch, initial)
+            self._progress = replace(self._progress, schedule=schedule, initial_sparsity=initial)
+
+    def _distributed(self, mask: Mask) -> Distribution:
+        """Return where the weights that a mask keeps are, and which rank computes which of them."""
+        # without blocks, the work of single weights is dealt
+        return Distribution(self.ranks, self.shards, mask, block_size=1)
+
+    def _distribution_of(self, mask: Mask) -> Distribution:
+        """Return :meth:`_distributed`, remembered for the latest mask."""
+        if self._latest_distribution[0] is not mask:
+            self._latest_distribution = mask, self._distributed(mask)
+        return self._latest_distribution[1]
+
+    def _compared(self, step: int) -> dict[str, int | str]:
+        """Return what must be the same on all ranks, by the name that a message gives it."""
+        return {
+            "step": step,
+            "steps_per_epoch": self._steps_per_epoch,
+            "the schedule": digest(schedule_table(self.schedule)[:, 0]),
+            "the pruning steps that are done": self._done,
+            "the masks": self._digest_of_mask(),
+        }
+
+    def _digest_of_mask(self) -> str:
+        mask = self._mask
+        if self._latest_digest[0] is not mask:
+            self._latest_digest = mask, digest(np.packbits(mask))
+        return self._latest_digest[1]
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         """Return the sparsity that the schedule of a state starts from; by default that of this run."""
@@ -432,7 +580,7 @@ class Pruner(ABC):
 
     def _newly_pruned(self, saliencies: Array, sparsity: Sparsity) -> Array:
         """Choose which of the unpruned weights are pruned so that a sparsity is reached."""
-        return newly_pruned(saliencies, self._mask, sparsity, self._rule)
+        return newly_pruned(saliencies, self._mask, sparsity, self._rule, self._distribution_of(self._mask))
 
     def _warn_at_start(self) -> None:
         """Warn about settings that do not fit the weights; by default there is nothing to warn about."""
@@ -440,7 +588,7 @@ class Pruner(ABC):
     def _warn_of_unreachable(self, sparsity: float) -> None:
         limited = out_of_reach(sparsity, self._rule)
         if limited:
-            _logger.warning(
+            self._logger.warning(
                 "mask_type %s does not divide the number of inputs of %s, which cannot reach sparsity %g; remove "
                 "weights with too few inputs from params",
                 self._mask_type,
@@ -462,7 +610,7 @@ class Pruner(ABC):
         ]
         self._warned_empty.update(emptied)
         if emptied:
-            _logger.warning(
+            self._logger.warning(
                 "the pruning step of epoch %g prunes every weight of %s, so no signal passes through; %sexclude these "
                 "weights, or prune less",
                 scheduled.epoch,

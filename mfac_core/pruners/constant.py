@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
 
 from mfac_core.backends import Array
 from mfac_core.left_out import is_adapter
-from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, scatter_unpruned, take_unpruned
 from mfac_core.pruners.base import Outcome, Pruner
 from mfac_core.pruners.saved_states import ScheduleTable
 from mfac_core.schedules.pruning import ScheduledStep, pruning_schedule
@@ -19,8 +18,6 @@ from mfac_core.settings.pruning import ConstantSettings
 from mfac_core.weight_names import join_names
 
 __all__ = ["ConstantPruner"]
-
-_logger = logging.getLogger("mfac_core")
 
 
 class ConstantPruner(Pruner):
@@ -52,12 +49,13 @@ class ConstantPruner(Pruner):
         mask, unmasked = self._found(self._mask, is_zero)
         unmasked = [name for name in unmasked if not is_adapter(name)]  # adapters are known to start at zero
         if unmasked:
-            _logger.warning(
+            self._logger.warning(
                 "all zeros, so assumed to be initial values and not held: %s; to hold them at zero, list them by name "
                 "in params",
                 join_names(unmasked),
             )
-        return Outcome(scatter_unpruned(take_unpruned(weights, mask), mask), mask)
+        held = self._distributed(mask).held_mask
+        return Outcome(scatter_unpruned(take_unpruned(weights, held), held), mask)
 
     def _found(self, mask: Mask, is_zero: Mask) -> tuple[Mask, list[str]]:
         """Return the mask of the weights that are not zero, and the all-zero arrays that are not masked."""
@@ -73,8 +71,8 @@ class ConstantPruner(Pruner):
     def _releases(self, index: int) -> bool:
         return self.schedule[index].epoch == self.settings.end_epoch
 
-    def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> float:
-        found, _ = self._found(mask, zeros_of(self.layout.flatten(weights)))
+    def _measured_sparsity(self, zeros: Callable[[], Mask], mask: Mask) -> float:
+        found, _ = self._found(mask, zeros())
         return float(np.mean(~found))
 
     def _schedule_at(self, steps_per_epoch: int, initial: Sparsity | None) -> tuple[ScheduledStep, ...]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from mfac_core.backends import Array
-from mfac_core.masks.layout import Mask, take_unpruned, zeros_of
+from mfac_core.masks.layout import Mask, take_unpruned
 from mfac_core.masks.patterns import snap_to_n_of_m
 from mfac_core.masks.sparsity import is_reached, sparsity_of_zeros
 from mfac_core.pruners.base import Outcome, Progress, Pruner
@@ -23,8 +22,6 @@ from mfac_core.settings.pruning import FROM_PARAM, GradualSettings
 from mfac_core.state_checks import check_keys, checked_array, refuse
 
 __all__ = ["GradualPruner", "MagnitudePruner"]
-
-_logger = logging.getLogger("mfac_core")
 
 
 class GradualPruner(Pruner):
@@ -43,8 +40,17 @@ class GradualPruner(Pruner):
 
         Returns:
             The state, to be passed to :meth:`load_state_dict`.
+
+        Raises:
+            RuntimeError: If the initial sparsity is that of weights in shards, and :meth:`check_ranks` has not measured
+                it yet.
         """
         measured = self._progress.initial_sparsity
+        if self._zeros_here is not None:
+            raise RuntimeError(
+                "the initial sparsity of weights in shards is measured before the first pruning step; call "
+                "check_ranks(step) on all ranks before state_dict()"
+            )
         return {
             **super().state_dict(),
             "initial_sparsities": None if measured is None else np.array(_values(measured)),
@@ -54,10 +60,10 @@ class GradualPruner(Pruner):
     def _final_sparsity(self) -> float:
         return snap_to_n_of_m(self.settings.mask_type, one_final_sparsity(self.settings))
 
-    def _measured_sparsity(self, weights: Mapping[str, Array], mask: Mask) -> Sparsity | None:
+    def _measured_sparsity(self, zeros: Callable[[], Mask], mask: Mask) -> Sparsity | None:
         if self.settings.initial_sparsity != FROM_PARAM:
             return None
-        return sparsity_of_zeros(zeros_of(self.layout.flatten(weights)) | ~mask, self._rule)
+        return sparsity_of_zeros(zeros() | ~mask, self._rule)
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         # the sparsity measured by the saved run applies, not that of the current weights
@@ -77,8 +83,9 @@ class GradualPruner(Pruner):
     def _prune(self, weights: Array, is_zero: Mask, index: int) -> Outcome:
         zeros = ~self._mask | is_zero
         select = partial(self._newly_pruned, sparsity=self._target_sparsity(zeros, index))
-        unpruned = take_unpruned(weights, self._mask)
-        return Outcome.of_unpruned(self._mask, self._prune_unpruned(unpruned, zeros, select, index))
+        distribution = self._distribution_of(self._mask)
+        unpruned = distribution.to_owners(take_unpruned(weights, distribution.held_mask))
+        return Outcome.of_unpruned(self._mask, distribution, self._prune_unpruned(unpruned, zeros, select, index))
 
     def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the target sparsity of the current sub-step of the pruning step with this index.
@@ -124,7 +131,7 @@ class GradualPruner(Pruner):
         by_name = measured if isinstance(measured, Mapping) else {"the weights": measured}
         above = [name for name, initial in by_name.items() if initial > self._final_sparsity]
         if above:
-            _logger.warning(
+            self._logger.warning(
                 "%s: already sparser than final_sparsity %g; pruned weights never regrow, so this sparsity stays",
                 ", ".join(above),
                 self._final_sparsity,

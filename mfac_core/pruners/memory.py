@@ -11,20 +11,21 @@ from itertools import pairwise
 
 from mfac_core.backends import Device, resolve_device
 from mfac_core.errors import MemoryBudgetError
-from mfac_core.fisher.partition import partition, working_bytes
+from mfac_core.fisher.partition import BlockGroup, partition, working_bytes
+from mfac_core.fisher.row_formats import BFLOAT16, RowFormat
+from mfac_core.ranks.distribution import deal
 from mfac_core.schedules.pruning import ScheduledStep, num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, layer_sparsity, num_substeps, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 
 __all__ = [
-    "WINDOW_ITEMSIZE",
     "MasksToCome",
     "WindowMemory",
     "choose_window_device",
 ]
 
-WINDOW_ITEMSIZE = 4
-"""Bytes per number of the gradient window (float32)."""
+COMPUTED_ITEMSIZE = 4
+"""Bytes per number of the gradients that blocks are computed from (float32), however the window stores them."""
 
 WORKING_GROUPS = 6
 """Groups of blocks for which a GPU needs room besides the window: the group, intermediate arrays, retained factors."""
@@ -47,6 +48,8 @@ class WindowMemory:
         masks: The masks that the schedule leads to; ``None`` counts by the scheduled sparsities.
         live_gradients: Whether gradients arrive while training. Their rows survive a pruning step, so the old and
             the new window exist at the same time.
+        rank: The process whose share of the window is counted; the first has the largest.
+        num_ranks: Number of processes, to which the columns of the window are dealt by whole blocks.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
@@ -60,6 +63,13 @@ class WindowMemory:
     schedule: Sequence[ScheduledStep]
     masks: MasksToCome | None = None
     live_gradients: bool = True
+    rank: int = 0
+    num_ranks: int = 1
+
+    @property
+    def row_format(self) -> RowFormat:
+        """How the rows are stored."""
+        return RowFormat.named(self.settings.gradients_dtype)
 
     def peak(self) -> tuple[int, int]:
         """Return rows and columns of the largest gradient window.
@@ -77,7 +87,7 @@ class WindowMemory:
         for windows in self._sequences(skips=live):
             both = [math.prod(one) + math.prod(other) for one, other in pairwise(windows) if one != other and live]
             largest = max(largest, *map(math.prod, windows), *both)
-        return largest * WINDOW_ITEMSIZE
+        return largest * self.row_format.itemsize
 
     def needed_bytes(self) -> int:
         """Return the bytes that the run needs on the device of its gradient window.
@@ -90,9 +100,9 @@ class WindowMemory:
         # all blocks but the last have one size: one of them and the last determine the maximum
         alike = block_size or max(columns, 1)
         distinct = min(columns, alike + columns % alike)
-        blocks = partition(distinct, block_size, num_gradients=rows, itemsize=WINDOW_ITEMSIZE, group_bytes=1)
-        working = 2 * max((working_bytes(block, rows, WINDOW_ITEMSIZE) for block in blocks), default=0)
-        return max(rows * columns * WINDOW_ITEMSIZE + working, self.window_bytes())
+        blocks = partition(distinct, block_size, num_gradients=rows, itemsize=COMPUTED_ITEMSIZE, group_bytes=1)
+        working = 2 * max((self._working_bytes(block, rows) for block in blocks), default=0)
+        return max(rows * columns * self.row_format.itemsize + working, self.window_bytes())
 
     def check(self, device: Device) -> int:
         """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""
@@ -112,11 +122,25 @@ class WindowMemory:
             else "choose a smaller block_size (fisher_block_size in a recipe), fewer weights in params, or a machine "
             "with more memory"
         )
+        if self.settings.gradients_dtype != BFLOAT16 and self.settings.block_size is not None:
+            cure += "; gradients_dtype bfloat16 (grads_dtype in a recipe) halves the window"
         raise MemoryBudgetError(
-            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {columns:,} unpruned "
-            "weights, and room for computation or for the window that follows a pruning step), but only "
+            f"the gradient window needs {needed:,} bytes on {device} ({rows} gradient samples of {columns:,} "
+            "unpruned weights, and room for computation or for the window that follows a pruning step), but only "
             f"{free:,} are free; {cure}"
         )
+
+    def _working_bytes(self, block: BlockGroup, rows: int) -> int:
+        """Return the memory that the computation of one block takes, in addition to the window."""
+        # of a block that is stored as it is, one chunk at a time is copied; one that is widened is copied as a whole
+        is_widened = self.row_format.itemsize < COMPUTED_ITEMSIZE
+        others = block.width - max(block.chunk_widths) if is_widened else 0
+        return working_bytes(block, rows, COMPUTED_ITEMSIZE) + rows * others * COMPUTED_ITEMSIZE
+
+    def _share(self, columns: int) -> int:
+        """Return how many of the columns the rank stores."""
+        start, stop = deal(columns, self.settings.block_size, self.num_ranks)[self.rank]
+        return stop - start
 
     def _sequences(self, *, skips: bool) -> Iterator[list[tuple[int, int]]]:
         """Yield the rows and columns of windows that follow each other, for each pruning step and its sub-steps.
@@ -136,12 +160,12 @@ class WindowMemory:
         for index in range(last + 1):
             for to in range(index, min(index + skips, last) + 1):
                 now, unpruned = reached, columns
-                windows = [(rows[index], unpruned)]
+                windows = [(rows[index], self._share(unpruned))]
                 for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
                     wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
                     now, left = reaches(wanted)
                     unpruned = min(unpruned, left)
-                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
+                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], self._share(unpruned)))
                 if to == index:
                     after = now, unpruned
                 # no window follows the last pruning step

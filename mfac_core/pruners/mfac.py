@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,20 @@ from mfac_core.masks.layout import Mask
 from mfac_core.masks.sparsity import attained_sparsity, sparsity_of_zeros
 from mfac_core.pruners.base import Progress
 from mfac_core.pruners.collection import GradientCollector
+from mfac_core.pruners.fence import check_alike
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruners.memory import MasksToCome, WindowMemory, choose_window_device
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
+from mfac_core.ranks.agreement import together
+from mfac_core.ranks.base import Ranks
+from mfac_core.ranks.distribution import Distribution
+from mfac_core.ranks.shards import Shards
 from mfac_core.schedules.pruning import num_gradients_at
 from mfac_core.schedules.substeps import Sparsity, num_substeps, substep_due, substep_sparsity
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.state_checks import check_keys, checked_flag, checked_integer
 
 __all__ = ["MFACPruner"]
-
-_logger = logging.getLogger("mfac_core")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +84,15 @@ class MFACPruner(GradualPruner):
             PyTorch's (output, input, kernel...).
         library: The library whose devices plain names of the settings mean, as
             :func:`mfac_core.backends.array_library` names it; ``None`` means that of the weights.
+        ranks: As in :class:`Pruner`. Each rank stores the columns of its blocks, and computes these.
+        shards: As in :class:`Pruner`.
 
     Raises:
         TypeError: If ``weights`` is not a mapping from name to array.
-        ValueError: If there are no weights, or masks or axes do not fit them.
+        ValueError: If there are no weights, or masks, axes or shards do not fit them.
         SettingError: If an entry of ``params`` names none of the weights, the mask type does not fit the shape of an
             array, or ``final_sparsity`` is a mapping.
+        NotImplementedError: If a group of weights that the mask type prunes together is on several ranks.
         DeviceError: If a listed device does not exist.
         MemoryBudgetError: If the largest gradient window of the run would not fit.
 
@@ -118,31 +124,38 @@ class MFACPruner(GradualPruner):
         live_gradients: bool = True,
         axes: Mapping[str, Sequence[int]] | None = None,
         library: str | None = None,
+        ranks: Ranks | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        super().__init__(settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes)
+        super().__init__(
+            settings, weights, steps_per_epoch=steps_per_epoch, masks=masks, axes=axes, ranks=ranks, shards=shards
+        )
         first = weights[self.layout.names[0]]
         library = library or array_library(first)
         names = (device_of(first).name,) if settings.devices == ("auto",) else settings.devices
         self._devices = resolve_devices(names, library)
-        memory = WindowMemory(
-            settings, self.layout.num_weights, self.schedule, self.masks_to_come(), live_gradients=live_gradients
-        )
-        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
         self._live = live_gradients
+        memory = self._memory()
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
         self._logged: set[str] = set()
         collector = GradientCollector(
-            self.layout,
+            self._here,
             self._mask,
+            self.ranks,
+            self._distribution_of(self._mask),
+            is_sharded=self._is_sharded,
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
+            row_format=memory.row_format,
             consumers=[device for device in self._devices if not device.is_host],
+            home=device_of(first),
             warn_once=self._warn_once,
         )
         self._progress = self._with_next_pruning(
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
-        self.needed_bytes = memory.check(window_device)
+        self._check_memory(memory)
 
     @property
     def num_gradients(self) -> int:
@@ -236,6 +249,38 @@ class MFACPruner(GradualPruner):
         """
         return self._collector.observe(self._in_scope(gradients))
 
+    def observe_samples(self, gradients: Mapping[str, Array] | None) -> int:
+        """Store the gradient samples that ranks have drawn, each one of its own: collective.
+
+        Args:
+            gradients: As in :meth:`observe`, the sample of this rank; ``None`` if it has drawn none. Ranks with shards
+                all give their part of the same sample.
+
+        Returns:
+            How many samples all ranks have given: each is stored once in all, in the order of ranks, or refused.
+
+        Raises:
+            ValueError: As in :meth:`observe`.
+            RankError: If another rank has failed.
+        """
+        return self._collector.observe_samples(None if gradients is None else self._in_scope(gradients))
+
+    @property
+    def num_samples_here(self) -> int:
+        """Gradient samples that this rank draws to fill the window: its share, or all if each is drawn together."""
+        return self.share_of(self.num_gradients)
+
+    def share_of(self, count: int) -> int:
+        """Return how many of the batches that all ranks draw together this rank draws.
+
+        Args:
+            count: How many all draw.
+
+        Returns:
+            Its share; all of them if the weights are in shards, because the ranks then compute with each together.
+        """
+        return count if self._is_sharded else len(range(self.ranks.rank, count, self.ranks.size))
+
     def forget_gradients(self) -> None:
         """Empty the window, before fresh samples are drawn."""
         self._collector.forget()
@@ -268,23 +313,38 @@ class MFACPruner(GradualPruner):
             self._progress = replace(self._progress, waiting_index=latest)
         return latest > waiting or self.schedule[latest].step == step
 
+    def check_ranks(self, step: int) -> None:
+        """Check that all ranks are at the same point of the same run: the fence before they prune together.
+
+        Args:
+            step: As in :meth:`Pruner.check_ranks`.
+
+        Raises:
+            RankError: As in :meth:`Pruner.check_ranks`.
+        """
+        super().check_ranks(step)
+        if self.ranks.size > 1:
+            self._collector.settle()
+            if not self._is_sharded:
+                check_alike(self.ranks, "gradients", self._collector.entries)
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as arrays and numbers only.
 
-        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected again.
+        Its ``window`` may be left out when the state is loaded, or be ``None``; rows are then collected again. Of
+        several ranks, each returns the columns of the window that it stores.
 
         Returns:
             The state, to be passed to :meth:`load_state_dict`.
         """
         progress, collector = self._progress, self._collector
-        collector.store_arriving()
         return {
             **super().state_dict(),
             "parts_done": progress.substeps_done,
             "parts": progress.substeps if progress.substeps_done else 0,
             "waits": progress.is_waiting,
             "refused_rows": collector.refused_rows,
-            "window": None if collector.window is None else collector.window.state_dict(),
+            "window": collector.state_dict(),
         }
 
     def _parsed(self, state: Mapping[str, Any]) -> MFACProgress:
@@ -321,7 +381,11 @@ class MFACPruner(GradualPruner):
             done = int(state["pruning_steps_done"])
             next_pruning = done + progress.next_pruning - progress.done
             saved = replace(progress, schedule=schedule, done=done, next_pruning=next_pruning)
-            progress.collector.load_window(state["window"], self._num_gradients_of(saved))
+            windows = state["window"]
+            windows = windows if isinstance(windows, list | tuple) and windows else [windows]
+            progress.collector.load_window(windows, self._num_gradients_of(saved))
+        elif self.ranks.size > 1:
+            progress.collector.load_window([], progress.collector.num_gradients)
         return progress
 
     def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
@@ -366,7 +430,10 @@ class MFACPruner(GradualPruner):
             substeps = self._substeps_needed(progress, next_pruning) if next_pruning < num_steps else 1
         progress = replace(progress, next_pruning=next_pruning, substeps=substeps)
         collector = progress.collector.following(
-            mask, self._num_gradients_of(progress), keeps_rows=keeps_rows and next_pruning < num_steps
+            mask,
+            self._distribution_of(mask),
+            self._num_gradients_of(progress),
+            keeps_rows=keeps_rows and next_pruning < num_steps,
         )
         return replace(progress, collector=collector)
 
@@ -428,6 +495,7 @@ class MFACPruner(GradualPruner):
             damping=self.settings.damping,
             update=self.settings.update,
             devices=self._devices,
+            ranks=self.ranks,
         )
 
     def _warn_of_window(self, window: GradientWindow, substeps_done: int) -> None:
@@ -448,9 +516,50 @@ class MFACPruner(GradualPruner):
                 "num_gradients (num_grads in a recipe)",
             )
         if "window" not in self._logged:
-            for warning in window_warnings(window, damping=self.settings.damping):
+            for warning in window_warnings(window, damping=self.settings.damping, ranks=self.ranks):
                 self._logged.add("window")
-                _logger.warning(warning)
+                self._logger.warning(warning)
+
+    def _memory(self) -> WindowMemory:
+        return WindowMemory(
+            self.settings,
+            self.layout.num_weights,
+            self.schedule,
+            self.masks_to_come(),
+            live_gradients=self._live,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+        )
+
+    def _check_memory(self, memory: WindowMemory) -> None:
+        self.needed_bytes = memory.check(self._collector.device)
+        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
+
+    def _distributed(self, mask: Mask) -> Distribution:
+        return Distribution(self.ranks, self.shards, mask, block_size=self.settings.block_size)
+
+    def _measure(self) -> None:
+        is_measured = self._zeros_here is None
+        super()._measure()
+        if not is_measured:
+            self._progress = self._with_next_pruning(self._progress)
+            with together(self.ranks, "the check of memory"):
+                self._check_memory(self._memory())
+
+    def _compared(self, step: int) -> dict[str, int | str]:
+        progress, collector = self._progress, self._collector
+        collector.store_arriving()
+        is_loaded = collector.loaded is not None
+        device = collector.device
+        return {
+            **super()._compared(step),
+            "the sub-steps that are done": progress.substeps_done,
+            "whether a pruning step waits": int(progress.is_waiting),
+            "whether a state is loaded": int(is_loaded),
+            "gradient samples": 0 if is_loaded else collector.count,
+            "refused gradient samples": collector.refused_rows,
+            "the device of the gradient window": "host memory" if device.is_host else device.backend.name,
+        }
 
     @property
     def _collector(self) -> GradientCollector:
@@ -469,4 +578,4 @@ class MFACPruner(GradualPruner):
     def _warn_once(self, subject: str, message: str) -> None:
         if subject not in self._logged:
             self._logged.add(subject)
-            _logger.warning(message)
+            self._logger.warning(message)

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array
 from mfac_core.schedules.pruning import ScheduledStep
+from mfac_core.state_checks import check_keys
 from mfac_core.weight_names import join_names
 
-__all__ = ["ScheduleTable", "other_schedule", "other_weights", "refuse_other_run", "schedule_table"]
+__all__ = ["ScheduleTable", "combined", "other_schedule", "other_weights", "refuse_other_run", "schedule_table"]
 
 ScheduleTable = npt.NDArray[Any]
 
@@ -40,6 +41,38 @@ def other_weights(masks: Mapping[str, Array], shapes: Mapping[str, tuple[int, ..
         name = reshaped[0]
         differences.append(f"its {name} has shape {np.shape(masks[name])}, but {shapes[name]} in this run")
     return differences
+
+
+def combined(states: Any) -> Any:
+    """Return one state from those that several ranks have saved at the same step: it has the windows of all.
+
+    A single state, and what is no state at all, is returned as it is.
+    """
+    if not isinstance(states, list | tuple) or not states:
+        return states
+    for state in states:
+        check_keys("a pruner", state, ("pruning_steps_done", "masks"))
+        check_keys("a pruner (its masks)", state["masks"], ())
+    first = states[0]
+    windows: list[Any] = []
+    for state in states:
+        if not _is_of_the_same_step(first, state):
+            raise ValueError(
+                "the states of several ranks are not from the same step: their masks or the pruning steps done differ; "
+                "load the states that all ranks have saved at one step"
+            )
+        window = state.get("window")
+        windows += window if isinstance(window, list | tuple) else [] if window is None else [window]
+    return {**first, "window": windows or None} if "window" in first else first
+
+
+def _is_of_the_same_step(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    keys = ("pruning_steps_done", "parts_done", "refused_rows")
+    return (
+        all(np.array_equal(one.get(key, 0), other.get(key, 0)) for key in keys)
+        and one["masks"].keys() == other["masks"].keys()
+        and all(np.array_equal(mask, other["masks"][name]) for name, mask in one["masks"].items())
+    )
 
 
 def schedule_table(schedule: Sequence[ScheduledStep]) -> ScheduleTable:

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 from mfac_core.backends import Array, Device, array_namespace, device_of, numpy_dtype
 from mfac_core.fisher.blockwise import BlockwiseFisher, GradientSource
 from mfac_core.fisher.obs import checked_saliency, independent_update, joint_update
+from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.base import Alone, Ranks
 from mfac_core.settings.checks import Damping, Update
 
 __all__ = ["PruneResult", "Selection", "UnprunedOutcome", "magnitude_step", "mfac_step"]
@@ -62,6 +64,8 @@ class PruneResult:
 class UnprunedOutcome(NamedTuple):
     """The result of a pruning step or sub-step for the ``d`` weights that were unpruned before it, on their device.
 
+    Of several ranks, each has the result for its own columns; the numbers are those of all.
+
     Attributes:
         weights: The updated weights, newly pruned ones exactly 0, shape ``(d,)``.
         newly_pruned: Which of them are pruned now, shape ``(d,)``.
@@ -83,36 +87,54 @@ def mfac_step(
     damping: Damping,
     update: Update,
     devices: Sequence[str | Device] | str | Device,
+    ranks: Ranks | None = None,
 ) -> UnprunedOutcome:
     """Prune by M-FAC saliency and compensate with the OBS update.
 
     Args:
-        weights: Unpruned weights, shape ``(d,)``, on any device. Not modified.
+        weights: Unpruned weights, shape ``(d,)``, on any device; of several ranks, each has its own columns. Not
+            modified.
         source: Gradient samples of these weights.
-        select: Chooses the newly pruned from the saliencies.
+        select: Chooses the newly pruned from the saliencies; collective.
         damping: Added to the diagonal of the empirical Fisher, or ``auto``.
         update: ``independent`` or ``joint``.
         devices: Where the blocks are computed.
+        ranks: The processes among which the columns are dealt, by whole blocks.
     """
+    ranks = ranks or Alone()
     retain: Literal["never", "once"] = "never" if update == "joint" else "once"
-    fisher = BlockwiseFisher(source, damping=damping, devices=devices, rtol=RTOL, retain=retain)
-    compute_device, weights_device = fisher.home, device_of(weights)
+    weights_device = device_of(weights)
+    with together(ranks, "measuring the gradients"):
+        fisher = BlockwiseFisher(source, damping=damping, devices=devices, rtol=RTOL, retain=retain)
+        compute_device = fisher.home
+        with compute_device.backend.on(compute_device.name):
+            working = compute_device.asarray(weights_device.move(weights, compute_device), source.dtype)
+            largest = _largest(working)
+    # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
+    scale = _power_of_two(gathered(ranks, [largest]).max())
+    fisher.join(ranks)
     with compute_device.backend.on(compute_device.name):
-        working = compute_device.asarray(weights_device.move(weights, compute_device), source.dtype)
-        # everything is linear or quadratic in the weights, and their squares may leave the range of the dtype
-        scale = _power_of_two(working)
-        working = working / scale
-        inverse_diagonal = fisher.diagonal()  # in a unit of the Fisher, which does not change the order of saliencies
-        chosen = select(checked_saliency(working, inverse_diagonal))
-        if update == "joint":
-            change, increase = joint_update(fisher, working, chosen)
-        else:
-            change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
-        newly_pruned = compute_device.move(chosen, weights_device)
-        change = compute_device.move(change * scale, weights_device)
-    with weights_device.backend.on(weights_device.name):
-        updated = _without(newly_pruned, weights_device.asarray(weights + change, numpy_dtype(weights)))
-    return UnprunedOutcome(updated, newly_pruned, increase * scale * scale, fisher.damping_range)
+        with together(ranks, "computing the inverse diagonal"):
+            working = working / scale
+            # in a unit of the Fisher, which does not change the order of saliencies
+            inverse_diagonal = fisher.diagonal()
+            saliencies = checked_saliency(working, inverse_diagonal)
+        chosen = select(saliencies)
+        del saliencies
+        with together(ranks, "computing the update"):
+            if update == "joint":
+                change, increase = joint_update(fisher, working, chosen)
+            else:
+                change, increase = independent_update(fisher, working, chosen, inverse_diagonal)
+            newly_pruned = compute_device.move(chosen, weights_device)
+            change = compute_device.move(change * scale, weights_device)
+            with weights_device.backend.on(weights_device.name):
+                updated = _without(newly_pruned, weights_device.asarray(weights + change, numpy_dtype(weights)))
+    # a rank without columns has no damping
+    limits = fisher.damping_range if source.num_weights else (math.inf, -math.inf)
+    increases, smallest, largest_damping = gathered(ranks, [increase, *limits]).T
+    increase = float(increases.sum()) * scale * scale
+    return UnprunedOutcome(updated, newly_pruned, increase, (float(smallest.min()), float(largest_damping.max())))
 
 
 def magnitude_step(weights: Array, select: Selection) -> UnprunedOutcome:
@@ -128,8 +150,11 @@ def _without(newly_pruned: Array, weights: Array) -> Array:
     return xp.where(newly_pruned, xp.zeros_like(weights), weights)
 
 
-def _power_of_two(x: Array) -> float:
-    """Return the power of two below the largest absolute value: divided by it, numbers keep their digits."""
+def _largest(x: Array) -> float:
     xp = array_namespace(x)
-    largest = float(xp.max(xp.abs(x))) if x.shape[0] else 0.0
+    return float(xp.max(xp.abs(x))) if x.shape[0] else 0.0
+
+
+def _power_of_two(largest: float) -> float:
+    """Return the power of two below the largest absolute value: divided by it, numbers keep their digits."""
     return math.ldexp(1.0, math.frexp(largest)[1] - 1)

@@ -62,6 +62,15 @@ class Shards:
         return cls(shapes, {name: [(0, math.prod(shape))] * size for name, shape in shapes.items()})
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and full shape of each array, in order.
+
+        Returns:
+            A copy.
+        """
+        return dict(self._shapes)
+
+    @property
     def size(self) -> int:
         """Number of ranks.
 

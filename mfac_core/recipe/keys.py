@@ -253,6 +253,7 @@ MFAC_OPTIONS: Mapping[str, Key] = {
 MFAC_KEYS: Mapping[str, Key] = {
     **MFAC_OPTIONS,
     "available_devices": Key("devices", _devices, _unless(("auto",), list)),
+    "grads_dtype": Key("gradients_dtype", write=_unless("float32")),
     "update": Key("update"),
     "num_recomputations": Key("num_recomputations", _recomputations),
     "recomputation_spacing": Key("recomputation_spacing"),

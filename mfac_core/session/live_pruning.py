@@ -14,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
-from mfac_core.masks.zero_count import count_zeros
+from mfac_core.masks.zero_count import ZeroCount, count_zeros
 from mfac_core.pruners import MFACPruner, Pruner, make_pruner
 from mfac_core.pruners.step import PruneResult
+from mfac_core.ranks import Alone, Ranks, Shards
+from mfac_core.ranks.agreement import together
+from mfac_core.ranks.logs import logger_of
 from mfac_core.sample_batches import HeldOut
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.log_lines import pruning_step_line, unfinished_line
 from mfac_core.session.measured_loss import LossMeasurement
 from mfac_core.settings.pruning import ConstantSettings, MFACSettings, PruningSettings
 
-__all__ = ["LivePruning", "Mask", "combined_masks", "draws_samples"]
+__all__ = ["LivePruning", "Mask", "combined_masks", "draws_samples", "zeros_of"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -53,11 +56,17 @@ class LivePruning(ABC):
 
     Args:
         settings: What to prune, when and how.
-        sizes: The number of weights in each array in scope, by name.
+        sizes: The number of weights in each array in scope, by name; of shards, that of all together.
         steps_per_epoch: Optimizer steps per epoch.
         sampled: Whether there is a gradient sampler.
         axes: As in :func:`mfac_core.make_pruner`.
+        ranks: As in :func:`mfac_core.make_pruner`.
+        shards: As in :func:`mfac_core.make_pruner`.
         name: Name of the modifier in the log, empty if it is the only one.
+
+    Attributes:
+        ranks: The processes of the run.
+        shards: Which part of each array in scope each rank has.
 
     Raises:
         SettingError: If ``mask_type`` of the settings does not fit the weights.
@@ -65,7 +74,8 @@ class LivePruning(ABC):
         MemoryBudgetError: If the gradient window would not fit.
     """
 
-    logger: ClassVar[logging.Logger] = logging.getLogger("mfac_core")
+    logger: logging.Logger = logging.getLogger("mfac_core")
+    """Where log lines go; on all ranks but the first it is silent."""
 
     library: ClassVar[str | None] = None
     """The array library whose devices plain names in a recipe mean; ``None`` means that of the weights."""
@@ -78,9 +88,13 @@ class LivePruning(ABC):
         steps_per_epoch: int,
         sampled: bool = False,
         axes: Mapping[str, Sequence[int]] | None = None,
+        ranks: Ranks | None = None,
+        shards: Shards | None = None,
         name: str = "",
     ) -> None:
         self.settings = settings
+        self.ranks: Ranks = ranks or Alone()
+        self.logger = logger_of(self.ranks, self.logger)
         self.sizes = sizes
         self.name = name
         self.steps_per_epoch = steps_per_epoch
@@ -92,11 +106,14 @@ class LivePruning(ABC):
             live_gradients=not self._draws_samples,
             axes=axes,
             library=self.library,
+            ranks=ranks,
+            shards=shards,
         )
+        self.shards = self._pruner.shards
 
     @abstractmethod
     def weights(self) -> dict[str, Array]:
-        """Return the weights in scope as arrays, which may share memory with the model.
+        """Return the weights in scope as arrays, which may share memory with the model; of shards, those of this rank.
 
         Their layout is the one that ``axes`` describes, by default PyTorch's.
         """
@@ -110,7 +127,11 @@ class LivePruning(ABC):
         """Register callbacks that restore the current values of the weights."""
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterable[Mapping[str, Array]]:
-        """Draw as many gradient samples, by name, as the pruner needs; ``held_out`` gets further batches."""
+        """Draw gradient samples, by name: ``pruner.num_samples_here`` of them. ``held_out`` gets further batches.
+
+        Of several ranks, each draws samples of its own; those with shards draw each sample together, and give their
+        parts of it.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no gradient sampler")
 
     def loss_function(self) -> Callable[[Sequence[Any]], float] | None:
@@ -142,8 +163,11 @@ class LivePruning(ABC):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of the weights in scope that is pruned and zero, counted from the weights."""
-        return count_zeros(self.weights(), self.masks).sparsity
+        """Fraction of the weights in scope that is pruned and zero, counted from the weights.
+
+        Never a collective: of weights in shards, this rank knows only its own; the others count as the masks say.
+        """
+        return zeros_of([self]).sparsity
 
     @property
     def needed_bytes(self) -> int:
@@ -174,6 +198,25 @@ class LivePruning(ABC):
         """Whether the last pruning step is done."""
         return self._pruner.is_finished
 
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the largest gradient window of the run, as far as this rank keeps it."""
+        return self._pruner.window_bytes
+
+    def local(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the parts that this rank has of full arrays in scope, such as masks."""
+        if self.shards.is_whole:
+            return dict(arrays)
+        return {name: self.shards.local(name, array, self.ranks.rank) for name, array in arrays.items()}
+
+    def check_ranks(self, step: int) -> None:
+        """Check that all ranks are at the same point of the same run, as the pruner does. Collective."""
+        self._pruner.check_ranks(step)
+
+    def falls_due(self, step: int) -> bool:
+        """Return whether a pruning step is scheduled, and not done, after ``step`` completed optimizer steps."""
+        return self._pruner.falls_due(step)
+
     def needs_gradients(self, step: int) -> bool:
         """Return whether the gradient that arrives after ``step`` completed optimizer steps is needed."""
         return self._pruner.needs_gradients(step)
@@ -198,7 +241,7 @@ class LivePruning(ABC):
         """
         if not self._pruner.is_due(step):
             return
-        measurement = LossMeasurement(self.loss_function() if self._draws_samples else None)
+        measurement = LossMeasurement(self.loss_function() if self._draws_samples else None, self.ranks)
         result = self._prune(step, others or {}, measurement)
         while self._pruner.is_due(step):
             result = self._prune(step, others or {}, measurement)
@@ -251,9 +294,11 @@ class LivePruning(ABC):
         with self._sampled(step, measurement), ExitStack() as undo:
             num_rows = self._pruner.num_rows if self._pruner.uses_gradients(step) else 0
             with self._pruner.pruning(self.weights(), step) as result:
-                self.snapshot(undo)
-                self.write({name: _masked(array, others.get(name)) for name, array in result.weights.items()})
-                self.enforce_masks(result, undo)
+                with together(self.ranks, "writing the pruned weights"):
+                    self.snapshot(undo)
+                    held = self.local({name: mask for name, mask in others.items() if name in self.sizes})
+                    self.write({name: _masked(array, held.get(name)) for name, array in result.weights.items()})
+                    self.enforce_masks(result, undo)
                 measured = measurement.end(result)
             undo.pop_all()
         line = pruning_step_line(
@@ -272,6 +317,11 @@ class LivePruning(ABC):
         self.report(line, scheduled, step)
         return measured
 
+    def _next_of(self, samples: Iterator[Mapping[str, Array]]) -> Mapping[str, Array] | None:
+        # ranks with shards draw each sample together: one that fails alone can only end, so that the others notice
+        with together(self.ranks, "drawing gradient samples") if self.shards.is_whole else nullcontext():
+            return next(samples, None)
+
     @contextmanager
     def _sampled(self, step: int, measurement: LossMeasurement) -> Iterator[None]:
         """Fill the gradient window with fresh samples for a block, if the pruning step uses a sampler."""
@@ -282,12 +332,26 @@ class LivePruning(ABC):
         with self.drawing():
             try:
                 pruner.forget_gradients()
-                for gradients in self.gradient_samples(pruner, measurement.held_out(pruner)):
-                    pruner.observe(gradients)
+                samples = iter(self.gradient_samples(pruner, measurement.held_out(pruner)))
+                # in rounds, of one sample from each rank that has any left
+                while pruner.observe_samples(self._next_of(samples)):
+                    pass
                 measurement.begin()
                 yield
             finally:
                 pruner.forget_gradients()
+
+
+def zeros_of(prunings: Sequence[LivePruning]) -> ZeroCount:
+    """Count the current zeros among the weights that modifiers of one model prune; see :attr:`LivePruning.sparsity`."""
+    weights = {name: array for pruning in prunings for name, array in pruning.weights().items()}
+    masks = combined_masks(pruning.masks for pruning in prunings)
+    if all(pruning.shards.is_whole for pruning in prunings):
+        return count_zeros(weights, masks)
+    here = count_zeros(weights, combined_masks(pruning.local(pruning.masks) for pruning in prunings))
+    sizes = {name: size for pruning in prunings for name, size in pruning.sizes.items()}
+    pruned = sum(int(np.count_nonzero(~mask)) for mask in masks.values())
+    return here._replace(weights=sum(sizes.values()), pruned=pruned)
 
 
 def _masked(weights: Array, mask: Mask | None) -> Array:

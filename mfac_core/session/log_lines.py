@@ -9,7 +9,7 @@ from mfac_core.pruners.step import PruneResult
 from mfac_core.settings.pruning import MFACSettings, PruningSettings
 from mfac_core.weight_names import join_names
 
-__all__ = ["pruning_step_line", "scope_in_line", "unfinished_line"]
+__all__ = ["pruning_step_line", "scope_in_line", "shares_line", "unfinished_line"]
 
 
 def scope_in_line(modifier: str, names: Iterable[str]) -> str:
@@ -20,6 +20,23 @@ def scope_in_line(modifier: str, names: Iterable[str]) -> str:
         ('MFACPruningModifier 2: fc.weight', 'fc.weight')
     """
     return f"{modifier}: {join_names(names)}" if modifier else join_names(names)
+
+
+def shares_line(num_ranks: int, settings: MFACSettings, window_bytes: int, modifier: str = "") -> str:
+    """Return the line about what each rank keeps and computes; ``window_bytes`` are those of this rank, the first.
+
+    Example:
+        >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=2)
+        >>> shares_line(8, settings, 112 * 2**20)
+        '8 ranks: each keeps 1/8 of the gradient window (112 MiB) and computes 1/8 of the blocks'
+    """
+    mebibytes = window_bytes / 2**20
+    size = f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.2g} MiB"
+    ranks = f"{modifier}, {num_ranks} ranks" if modifier else f"{num_ranks} ranks"
+    if settings.block_size is None:
+        return f"{ranks}: the first keeps the gradient window ({size}) and computes its only block"
+    share = f"1/{num_ranks}"
+    return f"{ranks}: each keeps {share} of the gradient window ({size}) and computes {share} of the blocks"
 
 
 def pruning_step_line(

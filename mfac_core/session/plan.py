@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from mfac_core.pruners.memory import WINDOW_ITEMSIZE, WindowMemory
+from mfac_core.pruners.memory import WindowMemory
+from mfac_core.pruners.rank_costs import RankCosts, rank_costs
 from mfac_core.recipe.formats import Settings
 from mfac_core.recipe.linting import model_notes, model_warnings
 from mfac_core.recipe.loading import Recipe
@@ -28,24 +30,24 @@ class ModifierPlan(NamedTuple):
         weights: Name of each parameter that it matches -> number of weights.
         steps: Its pruning steps.
         window: Rows and columns of its largest gradient window; zeros if it needs none.
+        window_bytes: Bytes of that window.
         needed_bytes: Bytes that it needs for gradient windows and computation; a run with less free memory is refused.
+        of_rank: What the rank with the most blocks keeps, computes and sends, if it has a window and several ranks are
+            planned for; the other fields are those of a single process.
     """
 
     modifier: str
     weights: Mapping[str, int]
     steps: tuple[ScheduleRow, ...]
     window: tuple[int, int] = (0, 0)
+    window_bytes: int = 0
     needed_bytes: int = 0
+    of_rank: RankCosts | None = None
 
     @property
     def num_weights(self) -> int:
         """Number of all weights that it matches."""
         return sum(self.weights.values())
-
-    @property
-    def window_bytes(self) -> int:
-        """Bytes of its largest gradient window."""
-        return math.prod(self.window) * WINDOW_ITEMSIZE
 
     def summary(self, schedule: Sequence[ScheduledStep]) -> str:
         """Return in one line what the modifier matches and when it prunes, by the schedule of its pruner."""
@@ -80,6 +82,11 @@ class Plan(NamedTuple):
         """Bytes that all modifiers need together."""
         return sum(modifier.needed_bytes for modifier in self.modifiers)
 
+    @property
+    def needed_bytes_of_rank(self) -> int:
+        """Bytes that all modifiers need together on the rank with the most blocks; 0 if no ranks are planned for."""
+        return sum(modifier.of_rank.needed_bytes for modifier in self.modifiers if modifier.of_rank)
+
 
 def describe(recipe: Recipe, steps_per_epoch: int | None = None) -> list[ScheduleRow]:
     """Return every pruning step of a recipe, modifier by modifier.
@@ -106,6 +113,7 @@ def plan_model(
     epochs: float | None = None,
     sampled: bool = False,
     trainable: Sequence[tuple[TrainableParams, Collection[str]]] = (),
+    num_ranks: int | None = None,
 ) -> Plan:
     """Return what modifiers will do to a model, with warnings about what may not be intended.
 
@@ -117,6 +125,7 @@ def plan_model(
         epochs: Epochs of training; ``None`` uses the end of an ``EpochRange``, if there is one.
         sampled: Whether there is a gradient sampler, so that windows are full at each pruning step.
         trainable: The parameters that each modifier that freezes or unfreezes matches.
+        num_ranks: Number of processes; ``None`` plans for one, and says nothing of several.
 
     Returns:
         The plan.
@@ -140,7 +149,7 @@ def plan_model(
             "by_final_sparsity() of each pruning modifier"
         )
     modifiers = tuple(
-        _modifier_plan(name, group, matched, steps_per_epoch, sampled=sampled)
+        _modifier_plan(name, group, matched, steps_per_epoch, sampled=sampled, num_ranks=num_ranks)
         for (name, group), matched in zip(groups, weights, strict=True)
     )
     warnings = model_warnings(settings, weights, steps_per_epoch, epochs=epochs, sampled=sampled, trainable=trainable)
@@ -148,7 +157,13 @@ def plan_model(
 
 
 def _modifier_plan(
-    name: str, settings: PruningSettings, weights: Mapping[str, int], steps_per_epoch: int, *, sampled: bool
+    name: str,
+    settings: PruningSettings,
+    weights: Mapping[str, int],
+    steps_per_epoch: int,
+    *,
+    sampled: bool,
+    num_ranks: int | None,
 ) -> ModifierPlan:
     plan = ModifierPlan(name, dict(weights), tuple(schedule_rows(name, settings, steps_per_epoch)))
     if not isinstance(settings, MFACSettings):
@@ -156,7 +171,10 @@ def _modifier_plan(
     is_live = not sampled or settings.gradient_origin == "training"
     schedule = pruning_schedule(settings, steps_per_epoch)
     memory = WindowMemory(settings, plan.num_weights, schedule, live_gradients=is_live)
-    return plan._replace(window=memory.peak(), needed_bytes=memory.needed_bytes())
+    window = memory.peak()
+    num_bytes = math.prod(window) * memory.row_format.itemsize
+    of_rank = None if num_ranks is None else rank_costs(replace(memory, num_ranks=num_ranks))
+    return plan._replace(window=window, window_bytes=num_bytes, needed_bytes=memory.needed_bytes(), of_rank=of_rank)
 
 
 def _in_words(schedule: Sequence[ScheduledStep]) -> str:

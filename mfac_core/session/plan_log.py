@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Container, Sequence
 
+from mfac_core.ranks import Alone
+from mfac_core.ranks.logs import logger_of
 from mfac_core.session.live_pruning import LivePruning
+from mfac_core.session.log_lines import shares_line
 from mfac_core.session.plan import plan_model
 from mfac_core.settings.pruning import MFACSettings
 from mfac_core.settings.training import TrainableParams, TrainingSettings
@@ -27,7 +30,7 @@ def log_plan(
     """Log which weights each modifier prunes and when, and warn about settings that may not be intended.
 
     Args:
-        logger: The logger of the adapter.
+        logger: The logger of the adapter; of several ranks, only the first logs.
         prunings: The pruning modifiers, attached to their model.
         others: The settings of all other modifiers.
         steps_per_epoch: Optimizer steps per epoch.
@@ -36,6 +39,8 @@ def log_plan(
         trainable: The parameters that each modifier freezes or unfreezes.
         logged: Warnings that have already been logged.
     """
+    ranks = prunings[0].ranks if prunings else Alone()
+    logger = logger_of(ranks, logger)
     plan = plan_model(
         [*(pruning.settings for pruning in prunings), *others],
         [pruning.sizes for pruning in prunings],
@@ -47,6 +52,8 @@ def log_plan(
     for modifier, pruning in zip(plan.modifiers, prunings, strict=True):
         known = modifier._replace(needed_bytes=pruning.needed_bytes)  # the plan does not know which weights are zero
         logger.info("%s%s", known.summary(pruning.schedule), _devices(pruning))
+        if ranks.size > 1 and isinstance(pruning.settings, MFACSettings):
+            logger.info("%s", shares_line(ranks.size, pruning.settings, pruning.window_bytes, pruning.name))
         for step in modifier.steps:
             logger.debug("%s", step)
     for note in plan.notes:

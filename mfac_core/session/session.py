@@ -8,13 +8,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-from mfac_core.masks.zero_count import ZeroCount, count_zeros
+from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.pruners import Pruner
+from mfac_core.pruners.fence import check_same
+from mfac_core.pruners.saved_states import combined
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.naming import log_names
-from mfac_core.session.live_pruning import LivePruning, combined_masks
+from mfac_core.session.live_pruning import LivePruning, combined_masks, zeros_of
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse
+from mfac_core.weight_names import join_names
 
 __all__ = ["Changes", "ParsedState", "Session", "attached", "gradual_in_order"]
 
@@ -91,9 +96,14 @@ class Session(Generic[P, C]):
         prunings: The pruning modifiers.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
+        ranks: The processes of the run.
     """
 
     changes_key: ClassVar[str] = "changes"
+
+    # the step of the last fence, and which modifiers had collected a row before it
+    _fenced_at: int | None
+    _had_row: list[bool]
 
     def __init__(
         self,
@@ -113,24 +123,56 @@ class Session(Generic[P, C]):
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step
-        self.logger = logger
+        self.ranks: Ranks = self.prunings[0].ranks if self.prunings else Alone()
+        self.logger = logger_of(self.ranks, logger)
         self._changes = changes
+        self._forget_fences()
 
     def zeros(self) -> ZeroCount:
-        """Count the current zeros among pruned weights, whatever has written to the model."""
-        weights = {name: array for pruning in self.prunings for name, array in pruning.weights().items()}
-        return count_zeros(weights, combined_masks(pruning.masks for pruning in self.prunings))
+        """Count the current zeros among pruned weights, whatever has written to the model.
+
+        Never a collective: of weights in shards, this rank knows only its own; the others count as the masks say.
+        """
+        return zeros_of(self.prunings)
 
     def is_due(self) -> bool:
         """Return whether a pruning step is due."""
         return any(pruning.is_due(self.step) for pruning in self.prunings)
 
+    def fence(self) -> None:
+        """Check that all ranks are at the same point of the same run, at the steps at which that matters.
+
+        These are the first step of this process or after a state is loaded, the step after the first row of a gradient
+        window, and each step at which a pruning step is scheduled. Call it after each optimizer step on all ranks,
+        before anything asks whether a pruning step is due, and from nowhere else: it is collective. For a single
+        process it does nothing.
+
+        Raises:
+            RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
+        """
+        if self.ranks.size == 1 or self._fenced_at == self.step:
+            return
+        before = self._fenced_at
+        if before is None:
+            scopes = "; ".join(f"{type(each.settings).__name__} {dict(each.sizes)}" for each in self.prunings)
+            check_same(self.ranks, {"the modifiers, or the weights that they prune": scopes})
+        has_row = [before is not None and pruning.needs_gradients(before) for pruning in self.prunings]
+        for pruning, now, then in zip(self.prunings, has_row, self._had_row, strict=True):
+            if before is None or (now and not then) or pruning.falls_due(self.step):
+                pruning.check_ranks(self.step)
+        self._fenced_at, self._had_row = self.step, has_row
+
     def prune_if_due(self) -> None:
-        """Run the pruning steps that are due. After an exception each of them is either complete or undone."""
+        """Run the pruning steps that are due. After an exception each of them is either complete or undone.
+
+        Collective if there are several ranks.
+        """
+        self.fence()
         for pruning in self.prunings:
             if pruning.is_due(self.step):
                 # The update of one modifier must not move weights that another has pruned.
-                others = combined_masks(each.masks for each in self.prunings if each is not pruning)
+                overlapping = (each for each in self.prunings if not each.sizes.keys().isdisjoint(pruning.sizes))
+                others = combined_masks(each.masks for each in overlapping if each is not pruning)
                 pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:
@@ -152,16 +194,18 @@ class Session(Generic[P, C]):
             "prunings": [pruning.state_dict(gradient_window=gradient_window) for pruning in self.prunings],
         }
 
-    def parsed(self, state: Mapping[str, Any], *, strict: bool = True) -> ParsedState:
+    def parsed(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], *, strict: bool = True) -> ParsedState:
         """Check a complete state. Nothing is changed.
 
         Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            state: What :meth:`state_dict` returned in a run with the same recipe and model; or what it returned on
+                several ranks, as a sequence. Everything but the gradient windows is that of the first.
             strict: Whether all of it must fit; otherwise the rest is ignored with a warning.
 
         Raises:
             ValueError: If the state is broken, or belongs to another run.
         """
+        state = self._combined(state)
         check_keys("a run", state, ("step", "steps_per_epoch", self.changes_key, "prunings"))
         step = checked_integer("step", state["step"], at_most=sys.maxsize)
         steps_per_epoch = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
@@ -194,8 +238,30 @@ class Session(Generic[P, C]):
         for pruning, pruner in zip(self.prunings, parsed.pruners, strict=True):
             if pruner is not None:
                 pruning.resume(pruner)
+        self._forget_fences()
         if self._changes is not None:
             self._changes.load_state_dict(parsed.changes)
+
+    def _combined(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Return one state from those that several ranks have saved."""
+        if not isinstance(states, list | tuple) or not states:
+            return states  # type: ignore[return-value]  # checked by the caller
+        for state in states:
+            check_keys("a run", state, ("step", "prunings"))
+            if not isinstance(state["prunings"], list | tuple):
+                refuse("prunings", state["prunings"], "a list with the state of each pruning modifier")
+        of_prunings = [state["prunings"] for state in states]
+        steps = sorted({checked_integer("step", state["step"]) for state in states})
+        if len(steps) > 1 or len({len(each) for each in of_prunings}) > 1:
+            raise ValueError(
+                f"the states of several ranks are not from the same run and step (step {join_names(map(str, steps))}); "
+                "load the states that all ranks have saved at one step"
+            )
+        return {**states[0], "prunings": [combined(each) for each in zip(*of_prunings, strict=True)]}
+
+    def _forget_fences(self) -> None:
+        self._fenced_at = None
+        self._had_row = [False] * len(self.prunings)
 
     def _resumed_step(self, parsed: ParsedState) -> int:
         """Return the completed optimizer steps of this run at the epoch of a state."""

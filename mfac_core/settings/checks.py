@@ -13,6 +13,7 @@ from mfac_core.errors import SettingError
 __all__ = [
     "Damping",
     "GradientOrigin",
+    "GradientsDtype",
     "Interpolation",
     "MaskType",
     "Recomputations",
@@ -40,6 +41,7 @@ Damping = float | Literal["auto"]
 """A number, or ``auto``: 0.1 times the mean diagonal of the empirical Fisher of each block."""
 
 GradientOrigin = Literal["auto", "training"]
+GradientsDtype = Literal["float32", "bfloat16"]
 MaskType = str | tuple[int, int]
 """``unstructured``, ``channel``, ``filter``, ``block4``, ``N:M`` such as ``2:4``, or the shape of a block."""
 

@@ -11,6 +11,7 @@ from mfac_core.errors import SettingError
 from mfac_core.settings.checks import (
     Damping,
     GradientOrigin,
+    GradientsDtype,
     Interpolation,
     MaskType,
     Recomputations,
@@ -211,6 +212,8 @@ class MFACSettings(GradualSettings):
             :func:`mfac_core.backends.resolve_device`.
         gradients_device: Where the gradient window is kept, such as ``"cpu"`` or ``"cuda:0"``; ``"auto"`` is the first
             GPU among ``devices`` that has room for it, and host memory otherwise.
+        gradients_dtype: How the gradient window stores its numbers: ``float32``, or rounded to ``bfloat16``, which
+            takes half the memory. Sums and factors are in float32 or float64 either way.
         update: ``independent`` (the paper's sum of single-weight updates) or ``joint`` (exact OBS for the pruned set).
         num_recomputations: Number of sub-steps of a pruning step, each by a Fisher of its own over the remaining
             weights; ``auto`` takes enough that none removes more than about a fifth of what is left.
@@ -230,6 +233,7 @@ class MFACSettings(GradualSettings):
     damping: Damping = 1e-5
     devices: tuple[str, ...] = ("auto",)
     gradients_device: str = "auto"
+    gradients_dtype: GradientsDtype = "float32"
     update: Update = "independent"
     num_recomputations: Recomputations = 1
     recomputation_spacing: Spacing = "geometric"
@@ -243,6 +247,13 @@ class MFACSettings(GradualSettings):
         check_damping(self.damping)
         check_choice("update", self.update, get_args(Update))
         check_recomputations(self.num_recomputations, self.recomputation_spacing)
+        check_choice("gradients_dtype", self.gradients_dtype, get_args(GradientsDtype))
+        if self.gradients_dtype == "bfloat16" and self.block_size is None:
+            raise SettingError(
+                "gradients_dtype",
+                "bfloat16 saves no memory with a single block: blocks are computed in float32, and this one is the "
+                "whole window; set block_size, or write float32",
+            )
         check_choice("gradient_origin", self.gradient_origin, get_args(GradientOrigin))
         options = self.sampler_options
         if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):

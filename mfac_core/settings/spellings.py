@@ -17,6 +17,7 @@ RECIPE_SPELLINGS = {
     "available_gpus": "devices",
     "available_devices": "devices",
     "grads_device": "gradients_device",
+    "grads_dtype": "gradients_dtype",
     "use_gradient_buffering": "gradient_origin",
     "grad_sampler_kwargs": "sampler_options",
     "global_sparsity": "scope",

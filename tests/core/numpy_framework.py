@@ -49,30 +49,45 @@ def batch(number):
 class ArrayPruning(LivePruning):
     """All that an adapter has to write."""
 
-    def __init__(self, settings, model, *, sampled=False, **options):
+    def __init__(self, settings, model, *, sampled=False, ranks=None, shards=None, **options):
         self.model, self.names = model, [name for name in SHAPES if name in settings.params]
         sizes = {name: model.weights[name].size for name in self.names}
-        super().__init__(settings, sizes, sampled=sampled, steps_per_epoch=STEPS_PER_EPOCH, **options)
+        self.gather = lambda: None  # makes the weights of a sharded model whole, of which this rank has some rows
+        self.own = None if shards is None else lambda name, full: shards.local(name, full, ranks.rank)
+        shards = None if shards is None else shards.restricted(self.names)
+        super().__init__(
+            settings, sizes, sampled=sampled, steps_per_epoch=STEPS_PER_EPOCH, ranks=ranks, shards=shards, **options
+        )
+
+    def part(self, arrays):
+        return {name: self.own(name, arrays[name]) if self.own else arrays[name] for name in self.names}
 
     def weights(self):
-        return {name: self.model.weights[name] for name in self.names}
+        return self.part(self.model.weights)
 
     def write(self, weights):
-        for name, array in weights.items():
-            self.model.weights[name][...] = array
+        for name, array in self.weights().items():
+            array[...] = weights[name]
 
     def snapshot(self, undo):
         for array in self.weights().values():
             undo.callback(np.copyto, array, array.copy())
 
     def gradient_samples(self, pruner, held_out):
-        for number in range(pruner.num_gradients):
-            yield {name: self.model.gradients(batch(number))[name] for name in self.names}
-        if held_out is not None:
+        # a batch of each rank, or of all ranks together
+        first, stride = (pruner.ranks.rank, pruner.ranks.size) if self.own is None else (0, 1)
+        for number in range(first, pruner.num_gradients, stride):
+            self.gather()
+            yield self.part(self.model.gradients(batch(number)))
+        if held_out is not None and first == 0:
             held_out.batches.append(batch(5))
 
     def loss_function(self):
-        return lambda batches: float(np.mean([self.model.loss(each) for each in batches]))
+        def loss(batches):
+            self.gather()
+            return float(np.mean([self.model.loss(each) for each in batches]))
+
+        return loss
 
     def enforce_masks(self, result, undo):
         if result.resets_optimizer:
@@ -87,18 +102,23 @@ def session_of(recipe, model, **options):
     return Session(prunings, steps_per_epoch=STEPS_PER_EPOCH, logger=LOGGER)
 
 
-def train(session, model, until):
+def train(session, model, until, gather=lambda: None):
+    """Train all ranks on the same batches; ``gather()`` makes the weights of a sharded model whole again."""
+    for pruning in session.prunings:
+        pruning.gather = gather
     session.prune_if_due()  # what is due before the first step, such as the masks of a constant modifier
+    gather()
     hold(session, model)
     while session.step < until:
         gradients = model.gradients(batch(session.step))
         for pruning in session.prunings:
             if pruning.needs_gradients(session.step):
-                pruning.observe({name: gradients[name] for name in pruning.names})
+                pruning.observe(pruning.part(gradients))
         model.step(gradients)
         session.step += 1
         hold(session, model)
         session.prune_if_due()
+        gather()
 
 
 def hold(session, model):

@@ -218,6 +218,24 @@ def test_plan_counts_weights_steps_and_bytes(write_recipe: Callable[[str], Path]
     assert sampled.stdout.endswith("0 warnings, 258.2 MB of memory\n")
 
 
+def test_plan_for_ranks_shows_what_each_keeps_and_sends(write_recipe: Callable[[str], Path]) -> None:
+    arguments = ["plan", write_recipe(RECIPE), "--weights", "1000000", "--steps-per-epoch", "200", "--ranks"]
+
+    result = mfac(*arguments, "8")
+
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "On each of 8 ranks Keeps Sends per row Per pruning step" in lines
+    assert "window of 63 blocks 32.3 MB" in lines  # 126,000 of the weights
+    assert "weights replicated (DDP) 0 B <= 3.6 MB" in lines
+    assert "weights sharded (FSDP2) <= 500.0 kB <= 1.2 MB" in lines
+    assert "live rows that move <= 32.3 MB" in lines
+    assert lines[-1].endswith("3 pruning steps, 0 warnings, 63.0 MB of memory on each of 8 ranks")
+    assert max(map(len, lines[:-1])) <= 80
+    for ranks in ("0", "-1", "x"):
+        assert mfac(*arguments, ranks).exit_code == 2
+    assert "On each of" not in mfac(*arguments[:-1]).stdout
+
+
 @pytest.mark.parametrize("kind", ["json", "safetensors"])
 def test_plan_finds_the_weights_in_a_file(write_recipe: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     shapes = {"fc.weight": [10, 20], "fc.bias": [10], "conv.weight": [4, 3, 2, 2]}
@@ -596,6 +614,34 @@ def test_plan_as_json(write_recipe: Callable[[str], Path], tmp_path: Path) -> No
     assert found["window_bytes"] == 51200
     assert found["needed_bytes"] == modifier["needed_bytes"] == 51200 + 2 * (2 * 51200 + 3 * 8 * 64 * 64)
     assert [step["step"] for step in modifier["pruning_steps"]] == [99, 198, 297]
+
+
+def test_plan_for_ranks_as_json(write_recipe: Callable[[str], Path]) -> None:
+    arguments = ["plan", write_recipe(RECIPE), "--weights", "1000000", "--steps-per-epoch", "200", "--json"]
+
+    found, alone = json.loads(mfac(*arguments, "--ranks", "8").stdout), json.loads(mfac(*arguments).stdout)
+
+    (modifier,) = found["modifiers"]
+    costs = modifier.pop("of_rank")
+    assert list(costs) == [
+        "num_ranks",
+        "columns",
+        "blocks",
+        "window_bytes",
+        "needed_bytes",
+        "operations",
+        "moved_bytes",
+        "replicated",
+        "sharded",
+    ]
+    assert (costs["num_ranks"], costs["columns"], costs["window_bytes"]) == (8, 126_000, 64 * 126_000 * 4)
+    assert costs["replicated"] == {"per_row": 0, "per_step": 7 * (4 * 126_000 + 126_000 // 8)}
+    assert costs["sharded"]["per_row"] == 4 * 125_000
+    assert found["ranks"] == 8
+    assert found["needed_bytes_of_rank"] == costs["needed_bytes"]
+    # what is said of a single process is the same
+    assert modifier == {key: value for key, value in alone["modifiers"][0].items() if key != "of_rank"}
+    assert alone["modifiers"][0]["of_rank"] is None and "ranks" not in alone
 
 
 def test_report_as_json(tmp_path: Path) -> None:

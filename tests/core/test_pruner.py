@@ -237,6 +237,7 @@ def test_masks_handed_out_are_copies():
         {"block_size": None},
         {"damping": 2e-3},
         {"damping": "auto"},
+        {"gradients_dtype": "bfloat16"},
         {"update": "joint"},
         {"scope": "global"},
         {"final_sparsity": 0.7},

@@ -66,7 +66,10 @@ def mfac_settings(draw: st.DrawFn) -> MFACSettings:
     return MFACSettings(
         **draw(gradual()),
         num_gradients={0.0: draw(st.integers(1, 5000)), **draw(thresholds)},
-        block_size=draw(st.none() | st.integers(1, 10**6)),
+        **draw(
+            st.fixed_dictionaries({"block_size": st.none() | st.integers(1, 10**6)})
+            | st.fixed_dictionaries({"block_size": st.integers(1, 10**6), "gradients_dtype": st.just("bfloat16")})
+        ),
         damping=draw(st.just("auto") | st.floats(1e-300, 1e3)),
         devices=draw(st.sampled_from([("auto",), ("cpu",), ("cuda:0", "cuda:1")])),
         gradients_device=draw(st.sampled_from(["auto", "cpu", "cuda:1"])),

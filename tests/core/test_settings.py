@@ -115,6 +115,13 @@ def acdc(**changes: object) -> ACDCSettings:
         (mfac, {"devices": ("cpu", "cpu")}, "devices", "names a device twice"),
         (mfac, {"gradients_device": ""}, "gradients_device", "'' must be a device name"),
         (mfac, {"gradients_device": None}, "gradients_device", "None must be a device name"),
+        (mfac, {"gradients_dtype": "float16"}, "gradients_dtype", "'float16' is not one of float32, bfloat16"),
+        (
+            mfac,
+            {"gradients_dtype": "bfloat16", "block_size": None},
+            "gradients_dtype",
+            "bfloat16 saves no memory with a single block",
+        ),
         (acdc, {"compression_sparsity": 1.0}, "compression_sparsity", "the rule is 0 < compression_sparsity < 1"),
         (acdc, {"update_frequency": 0.0}, "update_frequency", "the rule is update_frequency > 0"),
         (acdc, {"scope": "both"}, "scope", "'both' is not one of layer, global"),

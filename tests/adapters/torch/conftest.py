@@ -1,4 +1,4 @@
-"""What the tests of the adapter share: a tiny training run, and virtual GPUs."""
+"""What the tests of the adapter share: a tiny training run, virtual GPUs, and processes for several ranks."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from mfac_core.backends import lookup
 from mfac_core.fisher import kernels
 from mfac_torch import conversion
 from mfac_torch.array_kernels import KERNELS
+from tests.adapters.torch.rank_processes import RankProcesses
 from tests.adapters.torch.virtual_gpus import NoFloat64, VirtualGpus
 
 torch.set_num_threads(1)
@@ -95,3 +96,19 @@ def placement(request):
     if request.param == "gpu":
         request.getfixturevalue("gpus")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def rank_processes():
+    """Four processes of ``torch.distributed``, started by the first test that uses them."""
+    processes = RankProcesses()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """Let this process be a process group."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 
+import bench_bfloat16
 import bench_pruning_step
 import bench_tolerance
 import numpy as np
@@ -393,3 +394,13 @@ def test_masks_that_differ_are_counted(monkeypatch) -> None:
     assert results["textbook"].differences == results["magnitude"].differences
     assert results["magnitude"].differences[0] > 10
     assert results["1e-3"].differences[0] <= 2
+
+
+def test_the_benchmark_of_bfloat16_compares_masks_and_says_the_means() -> None:
+    weights = np.random.default_rng(0).standard_normal(5000, dtype=np.float32)
+    shares = bench_bfloat16._differences(weights, np.stack(list(DRAWN["realistic"](32, 5000, 1))), 16, 0.5)
+
+    assert shares["bfloat16"] < shares["other samples"] < shares["magnitude"]
+    page = bench_bfloat16.document({("normal", 16, 0.5): {"bfloat16": [0.0, 0.001], "other samples": [0.1, 0.1]}})
+    assert "| normal | 16 | 0.5 | 0.050 (0.100) | 10.000 (10.000) |" in page
+    assert "Rounding moves at most 0.5% as many entries as other samples do" in page

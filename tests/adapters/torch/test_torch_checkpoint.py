@@ -27,7 +27,7 @@ from mfac_torch.tensor_files import read_tensors, write_tensors
 class Run:
     """Two pruning modifiers, one with a gradient window, and a learning rate."""
 
-    def __init__(self, task, seed=0, steps_per_epoch=5):
+    def __init__(self, task, seed=0, steps_per_epoch=5, **keys):
         self.task = task
         self.model = task.model(seed)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
@@ -43,6 +43,7 @@ class Run:
                     num_grads=4,
                     fisher_block_size=16,
                     damp=0.01,
+                    **keys,
                 ),
                 MagnitudePruningModifier(params=["2.weight"], final_sparsity=0.5, start_epoch=1.0, end_epoch=4.0),
                 SetLearningRateModifier(learning_rate=0.01, start_epoch=2.0),
@@ -91,6 +92,20 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(task, tmp_path):
     scheduler.load_state_dict(more["scheduler"])
     resumed.fit(12, 20)
     assert equal(resumed.everything(), whole.everything())
+
+
+def test_a_window_in_bfloat16_is_resumed_bit_for_bit_from_half_the_bytes(task, tmp_path):
+    whole = Run(task, grads_dtype="bfloat16").fit(0, 8)  # in the middle of a window
+    whole.manager.save_checkpoint(tmp_path / "c.pt")
+    whole.fit(8, 20)
+    resumed = Run(task, seed=1, grads_dtype="bfloat16")
+    resumed.manager.load_checkpoint(tmp_path / "c.pt")
+    rows = resumed.manager.state_dict()["prunings"][0]["window"]["rows"]
+    assert len(rows) > 1 and rows.itemsize == 2
+    resumed.fit(8, 20)
+    assert equal(resumed.everything(), whole.everything())
+    with pytest.raises(ValueError, match=r"window is bfloat16, this one is float32; .*grads_dtype"):
+        Run(task).manager.load_checkpoint(tmp_path / "c.pt")
 
 
 def test_the_one_before_is_kept_and_used_where_the_newest_is_damaged(task, tmp_path, caplog):

@@ -413,20 +413,6 @@ def of_subclass():
     return layer
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def distributed():
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return fsdp.fully_shard(nn.Linear(4, 4), mesh=init_device_mesh("cpu", (1,)))
-
-
 @pytest.mark.parametrize("method", ["modify", "apply"])
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -434,11 +420,10 @@ def distributed():
         (lambda: nn.Linear(4, 4, dtype=torch.complex64), r"weight \(complex \(torch\.complex64\); remove it"),
         (lambda: nn.Linear(4, 4, device="meta"), r"weight \(on the meta device, without values; materialize"),
         (of_subclass, r"weight \(a Doubled, a tensor subclass .*; prune first"),
-        (distributed, r"weight \(a DTensor, .*; prune before the model is distributed"),
     ],
-    ids=["complex", "meta", "subclass", "distributed"],
+    ids=["complex", "meta", "subclass"],
 )
-def test_weights_in_a_form_that_cannot_be_pruned_are_refused_by_name(one_process, make, message, method):
+def test_weights_in_a_form_that_cannot_be_pruned_are_refused_by_name(make, message, method):
     model = nn.Sequential(nn.Linear(4, 4), make())
     manager = ScheduledModifierManager([MagnitudePruningModifier(final_sparsity=0.5, end_epoch=1.0)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

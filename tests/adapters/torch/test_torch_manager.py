@@ -18,6 +18,7 @@ from mfac_torch import (
     MFACPruningModifier,
     ScheduledModifierManager,
     SetLearningRateModifier,
+    sensitivity,
 )
 
 pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
@@ -542,6 +543,7 @@ def test_one_shot_that_is_not_finalized_zeroes_again_at_the_end(task):
         ("num_grads", 2),
         ("num_grads", "{0.0: 4, 0.3: 2}"),
         ("damp", 10.0),
+        ("grads_dtype", "bfloat16"),
         ("fisher_block_size", 4),
         ("fisher_block_size", "null"),
         ("inter_func", "linear"),
@@ -874,22 +876,15 @@ def test_what_is_not_a_modifier_is_refused():
         ScheduledModifierManager([EpochRangeModifier(end_epoch=1.0)]).apply(nn.Linear(1, 1), teacher=1, metadata={})
 
 
-def test_distributed_training_is_refused(task):
+def test_sensitivity_is_refused_over_several_processes(task):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    model = task.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        for call in (
-            lambda manager: manager.modify(model, optimizer, 5),
-            lambda manager: manager.apply(model, grad_sampler=GradSampler(task.batches, nn.functional.mse_loss)),
-        ):
-            with pytest.raises(NotImplementedError, match="2 processes, which is not supported yet"):
-                call(ScheduledModifierManager.from_yaml(task.recipe()))
+        with pytest.raises(NotImplementedError, match=r"2 processes, over which sensitivity\(\) is not .* Call .*"):
+            sensitivity(task.model(), task.batches, nn.functional.mse_loss)
     finally:
         torch.distributed.destroy_process_group()
-    assert hooks(optimizer) == 0
 
 
 def test_arguments_of_the_wrong_kind_are_refused_by_name(task):

@@ -4,6 +4,7 @@ import logging
 import math
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from mfac_torch import (
     MFACPruningModifier,
     ScheduledModifierManager,
 )
+from tests.adapters.torch.conftest import TinyTask
+from tests.adapters.torch.rank_training import Run
 
 
 def zeros(*layers):
@@ -54,15 +57,16 @@ def test_num_grads_between_two_thresholds_was_that_of_the_one_above(task):
     assert [at_each_step[step - 1] for step in (5, 10, 15, 20)] == [2 * rows for rows in (2, 5, 8, 11)]
 
 
-def test_distributed_ranks_gathered_the_same_rows_again_and_again(task):
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def rows_of_window(group):
+    run = Run(group, TinyTask.recipe()).train(stop=4)
+    return run.manager.state_dict()["prunings"][0]["window"]["rows"].numpy()
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    try:
-        with pytest.raises(NotImplementedError, match="4 processes"):
-            train(task, task.recipe())
-    finally:
-        torch.distributed.destroy_process_group()
+
+def test_distributed_ranks_gathered_the_same_rows_again_and_again(rank_processes):
+    windows = rank_processes.run(rows_of_window)
+    rows = np.concatenate(windows, axis=1)  # each rank has columns of its own
+    assert rows.shape == (3, 72)
+    assert len(np.unique(rows, axis=0)) == 3
 
 
 def test_a_block_size_of_2000_took_memory_for_2000_numbers_per_weight():
