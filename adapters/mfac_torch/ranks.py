@@ -88,17 +88,18 @@ class TorchRanks:
     def exchange(self, parts: Sequence[Array]) -> list[Array]:
         """Send ``parts[i]`` to rank ``i``, and return what each rank has sent to this one."""
         tensors = [to_tensor(part) for part in parts]
-        device = tensors[0].device
+        device, dtype = tensors[0].device, tensors[0].dtype
         via = self._transport(device)
         with _raising(self, "an exchange"):
-            lengths = [len(tensor) for tensor in tensors]
+            sent = torch.cat(tensors).to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
+            lengths = [len(tensor) * dtype.itemsize for tensor in tensors]
             arriving = torch.empty(self.size, dtype=torch.int64, device=via)
             dist.all_to_all_single(arriving, torch.tensor(lengths, device=via), group=self.group)
             of_each = arriving.tolist()
-            received = torch.empty(sum(of_each), dtype=tensors[0].dtype, device=via)
-            dist.all_to_all_single(received, torch.cat(tensors).to(via), of_each, lengths, group=self.group)
-        found = received.to(device).split(of_each)
-        return [each.numpy() for each in found] if isinstance(parts[0], np.ndarray) else list(found)
+            received = torch.empty(sum(of_each), dtype=torch.uint8, device=via)
+            dist.all_to_all_single(received, sent, of_each, lengths, group=self.group)
+        found = [each.view(dtype) for each in received.to(device).split(of_each)]
+        return [each.numpy() for each in found] if isinstance(parts[0], np.ndarray) else found
 
     def sum(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the sum over all ranks, with the same bits on each."""
