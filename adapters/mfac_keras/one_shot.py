@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
@@ -17,6 +18,7 @@ from mfac_core.session.live_pruning import combined_masks
 from mfac_core.session.one_shot import attached_at_once, check_has_batches, prune_in_one_shot
 from mfac_core.session.session import Session
 from mfac_core.settings.pruning import PruningSettings
+from mfac_keras.backends import current_backend
 from mfac_keras.batchnorm import MovingStatistics
 from mfac_keras.conditions import check_built, check_model, checked_verbose, refuse_keras_2
 from mfac_keras.live_pruning import KerasPruning
@@ -79,6 +81,8 @@ def prune_one_shot(
         TypeError: If neither a recipe nor a sparsity is given, or both, if a recipe is passed as another argument, if
             M-FAC or the recalibration has no dataset, or if the model or the loss is not of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has an unsupported form.
+        NotImplementedError: If there are several processes, and they share the model in a way that is not supported.
+        RankError: If there are several processes, and another one has failed or differs.
 
     After an exception the model is as before.
 
@@ -94,6 +98,7 @@ def prune_one_shot(
     prints = checked_verbose(verbose)
     refuse_keras_2("the loss", loss)
     check_built(model)
+    ranks = current_backend().ranks(model)
     for name, value in {"dataset, the second argument": dataset, "loss, the third argument": loss}.items():
         if _is_recipe(value):
             raise TypeError(f"{name}, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
@@ -119,19 +124,20 @@ def prune_one_shot(
     parts = attached_at_once(
         settings,
         lambda each, name: KerasPruning(
-            each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged
+            each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged, ranks=ranks
         ),
         layers_at_once=layers_at_once,
         names_of=lambda each: select_variables(model, each.params, each.exclude, logged=logged),
     )
     prunings = tuple(pruning for each in parts for pruning in each)
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
+    logger = logger_of(ranks, _logger)
     if recipe is None and (line := recommended_line(given)):
-        _logger.info("%s", line)
+        logger.info("%s", line)
     prune_in_one_shot(
-        Session(prunings, logger=_logger),
+        Session(prunings, logger=logger),
         groups,
-        MovingStatistics(model),
+        MovingStatistics(model, ranks),
         modifiers=[gradual for gradual, _ in groups],
         sampler=sampler,
         recalibrate_batchnorm=recalibrate_batchnorm,
