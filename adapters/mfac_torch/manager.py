@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from mfac_core.ranks import Alone
 from mfac_core.ranks.logs import logger_of
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
-from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
+from mfac_core.session.one_shot import attached_at_once, check_has_batches, prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import Session, attached, gradual_in_order
 from mfac_core.settings.checks import check_number
@@ -30,13 +30,14 @@ from mfac_torch.conditions import (
     unwrapped_optimizers,
     whole_steps,
 )
-from mfac_torch.distribution import refuse_other_distribution, refuse_several_processes
+from mfac_torch.distribution import model_and_ranks
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.ranks import TorchRanks, ranks_of
+from mfac_torch.ranks import TorchRanks
 from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
+from mfac_torch.selection import select_parameters
 from mfac_torch.session import TrainingSession
 from mfac_torch.sharded import reshard
 from mfac_torch.training_changes import TrainingChanges
@@ -194,7 +195,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
-                ``fully_shard``, or a ``grad_sampler`` is used over several processes.
+                ``fully_shard``.
             SettingError: If a modifier does not fit the model, or ``steps_per_epoch`` or ``epoch`` is out of range.
             TypeError: If an argument has the wrong type or is not supported.
             ValueError: If no optimizer trains a parameter in scope, or the same optimizer is given twice.
@@ -209,23 +210,16 @@ class ScheduledModifierManager(ModifierList):
             raise TypeError(f"wrap_optim is {wrap_optim!r}, which has no step(); pass a GradScaler or nothing")
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
-        model, ranks = self._distributed(module)
+        model, ranks = model_and_ranks(module)
         logger = logger_of(ranks, _logger)
         sampler = self._sampler if grad_sampler is None else grad_sampler
-        if sampler is not None:
-            refuse_several_processes("a grad_sampler")
         steps = whole_steps(steps_per_epoch, logger)
         start = self._epoch if epoch is None else epoch
         check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
-        prunings = self._attach_prunings(
-            model,
-            gradual_in_order(modifier.settings for modifier in self.pruning_modifiers),
-            steps_per_epoch=steps,
-            optimizers=optimizers,
-            sampler=sampler,
-            loggers=loggers,
-            ranks=ranks,
+        attach = self._attaching(
+            model, steps_per_epoch=steps, optimizers=optimizers, sampler=sampler, loggers=loggers, ranks=ranks
         )
+        prunings = attached(gradual_in_order(modifier.settings for modifier in self.pruning_modifiers), attach)
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
@@ -252,14 +246,16 @@ class ScheduledModifierManager(ModifierList):
         *,
         grad_sampler: SamplerArgument | None = None,
         recalibrate_batchnorm: bool = False,
+        layers_at_once: int | None = None,
         **unsupported: object,
     ) -> None:
         """Prune in one shot, without training, to the sparsity that the recipe has at an epoch.
 
-        After an exception, manager and model are unchanged.
+        Over several processes, each makes this call; after it, all have the same masks. After an exception, manager and
+        model are unchanged.
 
         Args:
-            module: The model; wrappers are unwrapped.
+            module: As in :meth:`modify`.
             epoch: The epoch whose sparsity is reached; infinity for the final sparsity.
             loggers: As in :meth:`modify`.
             finalize: Whether to finalize at once. Otherwise, after fine-tuning, :meth:`finalize` sets pruned weights
@@ -268,18 +264,22 @@ class ScheduledModifierManager(ModifierList):
             recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards, as
                 :func:`mfac_torch.recalibrate_batchnorm` does, over at most 256 batches of the sampler. Otherwise a
                 warning says that they are stale.
+            layers_at_once: Number of parameters whose gradient samples are in memory at one time; ``None`` for all.
+                M-FAC prunes groups of so many parameters in the order of the model, one after the other. Each group
+                draws samples of its own, after the previous one was pruned. Needs ``global_sparsity: false``.
             **unsupported: Not supported; anything but None raises an error.
 
         Raises:
             RuntimeError: If the manager is attached already.
-            NotImplementedError: If training is distributed over several processes.
+            NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
+                ``fully_shard``.
+            RankError: If another process fails.
             RecipeError: If there is no pruning modifier.
-            SettingError: If a modifier does not fit the model, or ``epoch`` is out of range.
+            SettingError: If a modifier does not fit the model or ``layers_at_once``, or a number is out of range.
             TypeError: If M-FAC or the recalibration has no sampler, or an argument has the wrong type or is not
                 supported.
         """
         refuse_unsupported("apply", unsupported)
-        refuse_several_processes("one-shot pruning")
         self._check_not_attached()
         if epoch != math.inf:
             check_number("epoch", epoch, "epoch >= 0, or infinity for the end of the recipe", lambda x: x >= 0)
@@ -292,19 +292,26 @@ class ScheduledModifierManager(ModifierList):
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()",
         )
-        model, ranks = self._distributed(module)
+        model, ranks = model_and_ranks(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
-        prunings = self._attach_prunings(
-            model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers, ranks=ranks
+        logged: set[str] = set()
+        logger = logger_of(ranks, _logger)
+        parts = attached_at_once(
+            [at_once for _, at_once in groups],
+            self._attaching(model, steps_per_epoch=1, sampler=sampler, loggers=loggers, ranks=ranks),
+            layers_at_once=layers_at_once,
+            names_of=lambda each: select_parameters(model, each.params, each.exclude, logged=logged, logger=logger),
         )
+        prunings = tuple(pruning for each in parts for pruning in each)
         prune_in_one_shot(
-            Session(prunings, logger=_logger),
+            Session(prunings, logger=logger),
             groups,
-            RunningStatistics(model),
+            RunningStatistics(model, ranks),
             modifiers=settings,
             sampler=sampler,
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="mfac_torch.recalibrate_batchnorm(model, loader)",
+            weights=[[name for pruning in each for name in pruning.sizes] for each in parts],
         )
         self._model, self._prunings = model, prunings
         if finalize:
@@ -486,41 +493,30 @@ class ScheduledModifierManager(ModifierList):
         optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
         return load_checkpoint(path, to_load, optimizers, partial(session.resumption, strict=strict, rng=rng))
 
-    def _attach_prunings(
+    def _attaching(
         self,
         model: nn.Module,
-        settings: Sequence[PruningSettings],
         *,
         steps_per_epoch: int,
         optimizers: Sequence[torch.optim.Optimizer] = (),
         sampler: SamplerArgument | None,
         loggers: ScalarLoggers | None,
         ranks: TorchRanks | Alone,
-    ) -> tuple[TorchPruning, ...]:
+    ) -> Callable[[PruningSettings, str], TorchPruning]:
+        """Return a function that attaches a modifier to a model, given its settings and its name in the log."""
         functions = log_functions(self._loggers if loggers is None else loggers)
         logged: set[str] = set()
-        return attached(
+        return lambda settings, name: TorchPruning(
             settings,
-            lambda each, name: TorchPruning(
-                each,
-                model,
-                steps_per_epoch=steps_per_epoch,
-                optimizers=optimizers,
-                grad_sampler=None if sampler is None else GradSampler.of(sampler),
-                loggers=functions,
-                name=name,
-                logged=logged,
-                ranks=ranks,
-            ),
+            model,
+            steps_per_epoch=steps_per_epoch,
+            optimizers=optimizers,
+            grad_sampler=None if sampler is None else GradSampler.of(sampler),
+            loggers=functions,
+            name=name,
+            logged=logged,
+            ranks=ranks,
         )
-
-    @staticmethod
-    def _distributed(module: nn.Module) -> tuple[nn.Module, TorchRanks | Alone]:
-        """Return the model inside its wrappers, and the ranks that train it."""
-        model = unwrapped(module)
-        refuse_other_distribution(module)
-        reshard(model)
-        return model, ranks_of(module, dict(model.named_parameters()))
 
     def _check_not_attached(self) -> None:
         if self._model is not None:

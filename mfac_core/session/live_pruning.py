@@ -318,7 +318,8 @@ class LivePruning(ABC):
         return measured
 
     def _next_of(self, samples: Iterator[Mapping[str, Array]]) -> Mapping[str, Array] | None:
-        with together(self.ranks, "drawing gradient samples"):
+        # ranks with shards draw each sample together: one that fails alone can only end, so that the others notice
+        with together(self.ranks, "drawing gradient samples") if self.shards.is_whole else nullcontext():
             return next(samples, None)
 
     @contextmanager

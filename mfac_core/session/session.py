@@ -171,7 +171,8 @@ class Session(Generic[P, C]):
         for pruning in self.prunings:
             if pruning.is_due(self.step):
                 # The update of one modifier must not move weights that another has pruned.
-                others = combined_masks(each.masks for each in self.prunings if each is not pruning)
+                overlapping = (each for each in self.prunings if not each.sizes.keys().isdisjoint(pruning.sizes))
+                others = combined_masks(each.masks for each in overlapping if each is not pruning)
                 pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:
