@@ -407,6 +407,16 @@ def test_warnings_are_logged_by_the_first_rank_only(caplog):
     assert [record.getMessage() for record in caplog.records] == alone_said
 
 
+def test_rows_that_have_moved_to_another_rank_are_not_fresh(caplog):
+    settings = replace(SETTINGS, num_recomputations=3, num_gradients=4, update_frequency=0.5)
+    alone(settings).train(0, 13)
+    alone_said = [record.getMessage() for record in caplog.records]
+    assert any("have arrived since the previous sub-step" in each for each in alone_said)
+    caplog.clear()
+    run_ranks(3, lambda ranks: on_rank(ranks, settings).train(0, 13))
+    assert [record.getMessage() for record in caplog.records] == alone_said
+
+
 @pytest.mark.parametrize("kind", ["equal", "zero", "one column block is zero", "distinct together"])
 def test_uninformative_samples_are_judged_by_the_columns_of_all_ranks(kind, caplog):
     def gradients(step: int) -> Any:
