@@ -91,6 +91,7 @@ class Session(Generic[P, C]):
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
         logger: Where warnings go.
+        ranks: The processes of the run; ``None`` for those of the pruning modifiers.
 
     Attributes:
         prunings: The pruning modifiers.
@@ -113,6 +114,7 @@ class Session(Generic[P, C]):
         steps_per_epoch: int = 1,
         step: int = 0,
         logger: logging.Logger,
+        ranks: Ranks | None = None,
     ) -> None:
         for pruning in prunings:
             if pruning.steps_per_epoch != steps_per_epoch:
@@ -123,7 +125,7 @@ class Session(Generic[P, C]):
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step
-        self.ranks: Ranks = self.prunings[0].ranks if self.prunings else Alone()
+        self.ranks: Ranks = ranks or (self.prunings[0].ranks if self.prunings else Alone())
         self.logger = logger_of(self.ranks, logger)
         self._changes = changes
         self._forget_fences()
