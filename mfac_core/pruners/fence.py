@@ -23,6 +23,7 @@ _CURES = {
     "step": "pass the same steps_per_epoch on all ranks, and resume them from the same checkpoint",
     "steps_per_epoch": "pass the same number on all ranks",
     "the schedule": "use the same recipe on all ranks",
+    "the settings": "use the same recipe on all ranks",
     "whether a state is loaded": _SAME_CHECKPOINT,
     "gradient samples": "pass the gradients of each step on all ranks",
     "the device of the gradient window": "name it (grads_device in a recipe)",
