@@ -559,6 +559,7 @@ class Pruner(ABC):
             "steps_per_epoch": self._steps_per_epoch,
             "the schedule": digest(schedule_table(self.schedule)[:, 0]),
             "the settings": repr([each for each in vars(self.settings).items() if each[0] not in _MAY_DIFFER]),
+            "which weights each of them has": repr([self.shards.of_rank(rank) for rank in range(self.ranks.size)]),
             "the pruning steps that are done": self._done,
             "the masks": digest(np.packbits(self._mask)),
         }

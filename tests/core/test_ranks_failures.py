@@ -270,6 +270,19 @@ def test_other_settings_are_named(changes):
         assert str(each) == "ranks differ in the settings: rank 1 from the others; use the same recipe on all ranks"
 
 
+def test_shards_that_are_cut_elsewhere_are_named():
+    def train(ranks: ThreadRanks) -> None:
+        ranges = [(0, 15), (15, 30)] if ranks.rank == 0 else [(0, 18), (18, 30)]
+        shards = Shards({"w": (5, 6)}, {"w": ranges})
+        weights = {"w": np.ones((5, 6), np.float32)}
+        on_rank(ranks, SETTINGS, shards, weights=weights).pruner.check_ranks(0)
+
+    for each in outcomes(2, train):
+        assert str(each) == (
+            "ranks differ in which weights each of them has; build the same model on all ranks, and shard it alike"
+        )
+
+
 def test_each_rank_may_have_devices_and_a_sampler_of_its_own():
     def train(ranks: ThreadRanks) -> None:
         device = ("cpu", "auto")[ranks.rank]
