@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, ClassVar
+
+import numpy as np
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import warn_once
+from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.base import Alone, Ranks
+from mfac_core.ranks.logs import logger_of
 from mfac_core.settings.checks import is_integer
 from mfac_core.weight_names import join_names
 
@@ -21,6 +27,7 @@ __all__ = [
     "Sampler",
     "batches_of_one_pass",
     "batches_to_sample",
+    "in_step",
     "mean_loss",
     "zero_in_all_samples",
 ]
@@ -93,14 +100,23 @@ class Sampler:
         return batches_of_one_pass(self._source, at_most, options)
 
     def _without_gaps(
-        self, samples: Iterable[Sequence[Any]], names: Sequence[str], count: int, zeros: Callable[[int], Any]
+        self,
+        samples: Iterable[Sequence[Any]],
+        names: Sequence[str],
+        count: int,
+        zeros: Callable[[int], Any],
+        *,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
     ) -> Iterator[list[Any]]:
         """Yield samples, a gradient per name, with ``zeros(index)`` for ``None``; warn about gradients that stay zero.
+
+        Of sharded weights, each of the ranks has a part of each sample; otherwise the first warns about its own.
 
         Raises:
             ValueError: If a sample has no gradient at all.
         """
-        zero = list(range(len(names)))
+        ranks, zero = ranks or Alone(), list(range(len(names)))
         for number, gradients in enumerate(samples, start=1):
             if all(gradient is None for gradient in gradients):
                 raise ValueError(
@@ -108,53 +124,111 @@ class Sampler:
                 )
             zero = [index for index in zero if gradients[index] is None or not gradients[index].any()]
             if number == count:  # before the last sample is yielded: the caller may not ask for another
-                warn_once(self._logger, zero_in_all_samples([names[index] for index in zero], len(names)), self._logged)
+                if sharded:
+                    is_nonzero = ranks.sum(np.array([index not in zero for index in range(len(names))], np.int64))
+                    zero = np.flatnonzero(is_nonzero == 0).tolist()
+                warning = zero_in_all_samples([names[index] for index in zero], len(names))
+                warn_once(logger_of(ranks, self._logger), warning, self._logged)
             yield [zeros(index) if gradient is None else gradient for index, gradient in enumerate(gradients)]
 
 
 def batches_to_sample(
-    source: BatchSource, count: int, options: Mapping[str, object] | None = None, held_out: HeldOut | None = None
+    source: BatchSource,
+    count: int,
+    options: Mapping[str, object] | None = None,
+    held_out: HeldOut | None = None,
+    *,
+    ranks: Ranks | None = None,
 ) -> Iterator[Any]:
     """Yield ``count`` batches; a source that runs out is restarted.
 
     A function is then called again; an iterator, which cannot be restarted, yields the batches it has left, with a
     warning. It is an error if the source yields no batch at all, or if a function does not take the options.
 
+    Of several ranks, each reads its own source and takes every ``size``-th batch from its rank on: whether all read the
+    same data or each its own part, no batch is taken twice in one pass. In the next pass a rank begins one batch later,
+    so that in ``size`` passes it takes all that it reads.
+
     Args:
         source: The batches, or a function that makes them.
-        count: How many to yield.
+        count: How many to yield: of several ranks, the share of this one.
         options: ``grad_sampler_kwargs`` of the recipe. A function gets them by name if it has these arguments,
             otherwise as one dictionary.
         held_out: Filled once all batches are yielded and one more is asked for; not from an iterator, whose batches are
             all needed for gradient samples.
+        ranks: The processes that draw samples; ``None`` for a single one.
 
     Example:
         >>> list(batches_to_sample(["first", "second"], 3))
         ['first', 'second', 'first']
     """
-    drawn = 0
-    while drawn < count:
-        before = drawn
-        batches = iter(_opened(source, options or {}))
-        for batch in batches:
-            yield batch
-            drawn += 1
-            if drawn == count:
-                if held_out is not None and not isinstance(source, Iterator):
-                    held_out.are_new = before == 0
-                    _hold_out(held_out, batches, lambda: _opened(source, options or {}))
-                return
-        if drawn == before:
-            if drawn == 0:
-                raise ValueError(_no_batch(source))
-            _logger.warning("the data ended after %d of %d gradient samples and cannot be restarted", drawn, count)
+    ranks = ranks or Alone()
+    taken = 0
+    for number in itertools.count():
+        if number == 1:
+            of_rank = "" if ranks.size == 1 else " on each rank"
+            message = "the data ended after %d of %d gradient samples%s and are restarted"
+            logger_of(ranks, _logger).info(message, taken, count, of_rank)
+        passed = _pass(source, options or {}, ranks, number)
+        if passed is None and number == 0:
+            raise ValueError(_no_batch(source))
+        if passed is None and ranks.size > 1:
+            raise ValueError(
+                f"the data ended after {taken} of {count} gradient samples on rank {ranks.rank} and cannot be "
+                "restarted; instead of an iterator, pass a data loader, or a function that returns a new iterator"
+            )
+        if passed is None:
+            _logger.warning("the data ended after %d of %d gradient samples and cannot be restarted", taken, count)
             return
-        if before == 0:
-            _logger.info("the data ended after %d of %d gradient samples and are restarted", drawn, count)
+        for batch in islice(passed, count - taken):
+            taken += 1
+            yield batch
+        if taken == count:
+            if held_out is not None and not isinstance(source, Iterator):
+                held_out.are_new = number == 0
+                further = (_pass(source, options or {}, ranks, number + each) for each in range(1, ranks.size + 1))
+                _hold_out(held_out, passed, further)
+            return
+
+
+def in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
+    """Yield batches that all ranks use together: the same number on each, or an error on all.
+
+    Args:
+        batches: The batches of this rank.
+        ranks: The processes.
+
+    Raises:
+        ValueError: If the batches end earlier on some ranks than on others.
+
+    Example:
+        >>> from mfac_core.ranks import Alone
+        >>> list(in_step(["first", "second"], Alone()))
+        ['first', 'second']
+    """
+    if ranks.size == 1:
+        yield from batches
+        return
+    reading, end = iter(batches), object()
+    for number in itertools.count():
+        with together(ranks, "reading a batch"):
+            batch = next(reading, end)
+        ended = [rank for rank, (has_ended,) in enumerate(gathered(ranks, [int(batch is end)])) if has_ended]
+        if len(ended) == ranks.size:
+            return
+        if ended:
+            raise ValueError(
+                f"the data ended after {number} batches on {'rank' if len(ended) == 1 else 'ranks'} "
+                f"{', '.join(map(str, ended))}, and the other ranks have more; give each rank the same number of "
+                "batches, such as by a DistributedSampler"
+            )
+        yield batch
 
 
 def batches_of_one_pass(
-    source: BatchSource, at_most: int | None = None, options: Mapping[str, object] | None = None
+    source: BatchSource,
+    at_most: int | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Iterator[Any]:
     """Yield the batches of one pass over the data, at most ``at_most``; or the first 1,000 of data without a length.
 
@@ -200,12 +274,20 @@ def zero_in_all_samples(names: Collection[str], num_weights: int) -> list[str]:
     ]
 
 
-def _hold_out(held_out: HeldOut, batches: Iterator[Any], restarted: Callable[[], Iterable[Any]]) -> None:
+def _pass(source: BatchSource, options: Mapping[str, object], ranks: Ranks, number: int) -> Iterator[Any] | None:
+    """Return the batches of this rank in a pass over the data; ``None`` if there are no data at all."""
+    batches = iter(_opened(source, options))
+    first = list(islice(batches, 1))
+    if not first:
+        return None
+    return islice(chain(first, batches), (ranks.rank + number) % ranks.size, None, ranks.size)
+
+
+def _hold_out(held_out: HeldOut, batches: Iterator[Any], further: Iterator[Iterator[Any] | None]) -> None:
     held_out.batches.extend(islice(batches, held_out.wanted))
-    lacking = held_out.wanted - len(held_out.batches)
-    if lacking:
+    while len(held_out.batches) < held_out.wanted and (restarted := next(further, None)) is not None:
         held_out.are_new = False
-        held_out.batches.extend(islice(restarted(), lacking))
+        held_out.batches.extend(islice(restarted, held_out.wanted - len(held_out.batches)))
 
 
 def _opened(source: BatchSource, options: Mapping[str, object]) -> Iterable[Any]:

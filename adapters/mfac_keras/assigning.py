@@ -9,7 +9,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["assign_all", "snapshot"]
+from mfac_keras.backends import current_backend
+
+__all__ = ["assign", "assign_all", "snapshot"]
+
+
+def assign(variable: Any, value: Any) -> None:
+    """Assign a value, which is the same on each rank, without waiting for the others.
+
+    Example:
+        >>> import keras
+        >>> variable = keras.Variable([1.0])
+        >>> assign(variable, [2.0])
+        >>> variable.numpy().tolist()
+        [2.0]
+    """
+    variable.assign(current_backend().of_all_ranks(value, variable))
 
 
 def snapshot(variables: Iterable[Any], undo: ExitStack) -> None:
@@ -44,13 +59,13 @@ def assign_all(values: Iterable[tuple[Any, Any]]) -> None:
     with ExitStack() as undo:
         snapshot((variable for variable, _ in values), undo)
         for variable, value in values:
-            variable.assign(value)
+            assign(variable, value)
         undo.pop_all()
 
 
 def _restore(variable: Any, before: npt.NDArray[Any]) -> None:
     if _copied(variable).tobytes() != before.tobytes():
-        variable.assign(before)
+        assign(variable, before)
 
 
 def _copied(variable: Any) -> npt.NDArray[Any]:

@@ -13,8 +13,10 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.ranks import Ranks
 from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
 from mfac_keras.assigning import assign_all
+from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_built, check_model
 from mfac_keras.sampling import GradientSampler
 
@@ -49,6 +51,8 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
         TypeError: If the model is not a model of Keras 3, or the dataset is not a source of batches.
         ValueError: If the model is not built, there is no batch, one has an unsupported form, or an input of these
             layers is not finite.
+        NotImplementedError: As :func:`mfac_keras.prune_one_shot`.
+        RankError: As :func:`mfac_keras.prune_one_shot`.
 
     Example:
         >>> model = keras.Sequential([keras.Input([4]), keras.layers.Dense(3), keras.layers.BatchNormalization()])
@@ -57,20 +61,26 @@ def recalibrate_batchnorm(model: Any, dataset: Any, *, num_batches: int | None =
     """
     check_model(model)
     check_built(model)
+    ranks = current_backend().ranks(model)
     sampler = dataset if isinstance(dataset, GradientSampler) else GradientSampler(dataset)
-    return MovingStatistics(model).recalibrate(sampler, num_batches)
+    return MovingStatistics(model, ranks).recalibrate(sampler, num_batches)
 
 
 class MovingStatistics(LayerStatistics):
-    """The moving statistics of the batch normalization layers of a built model, by path."""
+    """The moving statistics of the batch normalization layers of a built model, by path.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: The model.
+        ranks: The processes that have it, each of which reads batches of its own.
+    """
+
+    def __init__(self, model: Any, ranks: Ranks) -> None:
         self._model = model
         layers: dict[str, Any] = {}
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.BatchNormalization) and layer.built:
                 layers[layer.path if layer.path not in layers else f"{layer.path} ({len(layers) + 1})"] = layer
-        super().__init__(layers, [name for name, layer in layers.items() if not layer.trainable], _logger)
+        super().__init__(layers, [name for name, layer in layers.items() if not layer.trainable], _logger, ranks=ranks)
 
     def _copies(self) -> list[tuple[Any, Any]]:
         return [

@@ -12,16 +12,20 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.ranks.agreement import together
+from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
 from mfac_keras.backends import current_backend
 from mfac_keras.clock import TrainingClock
 from mfac_keras.conditions import check_model, check_optimizer, checked_verbose, refuse_keras_2
 from mfac_keras.end_of_fit import call_at_end_of_fit
+from mfac_keras.rank_states import file_of_rank, read_states_of_ranks
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.resuming import resume
 from mfac_keras.sampling import GradientSampler
 from mfac_keras.session import TrainingSession, new_session
-from mfac_keras.state_file import SavedState, check_state, read_state, read_states, write_state
+from mfac_keras.state_file import SavedState, check_state, read_state, write_state
 
 __all__ = ["MFACPruningCallback"]
 
@@ -40,7 +44,8 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             :class:`mfac_keras.sampling.GradientSampler`; ``None`` uses the gradients of training.
         loss: The loss of the sampled batches; ``None`` is the loss that the model was compiled with.
         optimizer: The optimizer that trains the weights in scope, if it is not ``model.optimizer``.
-        state_path: The file of the pruning state: written after each epoch, read when a later run resumes.
+        state_path: The file of the pruning state: written after each epoch, read when a later run resumes. Of several
+            processes the first writes it, and process ``n`` writes ``<state_path>.rank<n>``.
         save_window: Whether to save the gradient window too; otherwise a resumed run collects a new one.
         steps_per_epoch: Training steps per epoch, for data whose length Keras does not know.
         verbose: 1 prints a line for each pruning step, 0 does not; the log has the line either way.
@@ -100,6 +105,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._is_saved = False
         self._keeps_previous = True
         self._ended: TrainingSession | None = None
+        self._ranks: Ranks = Alone()
 
     @property
     def masks(self) -> dict[str, npt.NDArray[np.bool_]]:
@@ -147,6 +153,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._pruned_model is not self._model:
             self._last_session = None
         self._keeps_previous = True
+        self._ranks = current_backend().ranks(self._model)
         current_backend().refuse_unsupported(self._model)
         self._ended = None
         call_at_end_of_fit(self._model, self._warn_of_restored)
@@ -241,7 +248,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             session.take_fingerprints()
         self.close()
         if session is None:
-            _logger.warning(
+            self._logger.warning(
                 "fit ended before pruning began: the length of the data is known only after the first epoch; pass "
                 "steps_per_epoch=... to MFACPruningCallback"
             )
@@ -249,6 +256,10 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         session.warn_of_unfinished("fit ended")
         self._ended = session
         self._warn_of_restored()
+
+    @property
+    def _logger(self) -> logging.Logger:
+        return logger_of(self._ranks, _logger)
 
     def _warn_of_restored(self) -> None:
         # called twice: a callback that restores weights may come before this one or after it
@@ -271,7 +282,9 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
                     "MFACPruningCallback, or the state_path of the run that is resumed"
                 )
             return
-        self._session = self._new_session(steps_per_epoch)
+        with together(self._ranks, "attaching the pruning callback"):
+            session = self._new_session(steps_per_epoch)
+        self._session = session
         self._session.begin()
 
     def _new_session(self, steps_per_epoch: int) -> TrainingSession:
@@ -284,11 +297,12 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             sampler=self._sampler,
             verbose=self._verbose,
             metrics=self._metrics_now,
+            ranks=self._ranks,
         )
         if self._clock.first_epoch:
             self._resume(session)
         elif self._last_session is not None and self.sparsity:
-            _logger.warning(
+            self._logger.warning(
                 "this callback has pruned in an earlier fit (sparsity %.4f) and starts over at epoch 0: its masks are "
                 "released, and weights regrow until they are pruned again; to resume, pass initial_epoch=... to fit",
                 self.sparsity,
@@ -306,7 +320,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         self._begin_epoch(epoch)
         steps_per_epoch = self._clock.steps_per_epoch
         if steps_per_epoch is None:
-            _logger.warning(
+            self._logger.warning(
                 "there was no epoch left to train, so the masks and the sparsity of the earlier run are unknown; pass "
                 "steps_per_epoch=... to MFACPruningCallback, or the state_path of that run"
             )
@@ -317,7 +331,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
     def _warn_of_replacing(self, state_path: Path) -> None:
         if state_path.exists():
             state = read_state(state_path, check_state)
-            _logger.warning(
+            self._logger.warning(
                 "%s holds the state of a run at step %d, which will be replaced, because this fit starts at epoch 0; "
                 "to resume, use BackupAndRestore together with this callback, or pass initial_epoch=... to fit",
                 state_path,
@@ -342,12 +356,13 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         if self._last_session is not None:
             yield SavedState(self._last_session.state_dict())
         if self._state_path is not None:
-            yield from read_states(self._state_path, check_state)
+            yield from read_states_of_ranks(self._state_path, check_state, self._ranks)
 
     def _save(self) -> None:
         if self._state_path is None or self._session is None or self._is_saved:
             return
         self._session.take_fingerprints()
         state = self._session.state_dict(gradient_window=self._save_window)
-        write_state(self._state_path, state, keep_previous=self._keeps_previous)
+        path = file_of_rank(self._state_path, self._ranks.rank)
+        write_state(path, state, keep_previous=self._keeps_previous)
         self._is_saved = self._keeps_previous = True

@@ -86,15 +86,16 @@ def refuse_keras_2(what: str, thing: Any) -> None:
 
 
 def refuse_several_processes(count: int) -> None:
-    """Refuse training that is distributed over several processes.
+    """Refuse training that is distributed over several processes, on a backend where it is not supported.
 
     Raises:
         NotImplementedError: If ``count`` is more than one.
     """
     if count > 1:
         raise NotImplementedError(
-            f"training is distributed over {count} processes, which is not supported: each would choose its own masks. "
-            "Prune in a single process"
+            f"{count} processes train together (torch.distributed), which Keras on the torch backend does not "
+            "distribute a model over: each process would choose its own masks. Use keras.distribution.DataParallel on "
+            "the JAX backend, or a torch module with mfac_torch, or prune in a single process"
         )
 
 

@@ -11,6 +11,7 @@ from mfac_core.backends import Array
 from mfac_core.layer_sensitivity import SPARSITIES
 from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
+from mfac_keras.assigning import assign
 from mfac_keras.backends import current_backend
 from mfac_keras.conditions import check_model, refuse_keras_2
 from mfac_keras.layout import pytorch_forms
@@ -77,6 +78,7 @@ def sensitivity(
             model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
+        NotImplementedError: If several processes share the model.
 
     Example:
         >>> import keras
@@ -89,10 +91,16 @@ def sensitivity(
     """
     check_model(model)
     refuse_keras_2("the loss", loss)
+    backend = current_backend()
+    ranks = backend.ranks(model)
+    if ranks.size > 1:
+        raise NotImplementedError(
+            f"sensitivity() is a measurement of one process, but it runs in {ranks.size}; call it in a script of its "
+            "own, without keras.distribution.initialize()"
+        )
     sampler = GradientSampler(dataset, loss)
     variables = select_variables(model, params, exclude)
     forms = pytorch_forms(model, variables)
-    backend = current_backend()
 
     def gradients(names: Sequence[str], count: int) -> Iterator[dict[str, Array]]:
         for sample in sampler.gradients(model, [variables[name] for name in names], count):
@@ -101,7 +109,7 @@ def sensitivity(
     return model_sensitivity(
         # copies, because on torch an array shares the memory of the variable
         {name: forms[name].of(backend.to_array(variable)).copy() for name, variable in variables.items()},
-        write=lambda name, array: variables[name].assign(backend.to_tensor(forms[name].back(array))),
+        write=lambda name, array: assign(variables[name], backend.to_tensor(forms[name].back(array))),
         gradients=gradients,
         loss=partial(sampler.loss, model),
         batches=(sampler if held_out is None else GradientSampler(held_out)).batches,

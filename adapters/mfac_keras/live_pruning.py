@@ -15,12 +15,14 @@ from mfac_core.backends import Array, device_of
 from mfac_core.pruners import MFACPruner, Pruner
 from mfac_core.pruners.adoption import adopt
 from mfac_core.pruners.step import PruneResult
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.ranks.logs import logger_of
 from mfac_core.sample_batches import HeldOut
 from mfac_core.schedules.pruning import ScheduledStep
 from mfac_core.session.live_pruning import LivePruning, Mask
 from mfac_core.session.log_lines import scope_in_line
 from mfac_core.settings.pruning import ConstantSettings, PruningSettings
-from mfac_keras.assigning import snapshot
+from mfac_keras.assigning import assign, snapshot
 from mfac_keras.backends import current_backend
 from mfac_keras.layout import pytorch_forms
 from mfac_keras.optimizers import state_to_reset
@@ -43,6 +45,7 @@ class KerasPruning(LivePruning):
         verbose: Whether to print a line for each pruning step.
         name: As in :class:`LivePruning`.
         logged: Warnings about the selection that are logged already; new ones are added.
+        ranks: The processes that train the model, each of which has all of its weights; None for a single one.
 
     Attributes:
         variables: The variables in scope by path; frozen ones only if nothing but zeros is held.
@@ -67,9 +70,15 @@ class KerasPruning(LivePruning):
         verbose: bool = False,
         name: str = "",
         logged: set[str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.variables = select_variables(
-            model, settings.params, settings.exclude, frozen_too=isinstance(settings, ConstantSettings), logged=logged
+            model,
+            settings.params,
+            settings.exclude,
+            frozen_too=isinstance(settings, ConstantSettings),
+            logged=logged,
+            logger=logger_of(ranks or Alone(), self.logger),
         )
         self.forms = pytorch_forms(model, self.variables)
         self._model = model
@@ -83,6 +92,7 @@ class KerasPruning(LivePruning):
             sampled=sampler is not None,
             axes={name: form.core_axes for name, form in self.forms.items() if form.core_axes is not None},
             name=name,
+            ranks=ranks,
         )
 
     def weights(self) -> dict[str, Array]:
@@ -94,7 +104,7 @@ class KerasPruning(LivePruning):
         """Write weights into the variables."""
         to_tensor = current_backend().to_tensor
         for name, variable in self.variables.items():
-            variable.assign(to_tensor(self.forms[name].back(weights[name])))
+            assign(variable, to_tensor(self.forms[name].back(weights[name])))
 
     def snapshot(self, undo: ExitStack) -> None:
         """Register callbacks that restore the current values of the variables."""
@@ -104,7 +114,10 @@ class KerasPruning(LivePruning):
         """Draw gradient samples; ``held_out`` gets further batches."""
         assert self._sampler is not None  # samples are drawn only if there is one
         variables, options = list(self.variables.values()), pruner.settings.sampler_options
-        for row in self._sampler.gradients(self._model, variables, pruner.num_gradients, options, held_out=held_out):
+        samples = self._sampler.gradients(
+            self._model, variables, pruner.num_samples_here, options, held_out=held_out, ranks=self.ranks
+        )
+        for row in samples:
             yield {name: form.of(array) for (name, form), array in zip(self.forms.items(), row, strict=True)}
 
     def loss_function(self) -> Callable[[Sequence[Any]], float]:
@@ -118,12 +131,12 @@ class KerasPruning(LivePruning):
             slots = list(state_to_reset(self._optimizer, self.variables.values()))
             snapshot(slots, undo)
             for slot in slots:
-                slot.assign(keras.ops.zeros(slot.shape, slot.dtype))
+                assign(slot, keras.ops.zeros(slot.shape, slot.dtype))
 
     def report(self, line: str, scheduled: ScheduledStep | None, step: int) -> None:
         """Log a pruning step, print it if asked, and log if an execution of several steps has delayed it."""
         super().report(line, scheduled, step)
-        if self._verbose:
+        if self._verbose and self.ranks.rank == 0:
             print(f"\n{line}")
         steps_per_execution = getattr(self._model, "steps_per_execution", 1)
         if scheduled is not None and scheduled.step < step and steps_per_execution > 1:

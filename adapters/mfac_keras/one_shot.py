@@ -10,18 +10,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
-from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
-from mfac_core.session.session import Session, attached
+from mfac_core.session.one_shot import attached_at_once, check_has_batches, prune_in_one_shot
+from mfac_core.session.session import Session
 from mfac_core.settings.pruning import PruningSettings
+from mfac_keras.backends import current_backend
 from mfac_keras.batchnorm import MovingStatistics
 from mfac_keras.conditions import check_built, check_model, checked_verbose, refuse_keras_2
 from mfac_keras.live_pruning import KerasPruning
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.sampling import GradientSampler
+from mfac_keras.selection import select_variables
 
 __all__ = ["prune_one_shot"]
 
@@ -36,6 +39,7 @@ def prune_one_shot(
     *,
     sparsity: float | Mapping[float, Sequence[str]] | None = None,
     recalibrate_batchnorm: bool = False,
+    layers_at_once: int | None = None,
     verbose: int | str = 0,
     recipe_variables: Mapping[str, object] | None = None,
     unsupported: Literal["error", "skip"] = "error",
@@ -58,6 +62,9 @@ def prune_one_shot(
         recalibrate_batchnorm: Whether to recalibrate the moving statistics of batch normalization afterwards, as
             :func:`mfac_keras.recalibrate_batchnorm` does, over at most 256 batches of ``dataset``. Otherwise a warning
             says that they are stale.
+        layers_at_once: Number of variables whose gradient samples are in memory at one time; ``None`` for all. M-FAC
+            prunes groups of so many variables in the order of the model, one after the other. Each group draws samples
+            of its own, after the previous one was pruned. Needs ``global_sparsity=False``.
         verbose: 1 prints a line for each modifier, 0 does not.
         recipe_variables: Values that override those of the recipe's variables.
         unsupported: ``error`` refuses modifiers that are known but not supported, such as quantization; ``skip`` leaves
@@ -70,9 +77,12 @@ def prune_one_shot(
 
     Raises:
         RecipeError: If the recipe or a key is wrong, or the recipe does not prune.
+        SettingError: If a setting does not fit the model or ``layers_at_once``.
         TypeError: If neither a recipe nor a sparsity is given, or both, if a recipe is passed as another argument, if
             M-FAC or the recalibration has no dataset, or if the model or the loss is not of Keras 3.
         ValueError: If the model is not built, has no loss, or a batch has an unsupported form.
+        NotImplementedError: If there are several processes, and they share the model in a way that is not supported.
+        RankError: If there are several processes, and another one has failed or differs.
 
     After an exception the model is as before.
 
@@ -88,6 +98,7 @@ def prune_one_shot(
     prints = checked_verbose(verbose)
     refuse_keras_2("the loss", loss)
     check_built(model)
+    ranks = current_backend().ranks(model)
     for name, value in {"dataset, the second argument": dataset, "loss, the third argument": loss}.items():
         if _is_recipe(value):
             raise TypeError(f"{name}, is a recipe; pass it by name: prune_one_shot(..., recipe=...)")
@@ -110,23 +121,28 @@ def prune_one_shot(
     )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     logged: set[str] = set()
-    prunings = attached(
+    parts = attached_at_once(
         settings,
         lambda each, name: KerasPruning(
-            each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged
+            each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged, ranks=ranks
         ),
+        layers_at_once=layers_at_once,
+        names_of=lambda each: select_variables(model, each.params, each.exclude, logged=logged),
     )
+    prunings = tuple(pruning for each in parts for pruning in each)
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
+    logger = logger_of(ranks, _logger)
     if recipe is None and (line := recommended_line(given)):
-        _logger.info("%s", line)
+        logger.info("%s", line)
     prune_in_one_shot(
-        Session(prunings, logger=_logger),
+        Session(prunings, logger=logger),
         groups,
-        MovingStatistics(model),
+        MovingStatistics(model, ranks),
         modifiers=[gradual for gradual, _ in groups],
         sampler=sampler,
         recalibrate_batchnorm=recalibrate_batchnorm,
         cure="mfac_keras.recalibrate_batchnorm(model, dataset)",
+        weights=[[name for pruning in each for name in pruning.sizes] for each in parts],
     )
     return combined_masks(pruning.variable_masks for pruning in prunings)
 

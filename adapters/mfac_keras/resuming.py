@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,8 +13,6 @@ from mfac_keras.session import TrainingSession
 from mfac_keras.state_file import SavedState
 
 __all__ = ["resume"]
-
-_logger = logging.getLogger("mfac_keras")
 
 _EXACT, _WEIGHTS, _ZEROS, _NOTHING = range(4)
 
@@ -96,7 +93,7 @@ def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int)
     if saved.path is None and now == saved.state["step"] // saved.state["steps_per_epoch"]:
         return  # fit was interrupted in this epoch, which starts over
     if _epoch(saved.state) != now:
-        _logger.warning(
+        session.logger.warning(
             "training resumes at epoch %d with the weights of epoch %d (was the process killed between the two files "
             "of BackupAndRestore, or is initial_epoch wrong?); pruning resumes from its state of epoch %d",
             now,
@@ -104,7 +101,7 @@ def _warn_of_differences(session: TrainingSession, saved: SavedState, rank: int)
             _epoch(saved.state),
         )
     elif rank == _ZEROS and saved.path is not None:
-        _logger.warning(
+        session.logger.warning(
             "the weights differ from those of the pruning state of epoch %d (were they saved with less precision, or "
             "changed at the end of the epoch?); their zeros match its masks, so it is used",
             now,

@@ -11,7 +11,9 @@ import keras
 import numpy as np
 
 from mfac_core.backends import Array
+from mfac_core.ranks import Ranks
 from mfac_core.sample_batches import HeldOut, Sampler, batches_to_sample, mean_loss
+from mfac_keras.assigning import assign
 from mfac_keras.backends import current_backend
 
 __all__ = ["GradientSampler"]
@@ -65,15 +67,17 @@ class GradientSampler(Sampler):
         options: Mapping[str, object] | None = None,
         *,
         held_out: HeldOut | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterator[list[Array]]:
         """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
 
         Args:
             model: The model to evaluate.
             variables: The variables to differentiate with respect to.
-            count: How many samples to draw.
+            count: How many samples to draw; of several processes, the share of this one.
             options: Passed to the callable that makes the batches.
             held_out: Filled with the batches that follow, once all samples are drawn.
+            ranks: The processes that draw samples, each from its own share of the batches; ``None`` for a single one.
 
         Yields:
             The gradient of one batch's loss with respect to each variable, in its shape; zeros for a variable that the
@@ -86,12 +90,12 @@ class GradientSampler(Sampler):
         """
         self._check_has_loss(model)
         metrics = _values(model.metrics_variables)
-        batches = (_batch(each) for each in batches_to_sample(self._source, count, options, held_out))
+        batches = map(_batch, batches_to_sample(self._source, count, options, held_out, ranks=ranks))
         samples = current_backend().loss_gradients(model, variables, self._loss_of(model), batches, _scale(model))
         paths = [variable.path for variable in variables]
         try:
             yield from self._without_gaps(
-                samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32)
+                samples, paths, count, lambda index: np.zeros(tuple(variables[index].shape), np.float32), ranks=ranks
             )
         finally:
             _restore(metrics)
@@ -136,7 +140,7 @@ class GradientSampler(Sampler):
             ValueError: If the batch has an unsupported form.
         """
         x = _inputs(batch)
-        with current_backend().no_gradients():
+        with current_backend().no_gradients(), current_backend().local_values(model):
             return _called(model, x, training=training)
 
     def _check_has_loss(self, model: Any) -> None:
@@ -166,7 +170,7 @@ def _values(variables: Iterable[Any]) -> list[tuple[Any, Any]]:
 
 def _restore(values: Iterable[tuple[Any, Any]]) -> None:
     for variable, value in values:  # some losses have metrics of their own
-        variable.assign(value)
+        assign(variable, value)
 
 
 def _batches_of(dataset: Any) -> Any:

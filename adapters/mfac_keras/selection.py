@@ -47,6 +47,7 @@ def select_variables(
     *,
     frozen_too: bool = False,
     logged: set[str] | None = None,
+    logger: logging.Logger = _logger,
 ) -> dict[str, Any]:
     """Return the variables that ``params`` selects, in the order of ``model.trainable_variables``, frozen ones last.
 
@@ -62,6 +63,7 @@ def select_variables(
         exclude: Exceptions from ``params``, in the same form; a layer means everything in it.
         frozen_too: Whether to select frozen variables like others.
         logged: Warnings that have been logged already, to which new ones are added; ``None`` logs all.
+        logger: Where warnings go.
 
     Returns:
         The selected variables by path. If several variables of a model share a path, the second is called ``path#2``,
@@ -85,20 +87,22 @@ def select_variables(
         selected = selected_names(params, exclude, names)
     _refuse_other_dtypes({name: named[name] for name in selected})
     warnings = selection_warnings(params, exclude, names, selected, prunes=not frozen_too)
-    warn_once(_logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], logged)
+    warn_once(logger, [*warnings, *_dense_sums(model, {name: named[name] for name in selected})], logged)
     places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
     in_order = sorted(selected, key=lambda name: places.get(id(named[name]), len(places)))
     return {name: named[name] for name in in_order}
 
 
-def matching_variables(model: Any, params: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
+def matching_variables(
+    model: Any, params: Sequence[str], *, strict: bool = True, logger: logging.Logger = _logger
+) -> dict[str, Any]:
     """Return the variables that ``params`` matches, frozen or not, in the order of ``model.weights``.
 
     A layer means all variables in it. An entry that matches nothing is an error if ``strict``, otherwise a warning.
     """
     named = _learnable(model)
     with _hint_for_pytorch(*params):
-        matched = names_in_layers(params, _names(model, named), _logger, strict=strict)
+        matched = names_in_layers(params, _names(model, named), logger, strict=strict)
     return {name: variable for name, variable in named.items() if name in matched}
 
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.pruners.fingerprint import fingerprint
+from mfac_core.ranks import Ranks
+from mfac_core.ranks.logs import logger_of
 from mfac_core.session.live_pruning import combined_masks
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import ParsedState, Session, attached, gradual_in_order
@@ -63,7 +65,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         self._hooks = hooks
         self._variables = _in_scope(prunings)
         self._trained = trained
-        self.monitor = WriteMonitor(hooks, self._variables)
+        self.monitor = WriteMonitor(hooks, self._variables, self.logger)
         self.fingerprints: dict[str, str] | None = None
         self._taps = False
         self._has_advanced = False
@@ -96,7 +98,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
     def log_plan(self, *, sampled: bool, epochs: int | None) -> None:
         """Log what each modifier matches and when it prunes, and warn about settings that may not be intended."""
         log_plan(
-            _logger,
+            self.logger,
             self.prunings,
             self._changes.settings,
             self.steps_per_epoch,
@@ -107,6 +109,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     def begin(self) -> None:
         """Attach to the training step, and make the changes that are due before it."""
+        self.fence()
         self._hooks.attach()
         self._hold_masks()
         self._make_due_changes()
@@ -188,7 +191,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
         """Resume in the middle of a schedule from the zeros of the weights; ``why`` is part of the warning."""
         if any([pruning.resume_from_zeros(self.step) for pruning in self.prunings]):
             self._sparsity = None
-            _logger.warning(
+            self.logger.warning(
                 "training resumes at step %d, but %s: every weight in scope that is exactly zero counts as pruned "
                 "(sparsity %.4f), and the gradient window starts empty",
                 self.step,
@@ -211,6 +214,7 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     def _make_due_changes(self) -> None:
         self.fingerprints = None
+        self.fence()
         self.prune_if_due()
         coming = range(self.step, self.step + self._steps_per_execution)
         self._taps = any(pruning.needs_gradients(step) for step in coming for pruning in self.prunings)
@@ -233,6 +237,7 @@ def new_session(
     sampler: GradientSampler | None,
     verbose: bool,
     metrics: Callable[[], Mapping[str, float]],
+    ranks: Ranks,
 ) -> TrainingSession:
     """Attach the modifiers of a recipe to a model, but not to its training step yet.
 
@@ -245,6 +250,7 @@ def new_session(
         sampler: Where gradient samples come from; None uses those of training.
         verbose: Whether to print a line for each pruning step.
         metrics: Returns metrics to add to those of an epoch.
+        ranks: The processes that train the model.
 
     Raises:
         TypeError: If the optimizer is not of Keras 3.
@@ -266,6 +272,7 @@ def new_session(
             verbose=verbose,
             name=name,
             logged=logged,
+            ranks=ranks,
         ),
     )
     # a modifier that only holds zeros needs no optimizer
@@ -279,7 +286,9 @@ def new_session(
     others = [each for each in modifiers if not isinstance(each, PruningSettings)]
     return TrainingSession(
         prunings,
-        TrainingChanges(others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch),
+        TrainingChanges(
+            others, model, optimizer, hooks, steps_per_epoch=steps_per_epoch, logger=logger_of(ranks, _logger)
+        ),
         hooks,
         trained,
         steps_per_epoch=steps_per_epoch,

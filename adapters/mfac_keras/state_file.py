@@ -15,7 +15,13 @@ import numpy as np
 from mfac_core.files import PREVIOUS, write_file
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 
-__all__ = ["SavedState", "check_state", "read_state", "read_states", "write_state"]
+__all__ = [
+    "SavedState",
+    "check_state",
+    "read_state",
+    "read_states",
+    "write_state",
+]
 
 _ARRAY = "__array__"
 
@@ -28,7 +34,7 @@ class SavedState(NamedTuple):
     Attributes:
         state: The state.
         path: Its file; ``None`` for a state in memory.
-        is_previous: Whether a later state was written.
+        is_previous: Whether a later state was written to the file.
     """
 
     state: Mapping[str, Any]

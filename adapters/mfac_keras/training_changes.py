@@ -15,13 +15,12 @@ from mfac_core.schedules.training import OptionsSchedule, TrainableSchedule, che
 from mfac_core.settings.training import TrainableParams, TrainingSettings
 from mfac_core.state_checks import check_keys, refuse
 from mfac_core.weight_names import join_names
+from mfac_keras.assigning import assign
 from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.optimizers import innermost, set_weight_decay
 from mfac_keras.selection import matching_variables
 
 __all__ = ["TrainingChanges"]
-
-_logger = logging.getLogger("mfac_keras")
 
 
 class TrainingChanges:
@@ -35,6 +34,7 @@ class TrainingChanges:
         optimizer: The optimizer that trains it.
         hooks: The hooks in the training step.
         steps_per_epoch: Training steps per epoch.
+        logger: Where messages go.
 
     Raises:
         SettingError: If ``params`` or ``param_groups`` of the settings do not fit model and optimizer.
@@ -49,13 +49,15 @@ class TrainingChanges:
         hooks: TrainingHooks,
         *,
         steps_per_epoch: int,
+        logger: logging.Logger,
     ) -> None:
         self.settings = settings
+        self._logger = logger
         self._groups = innermost(optimizer)
         self._hooks = hooks
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)
-        self._matched = [_matched_variables(model, each) for each in self._trainable.settings]
+        self._matched = [_matched_variables(model, each, logger) for each in self._trainable.settings]
         self._frozen_now: list[Any] = []
         self._rates: dict[int, float] = {}  # as set last, by group; setting one again takes time
         for each in self._options.settings:
@@ -130,20 +132,20 @@ class TrainingChanges:
             self._hooks.sync()
             self._replaced = _rate_of(self._groups[0]) if 0 in rates else None
         for group, rate in rates.items():
-            self._groups[group].learning_rate = rate
+            assign(self._groups[group].learning_rate, rate)
         self._rates.update(rates)
 
     def _set_weight_decays(self, decays: Mapping[int, float]) -> None:
         for group, decay in decays.items():
             set_weight_decay(self._groups[group], decay)
-            _logger.info("the weight decay of %s is %g", self._groups[group].name, decay)
+            self._logger.info("the weight decay of %s is %g", self._groups[group].name, decay)
         if decays:
             self._hooks.recompile()
 
     def _freeze(self, variables: list[Any], step: int) -> None:
         paths, before = [[variable.path for variable in each] for each in (variables, self._frozen_now)]
         if paths != before:
-            _logger.info(
+            self._logger.info(
                 "from step %d, frozen: %s", step, join_names(paths) or "nothing, all variables are trained again"
             )
         self._frozen_now = variables
@@ -188,6 +190,6 @@ def _rate_of(optimizer: Any) -> float:
     return float(optimizer.learning_rate.numpy())
 
 
-def _matched_variables(model: Any, settings: TrainableParams) -> dict[str, Any]:
+def _matched_variables(model: Any, settings: TrainableParams, logger: logging.Logger) -> dict[str, Any]:
     with named_in_errors(settings):
-        return matching_variables(model, settings.params, strict=settings.strict)
+        return matching_variables(model, settings.params, strict=settings.strict, logger=logger)

@@ -13,8 +13,6 @@ from mfac_keras.backends.hooks import TrainingHooks
 
 __all__ = ["WriteMonitor"]
 
-_logger = logging.getLogger("mfac_keras")
-
 _DURING_FIT = (
     "Other code has written to the model between two training steps: another callback (one that calls set_weights, "
     "load_weights or assign), or an optimizer that this callback does not follow. The next training step sets these "
@@ -35,10 +33,12 @@ class WriteMonitor:
     Args:
         hooks: The hooks in the training step.
         variables: The variables in scope by path.
+        logger: Where warnings go.
     """
 
-    def __init__(self, hooks: TrainingHooks, variables: Mapping[str, Any]) -> None:
+    def __init__(self, hooks: TrainingHooks, variables: Mapping[str, Any], logger: logging.Logger) -> None:
         self._hooks = hooks
+        self._logger = logger
         self._variables = variables
         # checksums of variables that no training step has passed to the optimizer so far
         self._not_followed: dict[str, int] = {}
@@ -74,7 +74,7 @@ class WriteMonitor:
         now = self._checksums(before)
         untrained = [name for name in before if now[name] == before[name]]
         if untrained and len(untrained) < len(before):
-            _logger.warning(
+            self._logger.warning(
                 "training has not changed %s so far, but the recipe prunes them anyway, without training to "
                 "compensate. If nothing trains them, as with the teacher in a distillation, remove them from params, "
                 "or set trainable = False on their layers before compile",
@@ -85,7 +85,7 @@ class WriteMonitor:
         """Warn about pruned weights that are not zero, once about the same ones."""
         before, self._warned_of = self._warned_of, (dict(count.regrown), after_fit)
         if count.regrown and self._warned_of != before:
-            _logger.warning("%s. %s", count.difference(), _AFTER_FIT if after_fit else _DURING_FIT)
+            self._logger.warning("%s. %s", count.difference(), _AFTER_FIT if after_fit else _DURING_FIT)
 
     def _checksums_of_not_followed(self) -> dict[str, int]:
         followed = set(map(id, self._hooks.updated))

@@ -12,10 +12,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from mfac_core.ranks import Ranks
 from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
+from mfac_torch.distribution import model_and_ranks
 from mfac_torch.evaluation import training_flags_restored
 from mfac_torch.sampling import GradSampler
-from mfac_torch.wrappers import unwrapped
+from mfac_torch.sharded import is_sharded
 
 __all__ = ["RunningStatistics", "recalibrate_batchnorm"]
 
@@ -34,8 +36,11 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
     Layers without running statistics do not change, nor do layers that no batch reaches, nor frozen ones: layers
     in evaluation mode in a model that is in training mode.
 
+    Over several processes, each makes this call and reads its own batches, as many as the others. The averages are
+    those over the batches of all, and the same on each.
+
     Args:
-        model: The model; wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
+        model: The model; wrappers (``DistributedDataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches as :class:`GradSampler` takes them, such as a ``DataLoader``, or a :class:`GradSampler`. Batches
             as large as in training are best.
         num_batches: The maximum number of batches; ``None`` for all of one pass over the data, or the first 1,000 of
@@ -46,8 +51,9 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
 
     Raises:
         TypeError: If the model is not a module, or the loader is not a source of batches.
-        ValueError: If there is no batch, one has an unsupported form, an input of these layers is not finite, or a lazy
-            layer has not seen any input yet.
+        ValueError: If there is no batch, one has an unsupported form, an input of these layers is not finite, a lazy
+            layer has not seen any input yet, or the batches of a process end before those of others.
+        RankError: If another process fails.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -55,18 +61,22 @@ def recalibrate_batchnorm(model: nn.Module, loader: Any, *, num_batches: int | N
         >>> recalibrate_batchnorm(model, batches), int(model[1].num_batches_tracked)
         (1, 5)
     """
-    inside = unwrapped(model)
+    inside, ranks = model_and_ranks(model)
     sampler = loader if isinstance(loader, GradSampler) else _WithoutLoss(loader)
-    return RunningStatistics(inside).recalibrate(sampler, num_batches)
+    return RunningStatistics(inside, ranks).recalibrate(sampler, num_batches)
 
 
 class RunningStatistics(LayerStatistics):
     """The running statistics of the batch normalization layers of an unwrapped model.
 
     Layers in evaluation mode are frozen if the model is in training mode.
+
+    Args:
+        model: The model.
+        ranks: The processes that have it, each of which reads batches of its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self._model = model
         layers = {
             name: layer
@@ -74,7 +84,7 @@ class RunningStatistics(LayerStatistics):
             if isinstance(layer, _BatchNorm) and all(getattr(layer, each) is not None for each in _BUFFERS)
         }
         frozen = [name for name, layer in layers.items() if model.training and not layer.training]
-        super().__init__(layers, frozen, _logger)
+        super().__init__(layers, frozen, _logger, ranks=ranks, sharded=any(map(is_sharded, model.parameters())))
 
     def _copies(self) -> dict[str, list[torch.Tensor]]:
         lazy = [name for name, layer in self.layers.items() if is_lazy(getattr(layer, _BUFFERS[0]))]
@@ -99,6 +109,8 @@ class RunningStatistics(LayerStatistics):
         for layer in self.layers.values():
             layer.reset_running_stats()  # each batch by itself: half precision cannot hold a sum of many
         sampler.forward(self._model, batch)
+
+    def _collect(self, statistics: BatchStatistics) -> None:
         for name, layer in self.layers.items():
             mean, variance, calls = (getattr(layer, each).double().cpu().numpy() for each in _BUFFERS)
             statistics.add(name, mean, variance, int(calls))

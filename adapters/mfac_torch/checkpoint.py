@@ -1,4 +1,7 @@
-"""Checkpoints: model, optimizers and manager in one file, written and loaded completely or not at all."""
+"""Checkpoints: model, optimizers and manager in one file, written and loaded completely or not at all.
+
+Of several ranks, rank 0 writes this file. Each of the others writes the state of its manager into a file beside it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ import torch
 from torch import nn
 
 from mfac_core.files import PREVIOUS
+from mfac_torch.rank_states import saver_of
+from mfac_torch.sharded import is_sharded
+from mfac_torch.state_files import write_state
 from mfac_torch.tensor_files import read_tensors, write_tensors
 
 __all__ = ["load_checkpoint", "write_checkpoint"]
@@ -30,12 +36,17 @@ def write_checkpoint(
     manager_state: Mapping[str, Any],
     more: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint in one step, and keep the one before it as ``<path>.previous``.
+    """Write the file of this rank in one step, and keep the one before it as ``<path>.previous``.
 
     Raises:
+        NotImplementedError: If the weights are distributed over ranks.
         TypeError: If a part is not made of tensors and plain values. The file is unchanged then.
         OSError: If the file cannot be written. It is unchanged then.
     """
+    _refuse_sharded(model, "save_checkpoint", "save", "save_state")
+    if saver_of(manager_state).rank:
+        write_state(path, manager_state, keep_previous=True)
+        return
     content = {
         "format": _FORMAT,
         "model": model.state_dict(),
@@ -61,9 +72,11 @@ def load_checkpoint(
         resumption: Checks the state of the manager, and returns a function that resumes from it.
 
     Raises:
+        NotImplementedError: If the weights are distributed over ranks.
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a complete checkpoint, or does not fit. Nothing is changed then.
     """
+    _refuse_sharded(model, "load_checkpoint", "load", "load_state")
     parts = _read(path)
     resume = resumption(parts["manager"])
     with ExitStack() as undo:
@@ -73,6 +86,15 @@ def load_checkpoint(
         undo.pop_all()
     more: dict[str, Any] = parts["more"]
     return more
+
+
+def _refuse_sharded(model: nn.Module, method: str, verb: str, instead: str) -> None:
+    if any(map(is_sharded, model.parameters())):
+        raise NotImplementedError(
+            f"{method}() does not support the {type(model).__name__}, whose weights are distributed over ranks "
+            f"(fully_shard): no rank has the whole model. On every rank, {verb} model and optimizers with "
+            f"torch.distributed.checkpoint, and the pruning state with manager.{instead}(path)"
+        )
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:

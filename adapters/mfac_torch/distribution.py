@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from mfac_core.ranks import Alone
 from mfac_core.weight_names import join_names
-from mfac_torch.ranks import num_processes
-from mfac_torch.sharded import is_sharded
+from mfac_torch.ranks import TorchRanks, num_processes, ranks_of
+from mfac_torch.sharded import is_sharded, reshard
+from mfac_torch.wrappers import unwrapped
 
 __all__ = [
+    "model_and_ranks",
     "refuse_optimizer",
     "refuse_other_distribution",
     "refuse_replaced",
@@ -28,12 +31,24 @@ _NESTED = 4
 """Wrappers around an optimizer that are looked into."""
 
 
+def model_and_ranks(module: nn.Module) -> tuple[nn.Module, TorchRanks | Alone]:
+    """Return a model inside its wrappers, and the ranks that train it.
+
+    Raises:
+        NotImplementedError: If it is distributed in a way that is not supported.
+    """
+    model = unwrapped(module)
+    refuse_other_distribution(module)
+    reshard(model)
+    return model, ranks_of(module, dict(model.named_parameters()))
+
+
 def refuse_several_processes(what: str) -> None:
     """Raise NotImplementedError if there are several processes, over which ``what`` is not supported."""
     if num_processes() > 1:
         raise NotImplementedError(
-            f"training is distributed over {num_processes()} processes, over which {what} is not supported yet: each "
-            "would choose its own masks. Use a single process"
+            f"there are {num_processes()} processes, over which {what} is not supported: each would measure samples of "
+            f"its own. Call {what} in a single process"
         )
 
 

@@ -79,7 +79,7 @@ def sensitivity(
         ValueError: If a batch has an unsupported form, or the loss of the dense model is not finite.
         MemoryBudgetError: If the gradient samples would not fit.
         IllConditionedError: If a block cannot be inverted accurately.
-        NotImplementedError: If training is distributed over several processes.
+        NotImplementedError: If there are several processes.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def sensitivity(
         >>> [(name, len(increases)) for name, increases in result.measured.items()]
         [('0.weight', 2), ('2.weight', 2)]
     """
-    refuse_several_processes("sensitivity")
+    refuse_several_processes("sensitivity()")
     model = unwrapped(model)
     sampler = sampler_of(loader, loss_fn)
     parameters = select_parameters(model, params, exclude)

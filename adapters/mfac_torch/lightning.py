@@ -34,7 +34,8 @@ _logger = logging.getLogger("mfac_torch")
 class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absent where types are checked
     """Runs a recipe inside Lightning's ``Trainer``, with automatic or manual optimization.
 
-    Checkpoints of the trainer include the pruning state, and ``fit(ckpt_path=...)`` resumes from it. When training ends
+    Checkpoints of the trainer include the pruning state, gathered from all ranks, and ``fit(ckpt_path=...)`` resumes
+    from it, with any number of ranks: those of the strategies ``ddp`` and ``ModelParallelStrategy``. When training ends
     or fails, the model is a plain module again. The sparsity of each parameter is logged after each pruning step
     as ``ParamPruning/<name>``, and that of all parameters together after each epoch as ``sparsity``. Names are those of
     the ``LightningModule``.
@@ -126,7 +127,8 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
                 "keep one of the two"
             )
         if self._loaded is not None:
-            self.manager.load_state_dict(self._loaded, rng=self._rng)
+            self.manager.load_state_dict(self._loaded.get("ranks", self._loaded), rng=self._rng)
+            self._loaded = None
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Apply the masks to an average that has replaced the weights; its normalization statistics come after this."""
@@ -142,12 +144,13 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Log the sparsity of all weights in scope together."""
-        pl_module.log("sparsity", self.manager.sparsity)
+        pl_module.log("sparsity", self.manager.sparsity, sync_dist=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Detach from the module, and apply the masks to an average that has replaced the weights."""
         self._prune_average(trainer, pl_module, is_last=True)
-        self._finalize()
+        if self._is_attached:
+            self._finalize(self._gathered(warn=False))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Warn about pruned weights that have become nonzero since training ended, in the module's own hooks too."""
@@ -162,26 +165,34 @@ class PruningCallback(Callback):  # type: ignore[misc]  # Lightning may be absen
             )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Detach from a run that failed."""
-        self._finalize()
+        """Detach from a run that failed, perhaps on this rank alone."""
+        if self._is_attached:
+            self._finalize(self.manager.state_dict(gradient_window=self._gradient_window, warn=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the pruning state for a checkpoint, of the current run or of the last one."""
-        if not self._is_attached:
-            return self._last_state
-        return self.manager.state_dict(gradient_window=self._gradient_window)
+        """Return the pruning state for a checkpoint, of the current run or of the last one.
+
+        The trainer calls this on every rank, and saves what rank 0 returns: the states of all ranks.
+        """
+        return self._gathered() if self._is_attached else self._last_state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state of a checkpoint until training starts."""
         self._loaded = state_dict
 
-    def _finalize(self) -> None:
-        if self._is_attached:
-            # Checkpoints may be saved after the end. finalize() logs its own warning about weights that are not zero.
-            self._last_state = self.manager.state_dict(gradient_window=self._gradient_window, warn=False)
-            self._is_attached = False
-            self.manager.finalize()
-            self._has_warned = bool(self.manager.regrown())
+    def _gathered(self, *, warn: bool = True) -> dict[str, Any]:
+        """Return the states of all ranks on rank 0, and nothing on the others; collective."""
+        states = self.manager.gather_state_dicts(gradient_window=self._gradient_window, warn=warn)
+        if len(states) > 1:
+            return {"ranks": states}
+        return states[0] if states else {}
+
+    def _finalize(self, last_state: dict[str, Any]) -> None:
+        # Checkpoints may be saved after the end. finalize() logs its own warning about weights that are not zero.
+        self._last_state = last_state
+        self._is_attached = False
+        self.manager.finalize()
+        self._has_warned = bool(self.manager.regrown())
 
     def _prune_average(self, trainer: Any, model_or_state: Any, *, is_last: bool = False) -> None:
         averages = _averages(trainer)

@@ -125,14 +125,14 @@ class TorchPruning(LivePruning):
             undo.callback(values.copy_, values.clone())
 
     def gradient_samples(self, pruner: MFACPruner, held_out: HeldOut | None) -> Iterator[Mapping[str, Array]]:
-        """Draw gradient samples; ``held_out`` gets further batches."""
+        """Draw this rank's share of the gradient samples, or its part of each; ``held_out`` gets further batches."""
         assert self._sampler is not None  # the caller draws samples only from a sampler
         options = pruner.settings.sampler_options
         samples = self._sampler.gradients(
-            self._model, self.parameters, pruner.num_gradients, options, held_out=held_out
+            self._model, self.parameters, pruner.num_samples_here, options, held_out=held_out, ranks=self.ranks
         )
         for gradients in samples:
-            yield {name: to_array(local(gradient)) for name, gradient in gradients.items()}
+            yield {name: to_array(gradient) for name, gradient in gradients.items()}
 
     def loss_function(self) -> Callable[[Sequence[Any]], float]:
         """Return a function that computes the mean loss of batches, each time with the same dropout masks."""
@@ -166,8 +166,8 @@ class TorchPruning(LivePruning):
         held_masks.zero_weights()
         for optimizer in self._optimizers:
             if result.resets_optimizer:
-                reset_state(optimizer, self.parameters.values(), undo)
-            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo)
+                reset_state(optimizer, self.parameters.values(), undo, logger=self.logger)
+            reset_pruned_state(optimizer, self.parameters, held_masks.pruned, undo, logger=self.logger)
         undo.callback(setattr, self, "held_masks", self.held_masks)
         self.held_masks = held_masks
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from mfac_core.ranks import Alone
 from mfac_core.ranks.logs import logger_of
 from mfac_core.schedules.one_shot import one_shot_in_order
 from mfac_core.session.live_pruning import combined_masks
-from mfac_core.session.one_shot import check_has_batches, prune_in_one_shot
+from mfac_core.session.one_shot import attached_at_once, check_has_batches, prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import Session, attached, gradual_in_order
 from mfac_core.settings.checks import check_number
@@ -30,15 +29,19 @@ from mfac_torch.conditions import (
     unwrapped_optimizers,
     whole_steps,
 )
-from mfac_torch.distribution import refuse_other_distribution, refuse_several_processes
+from mfac_torch.distribution import model_and_ranks
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
-from mfac_torch.ranks import TorchRanks, ranks_of
+from mfac_torch.rank_states import gathered_states
+from mfac_torch.ranks import TorchRanks
 from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
+from mfac_torch.selection import select_parameters
 from mfac_torch.session import TrainingSession
 from mfac_torch.sharded import reshard
+from mfac_torch.state_files import states_beside, write_state
+from mfac_torch.tensor_files import read_tensors
 from mfac_torch.training_changes import TrainingChanges
 from mfac_torch.wrappers import unwrapped
 
@@ -194,7 +197,7 @@ class ScheduledModifierManager(ModifierList):
         Raises:
             RuntimeError: If the manager is attached already, or another one to the same optimizer.
             NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
-                ``fully_shard``, or a ``grad_sampler`` is used over several processes.
+                ``fully_shard``.
             SettingError: If a modifier does not fit the model, or ``steps_per_epoch`` or ``epoch`` is out of range.
             TypeError: If an argument has the wrong type or is not supported.
             ValueError: If no optimizer trains a parameter in scope, or the same optimizer is given twice.
@@ -209,23 +212,16 @@ class ScheduledModifierManager(ModifierList):
             raise TypeError(f"wrap_optim is {wrap_optim!r}, which has no step(); pass a GradScaler or nothing")
         self._check_not_attached()
         optimizers = check_optimizers(optimizer)
-        model, ranks = self._distributed(module)
+        model, ranks = model_and_ranks(module)
         logger = logger_of(ranks, _logger)
         sampler = self._sampler if grad_sampler is None else grad_sampler
-        if sampler is not None:
-            refuse_several_processes("a grad_sampler")
         steps = whole_steps(steps_per_epoch, logger)
         start = self._epoch if epoch is None else epoch
         check_number("epoch", start, "epoch >= 0, at which training begins; fractions allowed", lambda x: x >= 0)
-        prunings = self._attach_prunings(
-            model,
-            gradual_in_order(modifier.settings for modifier in self.pruning_modifiers),
-            steps_per_epoch=steps,
-            optimizers=optimizers,
-            sampler=sampler,
-            loggers=loggers,
-            ranks=ranks,
+        attach = self._attaching(
+            model, steps_per_epoch=steps, optimizers=optimizers, sampler=sampler, loggers=loggers, ranks=ranks
         )
+        prunings = attached(gradual_in_order(modifier.settings for modifier in self.pruning_modifiers), attach)
         check_trained(prunings)
         others = [each.settings for each in self.modifiers if not isinstance(each.settings, PruningSettings)]
         changes = TrainingChanges(others, model, optimizers, steps_per_epoch=steps)
@@ -238,7 +234,9 @@ class ScheduledModifierManager(ModifierList):
             trainable=changes.trainable,
             logged=self._logged,
         )
-        session = TrainingSession(optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps))
+        session = TrainingSession(
+            optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps), ranks=ranks
+        )
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session
         return optimizer if wrap_optim is None else wrap_optim
@@ -252,14 +250,16 @@ class ScheduledModifierManager(ModifierList):
         *,
         grad_sampler: SamplerArgument | None = None,
         recalibrate_batchnorm: bool = False,
+        layers_at_once: int | None = None,
         **unsupported: object,
     ) -> None:
         """Prune in one shot, without training, to the sparsity that the recipe has at an epoch.
 
-        After an exception, manager and model are unchanged.
+        Over several processes, each makes this call; after it, all have the same masks. After an exception, manager and
+        model are unchanged.
 
         Args:
-            module: The model; wrappers are unwrapped.
+            module: As in :meth:`modify`.
             epoch: The epoch whose sparsity is reached; infinity for the final sparsity.
             loggers: As in :meth:`modify`.
             finalize: Whether to finalize at once. Otherwise, after fine-tuning, :meth:`finalize` sets pruned weights
@@ -268,18 +268,22 @@ class ScheduledModifierManager(ModifierList):
             recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards, as
                 :func:`mfac_torch.recalibrate_batchnorm` does, over at most 256 batches of the sampler. Otherwise a
                 warning says that they are stale.
+            layers_at_once: Number of parameters whose gradient samples are in memory at one time; ``None`` for all.
+                M-FAC prunes groups of so many parameters in the order of the model, one after the other. Each group
+                draws samples of its own, after the previous one was pruned. Needs ``global_sparsity: false``.
             **unsupported: Not supported; anything but None raises an error.
 
         Raises:
             RuntimeError: If the manager is attached already.
-            NotImplementedError: If training is distributed over several processes.
+            NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
+                ``fully_shard``.
+            RankError: If another process fails.
             RecipeError: If there is no pruning modifier.
-            SettingError: If a modifier does not fit the model, or ``epoch`` is out of range.
+            SettingError: If a modifier does not fit the model or ``layers_at_once``, or a number is out of range.
             TypeError: If M-FAC or the recalibration has no sampler, or an argument has the wrong type or is not
                 supported.
         """
         refuse_unsupported("apply", unsupported)
-        refuse_several_processes("one-shot pruning")
         self._check_not_attached()
         if epoch != math.inf:
             check_number("epoch", epoch, "epoch >= 0, or infinity for the end of the recipe", lambda x: x >= 0)
@@ -292,19 +296,26 @@ class ScheduledModifierManager(ModifierList):
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="pass grad_sampler=GradSampler(data_loader, loss_fn) to apply()",
         )
-        model, ranks = self._distributed(module)
+        model, ranks = model_and_ranks(module)
         sampler = None if sampler is None else GradSampler.of(sampler)
-        prunings = self._attach_prunings(
-            model, [at_once for _, at_once in groups], steps_per_epoch=1, sampler=sampler, loggers=loggers, ranks=ranks
+        logged: set[str] = set()
+        logger = logger_of(ranks, _logger)
+        parts = attached_at_once(
+            [at_once for _, at_once in groups],
+            self._attaching(model, steps_per_epoch=1, sampler=sampler, loggers=loggers, ranks=ranks),
+            layers_at_once=layers_at_once,
+            names_of=lambda each: select_parameters(model, each.params, each.exclude, logged=logged, logger=logger),
         )
+        prunings = tuple(pruning for each in parts for pruning in each)
         prune_in_one_shot(
-            Session(prunings, logger=_logger),
+            Session(prunings, logger=logger),
             groups,
-            RunningStatistics(model),
+            RunningStatistics(model, ranks),
             modifiers=settings,
             sampler=sampler,
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="mfac_torch.recalibrate_batchnorm(model, loader)",
+            weights=[[name for pruning in each for name in pruning.sizes] for each in parts],
         )
         self._model, self._prunings = model, prunings
         if finalize:
@@ -388,6 +399,9 @@ class ScheduledModifierManager(ModifierList):
         Call it between two optimizer steps, together with ``model.state_dict()`` and ``optimizer.state_dict()``. The
         state includes that of the random number generators of torch, Python and NumPy.
 
+        No rank waits for another, so one of several ranks may call it alone. Its state has the masks and the progress,
+        which are the same on all ranks, and its own part of the gradient windows.
+
         Args:
             gradient_window: Whether to include gradient windows. Without them files are small, and a resumed run prunes
                 with the gradient samples that it collects from then on.
@@ -401,22 +415,85 @@ class ScheduledModifierManager(ModifierList):
         """
         return self._running_session("state_dict").state_dict(gradient_window=gradient_window, warn=warn)
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, *, rng: bool = False) -> None:
-        """Resume from :meth:`state_dict`; call :meth:`modify` first.
+    def gather_state_dicts(self, *, gradient_window: bool = True, warn: bool = True) -> list[dict[str, Any]]:
+        """Return the states of all ranks on rank 0, for a trainer that saves those of rank 0 only.
+
+        Collective: every rank calls it. Rank 0 needs host memory for the complete gradient windows.
+
+        Args:
+            gradient_window: As in :meth:`state_dict`.
+            warn: As in :meth:`state_dict`.
+
+        Returns:
+            What :meth:`state_dict` returns on each rank, in order; an empty list on ranks other than 0.
+
+        Raises:
+            RuntimeError: If no run is in progress.
+            RankError: If another rank has failed.
+        """
+        session = self._running_session("gather_state_dicts")
+        return gathered_states(session.ranks, lambda: session.state_dict(gradient_window=gradient_window, warn=warn))
+
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], strict: bool = True, *, rng: bool = False
+    ) -> None:
+        """Resume from :meth:`state_dict`; call :meth:`modify` first, and on every rank.
 
         A state that was saved with another ``steps_per_epoch`` resumes at the same epoch, with a warning.
 
+        The number of ranks may change. Each rank loads the states of one or several ranks of the same save, in any
+        distribution. At the next optimizer step the ranks exchange the parts of the gradient windows, or drop them all
+        and collect new gradient samples if a part is missing.
+
         Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            state: What :meth:`state_dict` returned in a run with the same recipe and model, or a list of the states of
+                several ranks.
             strict: Whether all of it must fit. Otherwise modifiers whose state does not fit start over, with a warning.
             rng: Whether to restore the random number generators of torch, Python and NumPy too, so that shuffling and
-                dropout continue as in an uninterrupted run.
+                dropout continue as in an uninterrupted run. They are restored on the ranks that load their own state,
+                in a run with as many ranks; other ranks leave them as they are, with a warning.
 
         Raises:
             RuntimeError: If no run is in progress.
             ValueError: If the state is broken, or belongs to another recipe or model. Nothing is changed then.
         """
-        self._running_session("load_state_dict").resumption(state, strict=strict, rng=rng)()
+        states: Sequence[Mapping[str, Any]] = state if isinstance(state, list | tuple) else [cast(Any, state)]
+        self._running_session("load_state_dict").resumption(states, strict=strict, rng=rng)()
+
+    def save_state(self, path: str | os.PathLike[str], *, gradient_window: bool = True) -> None:
+        """Write :meth:`state_dict` into a file; call it beside the code that saves model and optimizers.
+
+        Of several ranks, rank 0 writes ``path``, and each of the others that calls this writes a file beside it, such
+        as ``<path>.rank-3-of-8``. No rank waits for another. A file is replaced atomically.
+
+        Args:
+            path: The file, on a disk that all ranks can read.
+            gradient_window: As in :meth:`state_dict`.
+
+        Raises:
+            RuntimeError: If no run is in progress.
+            OSError: If the file cannot be written. It is unchanged then.
+        """
+        write_state(path, self._running_session("save_state").state_dict(gradient_window=gradient_window))
+
+    def load_state(self, path: str | os.PathLike[str], *, strict: bool = True, rng: bool = False) -> None:
+        """Resume from the files of :meth:`save_state`; call :meth:`modify` first, and this on every rank.
+
+        The number of ranks may change. If the file of a rank is missing, damaged or of another save, gradient samples
+        are collected anew.
+
+        Args:
+            path: The file of rank 0.
+            strict: As in :meth:`load_state_dict`.
+            rng: As in :meth:`load_state_dict`.
+
+        Raises:
+            RuntimeError: If no run is in progress.
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is damaged, or belongs to another recipe or model. Nothing is changed then.
+        """
+        session = self._running_session("load_state")
+        session.resumption(states_beside(path, read_tensors(path), session.ranks), strict=strict, rng=rng)()
 
     def save_checkpoint(
         self,
@@ -432,8 +509,12 @@ class ScheduledModifierManager(ModifierList):
         The file is replaced atomically, so a killed process leaves it intact. The previous checkpoint is kept as
         ``<path>.previous``.
 
+        Of several ranks, rank 0 writes this file, and each of the others that calls this writes its part of the
+        gradient windows into a file beside it, such as ``<path>.rank-3-of-8``. No rank waits for another, so rank 0 may
+        call this alone; a run that resumes from its file collects new gradient samples.
+
         Args:
-            path: The file.
+            path: The file, on a disk that all ranks can read.
             model: The model to save, if it is not the one given to :meth:`modify`.
             optimizer: The optimizers to save, if they are not those given to :meth:`modify`.
             gradient_window: As in :meth:`state_dict`.
@@ -442,6 +523,7 @@ class ScheduledModifierManager(ModifierList):
 
         Raises:
             RuntimeError: If no run is in progress.
+            NotImplementedError: If the weights are distributed over ranks (``fully_shard``).
             TypeError: If an entry has another type. The file is unchanged then.
             OSError: If the file cannot be written. It is unchanged then.
         """
@@ -460,10 +542,13 @@ class ScheduledModifierManager(ModifierList):
         strict: bool = True,
         rng: bool = False,
     ) -> dict[str, Any]:
-        """Resume from a file of :meth:`save_checkpoint`; call :meth:`modify` first.
+        """Resume from a file of :meth:`save_checkpoint`; call :meth:`modify` first, and this on every rank.
 
         Model, optimizers and manager are all restored or, if something does not fit, left unchanged. If the file is
         damaged and the previous one is intact, that is loaded, with a warning.
+
+        The number of ranks may change. The files of other ranks that belong to this checkpoint are found beside it. If
+        one is missing, damaged or of another checkpoint, gradient samples are collected anew.
 
         Args:
             path: The file.
@@ -477,6 +562,7 @@ class ScheduledModifierManager(ModifierList):
 
         Raises:
             RuntimeError: If no run is in progress.
+            NotImplementedError: If the weights are distributed over ranks (``fully_shard``).
             FileNotFoundError: If there is no such file.
             ValueError: If it is not a checkpoint, is damaged, or belongs to another recipe, model or optimizer.
         """
@@ -484,43 +570,37 @@ class ScheduledModifierManager(ModifierList):
         to_load = self._model if model is None else unwrapped(model)
         assert to_load is not None  # a run is in progress
         optimizers = session.optimizers if optimizer is None else unwrapped_optimizers(optimizer)
-        return load_checkpoint(path, to_load, optimizers, partial(session.resumption, strict=strict, rng=rng))
+        return load_checkpoint(
+            path,
+            to_load,
+            optimizers,
+            lambda state: session.resumption(states_beside(path, state, session.ranks), strict=strict, rng=rng),
+        )
 
-    def _attach_prunings(
+    def _attaching(
         self,
         model: nn.Module,
-        settings: Sequence[PruningSettings],
         *,
         steps_per_epoch: int,
         optimizers: Sequence[torch.optim.Optimizer] = (),
         sampler: SamplerArgument | None,
         loggers: ScalarLoggers | None,
         ranks: TorchRanks | Alone,
-    ) -> tuple[TorchPruning, ...]:
+    ) -> Callable[[PruningSettings, str], TorchPruning]:
+        """Return a function that attaches a modifier to a model, given its settings and its name in the log."""
         functions = log_functions(self._loggers if loggers is None else loggers)
         logged: set[str] = set()
-        return attached(
+        return lambda settings, name: TorchPruning(
             settings,
-            lambda each, name: TorchPruning(
-                each,
-                model,
-                steps_per_epoch=steps_per_epoch,
-                optimizers=optimizers,
-                grad_sampler=None if sampler is None else GradSampler.of(sampler),
-                loggers=functions,
-                name=name,
-                logged=logged,
-                ranks=ranks,
-            ),
+            model,
+            steps_per_epoch=steps_per_epoch,
+            optimizers=optimizers,
+            grad_sampler=None if sampler is None else GradSampler.of(sampler),
+            loggers=functions,
+            name=name,
+            logged=logged,
+            ranks=ranks,
         )
-
-    @staticmethod
-    def _distributed(module: nn.Module) -> tuple[nn.Module, TorchRanks | Alone]:
-        """Return the model inside its wrappers, and the ranks that train it."""
-        model = unwrapped(module)
-        refuse_other_distribution(module)
-        reshard(model)
-        return model, ranks_of(module, dict(model.named_parameters()))
 
     def _check_not_attached(self) -> None:
         if self._model is not None:

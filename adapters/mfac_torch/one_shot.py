@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
+from mfac_torch.distribution import model_and_ranks
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import MFACPruningModifier
 from mfac_torch.modifier_list import ModifierList
@@ -29,6 +31,7 @@ def prune_one_shot(
     *,
     sparsity: float | Mapping[float, Sequence[str]] | None = None,
     recalibrate_batchnorm: bool = False,
+    layers_at_once: int | None = None,
     **recipe_keys: Any,
 ) -> dict[str, torch.Tensor]:
     """Prune a trained model by M-FAC in a single pruning step; its weights are changed in place.
@@ -37,7 +40,8 @@ def prune_one_shot(
     logged. After an exception, the model is unchanged.
 
     Args:
-        model: The model. Wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
+        model: The model, in ``DistributedDataParallel`` or after ``fully_shard`` if there are several processes, each
+            of which makes this call. Other wrappers (``DataParallel``, ``torch.compile``, Fabric's) are unwrapped.
         loader: Batches to sample gradients from, in a form that :class:`GradSampler` takes, or a :class:`GradSampler`.
             Batches smaller than in training tell more about the curvature.
         loss_fn: ``loss_fn(output, target)``, which returns a scalar tensor; ``None`` uses the loss that the model
@@ -46,6 +50,8 @@ def prune_one_shot(
             them.
         recalibrate_batchnorm: Whether to recalibrate the running statistics of batch normalization afterwards over
             batches of ``loader``, see :func:`mfac_torch.recalibrate_batchnorm`.
+        layers_at_once: Number of parameters that are sampled and pruned at one time, as in
+            :meth:`ScheduledModifierManager.apply`; needs ``global_sparsity=False``.
         **recipe_keys: Keys of an :class:`MFACPruningModifier`, such as ``params``, ``exclude``, ``mask_type="2:4"`` or
             ``num_grads=512``.
 
@@ -57,7 +63,9 @@ def prune_one_shot(
         SettingError: If a key does not fit the model.
         TypeError: If there is no sparsity, or an argument has the wrong type, such as a recipe.
         ValueError: If a batch has an unsupported form.
-        NotImplementedError: If training is distributed over several processes.
+        NotImplementedError: If the model is distributed in another way than by ``DistributedDataParallel`` or
+            ``fully_shard``.
+        RankError: If another process fails.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -72,8 +80,10 @@ def prune_one_shot(
     sampler = sampler_of(loader, loss_fn)
     line = recommended_line({**recipe_keys, "final_sparsity": keys["final_sparsity"]})
     if line:
-        _logger.info("%s", line)
-    manager.apply(model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm)
+        logger_of(model_and_ranks(model)[1], _logger).info("%s", line)
+    manager.apply(
+        model, grad_sampler=sampler, recalibrate_batchnorm=recalibrate_batchnorm, layers_at_once=layers_at_once
+    )
     return manager.masks
 
 

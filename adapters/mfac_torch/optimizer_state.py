@@ -78,7 +78,12 @@ def declare_elementwise_state(optimizer_class: type[Optimizer], keys: Iterable[s
 
 
 def reset_pruned_state(
-    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], pruned: Mapping[str, torch.Tensor], undo: ExitStack
+    optimizer: Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    pruned: Mapping[str, torch.Tensor],
+    undo: ExitStack,
+    *,
+    logger: logging.Logger = _logger,
 ) -> None:
     """Set the elementwise state of an optimizer to zero at pruned weights.
 
@@ -90,19 +95,22 @@ def reset_pruned_state(
         parameters: The parameters in scope by name. The optimizer need not train all of them.
         pruned: Boolean tensors by parameter name, True where pruned.
         undo: Gets a callback for each change that reverts it.
+        logger: Where a warning about unknown state goes.
     """
     optimizer = _stepping(optimizer)
     if _keeps_history(optimizer):
         _drop_history(optimizer, parameters.values(), undo)
         return
     for name, mask in pruned.items():
-        for value in _elementwise(optimizer, parameters[name]):
+        for value in _elementwise(optimizer, parameters[name], logger):
             here = mask.to(value.device)
             undo.callback(value.masked_scatter_, here, value[here])
             value.masked_fill_(here, 0)
 
 
-def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack) -> None:
+def reset_state(
+    optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: ExitStack, *, logger: logging.Logger = _logger
+) -> None:
     """Reset the state of an optimizer for some parameters to that before its first step.
 
     The state is dropped, and the optimizer creates it again in its next step. An optimizer that would not, and one in a
@@ -112,6 +120,7 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
         optimizer: The optimizer.
         parameters: The parameters. The optimizer need not train all of them.
         undo: Gets a callback for each change that reverts it.
+        logger: Where a warning about unknown state goes.
     """
     optimizer = _stepping(optimizer)
     if _keeps_history(optimizer):
@@ -124,7 +133,7 @@ def reset_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter], undo: 
         if drops:
             _drop(optimizer, parameter, undo)
             continue
-        for value in _elementwise(optimizer, parameter):
+        for value in _elementwise(optimizer, parameter, logger):
             undo.callback(value.copy_, value.clone())
             value.fill_(optimizer.defaults.get("initial_accumulator_value", 0.0))  # of Adagrad
 
@@ -135,7 +144,7 @@ def _stepping(optimizer: Optimizer) -> Optimizer:
     return optimizer.optim if is_zero else optimizer  # type: ignore[attr-defined]  # of ZeroRedundancyOptimizer
 
 
-def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Tensor]:
+def _elementwise(optimizer: Optimizer, parameter: nn.Parameter, logger: logging.Logger) -> list[torch.Tensor]:
     """Return the state of a parameter that holds one number per weight; log once which other tensors are left alone."""
     # A subclass that overrides step may keep other state. The steps are unwrapped because PyTorch wraps that of a class
     # for its hooks when the first instance is created.
@@ -150,7 +159,7 @@ def _elementwise(optimizer: Optimizer, parameter: nn.Parameter) -> list[torch.Te
             found.append(local(value))
         elif not _is_scalar(value):
             left.append(str(key))
-    _warn_of_unknown(optimizer, left)
+    _warn_of_unknown(optimizer, left, logger)
     return found
 
 
@@ -168,13 +177,13 @@ def _is_scalar(value: Any) -> bool:
     return value.numel() == 1 if isinstance(value, torch.Tensor) else not isinstance(value, Collection)
 
 
-def _warn_of_unknown(optimizer: Optimizer, keys: Iterable[str]) -> None:
+def _warn_of_unknown(optimizer: Optimizer, keys: Iterable[str], logger: logging.Logger) -> None:
     logged = _logged.setdefault(optimizer, set())
     left = [key for key in keys if key not in logged]
     logged.update(left)
     if left:
         name = type(optimizer).__name__
-        _logger.warning(
+        logger.warning(
             "the optimizer %s keeps state (%s) that is not known to hold one number per weight, so it is not reset "
             "when masks change. Pruned weights are zero after each step anyway, but their momentum is kept. If these "
             "tensors hold one number per weight, declare them before training: "

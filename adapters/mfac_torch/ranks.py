@@ -19,12 +19,17 @@ from mfac_torch.conversion import to_tensor
 from mfac_torch.sharded import mesh_of
 from mfac_torch.wrappers import layers_of
 
-__all__ = ["TorchRanks", "num_processes", "ranks_of"]
+__all__ = ["TorchRanks", "all_ranks", "num_processes", "ranks_of"]
 
 
 def num_processes() -> int:
     """Return the number of processes of the default group; 1 if there is none."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_ranks() -> TorchRanks | Alone:
+    """Return the ranks of the default group, for what is logged before there is a model."""
+    return TorchRanks(_default_group()) if num_processes() > 1 else Alone()
 
 
 def ranks_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> TorchRanks | Alone:
@@ -47,7 +52,11 @@ def _group(module: nn.Module, mesh: Any) -> Any:
     if mesh is not None and mesh.ndim == 1:
         return mesh.get_group()
     replicated = (each for each in layers_of(module) if isinstance(each, nn.parallel.DistributedDataParallel))
-    return next((each.process_group for each in replicated), dist.group.WORLD)
+    return next((each.process_group for each in replicated), _default_group())
+
+
+def _default_group() -> Any:
+    return dist.group.WORLD
 
 
 class TorchRanks:
@@ -80,12 +89,14 @@ class TorchRanks:
         """Send ``parts[i]`` to rank ``i``, and return what each rank has sent to this one."""
         if not isinstance(parts, Parts):
             parts = self._told(parts)
-        sent = to_tensor(parts.vector)
-        via = self._transport(sent.device)
-        received = torch.empty(sum(parts.arriving), dtype=sent.dtype, device=via)
+        tensor = to_tensor(parts.vector)
+        via, itemsize = self._transport(tensor.device), tensor.dtype.itemsize
+        arriving, lengths = ([itemsize * count for count in counts] for counts in (parts.arriving, parts.lengths))
         with _raising(self, "an exchange"):
-            dist.all_to_all_single(received, sent.to(via), parts.arriving, parts.lengths, group=self.group)
-        found = received.to(sent.device).split(parts.arriving)
+            sent = tensor.to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
+            received = torch.empty(sum(arriving), dtype=torch.uint8, device=via)
+            dist.all_to_all_single(received, sent, arriving, lengths, group=self.group)
+        found = received.to(tensor.device).view(tensor.dtype).split(parts.arriving)
         return [each.numpy() for each in found] if isinstance(parts.vector, np.ndarray) else list(found)
 
     def sum(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

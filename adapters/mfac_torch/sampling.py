@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Self
 
 import torch
 from torch import nn
 
-from mfac_core.sample_batches import BatchSource, HeldOut, Sampler, batches_to_sample, mean_loss
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.sample_batches import BatchSource, HeldOut, Sampler, batches_to_sample, in_step, mean_loss
 from mfac_torch.batches import (
     check_loss,
     check_model_takes,
@@ -20,7 +21,14 @@ from mfac_torch.batches import (
     model_arguments,
     to_device_of,
 )
-from mfac_torch.evaluation import in_mode, requiring_gradients, without_gradients
+from mfac_torch.evaluation import (
+    check_not_reentrant,
+    has_distributed_hooks,
+    in_mode,
+    requiring_gradients,
+    without_gradients,
+)
+from mfac_torch.sharded import is_sharded, local, reshard
 
 __all__ = ["GradSampler", "SamplerArgument", "sampler_of"]
 
@@ -130,23 +138,31 @@ class GradSampler(Sampler):
         options: Mapping[str, object] | None = None,
         *,
         held_out: HeldOut | None = None,
+        ranks: Ranks | None = None,
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield gradient samples, drawn from batches as :meth:`batches` draws them.
+
+        Over several processes each has the loader that it trains with, whether that is sharded or not, and takes every
+        ``size``-th batch of it from its rank on, so that none is taken twice.
 
         Args:
             model: The model to evaluate, unwrapped.
             parameters: The parameters to differentiate with respect to, by name.
-            count: How many samples to draw.
+            count: How many samples this process draws.
             options: Passed to the callable that makes the batches.
             held_out: Filled with the batches that follow, once all samples are drawn.
+            ranks: The processes that draw samples, ``None`` for a single one: each has samples of its own. Those of
+                sharded parameters (``fully_shard``) draw each sample together, as the mean over a batch of each, and
+                have their parts of it.
 
         Yields:
             The gradient of one batch's loss by parameter name, each of its parameter's shape; zeros for a parameter
-            that the loss does not depend on.
+            that the loss does not depend on. Of sharded parameters, what this process has.
 
         Raises:
             ValueError: If there is no batch at all, a batch has an unsupported form, the loss is not a scalar that
                 depends on the parameters, or inference mode is on.
+            NotImplementedError: If ``torch.distributed`` is initialized and the model has a reentrant checkpoint.
             TypeError: If there are options and the batches do not come from a callable that takes them, or the model
                 does not take the batches.
         """
@@ -155,11 +171,22 @@ class GradSampler(Sampler):
                 "the GradSampler cannot compute gradients under torch.inference_mode(); call it outside, or under "
                 "torch.no_grad()"
             )
-        batches = batches_to_sample(self._source, count, options, held_out)
-        samples = (self._gradient(model, parameters, batch) for batch in batches)
-        tensors = list(parameters.values())
-        rows = self._without_gaps(samples, list(parameters), count, lambda index: torch.zeros_like(tensors[index]))
-        with _progress_bar(count) if self._progress else nullcontext(_no_advance) as advance:
+        ranks, tensors = ranks or Alone(), list(parameters.values())
+        sharded = any(map(is_sharded, tensors))
+        reshard(model)  # an evaluation may have left full parameters, whose gradients would not be those of the shards
+        batches = batches_to_sample(self._source, count, options, held_out, ranks=ranks)
+        if sharded:
+            batches = in_step(batches, ranks)
+        samples = (self._gradient(model, tensors, batch, is_first=not number) for number, batch in enumerate(batches))
+        rows = self._without_gaps(
+            samples,
+            list(parameters),
+            count,
+            lambda index: torch.zeros_like(local(tensors[index])),
+            ranks=ranks,
+            sharded=sharded,
+        )
+        with _progress_bar(count) if self._progress and ranks.rank == 0 else nullcontext(_no_advance) as advance:
             for row in rows:
                 yield dict(zip(parameters, row, strict=True))
                 advance()
@@ -191,6 +218,7 @@ class GradSampler(Sampler):
                 loss = self._loss_of(model(*args, **kwargs), target)
                 check_scalar(loss)
                 losses.append(float(loss.detach()))
+        reshard(model)  # an optimizer that steps before the next backward pass would leave full parameters as they are
         return mean_loss(losses)
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -209,7 +237,9 @@ class GradSampler(Sampler):
         """
         args, kwargs, _ = self._call_of(model, batch)
         with torch.no_grad():
-            return model(*args, **kwargs)
+            output = model(*args, **kwargs)
+        reshard(model)
+        return output
 
     def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         args, kwargs, target = model_arguments(to_device_of(model, batch), with_target=self._loss_fn is not None)
@@ -217,21 +247,26 @@ class GradSampler(Sampler):
         return args, kwargs, target
 
     def _gradient(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Any
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], batch: Any, *, is_first: bool
     ) -> list[torch.Tensor | None]:
         args, kwargs, target = self._call_of(model, batch)
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
             in_mode(model, training=self._training),
-            requiring_gradients(parameters.values()),
-            without_gradients(leaves),
+            requiring_gradients(parameters),
+            without_gradients(leaves, keep=parameters),
             torch.enable_grad(),
         ):
             loss = self._loss_of(model(*args, **kwargs), target)
             check_loss(loss)
-            # Not torch.autograd.grad: it misses what a reentrant checkpoint evaluates again in its own backward pass.
+            if has_distributed_hooks(parameters):
+                if is_first:
+                    check_not_reentrant(loss)
+                return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+            # Not torch.autograd.grad: it misses what a reentrant checkpoint evaluates again in its own backward pass,
+            # and all sharded parameters.
             loss.backward()
-            return [parameter.grad for parameter in parameters.values()]
+            return [None if each.grad is None else local(each.grad) for each in parameters]
 
     def _loss_of(self, output: Any, target: Any) -> Any:
         if self._loss_fn is None:

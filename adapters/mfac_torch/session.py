@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,11 +12,15 @@ from weakref import WeakSet
 
 import torch
 
+from mfac_core.ranks import Ranks
+from mfac_core.ranks.agreement import gathered
 from mfac_core.ranks.logs import logger_of
 from mfac_core.session.session import ParsedState, Session
 from mfac_core.state_checks import check_keys, checked_integer
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
+from mfac_torch.rank_states import Saver, check_same_save, saver_of
+from mfac_torch.sharded import local
 from mfac_torch.training_changes import TrainingChanges
 from mfac_torch.write_monitor import WriteMonitor
 
@@ -44,6 +49,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         changes: What else changes in training.
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
+        ranks: The processes of the run.
 
     Attributes:
         optimizers: The optimizers of the model.
@@ -60,8 +66,9 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         *,
         steps_per_epoch: int,
         step: int,
+        ranks: Ranks,
     ) -> None:
-        super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger)
+        super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger, ranks=ranks)
         self.optimizers = optimizers
         self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch, logger=logger_of(self.ranks, _logger))
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
@@ -75,7 +82,10 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         self._first: int | None = None
         self._last: int | None = 0 if len(optimizers) == 1 else None
         self._stepped: int | None = None  # the optimizer that has made the latest step
+        self._creates_state = False  # whether the step that is being made does only this
         self._handles: list[Any] = []
+        self._run = 0  # of the loaded state, until the ranks draw a number of their own
+        self._has_drawn_run = False
 
     def attach(self) -> None:
         """Add hooks to the optimizers: to all of them or, if that fails, to none."""
@@ -111,6 +121,8 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
     def state_dict(self, *, gradient_window: bool = True, warn: bool = True) -> dict[str, Any]:
         """Return the progress, the state of each pruning modifier, and that of the random number generators.
 
+        Never a collective: gradient windows and random number generators are those of this rank.
+
         Args:
             gradient_window: Whether to include gradient windows.
             warn: Whether to warn about pruned weights that are not zero.
@@ -123,34 +135,61 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
             # is then the one that has just stepped, unless that is the first.
             "last_optimizer": self._stepped if self._last is None and self._stepped != self._first else self._last,
             "random": random_state(),
+            "saved_by": Saver(self.ranks.rank, self.ranks.size, self._run)._asdict(),
         }
 
-    def resumption(self, state: Mapping[str, Any], *, strict: bool, rng: bool) -> Callable[[], None]:
-        """Check a complete state, and return a function that resumes from it; nothing changes before it is called.
+    def resumption(self, states: Sequence[Mapping[str, Any]], *, strict: bool, rng: bool) -> Callable[[], None]:
+        """Check complete states, and return a function that resumes from them; nothing changes before it is called.
 
         Args:
-            state: What :meth:`state_dict` returned in a run with the same recipe and model.
+            states: What :meth:`state_dict` returned on one or several ranks of a run with the same recipe and model.
             strict: As in :meth:`Session.parsed`.
-            rng: Whether to restore the random number generators.
+            rng: Whether to restore the random number generators, if one of the states was saved by this rank.
 
         Raises:
-            ValueError: If the state is broken, or does not belong to this run.
+            ValueError: If a state is broken, or does not belong to this run, or the states are not of the same save.
         """
-        check_keys("a manager", state, _KEYS)
-        check_random_state(state["random"])
+        given: list[Any] = [*states] or [states]  # an empty list is no state
+        for each in given:
+            check_keys("a manager", each, _KEYS)
+            check_random_state(each["random"])
+        check_same_save(states)
+        state = states[0]
         last = state.get("last_optimizer")  # states of older releases lack it; the first round shows it again
         if last is not None:
             last = checked_integer("last_optimizer", last, at_most=sys.maxsize)
-        parsed = self.parsed(state, strict=strict)
+        parsed = self.parsed(states if len(states) > 1 else state, strict=strict)
 
         def resume() -> None:
             self.resume(parsed)
+            self._run, self._has_drawn_run = saver_of(state).run, False
             if last is not None and last < len(self.optimizers) and self._last is None:
                 self._last = last
             if rng:
-                restore_random_state(state["random"])
+                self._restore_random_state(states)
 
         return resume
+
+    def _restore_random_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the random number generators if this rank has saved one of the states, and warn otherwise."""
+        for state in states:
+            if saver_of(state)[:2] == (self.ranks.rank, self.ranks.size):
+                restore_random_state(state["random"])
+                return
+        _logger.warning(
+            "the random number generators are left as they are: rank %d of %d has saved none of the states that it "
+            "loads, and with the generators of another rank both would draw the same numbers",
+            self.ranks.rank,
+            self.ranks.size,
+        )
+
+    def fence(self) -> None:
+        """Check that the ranks are at the same point of the same run, and let them draw its number."""
+        super().fence()
+        if self.ranks.size > 1 and not self._has_drawn_run:
+            # not from torch's generators, which training uses
+            self._run = int(gathered(self.ranks, [secrets.randbits(62)])[0, 0])
+            self._has_drawn_run = True
 
     def resume(self, parsed: ParsedState) -> None:
         """Resume from a checked state, at the same epoch."""
@@ -163,6 +202,9 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
     def _before_step(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._creates_state = _creates_state(self.optimizers[number], kwargs)
+        if self._creates_state:
+            return None
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
         self.monitor.step_begins(number)
@@ -198,6 +240,8 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
             self.monitor.record_versions()
 
     def _after_step(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._creates_state:
+            return
         self._stepped = number
         for pruning in self.prunings:
             pruning.held_masks.zero_weights(pruning.trained_by(number))
@@ -253,6 +297,21 @@ def _untraced(hook: Callable[[int, Any, Any], Any], number: int) -> Callable[...
 
 def _num_trained(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
+
+
+def _creates_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a step only creates optimizer state, and changes no weight.
+
+    ``get_state_dict`` and ``set_state_dict`` of ``torch.distributed.checkpoint`` make such a step:
+    ``step(closure=None)``, with learning rates and gradients of zero.
+    """
+    if kwargs.get("closure", ...) is not None:
+        return False
+    groups = optimizer.param_groups
+    if any(group.get("lr") != 0 for group in groups):
+        return False
+    gradients = [local(each.grad) for group in groups for each in group["params"] if each.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.sampling import SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers
-from mfac_torch.tensor_files import read_tensors, write_tensors
 
 try:
     from transformers import TrainerCallback
@@ -37,10 +36,10 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
     """Runs a recipe inside Hugging Face's ``Trainer``.
 
     Each checkpoint of the trainer gets a file :data:`STATE_FILE`, and ``train(resume_from_checkpoint=...)`` resumes
-    from it. When training ends, the model is a plain module again; after a run that failed, call
-    ``callback.manager.finalize()``. The logs of the trainer include the sparsity as ``sparsity``: in
-    ``trainer.state.log_history``, and for the callbacks after this one. If the recipe sets the learning rate, the
-    scheduler of the trainer has no effect.
+    from it. Of several ranks, each writes a file of its own, and the number of ranks may change. When training ends,
+    the model is a plain module again; after a run that failed, call ``callback.manager.finalize()``. The logs of the
+    trainer include the sparsity as ``sparsity``: in ``trainer.state.log_history``, and for the callbacks after this
+    one. If the recipe sets the learning rate, the scheduler of the trainer has no effect.
 
     Args:
         recipe: Path or text of a recipe, or a manager.
@@ -98,7 +97,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         """Attach the recipe, and resume from a checkpoint if the trainer does."""
         _refuse_best_model(args)
         self._finalize()  # a run that failed, or was restarted with a smaller batch size
-        resumed = self._saved_state(args, state) if state.global_step else None
+        resumed = self._state_file(args, state) if state.global_step else None
         if self.manager.learning_rate_modifiers and resumed is None:
             _logger.info("the recipe sets the learning rate, so the scheduler of the trainer has no effect")
             for group in kwargs["optimizer"].param_groups:
@@ -112,7 +111,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         )
         self._is_attached = True
         if resumed is not None:
-            self.manager.load_state_dict(resumed)
+            self.manager.load_state(resumed)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Store the learning rates of the optimizer step."""
@@ -135,16 +134,17 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
         state.log_history[-1].update(added)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the pruning state in the checkpoint that the trainer has written."""
+        """Save the pruning state in the checkpoint that the trainer has written; each rank saves its own."""
         folder = _checkpoint(args, state)
-        if not folder.is_dir():
+        # rank 0 may not have made the folder yet when another rank arrives here
+        if state.is_hyper_param_search or (args.should_save and not folder.is_dir()):
             _logger.warning(
                 "the pruning state is not saved: the trainer did not write its checkpoint to %s, as in a "
                 "hyperparameter search",
                 folder,
             )
             return
-        write_tensors(folder / STATE_FILE, self.manager.state_dict(gradient_window=self._gradient_window))
+        self.manager.save_state(folder / STATE_FILE, gradient_window=self._gradient_window)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detach from the module."""
@@ -155,13 +155,12 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc]  # transformers ma
             self._is_attached = False
             self.manager.finalize()
 
-    def _saved_state(self, args: Any, state: Any) -> dict[str, Any]:
+    def _state_file(self, args: Any, state: Any) -> Path:
         folders = [self._resume_from] if self._resume_from else [args.resume_from_checkpoint, _checkpoint(args, state)]
         files = [Path(folder) / STATE_FILE for folder in folders if isinstance(folder, str | os.PathLike)]
         for file in files:
             if file.exists():
-                saved: dict[str, Any] = read_tensors(file)
-                return saved
+                return file
         raise FileNotFoundError(
             f"training resumes at step {state.global_step} without a pruning state: {' and '.join(map(str, files))} "
             "not found; pass the folder of the checkpoint to PruningCallback as resume_from_checkpoint, or start a "

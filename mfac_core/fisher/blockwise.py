@@ -108,7 +108,7 @@ class BlockwiseFisher:
         self._assigned: dict[str, range] = {}
         self.groups: tuple[BlockGroup, ...] = ()
         for name, groups in assigned.items():
-            if not groups:
+            if not groups and source.num_weights:
                 _logger.info("device %s is idle: it has no memory for a block, or there are too few blocks", name)
             self._assigned[name] = range(len(self.groups), len(self.groups) + len(groups))
             self.groups += groups

@@ -18,18 +18,35 @@ has positive terms only, so it is rounded relative to itself, by ``eps sqrt(a / 
 computed too, as ``|L^-1 rho|^2``; what is left is of the third order. A column costs ``2 m B`` operations for
 ``G^T y``, and as much for ``G u``: too much for all, but not for a few.
 
-The inverse diagonal is therefore evaluated in up to four steps, each only if the one before does not suffice:
+The bound of all columns. ``a <= kappa |x|^2`` with ``kappa`` the largest eigenvalue of ``D^(1/2) S^-1 D^(1/2)``,
+``D = diag(S)``, and ``c`` is at most the norm of ``D^(-1/2) E D^(-1/2)`` in units of ``eps``, because
+``y^T E y = (D^(1/2) y)^T (D^(-1/2) E D^(-1/2)) (D^(1/2) y)``. Over random ensembles with up to 3000 columns and
+``eps BOUND_FACTOR kappa <= 3e-3`` the error was at most ``16 eps kappa |x|^2``, a quarter of ``BOUND_FACTOR``.
+The power method estimates ``kappa`` (Kuczynski and Wozniakowski): for ``k`` standard normal vectors ``z``, the mean of
+``|A^t z|^2`` is at least ``kappa^(2t) chi^2_k / k``, and on average at most ``m kappa^(2t)``. With ``k = 8`` and
+``t = 3`` the estimate is below ``0.6 kappa`` with a probability below 1e-4, and at most about ``m^(1/6) kappa``.
+
+The second order. The error of ``y`` leaves the residual ``rho = E y``, so that ``rho^T S^-1 rho`` is at most
+``kappa (c eps)^2 a <= (c eps kappa)^2``. A column that is replaced needs no measurement if that, relative to its value,
+is small.
+
+The inverse diagonal is therefore evaluated in up to six steps, each only if the one before does not suffice:
 
 1. ``r = 1 - |x|^2`` for all columns, and the bound ``eps (BOUND_FACTOR amplification + 8) (1 - r) / r`` of the error
    of the smallest. The amplification, the largest ``S_ii / L_ii^2``, stands in for ``a / |x|^2``, with ``L^-T`` in
    ``y = L^-T x`` replaced by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are
    projected out.
-2. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` with ``D = diag(S)`` has the mean ``a``
-   (Johnson and Lindenstrauss). The columns with the largest ``a / r``, and as many others, are evaluated again by the
-   form that does not cancel. The differences give ``c``, and ``c`` with a margin the error of every column.
-3. Columns whose error is above ``rtol``, mostly those with a small ``r``, take the value that does not cancel. At most
-   about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to ``trace(S^-1 G G^T) < m``.
-4. The whole group in float64, by the same steps (``factors.py``).
+2. The bound of each column by ``kappa``. The columns that exceed it take the value that does not cancel: mostly a few
+   with a small ``r``. At most about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to
+   ``trace(S^-1 G G^T) < m``.
+3. ``BOUND_FACTOR`` is replaced by a measured ``c``, if that can save more than it costs. The columns with the largest
+   ``a / r``, and as many others, are evaluated again by the form that does not cancel. The differences give ``c``, and
+   ``c`` with the margin ``SAFETY`` the error of every column, with ``kappa |x|^2`` in place of ``a``.
+4. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` has the mean ``a`` (Johnson and
+   Lindenstrauss). It is far below ``kappa |x|^2`` if samples repeat. Then ``c`` as in step 3, and the errors of the
+   second order of the same columns.
+5. Columns whose error is above ``rtol`` take the value that does not cancel.
+6. The whole group in float64, by the same steps (``factors.py``).
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few large gradient samples do no harm.
 
@@ -37,12 +54,14 @@ References:
     Higham (2002), Accuracy and Stability of Numerical Algorithms, 2nd edition.
     Hoerl and Kennard (1970), Ridge Regression: Biased Estimation for Nonorthogonal Problems.
     Johnson and Lindenstrauss (1984), Extensions of Lipschitz mappings into a Hilbert space.
+    Kuczynski and Wozniakowski (1992), Estimating the Largest Eigenvalue by the Power and Lanczos Algorithms with a
+        Random Start.
     Woodbury (1950), Inverting modified matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,12 +81,14 @@ from mfac_core.fisher.chunks import (
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram, runs_on_cpu
 from mfac_core.fisher.rounding import (
     BOUND_FACTOR,
+    MEASURED,
     PROBES,
     REFINEMENTS,
     SAFETY,
     check_overflow,
     columns_to_measure,
     is_small,
+    random_normal,
     random_signs,
 )
 from mfac_core.fisher.triangular import TriangularFactor, cholesky, diagonals, set_diagonals
@@ -77,6 +98,19 @@ __all__ = ["DualFactor"]
 CANCELLED = 1e-4
 """Columns whose ``1 - sum`` is below this in float64 are evaluated by the form that does not cancel. The difference has
 lost at most four of sixteen digits where it is used."""
+
+FIRST_ORDER = 0.1
+"""Largest ``eps BOUND_FACTOR kappa`` at which errors of higher order than the first are neglected."""
+
+AFFORDABLE = PROBES + 2 * MEASURED
+"""Columns that can be evaluated by the form that does not cancel in the time that random signs and measured columns
+take."""
+
+POWER_VECTORS = 8
+"""Random vectors of the power method that estimates ``kappa``."""
+
+POWERS = 3
+"""Steps of that power method."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +149,16 @@ class DualFactor:
         """Memory of the factor in bytes."""
         return self.lower.num_bytes
 
+    @property
+    def _epsilon(self) -> float:
+        """Relative spacing of the numbers of the dtype."""
+        return float(array_namespace(self.norms).finfo(self.dtype).eps)
+
+    @property
+    def _cancelled(self) -> float:
+        """Remainder below which too many digits have cancelled, whatever the estimated error."""
+        return CANCELLED if self.in_float64 else 0.0
+
     def diagonal(self, chunks: Sequence[Array], rtol: float) -> tuple[Array, Array]:
         """Return ``damping diag(F^-1)`` and its estimated relative error in each block, not finite if unusable."""
         xp = array_namespace(chunks[0])
@@ -126,19 +170,19 @@ class DualFactor:
 
         remainder = over_cache_slices(chunks, self.dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
-        epsilon = float(xp.finfo(self.dtype).eps)
         amplification = xp.max(self.norms / self.lower.pivots, axis=-1)
-        error = epsilon * (BOUND_FACTOR * amplification + 8) * (1 - smallest) / smallest
-        is_bounded = (smallest > (CANCELLED if self.in_float64 else 0)) & (error <= rtol)
+        error = self._epsilon * (BOUND_FACTOR * amplification + 8) * (1 - smallest) / smallest
+        is_bounded = (smallest > self._cancelled) & (error <= rtol)
         if bool(xp.all(is_bounded)):
             return remainder, error
         if not bool(xp.all(xp.isfinite(remainder))):
             return remainder, xp.full_like(error, float("inf"))
+        kappa = self._kappa()
         for blocks in cache_slices(chunks):
             if not bool(xp.all(is_bounded[blocks])):
                 selected = [chunk[blocks, :, :] for chunk in chunks]
-                measured = self.select_blocks(blocks)._measure(selected, remainder[blocks, :], rtol)
-                remainder[blocks, :], error[blocks] = measured
+                checked = self.select_blocks(blocks)._check(selected, remainder[blocks, :], kappa[blocks, :], rtol)
+                remainder[blocks, :], error[blocks] = checked
         return remainder, error
 
     def apply(self, chunks: Sequence[Array], x: Array) -> Array:
@@ -182,37 +226,113 @@ class DualFactor:
             return 0
         return REFINEMENTS if right.dtype == array_namespace(right).float64 else 1
 
-    def _measure(self, chunks: Sequence[Array], remainder: Array, rtol: float) -> tuple[Array, Array]:
+    def _kappa(self) -> Array:
+        """Return the largest eigenvalue of ``D^(1/2) S^-1 D^(1/2)`` of each block, estimated; shape ``(n, 1)``."""
+        xp = array_namespace(self.norms)
+        scale = xp.sqrt(self.norms)[:, :, None]
+        vectors = random_normal(self.norms, POWER_VECTORS)
+        kappa: Array = 1.0
+        for _ in range(POWERS):
+            vectors = scale * self.lower.solve_symmetric(scale * vectors)
+            growth = xp.sqrt(xp.sum(vectors * vectors, axis=(-2, -1), keepdims=True) / POWER_VECTORS)
+            vectors = vectors / growth
+            kappa = kappa * growth ** (1 / POWERS)
+        return kappa[:, :, 0]
+
+    def _check(self, chunks: Sequence[Array], remainder: Array, kappa: Array, rtol: float) -> tuple[Array, Array]:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
         xp = array_namespace(remainder)
-        epsilon = float(xp.finfo(self.dtype).eps)
-        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / epsilon)
+        explained = 1 - remainder
+        if bool(xp.all(BOUND_FACTOR * self._epsilon * kappa <= FIRST_ORDER)):
+
+            def errors_of(ratio: Array) -> Array:
+                return (ratio * (kappa + xp.sqrt(kappa)) + 8 * self._epsilon) * explained / remainder
+
+            ratio = xp.full_like(kappa, BOUND_FACTOR * self._epsilon)
+            errors = errors_of(ratio)
+            # as many exceed the bound with the smallest c that could be measured
+            fewest = self._most_inaccurate(remainder, errors * (SAFETY / BOUND_FACTOR), rtol)
+            if self._most_inaccurate(remainder, errors, rtol) > fewest + MEASURED and fewest <= AFFORDABLE:
+                ratio, _ = self._measured(chunks, remainder, -remainder, certify=False)
+                errors = errors_of(ratio)
+            if self._most_inaccurate(remainder, errors, rtol) <= AFFORDABLE:
+                replaced = self._replace(chunks, remainder, errors, lambda exact: (ratio * kappa) ** 2 / exact, rtol)
+                if bool(xp.all(replaced[1] <= rtol)):
+                    return replaced
+        tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / self._epsilon)
         positive = xp.maximum(remainder, tiny)
-        amplified = xp.maximum(_with_solve(self._amplified(chunks), 1 - remainder), tiny)
-        measured = columns_to_measure(amplified / positive)
-        exact, second_order, exactly_amplified = self._accurately(chunks, measured, certify=True)
-        errors = xp.abs(xp.take_along_axis(remainder, measured, axis=-1) - exact)
-        errors = errors - 8 * epsilon  # rounding of the two values themselves, which is not amplified
+        amplified = _with_solve(xp.maximum(self._amplified(chunks), tiny), explained)
+        ratio, second_order = self._measured(chunks, remainder, amplified / positive, certify=True)
+        errors = (ratio * amplified + 8 * self._epsilon * explained) / positive
+        is_small = not self.in_float64 and bool(xp.all(second_order <= rtol / 2))
+        return self._replace(chunks, remainder, errors, (lambda exact: second_order) if is_small else None, rtol)
+
+    def _is_accurate(self, remainder: Array, errors: Array, rtol: float) -> Array:
+        """Return which remainders are accurate enough."""
+        return (remainder > self._cancelled) & (errors <= rtol)
+
+    def _most_inaccurate(self, remainder: Array, errors: Array, rtol: float) -> int:
+        """Return the largest number of remainders of a block that are not accurate enough."""
+        xp = array_namespace(remainder)
+        return int(xp.max(xp.count_nonzero(~self._is_accurate(remainder, errors, rtol), axis=-1)))
+
+    def _measured(
+        self, chunks: Sequence[Array], remainder: Array, relative: Array, *, certify: bool
+    ) -> tuple[Array, Array]:
+        """Return ``c eps`` of each block and the error of the accurate form, with a margin, from some of its columns.
+
+        Args:
+            chunks: Gradients.
+            remainder: ``1 - |x|^2`` of each column, shape ``(n, B)``.
+            relative: Orders the columns by the relative error that is expected, shape ``(n, B)``.
+            certify: Whether the error of the second order is measured.
+        """
+        xp = array_namespace(remainder)
+        columns = columns_to_measure(relative)
+        exact, rounding, second_order, amplified = self._accurately(chunks, columns, certify=certify)
+        errors = xp.abs(xp.take_along_axis(remainder, columns, axis=-1) - exact)
+        errors = errors - 8 * self._epsilon  # rounding of the two values themselves, which is not amplified
         # not by their estimated amplification, which is too large just where it is the largest
-        relative = _with_solve(exactly_amplified, 1 - exact)
-        ratio = xp.max(errors / xp.maximum(relative, tiny[:, : relative.shape[-1]]), axis=-1, keepdims=True)
-        ratio = SAFETY * xp.maximum(ratio, xp.full_like(ratio, epsilon))
-        estimate = (ratio * amplified + 8 * epsilon * (1 - remainder)) / positive
-        is_accurate = (estimate <= rtol) & (remainder > (CANCELLED if self.in_float64 else 0))
-        count = int(xp.max(xp.count_nonzero(~is_accurate, axis=-1)))
+        amplified = _with_solve(amplified, 1 - exact)
+        tiny = xp.full_like(amplified, float(xp.finfo(self.dtype).smallest_normal) / self._epsilon)
+        ratio = xp.max(errors / xp.maximum(amplified, tiny), axis=-1, keepdims=True)
+        ratio = xp.maximum(ratio, xp.full_like(ratio, self._epsilon))
+        return SAFETY * ratio, SAFETY * xp.max(second_order + rounding, axis=-1, keepdims=True)
+
+    def _replace(
+        self,
+        chunks: Sequence[Array],
+        remainder: Array,
+        errors: Array,
+        second_order: Callable[[Array], Array] | None,
+        rtol: float,
+    ) -> tuple[Array, Array]:
+        """Return the remainders, those not accurate enough replaced, and the estimated error of each block.
+
+        Args:
+            chunks: Gradients.
+            remainder: ``1 - |x|^2`` of each column, shape ``(n, B)``.
+            errors: Their estimated relative errors.
+            second_order: From the entries that replace some, the error of the second order that is left in them,
+                relative to them; ``None`` if it must be measured.
+            rtol: Largest relative error.
+        """
+        xp = array_namespace(remainder)
+        is_accurate = self._is_accurate(remainder, errors, rtol)
+        error = xp.max(xp.where(is_accurate, errors, xp.zeros_like(errors)), axis=-1)
+        # how many of the columns up to each one are replaced
+        places = xp.cumulative_sum(xp.asarray(~is_accurate, dtype=xp.int64), axis=-1)
+        count = int(xp.max(places[:, -1]))
         if not count:
-            return remainder, xp.max(estimate, axis=-1)
+            return remainder, error
         if count > self.norms.shape[-1] and not self.in_float64:
-            return remainder, xp.full_like(estimate[:, 0], float("inf"))  # float64 is faster
-        order = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1)  # those not accurate first
-        most = SAFETY * xp.max(second_order, axis=-1, keepdims=True)
-        certify = self.in_float64 or not bool(xp.all(most <= rtol / 2))
-        exact, error, _ = self._accurately(chunks, order[:, :count], certify=certify)
-        error = error if certify else error + most
-        rest = order[:, count:]
-        error = concat([error, xp.take_along_axis(estimate, rest, axis=-1)], axis=-1)
-        values = concat([exact, xp.take_along_axis(remainder, rest, axis=-1)], axis=-1)
-        return xp.take_along_axis(values, xp.argsort(order, axis=-1), axis=-1), xp.max(error, axis=-1)
+            return remainder, xp.full_like(error, float("inf"))  # float64 is faster
+        # those not accurate enough in their order, then as many others as another block has more
+        columns = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1, stable=True)[:, :count]
+        exact, rounding, remaining, _ = self._accurately(chunks, columns, certify=second_order is None)
+        remaining = rounding + (remaining if second_order is None else second_order(exact))
+        values = xp.take_along_axis(exact, xp.maximum(places - 1, xp.zeros_like(places)), axis=-1)
+        return xp.where(is_accurate, remainder, values), xp.maximum(error, xp.max(remaining, axis=-1))
 
     def _amplified(self, chunks: Sequence[Array]) -> Array:
         """Return ``sum_i S_ii y_i^2`` of each column, estimated from random signs; shape ``(n, B)``."""
@@ -222,13 +342,19 @@ class DualFactor:
         products = (probes @ xp.asarray(chunk, dtype=self.dtype) for chunk in chunks)
         return concat([column_sums_of_squares(product) for product in products], axis=-1) / PROBES
 
-    def _accurately(self, chunks: Sequence[Array], columns: Array, *, certify: bool) -> tuple[Array, Array, Array]:
-        """Return some entries by the form that does not cancel, their relative errors, and ``sum_i S_ii y_i^2``.
+    def _accurately(
+        self, chunks: Sequence[Array], columns: Array, *, certify: bool
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return some entries by the form that does not cancel, and their errors.
 
         Args:
             chunks: Gradients.
             columns: Which entries of each block, shape ``(n, k)``.
-            certify: Whether the error counts what is left of the second order; that doubles the time.
+            certify: Whether the error of the second order is evaluated; that doubles the time.
+
+        Returns:
+            The entries, their relative errors by rounding and of the second order (zero unless certified),
+            and ``sum_i S_ii y_i^2``; each of shape ``(n, k)``.
         """
         xp = array_namespace(self.norms)
         shift = xp.asarray(self.shift, dtype=self.dtype)[:, None, None]
@@ -240,15 +366,15 @@ class DualFactor:
             converted = xp.asarray(chunk, dtype=self.dtype)
             left = rows @ converted
             left -= xp.asarray(is_column(columns, start, stop), dtype=self.dtype)
-            values = values + xp.sum(left * left, axis=-1)
+            values = values + _row_sums_of_squares(left)
             if certify:
                 residual = residual - left @ xp.matrix_transpose(converted)
         amplified = xp.sum(self.norms[:, :, None] * solved * solved, axis=-2)
         rounding = 4 * float(xp.finfo(self.dtype).eps) * (1 + xp.sqrt(amplified / values))
         if not certify:
-            return values, rounding, amplified
+            return values, rounding, xp.zeros_like(values), amplified
         remaining = self.lower.solve(xp.matrix_transpose(residual))
-        return values, xp.sum(remaining * remaining, axis=-2) / values + rounding, amplified
+        return values, rounding, xp.sum(remaining * remaining, axis=-2) / values, amplified
 
 
 def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
@@ -257,8 +383,9 @@ def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
     for chunk in chunks:
         for product in map_on_threads(lower_gram, split_for_threads(chunk)):
             total = product if total is None else total + product
-        squares = _row_sums_of_squares(chunk)
-        norms = squares if norms is None else norms + squares
+        for piece in cache_columns(chunk):  # in a longer sum the last squares lose more digits
+            squares = _row_sums_of_squares(piece)
+            norms = squares if norms is None else norms + squares
     # a product adds squares one by one, so that many small ones are lost: the diagonal is systematically too small
     set_diagonals(total, norms)
     return total

@@ -1,4 +1,4 @@
-"""Rounding errors in both forms of a factor: margins of their estimates, random signs, the end of refinements."""
+"""Rounding errors in both forms of a factor: margins of their estimates, random vectors, the end of refinements."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from mfac_core.fisher.chunks import concat
 
 __all__ = [
     "BOUND_FACTOR",
+    "MEASURED",
     "PROBES",
     "REFINEMENTS",
     "SAFETY",
     "check_overflow",
     "columns_to_measure",
     "is_small",
+    "random_normal",
     "random_signs",
     "smallest_square",
 ]
@@ -55,6 +57,12 @@ def random_signs(like: Array, count: int) -> Array:
     """Return ``count`` vectors of signs, the same in each call, shape ``(1, k, count)`` for ``like`` of ``(n, k)``."""
     # drawn by NumPy, so that they are the same on every library and device
     drawn = np.random.default_rng(0).choice(np.array([-1, 1], np.int8), (1, like.shape[-1], count))
+    return array_namespace(like).asarray(drawn, dtype=like.dtype, device=array_api_compat.device(like))
+
+
+def random_normal(like: Array, count: int) -> Array:
+    """Return ``count`` vectors of standard normal numbers, the same in each call, shape ``(1, k, count)``."""
+    drawn = np.random.default_rng(0).standard_normal((1, like.shape[-1], count), np.float32)
     return array_namespace(like).asarray(drawn, dtype=like.dtype, device=array_api_compat.device(like))
 
 

@@ -152,7 +152,7 @@ class Pruner(ABC):
         self._steps_per_epoch = steps_per_epoch
         if shards is None:
             shards = Shards.whole({name: tuple(array.shape) for name, array in weights.items()}, self.ranks.size)
-        if shards.size != self.ranks.size:
+        elif shards.size != self.ranks.size:
             raise ValueError(
                 f"shards are those of {shards.size} ranks, and there are {self.ranks.size}; pass both or none"
             )
@@ -180,6 +180,7 @@ class Pruner(ABC):
         self._check_shards(patterns)
         self._rule = MaskRule(self.layout.segments, scope, patterns)
         self._latest_distribution = mask, self._distributed(mask)
+        self._latest_digest: tuple[Mask | None, str] = None, ""
         self._zeros_here: Mask | None = None  # of a shard, from which the initial sparsity will be measured
         here = self._in_scope(weights)
         initial = self._measured_sparsity(lambda: self._zeros_at_start(here), mask)
@@ -561,8 +562,14 @@ class Pruner(ABC):
             "the settings": repr([each for each in vars(self.settings).items() if each[0] not in _MAY_DIFFER]),
             "which weights each of them has": repr([self.shards.of_rank(rank) for rank in range(self.ranks.size)]),
             "the pruning steps that are done": self._done,
-            "the masks": digest(np.packbits(self._mask)),
+            "the masks": self._digest_of_mask(),
         }
+
+    def _digest_of_mask(self) -> str:
+        mask = self._mask
+        if self._latest_digest[0] is not mask:
+            self._latest_digest = mask, digest(np.packbits(mask))
+        return self._latest_digest[1]
 
     def _parsed_initial_sparsity(self, state: Mapping[str, Any]) -> Sparsity | None:
         """Return the sparsity that the schedule of a state starts from; by default that of this run."""

@@ -22,6 +22,7 @@ _SAME_CHECKPOINT = "resume all ranks from the same checkpoint"
 _CURES = {
     "step": "pass the same steps_per_epoch on all ranks, and resume them from the same checkpoint",
     "steps_per_epoch": "pass the same number on all ranks",
+    "the modifiers, or the weights that they prune": "use the same recipe and the same model on all ranks",
     "the schedule": "use the same recipe on all ranks",
     "the settings": "use the same recipe on all ranks",
     "which weights each of them has": "build the same model on all ranks, and shard it alike",
@@ -69,9 +70,10 @@ def check_alike(ranks: Ranks, what: str, entries: Sequence[Array] | None) -> Non
     """
     on_host = [device_of(each).to_numpy(each) for each in entries or ()]
     values = np.concatenate([np.zeros(0), *on_host])[:_ENTRIES]
-    projections = _signs()[:, : len(values)] @ values
-    found = gathered(ranks, [float(np.linalg.norm(values)), *projections.tolist()])
-    differs = np.abs(found - found[0]).max(axis=1) > _ALIKE * found[:, 0].max()
+    with np.errstate(invalid="ignore", over="ignore"):  # of NaN and Inf, which are refused elsewhere
+        projections = _signs()[:, : len(values)] @ values
+        found = gathered(ranks, [float(np.linalg.norm(values)), *projections.tolist()])
+        differs = np.abs(found - found[0]).max(axis=1) > _ALIKE * found[:, 0].max()
     if differs.any():
         others = np.flatnonzero(differs).tolist()
         named = f"rank {others[0]}" if len(others) == 1 else f"ranks {', '.join(map(str, others))}"

@@ -79,14 +79,18 @@ class WindowMemory:
             >>> WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)]).peak()
             (512, 500)
         """
-        return max((window for windows in self._sequences(skips=False) for window in windows), key=math.prod)
+        windows = (window for windows in self._sequences(skips=False) for window in windows)
+        return max(((rows, self._share(columns)) for rows, columns in windows), key=math.prod)
 
     def window_bytes(self) -> int:
         """Return the largest number of bytes that gradient windows take at one time."""
         live, largest = self.live_gradients, 0
         for windows in self._sequences(skips=live):
-            both = [math.prod(one) + math.prod(other) for one, other in pairwise(windows) if one != other and live]
-            largest = max(largest, *map(math.prod, windows), *both)
+            numbers = [rows * self._share(columns) for rows, columns in windows]
+            # a rank may have as many columns as before, but of other weights
+            changes = [one != other for one, other in pairwise(windows)]
+            both = [sum(pair) for pair, changed in zip(pairwise(numbers), changes, strict=True) if changed and live]
+            largest = max(largest, *numbers, *both)
         return largest * self.row_format.itemsize
 
     def needed_bytes(self) -> int:
@@ -160,12 +164,12 @@ class WindowMemory:
         for index in range(last + 1):
             for to in range(index, min(index + skips, last) + 1):
                 now, unpruned = reached, columns
-                windows = [(rows[index], self._share(unpruned))]
+                windows = [(rows[index], unpruned)]
                 for substeps_left in range(num_substeps(now, sparsities[to], settings.num_recomputations), 0, -1):
                     wanted = substep_sparsity(now, sparsities[to], substeps_left, settings.recomputation_spacing)
                     now, left = reaches(wanted)
                     unpruned = min(unpruned, left)
-                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], self._share(unpruned)))
+                    windows.append((rows[to] if substeps_left > 1 else rows[to + 1], unpruned))
                 if to == index:
                     after = now, unpruned
                 # no window follows the last pruning step

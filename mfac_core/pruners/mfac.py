@@ -20,6 +20,7 @@ from mfac_core.pruners.fence import check_alike
 from mfac_core.pruners.gradual import GradualPruner
 from mfac_core.pruners.memory import MasksToCome, WindowMemory, choose_window_device
 from mfac_core.pruners.step import Selection, UnprunedOutcome, magnitude_step, mfac_step
+from mfac_core.ranks.agreement import together
 from mfac_core.ranks.base import Ranks
 from mfac_core.ranks.distribution import Distribution
 from mfac_core.ranks.shards import Shards
@@ -133,17 +134,9 @@ class MFACPruner(GradualPruner):
         library = library or array_library(first)
         names = (device_of(first).name,) if settings.devices == ("auto",) else settings.devices
         self._devices = resolve_devices(names, library)
-        memory = WindowMemory(
-            settings,
-            self.layout.num_weights,
-            self.schedule,
-            self.masks_to_come(),
-            live_gradients=live_gradients,
-            rank=self.ranks.rank,
-            num_ranks=self.ranks.size,
-        )
-        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
         self._live = live_gradients
+        memory = self._memory()
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
         self._logged: set[str] = set()
         collector = GradientCollector(
             self._here,
@@ -162,8 +155,7 @@ class MFACPruner(GradualPruner):
         self._progress = self._with_next_pruning(
             MFACProgress(self._mask, self.schedule, self._progress.initial_sparsity, collector=collector)
         )
-        self.needed_bytes = memory.check(window_device)
-        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
+        self._check_memory(memory)
 
     @property
     def num_gradients(self) -> int:
@@ -528,6 +520,21 @@ class MFACPruner(GradualPruner):
                 self._logged.add("window")
                 self._logger.warning(warning)
 
+    def _memory(self) -> WindowMemory:
+        return WindowMemory(
+            self.settings,
+            self.layout.num_weights,
+            self.schedule,
+            self.masks_to_come(),
+            live_gradients=self._live,
+            rank=self.ranks.rank,
+            num_ranks=self.ranks.size,
+        )
+
+    def _check_memory(self, memory: WindowMemory) -> None:
+        self.needed_bytes = memory.check(self._collector.device)
+        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
+
     def _distributed(self, mask: Mask) -> Distribution:
         return Distribution(self.ranks, self.shards, mask, block_size=self.settings.block_size)
 
@@ -536,6 +543,8 @@ class MFACPruner(GradualPruner):
         super()._measure()
         if not is_measured:
             self._progress = self._with_next_pruning(self._progress)
+            with together(self.ranks, "the check of memory"):
+                self._check_memory(self._memory())
 
     def _compared(self, step: int) -> dict[str, int | str]:
         progress, collector = self._progress, self._collector

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.sample_batches import Sampler
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.logs import logger_of
+from mfac_core.sample_batches import Sampler, in_step
 from mfac_core.weight_names import join_names
 
 __all__ = [
@@ -78,6 +82,25 @@ class BatchStatistics:
         self._sums[layer] = (before[0] + calls * measured[0], before[1] + calls * measured[1])
         self._calls[layer] += calls
 
+    def of_all(self, ranks: Ranks) -> BatchStatistics:
+        """Return the statistics over the batches of all ranks. Collective."""
+        if ranks.size == 1:
+            return self
+        here = [(calls, self._sums[name][0].size if calls else 0) for name, calls in self._calls.items()]
+        everywhere = gathered(ranks, [self.num_batches, *(value for pair in here for value in pair)])
+        found = BatchStatistics(self._calls)
+        found.num_batches = int(everywhere[:, 0].sum())
+        found._calls = dict(zip(self._calls, everywhere[:, 1::2].sum(axis=0).tolist(), strict=True))
+        # a layer that no batch of this rank has reached contributes zeros
+        sizes = dict(zip(self._calls, everywhere[:, 2::2].max(axis=0).tolist(), strict=True))
+        sums = [np.ravel(self._sums.get(name, np.zeros((2, size)))) for name, size in sizes.items()]
+        total = ranks.sum(np.concatenate(sums))
+        offsets = itertools.accumulate((2 * size for size in sizes.values()), initial=0)
+        for (name, size), start in zip(sizes.items(), offsets, strict=False):
+            if size:
+                found._sums[name] = total[start : start + size], total[start + size : start + 2 * size]
+        return found
+
     def averages(self) -> list[tuple[str, Vector, Vector]]:
         """Return name, mean and variance of each layer that a batch has reached."""
         return [
@@ -95,21 +118,35 @@ class LayerStatistics(ABC):
         layers: Each layer by name, including frozen ones.
         frozen: Names of the layers to leave as they are.
         logger: Where to log what was recalibrated.
+        ranks: The processes that have the model, each of which measures batches of its own; ``None`` for a single one.
+        sharded: Whether the ranks run the model together, because each has only a part of it.
 
     Attributes:
         layers: The layers whose statistics may be recalibrated, by name.
         frozen: Names of the frozen ones.
     """
 
-    def __init__(self, layers: Mapping[str, Any], frozen: Collection[str], logger: logging.Logger) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        frozen: Collection[str],
+        logger: logging.Logger,
+        *,
+        ranks: Ranks | None = None,
+        sharded: bool = False,
+    ) -> None:
         self.layers = {name: layer for name, layer in layers.items() if name not in frozen}
         self.frozen = frozen
-        self._logger = logger
+        self._ranks = ranks or Alone()
+        self._sharded = sharded
+        self._logger = logger_of(self._ranks, logger)
 
     def recalibrate(
         self, sampler: Sampler, num_batches: int | None = None, options: Mapping[str, object] | None = None
     ) -> int:
         """Replace the statistics by averages over the batches of one pass; an exception leaves them as they were.
+
+        Each rank reads all batches of its own pass; the averages are those over all ranks.
 
         Args:
             sampler: Where the batches come from.
@@ -122,15 +159,22 @@ class LayerStatistics(ABC):
         if not self.layers:
             self._logger.info("%s", no_statistics_line(self.frozen))
             return 0
-        statistics = BatchStatistics(self.layers)
-        before = self._copies()
+        ranks, statistics = self._ranks, BatchStatistics(self.layers)
+        doing = "measuring the statistics of batch normalization"
+        with together(ranks, doing):
+            before = self._copies()
         try:
             with self._measuring(statistics):
-                for batch in sampler.one_pass(num_batches, options):
-                    self._measure(sampler, batch, statistics)
+                for batch in in_step(sampler.one_pass(num_batches, options), ranks):
+                    with nullcontext() if self._sharded else together(ranks, doing):
+                        self._measure(sampler, batch, statistics)
+                    with together(ranks, doing):
+                        self._collect(statistics)
                     statistics.num_batches += 1
-            self._restore(before)  # also those of layers that no batch reached
-            self._write(statistics)
+            statistics = statistics.of_all(ranks)
+            with together(ranks, "writing the statistics of batch normalization"):
+                self._restore(before)  # also those of layers that no batch reached
+                self._write(statistics)
         except BaseException:
             self._restore(before)
             raise
@@ -151,7 +195,10 @@ class LayerStatistics(ABC):
 
     @abstractmethod
     def _measure(self, sampler: Any, batch: Any, statistics: BatchStatistics) -> None:
-        """Run the model on a batch, and add what its layers have measured."""
+        """Run the model on a batch, so that its layers measure it."""
+
+    def _collect(self, statistics: BatchStatistics) -> None:
+        """Add what the layers have measured, unless they add it themselves."""
 
     @abstractmethod
     def _write(self, statistics: BatchStatistics) -> None:

@@ -210,7 +210,7 @@ class LivePruning(ABC):
         return {name: self.shards.local(name, array, self.ranks.rank) for name, array in arrays.items()}
 
     def check_ranks(self, step: int) -> None:
-        """Check that all ranks are at the same point of the same run; see :meth:`mfac_core.Pruner.check_ranks`."""
+        """Check that all ranks are at the same point of the same run, as the pruner does. Collective."""
         self._pruner.check_ranks(step)
 
     def falls_due(self, step: int) -> bool:
@@ -318,7 +318,8 @@ class LivePruning(ABC):
         return measured
 
     def _next_of(self, samples: Iterator[Mapping[str, Array]]) -> Mapping[str, Array] | None:
-        with together(self.ranks, "drawing gradient samples"):
+        # ranks with shards draw each sample together: one that fails alone can only end, so that the others notice
+        with together(self.ranks, "drawing gradient samples") if self.shards.is_whole else nullcontext():
             return next(samples, None)
 
     @contextmanager

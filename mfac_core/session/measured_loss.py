@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -48,6 +49,7 @@ class LossMeasurement:
         self._loss = loss
         self._ranks = ranks or Alone()
         self._logger = logger_of(self._ranks, logging.getLogger("mfac_core"))
+        self._is_sharded = False
         self._held_out: HeldOut | None = None
         self._before: float | None = None
         self._num_batches, self._are_new = 0, False
@@ -60,6 +62,7 @@ class LossMeasurement:
         """
         if pruner.is_inside_step:
             return None
+        self._is_sharded = not pruner.shards.is_whole
         wanted = min(NUM_HELD_OUT, pruner.num_gradients)
         self._held_out = HeldOut(pruner.share_of(wanted))
         return self._held_out
@@ -69,6 +72,9 @@ class LossMeasurement:
         self._num_substeps += 1
         if self._before is None and self._loss and self._held_out:
             drawn = gathered(self._ranks, [len(self._held_out.batches), self._held_out.are_new])
+            if self._is_sharded:  # each loss is computed by all ranks together
+                drawn[:, 0] = drawn[:, 0].min()
+                del self._held_out.batches[int(drawn[0, 0]) :]
             self._num_batches, self._are_new = int(drawn[:, 0].sum()), bool(drawn[:, 1].all())
             if self._num_batches:
                 self._before = self._measured(self._loss, self._held_out.batches)
@@ -94,7 +100,7 @@ class LossMeasurement:
 
     def _measured(self, loss: Callable[[list[Any]], float], batches: list[Any]) -> float:
         """Return the mean loss over the batches of all ranks."""
-        with together(self._ranks, "measuring the loss"):
+        with nullcontext() if self._is_sharded else together(self._ranks, "measuring the loss"):
             share = loss(batches) * (len(batches) / self._num_batches) if batches else 0.0
         return float(gathered(self._ranks, [float(share)]).sum())
 

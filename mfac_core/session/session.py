@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.pruners import Pruner
+from mfac_core.pruners.fence import check_same
 from mfac_core.pruners.saved_states import combined
 from mfac_core.ranks import Alone, Ranks
 from mfac_core.ranks.logs import logger_of
@@ -90,6 +91,7 @@ class Session(Generic[P, C]):
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
         logger: Where warnings go.
+        ranks: The processes of the run; ``None`` for those of the pruning modifiers.
 
     Attributes:
         prunings: The pruning modifiers.
@@ -112,6 +114,7 @@ class Session(Generic[P, C]):
         steps_per_epoch: int = 1,
         step: int = 0,
         logger: logging.Logger,
+        ranks: Ranks | None = None,
     ) -> None:
         for pruning in prunings:
             if pruning.steps_per_epoch != steps_per_epoch:
@@ -122,7 +125,7 @@ class Session(Generic[P, C]):
         self.prunings = tuple(prunings)
         self.steps_per_epoch = steps_per_epoch
         self.step = step
-        self.ranks: Ranks = self.prunings[0].ranks if self.prunings else Alone()
+        self.ranks: Ranks = ranks or (self.prunings[0].ranks if self.prunings else Alone())
         self.logger = logger_of(self.ranks, logger)
         self._changes = changes
         self._forget_fences()
@@ -147,11 +150,14 @@ class Session(Generic[P, C]):
         process it does nothing.
 
         Raises:
-            RankError: As :meth:`mfac_core.Pruner.check_ranks` raises it, on all ranks.
+            RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
         """
         if self.ranks.size == 1 or self._fenced_at == self.step:
             return
         before = self._fenced_at
+        if before is None:
+            scopes = "; ".join(f"{type(each.settings).__name__} {dict(each.sizes)}" for each in self.prunings)
+            check_same(self.ranks, {"the modifiers, or the weights that they prune": scopes})
         has_row = [before is not None and pruning.needs_gradients(before) for pruning in self.prunings]
         for pruning, now, then in zip(self.prunings, has_row, self._had_row, strict=True):
             if before is None or (now and not then) or pruning.falls_due(self.step):
@@ -167,7 +173,8 @@ class Session(Generic[P, C]):
         for pruning in self.prunings:
             if pruning.is_due(self.step):
                 # The update of one modifier must not move weights that another has pruned.
-                others = combined_masks(each.masks for each in self.prunings if each is not pruning)
+                overlapping = (each for each in self.prunings if not each.sizes.keys().isdisjoint(pruning.sizes))
+                others = combined_masks(each.masks for each in overlapping if each is not pruning)
                 pruning.prune_if_due(self.step, others)
 
     def warn_of_unfinished(self, event: str, cause: str = "") -> None:

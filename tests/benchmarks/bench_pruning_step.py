@@ -283,7 +283,7 @@ def timed_parts() -> Iterator[dict[str, float]]:
         (dual, "_gram", timed("gram", dual._gram)),
         (dual, "cholesky", timed("factor", dual.cholesky)),
         (DualFactor, "diagonal", timed("solve", DualFactor.diagonal)),
-        (DualFactor, "_measure", timed("check", DualFactor._measure)),
+        (DualFactor, "_check", timed("check", DualFactor._check)),
         (primal, "_primal_product", timed("gram", primal._primal_product)),
         (primal, "cholesky", timed("factor", primal.cholesky)),
         (PrimalFactor, "diagonal", timed("solve", PrimalFactor.diagonal)),

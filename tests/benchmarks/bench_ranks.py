@@ -34,7 +34,6 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from mfac_torch.ranks import TorchRanks  # noqa: E402
-
 from tests.adapters.torch.rank_processes import RankProcesses  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks-ranks.md"

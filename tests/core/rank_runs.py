@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from mfac_core.pruners import MFACPruner, Pruner, make_pruner
 from mfac_core.ranks import Shards
@@ -51,6 +52,7 @@ class Run:
         full: All weights of the model, as an optimizer that is not sharded would have them.
         part: Returns what this rank has of full arrays.
         steps: The masks and weights after each pruning step.
+        numbers: Its predicted loss increase and its dampings.
     """
 
     pruner: Pruner
@@ -58,6 +60,7 @@ class Run:
     part: Callable[[Arrays], Arrays]
     live: bool = True
     steps: list[tuple[int, Arrays, Arrays]] = field(default_factory=list)
+    numbers: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def train(self, first: int, last: int, *, refused: frozenset[int] = frozenset()) -> Run:
         """Do the steps of a training loop from ``first`` to ``last``, with the pruning steps due after them."""
@@ -80,6 +83,11 @@ class Run:
                 result = self.pruner.prune(weights, step)
                 weights = dict(result.weights)
                 self.steps.append((step, result.masks, weights))
+                self.numbers[len(self.steps)] = (
+                    result.sparsity,
+                    result.predicted_loss_increase or 0.0,
+                    *(result.damping or ()),
+                )
         self.now = weights
         return self
 
@@ -163,6 +171,9 @@ def assert_same_steps(runs: list[Run], expected: Run, shards: Shards | None) -> 
     assert expected.steps
     for run in runs:
         assert [step for step, *_ in run.steps] == [step for step, *_ in expected.steps]
+        for number, of_step in run.numbers.items():
+            assert of_step == pytest.approx(expected.numbers.get(number, of_step), rel=1e-4)
+            assert of_step == runs[0].numbers[number]
     for number, (step, masks, weights) in enumerate(expected.steps):
         for run in runs:
             np.testing.assert_equal(run.steps[number][1], masks, err_msg=f"masks at step {step}")

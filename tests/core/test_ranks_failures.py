@@ -442,9 +442,23 @@ def test_warnings_are_logged_by_the_first_rank_only(caplog):
     assert [record.getMessage() for record in caplog.records] == alone_said
 
 
-@pytest.mark.parametrize("kind", ["equal", "zero", "one column block is zero"])
+def test_rows_that_have_moved_to_another_rank_are_not_fresh(caplog):
+    settings = replace(SETTINGS, num_recomputations=3, num_gradients=4, update_frequency=0.5)
+    alone(settings).train(0, 13)
+    alone_said = [record.getMessage() for record in caplog.records]
+    assert any("have arrived since the previous sub-step" in each for each in alone_said)
+    caplog.clear()
+    run_ranks(3, lambda ranks: on_rank(ranks, settings).train(0, 13))
+    assert [record.getMessage() for record in caplog.records] == alone_said
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero", "one column block is zero", "distinct together"])
 def test_uninformative_samples_are_judged_by_the_columns_of_all_ranks(kind, caplog):
     def gradients(step: int) -> Any:
+        if kind == "distinct together":  # no rank alone has three rows that differ
+            made, other = gradient_at((0, 0, 1)[step]), gradient_at((0, 1, 1)[step])
+            made["a"].reshape(-1)[24:] = other["a"].reshape(-1)[24:]
+            return {**other, "a": made["a"]}
         made = gradient_at(0 if kind == "equal" else step)
         if kind != "equal":
             made["a"] *= 0
@@ -460,7 +474,7 @@ def test_uninformative_samples_are_judged_by_the_columns_of_all_ranks(kind, capl
 
     fill(alone(SETTINGS))
     alone_said = [record.getMessage() for record in caplog.records]
-    assert any("gradient samples" in each for each in alone_said) == (kind != "one column block is zero")
+    assert any("gradient samples" in each for each in alone_said) == (kind in ("equal", "zero"))
     caplog.clear()
     run_ranks(4, lambda ranks: fill(on_rank(ranks, SETTINGS)))
     assert [record.getMessage() for record in caplog.records] == alone_said

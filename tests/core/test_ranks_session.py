@@ -200,6 +200,14 @@ def test_a_rank_that_is_a_step_behind_is_named_at_its_first_step():
         assert "119 on rank 2, 120 on the others; pass the same steps_per_epoch" in str(each)
 
 
+def test_ranks_with_other_modifiers_are_named():
+    def run(ranks: ThreadRanks) -> None:
+        session_of(ACDC if ranks.rank == 1 else ONE, Model(), ranks=ranks).prune_if_due()
+
+    for each in outcomes(3, run):
+        assert "ranks differ in the modifiers, or the weights that they prune: rank 1 from the others; use" in str(each)
+
+
 def test_gradients_that_differ_are_named_when_the_first_row_has_come():
     def run(ranks: ThreadRanks) -> int:
         model = Model()
@@ -281,6 +289,28 @@ def test_a_sample_that_cannot_be_drawn_on_one_rank_fails_on_all_before_anything_
     found = outcomes(2, run)
     assert str(found[1]) == "no batch"
     assert "rank 1 failed in drawing gradient samples: ValueError: no batch" in str(found[0])
+
+
+def test_a_write_that_fails_is_known_to_all_ranks_before_they_measure_the_loss():
+    recipe = SAMPLED.replace("start_epoch: 1", "start_epoch: 0").replace(", num_recomputations: 2", "")
+
+    def run(ranks: ThreadRanks) -> str:
+        session = session_of(recipe, Model(), ranks=ranks, sampled=True)
+        (pruning,) = session.prunings
+
+        def failing(weights: Any) -> None:
+            raise OSError("the disk is full")
+
+        session.step = 6
+        if ranks.rank == 1:
+            pruning.write = failing  # type: ignore[method-assign]
+        with pytest.raises((OSError, RankError)) as error:
+            session.prune_if_due()
+        assert ranks.sum(np.ones(3)).tolist() == [3.0] * 3  # all are at the same point
+        return str(error.value)
+
+    failed = "rank 1 failed in writing the pruned weights: OSError: the disk is full; nothing has changed"
+    assert run_ranks(3, run) == [failed, "the disk is full", failed]
 
 
 # one shot

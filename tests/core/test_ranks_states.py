@@ -81,6 +81,15 @@ def test_all_states_may_be_given_to_every_rank(size, size_now):
     assert_same_steps(runs, steps_after(whole_run, 6), None)
 
 
+def test_states_may_overlap():
+    whole_run = alone(SETTINGS).train(0, LAST)
+    states, weights, _ = stopped(3, None, 6)
+    everything = alone(SETTINGS).train(0, 6).pruner.state_dict()
+    shares = [[states[1], everything], [states[2], states[1], states[2]]]
+    for given_now in (shares, shares[::-1], [everything, [everything, states[1]]]):
+        assert_same_steps(resumed(2, None, 6, given_now, weights), steps_after(whole_run, 6), None)
+
+
 def test_the_state_of_one_process_is_as_before_and_says_nothing_of_columns():
     states, weights, runs = stopped(1, None, 6)
     without, with_one = alone(SETTINGS).train(0, 6).pruner.state_dict(), states[0]
@@ -118,8 +127,7 @@ def test_with_the_state_of_rank_0_only_rows_are_collected_anew_and_this_is_said_
     expected = resumed(size_now, None, 7, without, weights)
     assert not any("without" in record.getMessage() for record in caplog.records)
     assert runs[0].pruner.is_finished and runs[0].steps[0][0] == 8
-    for run, other in zip(runs, expected, strict=True):
-        np.testing.assert_equal(run.steps, other.steps)
+    assert_same_steps(runs, expected[0], None)
 
 
 def test_a_state_that_is_saved_again_before_the_first_step_has_the_rows_that_were_loaded():

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import mfac_core
 from mfac_core.fisher import factors
 from mfac_core.fisher.blockwise import BlockwiseFisher
-from mfac_core.fisher.dual import DualFactor
+from mfac_core.fisher.dual import FIRST_ORDER, DualFactor
 from mfac_core.fisher.matrix import GradientMatrix
+from mfac_core.fisher.rounding import BOUND_FACTOR
 from mfac_core.masks.selection import least_salient
 from mfac_core.pruners.step import RTOL, mfac_step
 from tests import reference
@@ -182,6 +183,63 @@ def test_entries_that_cancel_do_not_send_their_block_to_float64():
     assert np.abs(plain / exact - 1).max() > 1e-3
     diagonal, in_float64 = evaluated(rows, 1e-5, 1e-3)
     assert not in_float64 and np.abs(diagonal / exact - 1).max() <= 1e-3
+
+
+def _scaled_inverse(rows, damping):
+    exact = rows.astype(np.float64)
+    gram = exact @ exact.T + len(rows) * damping * np.eye(len(rows))
+    scale = np.sqrt(np.diag(gram))
+    return np.linalg.inv(gram / scale / scale[:, None])
+
+
+@pytest.mark.parametrize("m, width", [(5, 40), (64, 600), (200, 400)])
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_the_power_method_hardly_underestimates_the_largest_amplification(kind, m, width):
+    for seed in range(3):
+        rows = gradients(kind, m, width, seed)
+        factored = DualFactor.of([rows[None].astype(np.float64)], np.full(1, 1e-2), np.float64)
+        ratio = float(factored._kappa()[0, 0]) / np.linalg.eigvalsh(_scaled_inverse(rows, 1e-2))[-1]
+        assert 0.6 <= ratio <= 1.3 * m ** (1 / 6)
+
+
+@pytest.mark.parametrize("m, width", [(64, 600), (64, 3000), (256, 700)])
+@pytest.mark.parametrize("kind", ENSEMBLES)
+def test_the_largest_amplification_bounds_the_error_of_each_column(kind, m, width):
+    rows, epsilon = gradients(kind, m, width), float(np.finfo(np.float32).eps)
+    for damping in (1e-5, 1e-2, 1.0):
+        kappa = np.linalg.eigvalsh(_scaled_inverse(rows, damping))[-1]
+        if BOUND_FACTOR * epsilon * kappa > FIRST_ORDER:
+            continue
+        exact = damped_diagonal(kind, m, width, damping)
+        factored = DualFactor.of([rows[None]], np.full(1, damping), np.float32)
+        plain = 1 - factored.lower.column_sums(rows[None])[0].astype(np.float64)
+        bound = BOUND_FACTOR * (kappa + np.sqrt(kappa)) * (1 - exact)
+        assert np.all(np.abs(plain - exact) <= epsilon * (bound / 3 + 8))  # a third: the margin is not used up
+        columns = np.argsort(exact)[None, :30]
+        accurate, rounding, *_ = factored._accurately([rows[None]], columns, certify=False)
+        second_order = (BOUND_FACTOR * epsilon * kappa) ** 2
+        found, rest = accurate[0].astype(np.float64), exact[columns[0]]
+        seen = rest > 1e-9  # entries this small are beyond the oracle
+        assert np.all((np.abs(found - rest) <= second_order + rounding[0] * rest)[seen])
+
+
+@pytest.mark.parametrize("kind", ["realistic", "columns over six decades", "sparse"])
+def test_nothing_is_measured_where_a_bound_leaves_few_columns(monkeypatch, kind):
+    rtol = 2e-4
+
+    def unwanted(*arguments, **options):
+        raise AssertionError
+
+    monkeypatch.setattr(DualFactor, "_amplified", unwanted)
+    monkeypatch.setattr(DualFactor, "_measured", unwanted)
+    replaced = []
+    plain = DualFactor._accurately
+    monkeypatch.setattr(
+        DualFactor, "_accurately", lambda *args, **options: replaced.append(1) or plain(*args, **options)
+    )
+    diagonal, in_float64 = evaluated(gradients(kind, 30, 300), 1e-5, rtol)
+    assert replaced and not in_float64
+    np.testing.assert_allclose(diagonal, damped_diagonal(kind, 30, 300, 1e-5), rtol=rtol)
 
 
 @pytest.mark.parametrize("pieces", [2, 5])

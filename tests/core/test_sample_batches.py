@@ -170,3 +170,18 @@ def test_the_mean_loss_needs_a_batch():
     assert mean_loss([1.0, 2.0]) == 1.5
     with pytest.raises(ValueError, match="no batch to evaluate the loss on"):
         mean_loss([])
+
+
+def test_data_are_restarted_for_held_out_batches_only_if_some_are_lacking():
+    opened = []
+
+    def make():
+        opened.append(1)
+        return iter(range(5))
+
+    for wanted, passes in ((2, 1), (3, 2)):
+        opened.clear()
+        held_out = HeldOut(wanted)
+        assert list(batches_to_sample(make, 3, None, held_out)) == [0, 1, 2]
+        assert held_out.batches == [3, 4, 0][:wanted]
+        assert (len(opened), held_out.are_new) == (passes, passes == 1)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from mfac_core.backends import Array
+from mfac_core.ranks import Ranks
 from mfac_keras.backends.hooks import TrainingHooks
 
 __all__ = ["Backend"]
@@ -31,6 +32,16 @@ class Backend(Protocol):
             NotImplementedError: If the model is trained in such a way.
         """
 
+    def ranks(self, model: Any) -> Ranks:
+        """Return the processes that train the model together, each of which has all of its weights.
+
+        Args:
+            model: The model; which weights a process has is known once it is built.
+
+        Raises:
+            NotImplementedError: If there are several processes and this is not supported.
+        """
+
     def to_array(self, tensor: Any) -> Array:
         """Return a variable or tensor as an array for the core. Treat it as read-only.
 
@@ -47,6 +58,23 @@ class Backend(Protocol):
 
         Args:
             array: A NumPy or CuPy array.
+        """
+
+    def of_all_ranks(self, value: Any, variable: Any) -> Any:
+        """Return a value, which is the same on each rank, in a form that each can assign without the others.
+
+        Args:
+            value: A value that can be assigned to the variable of a single process.
+            variable: The variable.
+        """
+
+    def local_values(self, model: Any) -> AbstractContextManager[None]:
+        """Return a context in which each rank can evaluate the model on batches of its own.
+
+        Values that are assigned to variables in it are dropped at its end, if there are several ranks.
+
+        Args:
+            model: The model.
         """
 
     def loss_gradients(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -11,21 +11,57 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mfac_core.backends import Array
+from mfac_core.ranks import Alone, Ranks
+from mfac_core.weight_names import join_names
 from mfac_keras.backends.hooks import Apply, TrainingHooks
-from mfac_keras.conditions import refuse_several_processes
+from mfac_keras.backends.jax_ranks import jax_ranks
 from mfac_keras.conversion import gpu_array
 from mfac_keras.optimizers import trained_by
 
-__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = [
+    "Hooks",
+    "local_values",
+    "loss_function",
+    "loss_gradients",
+    "no_gradients",
+    "of_all_ranks",
+    "ranks",
+    "refuse_unsupported",
+    "to_array",
+    "to_tensor",
+]
 
 _STATE = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
 
+def ranks(model: Any) -> Ranks:
+    """Return all processes of JAX; refuse those that do not train the same model, or have only parts of it."""
+    count = jax.process_count()
+    if count == 1:
+        return Alone()
+    distribution = keras.distribution.distribution()
+    devices = [] if distribution is None else distribution.device_mesh.backend_mesh.devices.flat
+    if len({device.process_index for device in devices}) != count:
+        found = "no distribution is set" if distribution is None else f"{distribution} leaves some of them out"
+        raise NotImplementedError(
+            f"JAX runs in {count} processes, but {found}: each of them would train and prune a model of its own. Call "
+            "keras.distribution.set_distribution(keras.distribution.DataParallel()) before the model is made"
+        )
+    sharded = [each.path for each in model.variables if not each.value.is_fully_replicated]
+    if sharded:
+        raise NotImplementedError(
+            f"{type(distribution).__name__} shards {join_names(sharded)}, and JAX runs in {count} processes: pruning "
+            "over several processes needs all weights in each of them. Use keras.distribution.DataParallel, or prune "
+            "in a single process, where ModelParallel is supported"
+        )
+    return jax_ranks()
+
+
 def refuse_unsupported(model: Any) -> None:
-    """Refuse several processes, and models that make their own train function."""
-    refuse_several_processes(jax.process_count())
+    """Refuse models that make their own train function."""
     if type(model).make_train_function is not keras.Model.make_train_function:
         raise NotImplementedError(
             f"{type(model).__name__} overrides make_train_function, which is not supported on the jax backend; "
@@ -35,7 +71,7 @@ def refuse_unsupported(model: Any) -> None:
 
 def to_array(tensor: Any) -> Array:
     """Return an array that shares the tensor's memory if NumPy can; on a GPU it is a copy."""
-    value = tensor.value if isinstance(tensor, keras.Variable) else tensor
+    value = _local(tensor.value if isinstance(tensor, keras.Variable) else tensor)
     if value.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
         value = value.astype(jnp.float32)
     devices = value.devices()
@@ -49,6 +85,24 @@ def to_tensor(array: Array) -> Any:
     """Return a NumPy array."""
     # DLPack would bind the variable to a device and to memory that JAX must not donate to the next step.
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def of_all_ranks(value: Any, variable: Any) -> Any:
+    """Return a value as an array over the devices of all processes."""
+    # Keras would compare the values of all processes in a collective, which hangs if one of them has failed.
+    sharding = variable.value.sharding
+    return value if sharding.is_fully_addressable else _placed(np.asarray(value, variable.value.dtype), sharding)
+
+
+@contextmanager
+def local_values(model: Any) -> Iterator[None]:
+    """Give the variables values on a device of this process, if they are spread over those of all processes."""
+    values = [each.value for each in model.variables]
+    if all(value.is_fully_addressable for value in values):
+        yield
+        return
+    with keras.StatelessScope(state_mapping=list(zip(model.variables, map(_local, values), strict=True))):
+        yield
 
 
 def loss_gradients(
@@ -65,7 +119,7 @@ def loss_gradients(
 
     gradient = jax.jit(jax.grad(loss))
     for batch in batches:
-        gradients = gradient([each.value for each in variables], [each.value for each in others], batch)
+        gradients = gradient(_local_values(variables), _local_values(others), batch)
         yield [to_array(each.astype(jnp.float32) / scale) for each in gradients]
 
 
@@ -78,12 +132,26 @@ def loss_function(model: Any, loss_of: Callable[..., Any]) -> Callable[[Any], An
             return loss_of(*batch)
 
     compiled = loss if model.run_eagerly else jax.jit(loss)
-    return lambda batch: compiled([each.value for each in model.variables], batch)
+    return lambda batch: compiled(_local_values(model.variables), batch)
 
 
 def no_gradients() -> AbstractContextManager[None]:
     """Return a context in which nothing is recorded for gradients."""
     return nullcontext()
+
+
+def _local(value: Any) -> Any:
+    """Return an array that is replicated over the devices of all processes as one on a device of this process."""
+    return value if value.is_fully_addressable else value.addressable_data(0)
+
+
+def _local_values(variables: Iterable[Any]) -> list[Any]:
+    return [_local(each.value) for each in variables]
+
+
+def _placed(array: Any, sharding: Any) -> Any:
+    """Return an array, which is the same in each process, on the devices of all of them; nothing is sent."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class Hooks(TrainingHooks):
@@ -97,10 +165,18 @@ class Hooks(TrainingHooks):
 
     def _prepare(self) -> None:
         # read now, because variables have no values during an epoch
-        distributed = keras.distribution.distribution() is not None
-        self._shardings = (None, self._model._get_state_sharding_spec(), None) if distributed else None
-        self._mask_shardings = [each.value.sharding if distributed else None for each in self._variables]
-        self._masks = [self._placed(index, jnp.ones(each.shape, bool)) for index, each in enumerate(self._variables)]
+        distribution = keras.distribution.distribution()
+        if distribution is None:
+            self._shardings = None
+        else:
+            # each process needs the whole row
+            everywhere = NamedSharding(distribution.device_mesh.backend_mesh, PartitionSpec())
+            of_row = everywhere if jax.process_count() > 1 else None
+            self._shardings = (None, self._model._get_state_sharding_spec(), of_row)
+        self._mask_shardings = [None if distribution is None else each.value.sharding for each in self._variables]
+        self._masks = [
+            self._placed_mask(index, np.ones(each.shape, bool)) for index, each in enumerate(self._variables)
+        ]
         self._traced_masks: Sequence[Any] = self._masks
         self._traced_row: Any = None
         self._rows: list[Any] = []
@@ -169,13 +245,12 @@ class Hooks(TrainingHooks):
 
     def _set_mask(self, index: int, mask: npt.NDArray[np.bool_] | None) -> None:
         variable = self._variables[index]
-        values = jnp.ones(variable.shape, bool) if mask is None else jnp.asarray(mask)
-        self._masks[index] = self._placed(index, values)
+        self._masks[index] = self._placed_mask(index, np.ones(variable.shape, bool) if mask is None else mask)
 
-    def _placed(self, index: int, mask: Any) -> Any:
+    def _placed_mask(self, index: int, mask: npt.NDArray[np.bool_]) -> Any:
         # JAX would compile the step once more for an array that is bound to a device.
         sharding = self._mask_shardings[index]
-        return mask if sharding is None else jax.device_put(mask, sharding)
+        return jnp.asarray(mask) if sharding is None else _placed(mask, sharding)
 
     def _mask_of(self, index: int) -> Any:
         return self._traced_masks[index]

@@ -12,16 +12,40 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from mfac_core.backends import Array
+from mfac_core.ranks import Alone, Ranks
 from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.conversion import gpu_array
 
-__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = [
+    "Hooks",
+    "local_values",
+    "loss_function",
+    "loss_gradients",
+    "no_gradients",
+    "of_all_ranks",
+    "ranks",
+    "refuse_unsupported",
+    "to_array",
+    "to_tensor",
+]
 
 _STRATEGIES = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
 
 
+def ranks(model: Any) -> Ranks:
+    """Return this process; refuse several, which Keras 3 cannot train in."""
+    if isinstance(model.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        raise NotImplementedError(
+            "the model is under MultiWorkerMirroredStrategy, but Keras 3 cannot train under it: fit fails in several "
+            "processes, with or without pruning. Use keras.distribution.DataParallel on the JAX backend, or "
+            "tf.distribute.MirroredStrategy in a single process"
+        )
+    return Alone()
+
+
 def refuse_unsupported(model: Any) -> None:
     """Refuse strategies other than ``MirroredStrategy``."""
+    ranks(model)
     strategy = model.distribute_strategy
     is_default = strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy()
     if not is_default and not isinstance(strategy, _STRATEGIES):
@@ -47,6 +71,16 @@ def to_tensor(array: Array) -> Any:
     """Return a NumPy array."""
     # DLPack gives TensorFlow no transposed arrays, and most kernels are transposed here.
     return array if isinstance(array, np.ndarray) else array.get()
+
+
+def of_all_ranks(value: Any, variable: Any) -> Any:
+    """Return the value as it is: there is one process."""
+    return value
+
+
+def local_values(model: Any) -> AbstractContextManager[None]:
+    """Return a context that changes nothing: there is one process."""
+    return nullcontext()
 
 
 def loss_gradients(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import keras
@@ -14,11 +14,29 @@ import torch.distributed
 import torch.utils.dlpack
 
 from mfac_core.backends import Array
+from mfac_core.ranks import Alone, Ranks
 from mfac_keras.backends.hooks import TrainingHooks
 from mfac_keras.conditions import refuse_several_processes
 from mfac_keras.conversion import gpu_array
 
-__all__ = ["Hooks", "loss_function", "loss_gradients", "no_gradients", "refuse_unsupported", "to_array", "to_tensor"]
+__all__ = [
+    "Hooks",
+    "local_values",
+    "loss_function",
+    "loss_gradients",
+    "no_gradients",
+    "of_all_ranks",
+    "ranks",
+    "refuse_unsupported",
+    "to_array",
+    "to_tensor",
+]
+
+
+def ranks(model: Any) -> Ranks:
+    """Return this process; refuse several."""
+    refuse_unsupported(model)
+    return Alone()
 
 
 def refuse_unsupported(model: Any) -> None:
@@ -40,6 +58,16 @@ def to_array(tensor: Any) -> Array:
 def to_tensor(array: Array) -> Any:
     """Return a NumPy array, or a tensor that shares the memory of a CuPy array."""
     return array if isinstance(array, np.ndarray) else torch.utils.dlpack.from_dlpack(array)
+
+
+def of_all_ranks(value: Any, variable: Any) -> Any:
+    """Return the value as it is: there is one process."""
+    return value
+
+
+def local_values(model: Any) -> AbstractContextManager[None]:
+    """Return a context that changes nothing: there is one process."""
+    return nullcontext()
 
 
 def loss_gradients(

@@ -3,8 +3,11 @@ import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
-from mfac_keras import MFACPruningCallback  # noqa: E402
+from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
+from mfac_keras.backends import current_backend  # noqa: E402
 from mfac_keras.live_pruning import KerasPruning  # noqa: E402
+
+DEVICES = "two devices: MirroredStrategy (tensorflow), DataParallel and ModelParallel (jax)"
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def assert_row_of_the_whole_batch(task, model, rows):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
+@pytest.mark.feature(DEVICES)
 @pytest.mark.backends("tensorflow")
 def test_two_replicas_hold_one_mask(task, two_replicas, first_row):
     with two_replicas.scope():
@@ -48,7 +51,7 @@ def test_two_replicas_hold_one_mask(task, two_replicas, first_row):
     assert_row_of_the_whole_batch(task, model, first_row)
 
 
-@pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
+@pytest.mark.feature(DEVICES)
 @pytest.mark.backends("tensorflow")
 def test_two_replicas_under_mixed_precision(task, two_replicas, watch):
     with two_replicas.scope():
@@ -62,7 +65,7 @@ def test_two_replicas_under_mixed_precision(task, two_replicas, watch):
     assert sum(watching.optimizer_state.values()) == 0
 
 
-@pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
+@pytest.mark.feature(DEVICES)
 @pytest.mark.backends("tensorflow")
 def test_a_strategy_that_is_not_supported_is_refused_by_name(task):
     import tensorflow as tf
@@ -74,21 +77,96 @@ def test_a_strategy_that_is_not_supported_is_refused_by_name(task):
         task.fit(model, MFACPruningCallback(task.recipe()))
 
 
-@pytest.mark.feature("two devices: MirroredStrategy (tensorflow), DataParallel (jax)")
-@pytest.mark.backends("jax")
-def test_two_devices_in_parallel(task, first_row, watch):
-    import jax
+@pytest.fixture
+def distributed(request):
+    """A distribution over two devices of this process, in which models are made."""
+    devices = [f"cpu:{number}" for number in range(2)]
+    if request.param == "DataParallel":
+        distribution = keras.distribution.DataParallel(devices=devices)
+    else:  # the axis of the inputs or of the outputs is cut in two, and with it the gradient
+        layout = {"inputs": ("model", None), "outputs": (None, "model")}[request.param.partition(" of ")[2]]
+        layouts = keras.distribution.LayoutMap(keras.distribution.DeviceMesh((1, 2), ("batch", "model"), devices))
+        layouts[".*body/kernel"] = layout
+        distribution = keras.distribution.ModelParallel(layout_map=layouts)
+    with distribution.scope():
+        yield distribution
 
-    devices = jax.devices()
-    assert len(devices) == 2
-    keras.distribution.set_distribution(keras.distribution.DataParallel(devices=[f"cpu:{i}" for i in range(2)]))
-    try:
-        model = task.model("sgd")
-        pruning = MFACPruningCallback(task.recipe(num_grads=5), verbose=0)
-        watching = watch(pruning)
-        task.fit(model, pruning, watching)
-    finally:
-        keras.distribution.set_distribution(None)
+
+DISTRIBUTED = pytest.mark.parametrize(
+    "distributed", ["DataParallel", "ModelParallel of inputs", "ModelParallel of outputs"], indirect=True
+)
+
+
+def assert_equal_masks(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, mask in wanted.items():
+        np.testing.assert_array_equal(found[name], mask, err_msg=name)
+
+
+@pytest.mark.feature(DEVICES)
+@pytest.mark.backends("jax")
+@DISTRIBUTED
+def test_two_devices_prune_as_one(task, distributed, first_row, watch):
+    model = task.model("sgd")
+    pruning = MFACPruningCallback(task.recipe(num_grads=5), verbose=0)
+    watching = watch(pruning)
+    task.fit(model, pruning, watching)
     assert watching.grown == 0
     assert pruning.sparsity == 0.75
+    kernel = model.get_layer("body").kernel.value
+    assert len(kernel.devices()) == 2
+    assert kernel.is_fully_replicated == isinstance(distributed, keras.distribution.DataParallel)
+
+    keras.distribution.set_distribution(None)
     assert_row_of_the_whole_batch(task, model, first_row)
+    alone = MFACPruningCallback(task.recipe(num_grads=5), verbose=0)
+    task.fit(task.model("sgd"), alone)
+    assert_equal_masks(pruning.masks, alone.masks)
+
+
+@pytest.mark.feature(DEVICES)
+@pytest.mark.backends("jax")
+@DISTRIBUTED
+def test_one_shot_on_two_devices_prunes_as_on_one(task, distributed):
+    def pruned():
+        model = task.model()
+        return model, prune_one_shot(model, (task.x, task.y), sparsity=0.6, num_grads=6, num_recomputations=2)
+
+    model, masks = pruned()
+    keras.distribution.set_distribution(None)
+    alone, wanted = pruned()
+    assert_equal_masks(masks, wanted)
+    for name, kernel in task.kernels(alone).items():
+        np.testing.assert_allclose(task.kernels(model)[name], kernel, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.backends("tensorflow")
+def test_several_workers_are_refused_because_keras_cannot_train_in_them(task):
+    # only the class matters; a worker has to be configured before the process computes anything
+    import tensorflow as tf
+
+    strategy = object.__new__(tf.distribute.MultiWorkerMirroredStrategy)
+    model = task.model("sgd")
+    model._distribute_strategy = strategy
+    cure = "Keras 3 cannot train under it.*JAX backend"
+    with pytest.raises(NotImplementedError, match=f"MultiWorkerMirroredStrategy.*{cure}"):
+        current_backend().refuse_unsupported(model)
+    with pytest.raises(NotImplementedError, match=f"MultiWorkerMirroredStrategy.*{cure}"):
+        prune_one_shot(model, (task.x, task.y), sparsity=0.5)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("prune", ["in one shot", "in fit"])
+def test_several_processes_of_torch_are_refused_with_a_cure(task, monkeypatch, prune):
+    from torch import distributed
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+        with pytest.raises(NotImplementedError, match="2 processes.*JAX backend.*mfac_torch"):
+            if prune == "in fit":
+                task.fit(task.model(), MFACPruningCallback(task.recipe()))
+            else:
+                prune_one_shot(task.model(), (task.x, task.y), sparsity=0.5)
+    finally:
+        distributed.destroy_process_group()

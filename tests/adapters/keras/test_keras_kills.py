@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
+
+from mfac_keras.state_file import read_states  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked and killed")
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
@@ -71,7 +74,7 @@ def test_weights_that_are_an_epoch_ahead_go_on_with_their_own_masks_and_it_is_sa
             seen.append(dict(pruning.masks))
 
     target = folder / f"before the epoch-{order}"
-    saved = next(runs.callback.read_states(target / "pruning.npz")).state["prunings"][0]["masks"]
+    saved = next(read_states(target / "pruning.npz")).state["prunings"][0]["masks"]
     task = runs.conftest.TinyTask()
     pruning, callbacks = runs.callbacks_of(target, order)
     task.fit(task.model(keras.optimizers.Adam(0.01)), *callbacks, Look(), epochs=runs.EPOCHS)

@@ -6,6 +6,7 @@ import pytest
 
 keras = pytest.importorskip("keras", reason="needs Keras: pip install 'mfac-core[keras]'")
 
+from mfac_core import SettingError  # noqa: E402
 from mfac_core.recipe.recommended import RECOMMENDED  # noqa: E402
 from mfac_keras import MFACPruningCallback, prune_one_shot  # noqa: E402
 
@@ -213,3 +214,18 @@ def test_a_failure_late_on_the_way_leaves_the_model_as_it_was(task):
     with pytest.raises(RuntimeError, match="the disk is gone"):
         prune_one_shot(model, data, sparsity=0.9, num_recomputations=4, **FEW)
     assert all(map(np.array_equal, before, model.get_weights()))
+
+
+def test_groups_of_layers_are_pruned_one_after_the_other(task, caplog):
+    caplog.set_level(logging.INFO, logger="mfac_keras")
+    model, by_hand, at_once = task.model(), task.model(), task.model()
+    keys = FEW | {"global_sparsity": False, "sparsity": 0.5}
+    masks = prune_one_shot(model, batches(task), layers_at_once=1, **keys)
+    for number, path in enumerate(masks, start=1):
+        assert f"(group {number} of 2: {path})" in caplog.text
+        prune_one_shot(by_hand, batches(task), params=[path], **keys)
+    prune_one_shot(at_once, batches(task), **keys)
+    assert all(map(np.array_equal, model.get_weights(), by_hand.get_weights()))
+    assert not all(map(np.array_equal, model.get_weights(), at_once.get_weights()))
+    with pytest.raises(SettingError, match="layers_at_once: 1 conflicts with global_sparsity"):
+        prune_one_shot(model, batches(task), layers_at_once=1, sparsity=0.9, **FEW)

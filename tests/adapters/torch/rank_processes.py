@@ -145,3 +145,4 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
         pipe.send_bytes(pickle.dumps(outcome))
     dist.barrier()  # a group that one rank leaves while another still uses it aborts
     dist.destroy_process_group()
+    os._exit(0)  # a process that has imported much takes seconds to clear it away

@@ -25,6 +25,7 @@ def log_levels_restored():
         logging.getLogger(name).setLevel(level)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.usefixtures("log_levels_restored")
 def test_every_block_of_python_runs_as_it_stands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the page may write files

@@ -18,6 +18,7 @@ from mfac_torch import (
     MFACPruningModifier,
     ScheduledModifierManager,
     SetLearningRateModifier,
+    sensitivity,
 )
 
 pytestmark = pytest.mark.usefixtures("placement")  # on the CPU, and on a GPU
@@ -875,23 +876,15 @@ def test_what_is_not_a_modifier_is_refused():
         ScheduledModifierManager([EpochRangeModifier(end_epoch=1.0)]).apply(nn.Linear(1, 1), teacher=1, metadata={})
 
 
-def test_samplers_and_one_shot_pruning_are_refused_over_several_processes(task):
+def test_sensitivity_is_refused_over_several_processes(task):
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    model = task.model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        sampler = GradSampler(task.batches, nn.functional.mse_loss)
-        for call, what in (
-            (lambda manager: manager.modify(model, optimizer, 5, grad_sampler=sampler), "a grad_sampler"),
-            (lambda manager: manager.apply(model, grad_sampler=sampler), "one-shot pruning"),
-        ):
-            with pytest.raises(NotImplementedError, match=f"2 processes, over which {what} is not supported yet"):
-                call(ScheduledModifierManager.from_yaml(task.recipe()))
+        with pytest.raises(NotImplementedError, match=r"2 processes, over which sensitivity\(\) is not .* Call .*"):
+            sensitivity(task.model(), task.batches, nn.functional.mse_loss)
     finally:
         torch.distributed.destroy_process_group()
-    assert hooks(optimizer) == 0
 
 
 def test_arguments_of_the_wrong_kind_are_refused_by_name(task):

@@ -5,10 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from mfac_torch import ScheduledModifierManager, apply_masks
+from mfac_torch import GradSampler, ScheduledModifierManager, apply_masks
 from mfac_torch.sharded import is_sharded, local
 from tests.adapters.torch.conftest import TinyTask
 from tests.adapters.torch.rank_training import Run, assert_equal_runs, full_weights, logged, train
@@ -91,7 +92,7 @@ class _Logger:
         self.values = []
 
     def log_scalar(self, tag, value, step):
-        self.values.append((tag, step))
+        self.values.append((tag, value, step))
 
 
 def _to_loggers(group):
@@ -102,23 +103,26 @@ def _to_loggers(group):
 
 def test_scalars_are_logged_once(rank_processes):
     first, second = rank_processes.run(_to_loggers, size=2)
-    assert [step for _, step in first] == [5, 5, 10, 10]
+    assert [step for _, _, step in first] == [5, 5, 10, 10]
     assert second == []
 
 
 @pytest.mark.parametrize("method", ["modify", "apply"])
 def test_a_single_process_may_be_sharded(one_process, method):
-    text = TinyTask.recipe("MagnitudePruningModifier")
+    text = TinyTask.recipe()
     whole, sharded = TinyTask.model(), TinyTask.model()
     mesh = init_device_mesh("cpu", (1,))
     fully_shard(sharded[0], mesh=mesh)
     fully_shard(sharded, mesh=mesh)
+    inputs, logger = TinyTask().batches[0][0], _Logger()
     for model in (whole, sharded):
         manager = ScheduledModifierManager.from_yaml(text)
-        if method == "apply":
-            manager.apply(model)
-            continue
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with torch.no_grad():
+            model(inputs)  # leaves full parameters in the place of those of the last layer
+        if method == "apply":
+            manager.apply(model, loggers=logger, grad_sampler=GradSampler(TinyTask().batches, nn.functional.mse_loss))
+            continue
         manager.modify(model, optimizer, 5)
         TinyTask().train(model, optimizer)
         manager.finalize()
@@ -126,3 +130,7 @@ def test_a_single_process_may_be_sharded(one_process, method):
     for name, parameter in sharded.named_parameters():
         np.testing.assert_allclose(local(parameter).numpy(), whole.get_parameter(name).detach().numpy(), atol=1e-6)
     assert int((local(sharded[0].weight) == 0).sum()) == 36
+    with torch.no_grad():
+        np.testing.assert_allclose(sharded(inputs), whole(inputs), atol=1e-6)
+    losses = [value for tag, value, _ in logger.values if "loss" in tag]
+    assert losses[: len(losses) // 2] == pytest.approx(losses[len(losses) // 2 :], rel=1e-4)

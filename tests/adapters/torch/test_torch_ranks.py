@@ -36,7 +36,15 @@ def _exchange(group, dtype, as_tensors):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize(
     ("dtype", "as_tensors"),
-    [("float32", True), ("float32", False), ("float64", False), ("int64", False), ("uint8", False), ("bool", True)],
+    [
+        ("float32", True),
+        ("float32", False),
+        ("float64", False),
+        ("int64", False),
+        ("uint8", False),
+        ("bool", True),
+        ("uint16", False),
+    ],
 )
 def test_each_rank_gets_what_the_others_have_sent_to_it(rank_processes, size, dtype, as_tensors):
     received = rank_processes.run(_exchange, dtype, as_tensors, size=size)
