@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -113,10 +113,8 @@ def prune_in_one_shot(
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for each in modifiers if isinstance(each, MFACSettings)), {})
-            # ranks with shards run the model together: one that fails alone can only end, so that the others notice
             is_sharded = any(not pruning.shards.is_whole for pruning in session.prunings)
-            doing = "recalibrating batch normalization"
-            with nullcontext() if is_sharded else together(session.ranks, doing):
+            with together(session.ranks, "recalibrating batch normalization", sharded=is_sharded):
                 statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:
