@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -514,7 +513,7 @@ class MFACPruner(GradualPruner):
 
     def _check_memory(self, memory: WindowMemory) -> None:
         self.needed_bytes = memory.check(self._collector.device)
-        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
+        self.window_bytes = memory.peak_bytes()
 
     def _distributed(self, mask: Mask) -> Distribution:
         return Distribution(self.ranks, self.shards, mask, block_size=self.settings.block_size)

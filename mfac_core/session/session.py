@@ -144,9 +144,8 @@ class Session(Generic[P, C]):
         """Check that all ranks are at the same point of the same run, at the steps at which that matters.
 
         These are the first step of this process or after a state is loaded, the step after the first row of a gradient
-        window, and each step at which a pruning step is scheduled. Call it after each optimizer step on all ranks,
-        before anything asks whether a pruning step is due, and from nowhere else: it is collective. For a single
-        process it does nothing.
+        window, and each step at which a pruning step is scheduled. It is collective: all ranks call it at the same
+        steps, before anything asks whether a pruning step is due. For a single process it does nothing.
 
         Raises:
             RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
