@@ -20,7 +20,17 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("jax_processes.py")
-ALIKE = ["by_layer", "by_all", "in_one_block", "by_magnitude", "in_phases", "sampled", "from_tf_data", "one_shot"]
+ALIKE = [
+    "by_layer",
+    "by_all",
+    "in_one_block",
+    "by_magnitude",
+    "in_phases",
+    "sampled",
+    "from_tf_data",
+    "one_shot",
+    "by_groups",
+]
 REFUSED = {
     "without_distribution": "JAX runs in 2 processes, but no distribution is set.*DataParallel",
     "on_its_own_devices": "JAX runs in 2 processes, but .* leaves some of them out.*DataParallel",
