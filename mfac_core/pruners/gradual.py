@@ -85,7 +85,7 @@ class GradualPruner(Pruner):
         select = partial(self._newly_pruned, sparsity=self._target_sparsity(zeros, index))
         distribution = self._distribution_of(self._mask)
         unpruned = distribution.to_owners(take_unpruned(weights, distribution.held_mask))
-        return Outcome.of_unpruned(self._mask, distribution, self._prune_unpruned(unpruned, zeros, select, index))
+        return Outcome.of_unpruned(distribution, self._prune_unpruned(unpruned, zeros, select, index))
 
     def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the target sparsity of the current sub-step of the pruning step with this index.
