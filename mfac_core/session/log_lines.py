@@ -39,7 +39,7 @@ def shares_line(num_ranks: int, settings: MFACSettings, num_weights: int, window
         if num_blocks > 1:
             kept = f"the first {num_blocks} keep and compute one block of the gradient window each ({size})"
         smaller = f"fisher_block_size: {max(num_weights // num_ranks, 1)} or less gives each a block"
-        return f"{ranks}: {kept}, the others none; {smaller}"
+        return f"{ranks}: {kept}, the others have none; {smaller}"
     share = f"1/{num_ranks}"
     return f"{ranks}: each keeps {share} of the gradient window ({size}) and computes {share} of the blocks"
 
