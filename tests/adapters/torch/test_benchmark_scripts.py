@@ -165,7 +165,7 @@ def test_the_parts_of_a_diagonal_add_up_in_each_precision(width: int) -> None:
         source = GradientMatrix([gradients.astype(dtype)], block_size=width)
         with timed_parts() as shares[dtype]:
             # a tolerance that no bound of float32 meets
-            BlockwiseFisher(source, damping=1e-3, devices="cpu", rtol=1e-6).diagonal()
+            BlockwiseFisher(source, damping=1e-3, devices="cpu", rtol=4e-6).diagonal()
 
     for parts in shares.values():
         assert sum(parts.values()) == pytest.approx(1)
