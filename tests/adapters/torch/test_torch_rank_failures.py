@@ -91,7 +91,7 @@ def test_nan_on_one_rank_is_refused_by_all(rank_processes, how):
 def _die_before_pruning(group, path):
     run = Run(group, RECIPE)
     run.train(stop=5)
-    run.manager.save_checkpoint(path.format(rank=run.rank))
+    run.manager.save_checkpoint(path)
     saved = run.manager.state_dict(gradient_window=False)["prunings"]
     run.train(5, 9)
     if run.rank == 1:
@@ -107,13 +107,13 @@ def _die_before_pruning(group, path):
 def test_when_a_rank_dies_the_others_raise_and_have_not_pruned(tmp_path):
     processes = RankProcesses(2)
     try:
-        (seconds, is_unchanged), dead = processes.outcomes(_die_before_pruning, str(tmp_path / "{rank}.pt"))
+        (seconds, is_unchanged), dead = processes.outcomes(_die_before_pruning, str(tmp_path / "run.pt"))
     finally:
         processes.close()
     assert dead == "has ended with exit code -9"
     assert seconds < 30
     assert is_unchanged
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["0.pt", "1.pt"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run.pt", "run.pt.rank-1-of-2"]
 
 
 def _attached_too_early(group, new_optimizer):
