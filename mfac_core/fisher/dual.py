@@ -39,7 +39,8 @@ least eigenvalues of ``S`` are lost in its rounding: those of ``L L^T`` can be a
 columns have in their directions is missed by ``x``, ``y`` and the estimates alike. In the direction ``D^(1/2) z`` it is
 ``(g^T z)^2 / z^T S z``, where ``z^T S z = m lambda |z|^2 + |G^T z|^2`` has positive terms only; with the factor it is
 ``(g^T z)^2 / |L^T z|^2``. Over the vectors with which the power method ends, the difference, added up over all columns,
-must be far below ``rtol``. Samples that repeat exactly pass: no column has a part in the direction of their difference.
+must be small relative to what it is taken from, or far below ``rtol``. Samples that repeat exactly pass: no column has
+a part in the direction of their difference.
 
 The inverse diagonal is therefore evaluated in up to six steps, each only if the one before does not suffice:
 
@@ -266,8 +267,10 @@ class DualFactor:
         explained = sum(_row_sums_of_squares(rows @ xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
         shift = xp.asarray(self.shift, dtype=self.dtype)[:, None]
         exact = explained + shift * xp.sum(z * z, axis=-2)
-        missed = explained / exact * (1 - exact / xp.sum(z * right, axis=-2))
-        return xp.max(xp.abs(missed), axis=-1)
+        difference = xp.abs(1 - exact / xp.sum(z * right, axis=-2))
+        # a small difference is an error like any other, which the estimates see
+        missed = xp.where(difference <= FIRST_ORDER, xp.zeros_like(exact), explained / exact * difference)
+        return xp.max(missed, axis=-1)
 
     def _power_method(self) -> tuple[Array, Array]:
         """Return ``kappa`` of each block, shape ``(n, 1)``, and the vectors that the power method ends with."""

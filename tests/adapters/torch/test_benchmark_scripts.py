@@ -158,7 +158,7 @@ def test_a_row_has_times_memory_and_errors_of_one_pruning_step(quick: None) -> N
 
 @pytest.mark.parametrize("width", [300, 6])
 def test_the_parts_of_a_diagonal_add_up_in_each_precision(width: int) -> None:
-    gradients = np.random.default_rng(0).standard_normal((8, 600)).astype(np.float32)
+    gradients = (10 + np.random.default_rng(0).standard_normal((8, 600))).astype(np.float32)
 
     shares = {}
     for dtype in (np.float32, np.float64):
