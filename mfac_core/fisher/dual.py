@@ -39,7 +39,8 @@ least eigenvalues of ``S`` are lost in its rounding: those of ``L L^T`` can be a
 columns have in their directions is missed by ``x``, ``y`` and the estimates alike. In the direction ``D^(1/2) z`` it is
 ``(g^T z)^2 / z^T S z``, where ``z^T S z = m lambda |z|^2 + |G^T z|^2`` has positive terms only; with the factor it is
 ``(g^T z)^2 / |L^T z|^2``. Over the vectors with which the power method ends, the difference, added up over all columns,
-must be far below ``rtol``. Samples that repeat exactly pass: no column has a part in the direction of their difference.
+must be small relative to what it is taken from, or far below ``rtol``. Samples that repeat exactly pass: no column has
+a part in the direction of their difference.
 
 The inverse diagonal is therefore evaluated in up to six steps, each only if the one before does not suffice:
 
@@ -122,9 +123,12 @@ AFFORDABLE = PROBES + 2 * MEASURED
 """Columns that can be evaluated by the form that does not cancel in the time that random signs and measured columns
 take."""
 
-SUMMED = 4096
-"""Columns over which products are added up at once. In a sum of more numbers of like size, such as the squares of
-signs, each is rounded alike relative to what has been summed: at 65,000 columns the sum was off by 200 ``eps``."""
+SQUARES = 4096
+"""Squares that a dot product adds up at once. In a longer sum of numbers of like size, such as squares of signs, they
+are all rounded in the same direction: at 65,000 columns the sum was off by 200 ``eps``."""
+
+PRODUCTS = 32768
+"""The same for a product of matrices, which adds up in panels of its own."""
 
 POWER_VECTORS = 8
 """Random vectors of the power method that estimates ``kappa``."""
@@ -263,8 +267,10 @@ class DualFactor:
         explained = sum(_row_sums_of_squares(rows @ xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
         shift = xp.asarray(self.shift, dtype=self.dtype)[:, None]
         exact = explained + shift * xp.sum(z * z, axis=-2)
-        missed = explained / exact * (1 - exact / xp.sum(z * right, axis=-2))
-        return xp.max(xp.abs(missed), axis=-1)
+        difference = xp.abs(1 - exact / xp.sum(z * right, axis=-2))
+        # a small difference is an error like any other, which the estimates see
+        missed = xp.where(difference <= FIRST_ORDER, xp.zeros_like(exact), explained / exact * difference)
+        return xp.max(missed, axis=-1)
 
     def _power_method(self) -> tuple[Array, Array]:
         """Return ``kappa`` of each block, shape ``(n, 1)``, and the vectors that the power method ends with."""
@@ -423,7 +429,7 @@ def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
     total = norms = None
     # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
-        for piece in _summed_at_once(chunk):
+        for piece in _summed_at_once(chunk, PRODUCTS):
             for product in map_on_threads(lower_gram, split_for_threads(piece)):
                 total = product if total is None else total + product
         squares = _row_sums_of_squares(chunk)
@@ -439,13 +445,13 @@ def _row_sums_of_squares(x: Array) -> Array:
     if not runs_on_cpu(x):
         return xp.sum(x * x, axis=-1)
     # dot products need no array of squares
-    squares = [piece[:, :, None, :] @ piece[:, :, :, None] for piece in _summed_at_once(x)]
+    squares = [piece[:, :, None, :] @ piece[:, :, :, None] for piece in _summed_at_once(x, SQUARES)]
     return xp.sum(concat(squares, axis=-1)[..., 0, :], axis=-1)
 
 
-def _summed_at_once(x: Array) -> list[Array]:
-    """Return the columns of ``x`` in pieces over which sums keep their digits."""
-    return split_columns(x, -(-x.shape[-1] // SUMMED))
+def _summed_at_once(x: Array, count: int) -> list[Array]:
+    """Return the columns of ``x`` in pieces of at most ``count``."""
+    return split_columns(x, -(-x.shape[-1] // count))
 
 
 def _with_solve(amplified: Array, explained: Array) -> Array:

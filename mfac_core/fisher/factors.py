@@ -35,7 +35,7 @@ __all__ = ["Factor", "evaluate", "factor"]
 
 
 FEWEST_DIGITS = 32
-"""Smallest ``rtol`` in units of ``eps``: below it, rounding of single operations counts, which the estimates neglect."""
+"""Smallest ``rtol`` in units of ``eps``: below it, the estimates neglect what single operations round."""
 
 
 class Factor(Protocol):

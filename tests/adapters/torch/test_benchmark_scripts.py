@@ -158,14 +158,14 @@ def test_a_row_has_times_memory_and_errors_of_one_pruning_step(quick: None) -> N
 
 @pytest.mark.parametrize("width", [300, 6])
 def test_the_parts_of_a_diagonal_add_up_in_each_precision(width: int) -> None:
-    gradients = np.random.default_rng(0).standard_normal((8, 600)).astype(np.float32)
+    gradients = (10 + np.random.default_rng(0).standard_normal((8, 600))).astype(np.float32)
 
     shares = {}
     for dtype in (np.float32, np.float64):
         source = GradientMatrix([gradients.astype(dtype)], block_size=width)
         with timed_parts() as shares[dtype]:
             # a tolerance that no bound of float32 meets
-            BlockwiseFisher(source, damping=1e-3, devices="cpu", rtol=1e-6).diagonal()
+            BlockwiseFisher(source, damping=1e-3, devices="cpu", rtol=4e-6).diagonal()
 
     for parts in shares.values():
         assert sum(parts.values()) == pytest.approx(1)
