@@ -14,7 +14,7 @@ from torch import nn
 
 from mfac_core.backends import Array
 from mfac_core.errors import RankError
-from mfac_core.ranks import Alone
+from mfac_core.ranks import Alone, Parts
 from mfac_torch.conversion import to_tensor
 from mfac_torch.sharded import mesh_of
 from mfac_torch.wrappers import layers_of
@@ -87,19 +87,17 @@ class TorchRanks:
 
     def exchange(self, parts: Sequence[Array]) -> list[Array]:
         """Send ``parts[i]`` to rank ``i``, and return what each rank has sent to this one."""
-        tensors = [to_tensor(part) for part in parts]
-        device, dtype = tensors[0].device, tensors[0].dtype
-        via = self._transport(device)
+        if not isinstance(parts, Parts):
+            parts = self._told(parts)
+        tensor = to_tensor(parts.vector)
+        via, itemsize = self._transport(tensor.device), tensor.dtype.itemsize
+        arriving, lengths = ([itemsize * count for count in counts] for counts in (parts.arriving, parts.lengths))
         with _raising(self, "an exchange"):
-            sent = torch.cat(tensors).to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
-            lengths = [len(tensor) * dtype.itemsize for tensor in tensors]
-            arriving = torch.empty(self.size, dtype=torch.int64, device=via)
-            dist.all_to_all_single(arriving, torch.tensor(lengths, device=via), group=self.group)
-            of_each = arriving.tolist()
-            received = torch.empty(sum(of_each), dtype=torch.uint8, device=via)
-            dist.all_to_all_single(received, sent, of_each, lengths, group=self.group)
-        found = [each.view(dtype) for each in received.to(device).split(of_each)]
-        return [each.numpy() for each in found] if isinstance(parts[0], np.ndarray) else found
+            sent = tensor.to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
+            received = torch.empty(sum(arriving), dtype=torch.uint8, device=via)
+            dist.all_to_all_single(received, sent, arriving, lengths, group=self.group)
+        found = received.to(tensor.device).view(tensor.dtype).split(parts.arriving)
+        return [each.numpy() for each in found] if isinstance(parts.vector, np.ndarray) else list(found)
 
     def sum(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Return the sum over all ranks, with the same bits on each."""
@@ -110,6 +108,16 @@ class TorchRanks:
             if total.is_floating_point():  # ranks may add in different orders
                 dist.broadcast(total, dist.get_global_rank(self.group, 0), group=self.group)
             return total.cpu().numpy()
+
+    def _told(self, parts: Sequence[Array]) -> Parts:
+        """Return parts with their lengths, after the ranks have told each other those."""
+        vector = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else torch.cat(list(parts))
+        lengths = [len(part) for part in parts]
+        via = self._transport(torch.device("cpu"))
+        arriving = torch.empty(self.size, dtype=torch.int64, device=via)
+        with _raising(self, "an exchange"):
+            dist.all_to_all_single(arriving, torch.tensor(lengths, device=via), group=self.group)
+        return Parts(vector, lengths, arriving.tolist())
 
     def _transport(self, device: torch.device) -> torch.device:
         """Return the device through which tensors of another one travel: itself, where the group has a backend."""

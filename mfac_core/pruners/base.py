@@ -45,6 +45,9 @@ __all__ = ["Outcome", "Progress", "Pruner"]
 _NEARLY_ALL = 0.99
 """At or above this sparsity, layers without any weight are expected: no warning."""
 
+_MAY_DIFFER = {"devices", "gradients_device", "sampler_options", "written_as"}
+"""Settings that each rank may have of its own."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -415,7 +418,7 @@ class Pruner(ABC):
             step: Completed optimizer steps.
 
         Raises:
-            RankError: If ranks differ in step, schedule, masks or gradient samples, or if each trains a model of its
+            RankError: If ranks differ in step, settings, masks or gradient samples, or if each trains a model of its
                 own; the message names the ranks and the cure. All ranks raise it.
         """
         if self.ranks.size > 1:
@@ -556,6 +559,8 @@ class Pruner(ABC):
             "step": step,
             "steps_per_epoch": self._steps_per_epoch,
             "the schedule": digest(schedule_table(self.schedule)[:, 0]),
+            "the settings": repr([each for each in vars(self.settings).items() if each[0] not in _MAY_DIFFER]),
+            "which weights each of them has": repr([self.shards.of_rank(rank) for rank in range(self.ranks.size)]),
             "the pruning steps that are done": self._done,
             "the masks": self._digest_of_mask(),
         }

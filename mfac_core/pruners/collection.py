@@ -18,6 +18,7 @@ from mfac_core.pruners.row_moves import LoadedRows, kept_ranges, move_rows
 from mfac_core.ranks.agreement import together
 from mfac_core.ranks.base import Ranks
 from mfac_core.ranks.distribution import Distribution
+from mfac_core.ranks.routes import Consecutive
 from mfac_core.state_checks import check_keys
 
 __all__ = ["GradientCollector"]
@@ -79,23 +80,18 @@ class GradientCollector:
         """
         device, vectors = self._gathered(gradients)
         with device.backend.on(device.name):
-            if self.distribution.is_whole:
-                own, is_finite = _cut(vectors, *self.distribution.columns), _are_finite(vectors)
-                if self._ranks.size > 1:
-                    self.entries = strided(vectors)
-            else:
-                row, flags = self.distribution.row_to_owners(_joined(vectors))
-                own, is_finite = [row], array_namespace(flags).sum(flags) == 0
+            own, flags = self.distribution.row_to_owners(vectors, _flag(vectors))
+            if self._ranks.size > 1 and self.distribution.is_whole:
+                self.entries = strided(vectors)
             if device.is_host:
-                return self._store(own if is_finite else None)
-            (row,) = own
-            flag = _flag(is_finite, row)
+                return self._store(None if flags.any() else own)
             if device.backend is self.device.backend:
-                fetched = device.backend.fetch(flag)
-                self._arriving = lambda: None if fetched()[0] else [row]
+                fetched = device.backend.fetch(flags)
+                self._arriving = lambda: None if fetched().any() else own
             else:  # in one copy
-                both = device.backend.fetch(array_namespace(row).concat([row, flag]))
-                self._arriving = lambda: _unless_flagged(both())
+                both = device.backend.fetch(_joined([*own, flags]))
+                num_flags = flags.shape[0]
+                self._arriving = lambda: _unless_flagged(both(), num_flags)
         return True
 
     def observe_samples(self, gradients: Mapping[str, Array] | None) -> int:
@@ -114,9 +110,8 @@ class GradientCollector:
             else:
                 device, vectors = self._gathered(gradients)
                 with device.backend.on(device.name):
-                    row = _joined(vectors)
-                    flag, concat = _flag(_are_finite(vectors), row), array_namespace(row).concat
-                    parts = [concat([row[start:stop], flag]) for start, stop in self.distribution.ranges]
+                    held, flag = Consecutive(vectors), _flag(vectors)
+                    parts = [_joined([*held.cut(*columns), flag]) for columns in self.distribution.ranges]
         received = [part for part in self._ranks.exchange(parts) if part.shape[0]]
         with device.backend.on(device.name):
             for part in received:
@@ -291,35 +286,19 @@ def _joined(vectors: Sequence[Array]) -> Array:
     return vectors[0] if len(vectors) == 1 else array_namespace(vectors[0]).concat(vectors)
 
 
-def _cut(vectors: Sequence[Array], start: int, stop: int) -> list[Array]:
-    """Return the entries from ``start`` to ``stop`` of consecutive vectors."""
-    cut, first = [], 0
-    for vector in vectors:
-        last = first + vector.shape[0]
-        cut.append(vector[max(start - first, 0) : max(stop - first, 0)])
-        first = last
-    return cut
-
-
-def _are_finite(vectors: Sequence[Array]) -> Any:
-    """Return whether all numbers are finite: of NumPy arrays at once, of others on their device."""
+def _flag(vectors: Sequence[Array]) -> Array:
+    """Return a vector of one number: 0 if all numbers of a sample are finite, else 1."""
     if isinstance(vectors[0], np.ndarray):
-        return all(map(_is_finite, vectors))
+        with np.errstate(all="ignore"):
+            return np.array([not all(map(_is_finite, vectors))], vectors[0].dtype)
     xp = array_namespace(vectors[0])
-    return xp.all(xp.isfinite(_joined(vectors)))
+    return xp.reshape(xp.astype(~xp.all(xp.isfinite(_joined(vectors))), vectors[0].dtype), (1,))
 
 
-def _flag(is_finite: Any, like: Array) -> Array:
-    """Return a vector of one number: 0 if a sample is finite, else 1."""
-    xp = array_namespace(like)
-    return xp.reshape(xp.asarray(~xp.asarray(is_finite), dtype=like.dtype), (1,))
-
-
-def _unless_flagged(values: npt.NDArray[Any]) -> list[Array] | None:
-    return None if values[-1] else [values[:-1]]
+def _unless_flagged(values: npt.NDArray[Any], num_flags: int) -> list[Array] | None:
+    return None if values[-num_flags:].any() else [values[:-num_flags]]
 
 
 def _is_finite(values: npt.NDArray[Any]) -> bool:
-    with np.errstate(all="ignore"):
-        # one fast pass: NaN and Inf propagate into a sum of squares; overflow of the sum proves nothing
-        return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())
+    # one fast pass: NaN and Inf propagate into a sum of squares; overflow of the sum proves nothing
+    return bool(np.isfinite(np.dot(values, values))) or bool(np.isfinite(values).all())

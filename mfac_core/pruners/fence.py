@@ -24,6 +24,8 @@ _CURES = {
     "steps_per_epoch": "pass the same number on all ranks",
     "the modifiers, or the weights that they prune": "use the same recipe and the same model on all ranks",
     "the schedule": "use the same recipe on all ranks",
+    "the settings": "use the same recipe on all ranks",
+    "which weights each of them has": "build the same model on all ranks, and shard it alike",
     "whether a state is loaded": _SAME_CHECKPOINT,
     "gradient samples": "pass the gradients of each step on all ranks",
     "the device of the gradient window": "name it (grads_device in a recipe)",

@@ -44,7 +44,8 @@ class Ranks(Protocol):
         """Send ``parts[i]`` to rank ``i``, and return what each rank has sent to this one, in the order of ranks.
 
         Parts are vectors of one dtype, the same on all ranks: float32, float64, int64 or uint8. They are of one library
-        and on one device, and so are those that are returned. Their lengths may differ, and be 0.
+        and on one device, and so are those that are returned. Their lengths may differ, and be 0. Where ranks know how
+        much the others send, all pass :class:`mfac_core.ranks.Parts`, which say it.
         """
 
     def sum(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from mfac_core.backends import Array, array_namespace, device_of
+from mfac_core.backends import Array
 from mfac_core.ranks.base import Ranks
-from mfac_core.ranks.routes import Interval, Route
+from mfac_core.ranks.routes import Consecutive, Interval, Route
 from mfac_core.ranks.shards import Shards
 
 __all__ = ["Distribution", "deal"]
@@ -101,24 +102,20 @@ class Distribution:
         """
         return self._to_owners.move(held)
 
-    def row_to_owners(self, held: Array) -> tuple[Array, Array]:
-        """Do the same with a gradient sample, and learn which ranks hold NaN or Inf of it, in the same exchange.
+    def row_to_owners(self, vectors: Sequence[Array], flag: Array) -> tuple[list[Array], Array]:
+        """Do the same with a gradient sample, and tell all ranks whether any holds NaN or Inf, in the same exchange.
+
+        Args:
+            vectors: The unpruned entries that this rank holds, in order, in consecutive vectors.
+            flag: A vector of one number, of their dtype: not 0 if an entry is NaN or Inf.
 
         Returns:
-            The columns of this rank; and flags of the same dtype on the same device, 1 for each rank whose numbers are
-            not all finite: one for each rank, or a single one if the ranks are replicas.
+            The columns of this rank, in order, in consecutive vectors; and the flags, one of each rank, or that of this
+            one if the ranks are replicas.
         """
-        device = device_of(held)
-        with device.backend.on(device.name):
-            xp = array_namespace(held)
-            flag = xp.reshape(xp.astype(~xp.all(xp.isfinite(held)), held.dtype), (1,))
-            if self.is_whole:
-                return self._to_owners.move(held), flag
-            # also to the ranks that need nothing else of this one
-            parts = [xp.concat([part, flag]) for part in self._to_owners.parts(held)]
-            received = self.ranks.exchange(parts)
-            flags = xp.concat([part[-1:] for part in received])
-            return self._to_owners.joined(held, [part[:-1] for part in received]), flags
+        if self.is_whole:
+            return Consecutive(vectors).cut(*self.columns), flag
+        return self._to_owners.move_flagged(vectors, flag)
 
     def to_holders(self, own: Array) -> Array:
         """Return what this rank holds of the columns of all ranks, in order; collective if there are several ranks."""

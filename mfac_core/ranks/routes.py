@@ -6,9 +6,10 @@ few slices of what it has, and the receiver joins the slices of all ranks in the
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, array_namespace, device_of
 from mfac_core.ranks.base import Ranks
+from mfac_core.ranks.parts import Parts
 
-__all__ = ["Interval", "Route"]
+__all__ = ["Consecutive", "Interval", "Route"]
 
 Interval = tuple[int, int]
 """First and one-past-last position."""
@@ -62,14 +64,30 @@ class Route:
         self._is_local = all(map(_contain, held, wanted))
         self._ranks = ranks
         own = ranks.rank
-        self._joined = _pieces(cover, wanted[own], own)
+        offsets = [0, *accumulate(stop - start for start, stop in held[own])]
+
+        def here(piece: _Piece) -> Interval:
+            # neighbouring entries of the long vector are neighbours here too
+            index = bisect_right(held[own], piece.start, key=itemgetter(0)) - 1
+            first = offsets[index] + piece.start - held[own][index][0]
+            return first, first + piece.stop - piece.start
+
         from_here = [segment for segment in cover if own in segment[2]]
+        # what each rank is sent, among the entries of this one
         self._sent = [
-            [piece for piece in _pieces(from_here, each, to) if own == piece.source != to]
+            [here(piece) for piece in _pieces(from_here, each, to) if own == piece.source != to]
             for to, each in enumerate(wanted)
         ]
-        self._held = held[own]
-        self._offsets = [0, *accumulate(stop - start for start, stop in self._held)]
+        # where what is wanted comes from: a rank, and positions among what it sends, or the entries of this one
+        self._wanted: list[tuple[int, Interval]] = []
+        self._num_received = [0] * ranks.size
+        for piece in _pieces(cover, wanted[own], own):
+            if piece.source == own:
+                self._wanted.append((own, here(piece)))
+                continue
+            first = self._num_received[piece.source]
+            self._num_received[piece.source] += piece.stop - piece.start
+            self._wanted.append((piece.source, (first, self._num_received[piece.source])))
 
     def move(self, array: Array) -> Array:
         """Return the entries that this rank wants, in order; collective, unless all ranks have what they want.
@@ -77,58 +95,92 @@ class Route:
         Args:
             array: The entries that this rank has, in order, along the last axis; the other axes are alike on all ranks.
         """
-        if self._is_local:
-            return self.joined(array, {})
-        return self.joined(array, self._ranks.exchange(self.parts(array)))
+        device = device_of(array)
+        with device.backend.on(device.name):
+            held = Consecutive([array])
+            received: list[Array] = []
+            if not self._is_local:
+                reshape = array_namespace(array).reshape
+                parts = [[reshape(_concatenated(slices, array), (-1,))] for slices in self._parts(held)]
+                rows = math.prod(array.shape[:-1])
+                arrived = self._exchanged(parts, [rows * count for count in self._num_received])
+                received = [reshape(part, (*array.shape[:-1], -1)) for part in arrived]
+            return _concatenated(self._pieces(held, received), array)
 
     def move_bits(self, bits: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """Do the same for booleans in host memory, eight to a byte."""
-        received = {}
+        held = Consecutive([bits])
+        received: list[Array] = []
         if not self._is_local:
-            packed = [np.packbits(part) for part in self.parts(bits)]
-            received = {
-                source: np.unpackbits(part, count=self._num_received(source)).view(np.bool_)
-                for source, part in enumerate(self._ranks.exchange(packed))
-            }
-        joined: npt.NDArray[np.bool_] = self.joined(bits, received)
-        return joined
+            packed = [[np.packbits(_concatenated(slices, bits))] for slices in self._parts(held)]
+            arrived = self._exchanged(packed, [-(-count // 8) for count in self._num_received])
+            received = [
+                np.unpackbits(part, count=count).view(np.bool_)
+                for part, count in zip(arrived, self._num_received, strict=True)
+            ]
+        moved: npt.NDArray[np.bool_] = _concatenated(self._pieces(held, received), bits)
+        return moved
 
-    def parts(self, array: Array) -> list[Array]:
-        """Return the vector that each rank needs of the entries of this one; an empty one for this rank itself."""
-        device = device_of(array)
-        with device.backend.on(device.name):
-            reshape = array_namespace(array).reshape
-            slices = ([self._slice(array, piece) for piece in pieces] for pieces in self._sent)
-            return [reshape(_concatenated(of_rank, array), (-1,)) for of_rank in slices]
+    def move_flagged(self, vectors: Sequence[Array], flag: Array) -> tuple[list[Array], Array]:
+        """Move entries in consecutive vectors, and tell a flag to all ranks along with them; always collective.
 
-    def joined(self, array: Array, received: Sequence[Array] | dict[int, Array]) -> Array:
+        What is sent is copied once. Nothing else is copied.
+
+        Args:
+            vectors: The entries that this rank has, in order.
+            flag: A vector of one number, of their dtype.
+
+        Returns:
+            The entries that this rank wants, in order, in consecutive vectors; and the flags of all ranks.
+        """
+        held = Consecutive(vectors)
+        parts = [[*slices, flag] for slices in self._parts(held)]
+        received = self._exchanged(parts, [count + 1 for count in self._num_received])
+        return self._pieces(held, received), array_namespace(flag).concat([part[-1:] for part in received])
+
+    def _exchanged(self, parts: Sequence[Sequence[Array]], arriving: Sequence[int]) -> list[Array]:
+        """Send each rank its vectors, and return those that arrive from each, of known lengths."""
+        lengths = [sum(vector.shape[0] for vector in vectors) for vectors in parts]
+        everything = list(chain.from_iterable(parts))
+        return self._ranks.exchange(Parts(array_namespace(everything[0]).concat(everything), lengths, arriving))
+
+    def _parts(self, held: Consecutive) -> list[list[Array]]:
+        """Return what each rank needs of the entries of this one; nothing for this rank itself."""
+        return [[piece for start, stop in intervals for piece in held.cut(start, stop)] for intervals in self._sent]
+
+    def _pieces(self, held: Consecutive, received: Sequence[Array]) -> list[Array]:
         """Return the entries that this rank wants, from those that it has and what it has received from each rank."""
-        device = device_of(array)
-        with device.backend.on(device.name):
-            reshape = array_namespace(array).reshape
-            others = {piece.source for piece in self._joined} - {self._ranks.rank}
-            arrived = {source: reshape(received[source], (*array.shape[:-1], -1)) for source in others}
-            first = dict.fromkeys(others, 0)
-            found = []
-            for piece in self._joined:
-                if piece.source == self._ranks.rank:
-                    found.append(self._slice(array, piece))
-                    continue
-                last = first[piece.source] + piece.stop - piece.start
-                found.append(arrived[piece.source][..., first[piece.source] : last])
-                first[piece.source] = last
-            return _concatenated(found, array)
+        pieces: list[Array] = []
+        for source, (start, stop) in self._wanted:
+            if source == self._ranks.rank:
+                pieces += held.cut(start, stop)
+            else:
+                pieces.append(received[source][..., start:stop])
+        return pieces
 
-    def _slice(self, array: Array, piece: _Piece) -> Array:
-        # neighbouring entries of the long vector are neighbours here too
-        index = bisect_right(self._held, piece.start, key=itemgetter(0)) - 1
-        first = self._offsets[index] + piece.start - self._held[index][0]
-        return array[..., first : first + piece.stop - piece.start]
 
-    def _num_received(self, source: int) -> int:
-        if source == self._ranks.rank:
-            return 0
-        return sum(piece.stop - piece.start for piece in self._joined if piece.source == source)
+class Consecutive:
+    """Arrays of consecutive entries along their last axis.
+
+    Example:
+        >>> Consecutive([np.array([5.0, 6.0]), np.array([7.0, 8.0])]).cut(1, 3)
+        [array([6.]), array([7.])]
+    """
+
+    def __init__(self, arrays: Sequence[Array]) -> None:
+        self._arrays = arrays
+        self._ends = list(accumulate(array.shape[-1] for array in arrays))
+
+    def cut(self, start: int, stop: int) -> list[Array]:
+        """Return the entries from ``start`` to ``stop``, as views where the library has views."""
+        found = []
+        index = bisect_right(self._ends, start)
+        while start < stop:
+            array, end = self._arrays[index], self._ends[index]
+            before = end - array.shape[-1]
+            found.append(array[..., start - before : min(stop, end) - before])
+            start, index = end, index + 1
+        return found
 
 
 def _concatenated(arrays: list[Array], like: Array) -> Array:

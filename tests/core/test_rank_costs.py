@@ -86,7 +86,7 @@ def test_no_rank_sends_more_than_is_said(size, sharded):
     def sent(ranks: ThreadRanks) -> Traffic:
         distribution = Distribution(ranks, shards(size, sharded), np.ones(TOTAL, bool), block_size=5)
         held = np.arange(distribution.held_mask.sum(), dtype=np.float32)
-        distribution.row_to_owners(held)
+        distribution.row_to_owners([held], np.zeros(1, np.float32))
         per_row = sum(num_bytes for _, num_bytes in ranks.calls)
         num_calls = len(ranks.calls)
         distribution.everywhere(held > 0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mfac_core import IllConditionedError, RankError
-from mfac_core.ranks import Alone, Ranks, Shards
+from mfac_core.ranks import Alone, Parts, Ranks, Shards
 from mfac_core.ranks.agreement import gathered, same_on_all, together
 from tests.core.thread_ranks import outcomes, run_ranks
 
@@ -17,6 +17,16 @@ def test_each_rank_receives_what_the_others_send():
         return [part.tolist() for part in ranks.exchange(parts)]
 
     assert run_ranks(3, exchange) == [[[], [10], [20] * 2], [[1], [11] * 2, [21] * 3], [[2] * 2, [12] * 3, [22] * 4]]
+
+
+def test_parts_are_slices_of_one_vector():
+    vector = np.arange(5.0)
+    parts = Parts(vector, [2, 0, 3], [1, 1, 1])
+    assert [part.tolist() for part in parts] == [[0, 1], [], [2, 3, 4]]
+    assert parts[-1].tolist() == [2, 3, 4] and len(parts) == 3
+    assert all(np.shares_memory(part, vector) for part in (parts[0], parts[2]))
+    with pytest.raises(IndexError):
+        parts[3]
 
 
 def test_a_sum_is_the_same_on_all_ranks():

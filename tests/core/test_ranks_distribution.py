@@ -126,8 +126,8 @@ def test_booleans_arrive_everywhere(case, data):
 
 
 @with_fixture
-@given(cases(), st.data(), st.sampled_from([np.nan, np.inf, -np.inf]))
-def test_a_row_that_is_not_finite_on_one_rank_is_known_to_all(library, case, data, wrong):
+@given(cases(), st.data(), st.sampled_from([np.nan, np.inf, -np.inf]), st.lists(st.floats(0, 1), max_size=3))
+def test_a_row_that_is_not_finite_on_one_rank_is_known_to_all(library, case, data, wrong, cuts):
     row = np.arange(np.count_nonzero(case.mask), dtype=np.float32)
     bad = data.draw(st.none() | st.integers(0, len(row) - 1)) if len(row) else None
     if bad is not None:
@@ -135,8 +135,13 @@ def test_a_row_that_is_not_finite_on_one_rank_is_known_to_all(library, case, dat
 
     def move(ranks: ThreadRanks):
         distribution = case.distribution(ranks)
-        own, flags = distribution.row_to_owners(library.array(case.held_unpruned(ranks.rank, row)))
-        np.testing.assert_array_equal(library.numpy(own), row[slice(*distribution.columns)])
+        held = case.held_unpruned(ranks.rank, row)
+        flag = np.array([not np.isfinite(held).all()], np.float32)
+        # as the arrays of a model are: cut at any places
+        vectors = np.split(held, sorted(int(cut * len(held)) for cut in cuts))
+        own, flags = distribution.row_to_owners([library.array(each) for each in vectors], library.array(flag))
+        found = [np.zeros(0, np.float32), *(library.numpy(each) for each in own)]
+        np.testing.assert_array_equal(np.concatenate(found), row[slice(*distribution.columns)])
         assert len(ranks.calls) == (not case.shards.is_whole)
         return library.numpy(flags).tolist()
 
@@ -152,7 +157,7 @@ def test_replicas_send_nothing_while_they_collect(size):
     def move(ranks: ThreadRanks):
         distribution = Distribution(ranks, Shards.whole({"w": (5,)}, size), mask, block_size=1)
         distribution.to_owners(np.arange(4.0))
-        distribution.row_to_owners(np.arange(4.0))
+        distribution.row_to_owners([np.arange(4.0)], np.zeros(1))
         distribution.everywhere(mask)
         return ranks.calls
 

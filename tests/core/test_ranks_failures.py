@@ -257,6 +257,41 @@ def test_another_schedule_is_named():
     assert "rank 1 from the others; use the same recipe on all ranks" in differing(later)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"gradients_dtype": "bfloat16"}, {"block_size": 3}, {"damping": 0.5}, {"scope": "global"}], ids=str
+)
+def test_other_settings_are_named(changes):
+    made = [SETTINGS, replace(SETTINGS, **changes), SETTINGS]
+
+    def train(ranks: ThreadRanks) -> None:
+        on_rank(ranks, made[ranks.rank]).pruner.check_ranks(0)
+
+    for each in outcomes(3, train):
+        assert str(each) == "ranks differ in the settings: rank 1 from the others; use the same recipe on all ranks"
+
+
+def test_shards_that_are_cut_elsewhere_are_named():
+    def train(ranks: ThreadRanks) -> None:
+        ranges = [(0, 15), (15, 30)] if ranks.rank == 0 else [(0, 18), (18, 30)]
+        shards = Shards({"w": (5, 6)}, {"w": ranges})
+        weights = {"w": np.ones((5, 6), np.float32)}
+        on_rank(ranks, SETTINGS, shards, weights=weights).pruner.check_ranks(0)
+
+    for each in outcomes(2, train):
+        assert str(each) == (
+            "ranks differ in which weights each of them has; build the same model on all ranks, and shard it alike"
+        )
+
+
+def test_each_rank_may_have_devices_and_a_sampler_of_its_own():
+    def train(ranks: ThreadRanks) -> None:
+        device = ("cpu", "auto")[ranks.rank]
+        made = replace(SETTINGS, devices=(device,), gradients_device=device, sampler_options={"seed": ranks.rank})
+        on_rank(ranks, made).pruner.check_ranks(0)
+
+    run_ranks(2, train)
+
+
 def test_other_masks_are_named():
     def pruned(run: Run) -> None:
         mask = run.pruner._mask.copy()

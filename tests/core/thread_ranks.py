@@ -10,6 +10,7 @@ import numpy as np
 
 from mfac_core.backends import Array, array_namespace, numpy_dtype
 from mfac_core.errors import RankError
+from mfac_core.ranks import Parts
 
 Result = TypeVar("Result")
 
@@ -71,8 +72,11 @@ class ThreadRanks:
         (_,) = {(type(part), str(getattr(part, "device", "cpu"))) for part in parts}
         lengths = [part.shape[0] for rank, part in enumerate(parts) if rank != self.rank]
         copies = [array_namespace(part).asarray(part, copy=True) for part in parts]
-        brought = self._bring(f"exchange of {dtype}", copies, sum(lengths) * dtype.itemsize)
-        return [of_rank[self.rank] for of_rank in brought]
+        brought = self._bring(f"exchange of {type(parts).__name__} of {dtype}", copies, sum(lengths) * dtype.itemsize)
+        received = [of_rank[self.rank] for of_rank in brought]
+        if isinstance(parts, Parts):
+            assert parts.arriving == [part.shape[0] for part in received]
+        return received
 
     def sum(self, array: np.ndarray) -> np.ndarray:
         assert isinstance(array, np.ndarray) and array.dtype in ("int64", "float64")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mfac_core.errors import RankError
-from mfac_core.ranks import Alone
+from mfac_core.ranks import Alone, Parts
 from mfac_torch.ranks import TorchRanks, ranks_of
 from tests.adapters.torch.rank_processes import RankProcesses
 
@@ -50,6 +50,36 @@ def test_each_rank_gets_what_the_others_have_sent_to_it(rank_processes, size, dt
     received = rank_processes.run(_exchange, dtype, as_tensors, size=size)
     for receiver, of_each in enumerate(received):
         assert of_each == [_part(sender, receiver, dtype).tolist() for sender in range(size)]
+
+
+def _exchange_with_known_lengths(group, as_tensors):
+    ranks = TorchRanks(group)
+    parts = [_part(ranks.rank, receiver, "float32") for receiver in range(ranks.size)]
+    arriving = [len(_part(sender, ranks.rank, "float32")) for sender in range(ranks.size)]
+    vector = np.concatenate(parts)
+    sent = Parts(torch.from_numpy(vector) if as_tensors else vector, [len(part) for part in parts], arriving)
+    calls = []
+    all_to_all = dist.all_to_all_single
+
+    def counted(received, given, *args, **options):
+        calls.append(np.shares_memory(given.numpy(), vector))
+        return all_to_all(received, given, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dist, "all_to_all_single", counted)
+        received = ranks.exchange(sent)
+    assert {type(each) for each in received} == {torch.Tensor if as_tensors else np.ndarray}
+    return [np.asarray(each).tolist() for each in received], len(calls), all(calls) or not len(vector)
+
+
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_one_vector_are_sent_as_they_are_in_a_single_call(rank_processes, size, as_tensors):
+    found = rank_processes.run(_exchange_with_known_lengths, as_tensors, size=size)
+    for receiver, (of_each, num_calls, is_not_copied) in enumerate(found):
+        assert of_each == [_part(sender, receiver, "float32").tolist() for sender in range(size)]
+        assert num_calls == 1
+        assert is_not_copied
 
 
 def _exchange_nothing(group):
