@@ -48,8 +48,8 @@ class GradualPruner(Pruner):
         measured = self._progress.initial_sparsity
         if self._zeros_here is not None:
             raise RuntimeError(
-                "the initial sparsity of weights in shards is not measured yet, because that takes all ranks: save after "
-                "the first optimizer step, or call check_ranks(step) of the pruner on all ranks before state_dict()"
+                "the initial sparsity of weights in shards is not measured yet, because that takes all ranks: save "
+                "after the first optimizer step, or call check_ranks(step) of the pruner on all ranks before state_dict()"
             )
         return {
             **super().state_dict(),
