@@ -43,7 +43,8 @@ def ranks_table(plan: Plan, num_ranks: int) -> Table:
         if costs is None:
             continue
         result.add_row(Text(plain_text(modifier.modifier)))
-        result.add_row(f"  window of {costs.blocks:,} blocks", bytes_text(costs.window_bytes))
+        blocks = "1 block" if costs.blocks == 1 else f"{costs.blocks:,} blocks"
+        result.add_row(f"  window of {blocks}", bytes_text(costs.window_bytes))
         result.add_row("  memory", bytes_text(costs.needed_bytes))
         for layout, traffic in (("replicated (DDP)", costs.replicated), ("sharded (FSDP2)", costs.sharded)):
             sent = [bytes_text(each) for each in traffic]

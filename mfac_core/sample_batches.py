@@ -15,7 +15,7 @@ import numpy as np
 
 from mfac_core.errors import SettingError
 from mfac_core.left_out import warn_once
-from mfac_core.ranks.agreement import gathered, together
+from mfac_core.ranks.agreement import gathered, named_ranks, together
 from mfac_core.ranks.base import Alone, Ranks
 from mfac_core.ranks.logs import logger_of
 from mfac_core.settings.checks import is_integer
@@ -218,9 +218,8 @@ def in_step(batches: Iterable[Any], ranks: Ranks) -> Iterator[Any]:
             return
         if ended:
             raise ValueError(
-                f"the data ended after {number} batches on {'rank' if len(ended) == 1 else 'ranks'} "
-                f"{', '.join(map(str, ended))}, and the other ranks have more; give each rank the same number of "
-                "batches, such as by a DistributedSampler"
+                f"the data ended after {number} batches on {named_ranks(ended)}, and the other ranks have more; give "
+                "each rank the same number of batches, such as by a DistributedSampler"
             )
         yield batch
 

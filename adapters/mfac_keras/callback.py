@@ -16,11 +16,12 @@ from mfac_core.ranks import Alone, Ranks
 from mfac_core.ranks.agreement import together
 from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
+from mfac_core.session.rank_states import file_of_rank
 from mfac_keras.backends import current_backend
 from mfac_keras.clock import TrainingClock
 from mfac_keras.conditions import check_model, check_optimizer, checked_verbose, refuse_keras_2
 from mfac_keras.end_of_fit import call_at_end_of_fit
-from mfac_keras.rank_states import file_of_rank, read_states_of_ranks
+from mfac_keras.rank_states import read_states_of_ranks
 from mfac_keras.recipes import modifiers_of
 from mfac_keras.resuming import resume
 from mfac_keras.sampling import GradientSampler
@@ -45,7 +46,7 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
         loss: The loss of the sampled batches; ``None`` is the loss that the model was compiled with.
         optimizer: The optimizer that trains the weights in scope, if it is not ``model.optimizer``.
         state_path: The file of the pruning state: written after each epoch, read when a later run resumes. Of several
-            processes the first writes it, and process ``n`` writes ``<state_path>.rank<n>``.
+            processes the first writes it, and process 3 of 8 writes ``<state_path>.rank-3-of-8``.
         save_window: Whether to save the gradient window too; otherwise a resumed run collects a new one.
         steps_per_epoch: Training steps per epoch, for data whose length Keras does not know.
         verbose: 1 prints a line for each pruning step, 0 does not; the log has the line either way.
@@ -363,6 +364,6 @@ class MFACPruningCallback(keras.callbacks.Callback):  # type: ignore[misc]
             return
         self._session.take_fingerprints()
         state = self._session.state_dict(gradient_window=self._save_window)
-        path = file_of_rank(self._state_path, self._ranks.rank)
+        path = file_of_rank(self._state_path, self._ranks.rank, self._ranks.size)
         write_state(path, state, keep_previous=self._keeps_previous)
         self._is_saved = self._keeps_previous = True

@@ -15,7 +15,6 @@ __all__ = [
     "check_optimizer",
     "check_trained",
     "refuse_keras_2",
-    "refuse_several_processes",
 ]
 
 _KERAS_2 = ("tf_keras", "tensorflow.python.keras")
@@ -82,20 +81,6 @@ def refuse_keras_2(what: str, thing: Any) -> None:
         raise TypeError(
             f"{what} is a {_class_of(thing)} of Keras 2 ({package}), but pruning needs Keras 3: create it with `import "
             "keras`; if TF_USE_LEGACY_KERAS is set, tf.keras is Keras 2, so unset it"
-        )
-
-
-def refuse_several_processes(count: int) -> None:
-    """Refuse training that is distributed over several processes, on a backend where it is not supported.
-
-    Raises:
-        NotImplementedError: If ``count`` is more than one.
-    """
-    if count > 1:
-        raise NotImplementedError(
-            f"{count} processes train together (torch.distributed), which Keras on the torch backend does not "
-            "distribute a model over: each process would choose its own masks. Use keras.distribution.DataParallel on "
-            "the JAX backend, or a torch module with mfac_torch, or prune in a single process"
         )
 
 

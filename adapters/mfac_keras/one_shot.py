@@ -121,17 +121,17 @@ def prune_one_shot(
     )
     sampler = None if dataset is None else GradientSampler(dataset, loss)
     logged: set[str] = set()
+    logger = logger_of(ranks, _logger)
     parts = attached_at_once(
         settings,
         lambda each, name: KerasPruning(
             each, model, steps_per_epoch=1, sampler=sampler, verbose=prints, name=name, logged=logged, ranks=ranks
         ),
         layers_at_once=layers_at_once,
-        names_of=lambda each: select_variables(model, each.params, each.exclude, logged=logged),
+        names_of=lambda each: select_variables(model, each.params, each.exclude, logged=logged, logger=logger),
     )
     prunings = tuple(pruning for each in parts for pruning in each)
     given = recipe_keys if sparsity is None else {**recipe_keys, "final_sparsity": sparsity}
-    logger = logger_of(ranks, _logger)
     if recipe is None and (line := recommended_line(given)):
         logger.info("%s", line)
     prune_in_one_shot(
@@ -142,7 +142,7 @@ def prune_one_shot(
         sampler=sampler,
         recalibrate_batchnorm=recalibrate_batchnorm,
         cure="mfac_keras.recalibrate_batchnorm(model, dataset)",
-        weights=[[name for pruning in each for name in pruning.sizes] for each in parts],
+        parts=parts,
     )
     return combined_masks(pruning.variable_masks for pruning in prunings)
 

@@ -214,7 +214,6 @@ class TrainingSession(Session[KerasPruning, TrainingChanges]):
 
     def _make_due_changes(self) -> None:
         self.fingerprints = None
-        self.fence()
         self.prune_if_due()
         coming = range(self.step, self.step + self._steps_per_execution)
         self._taps = any(pruning.needs_gradients(step) for step in coming for pruning in self.prunings)

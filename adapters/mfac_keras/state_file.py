@@ -15,13 +15,7 @@ import numpy as np
 from mfac_core.files import PREVIOUS, write_file
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 
-__all__ = [
-    "SavedState",
-    "check_state",
-    "read_state",
-    "read_states",
-    "write_state",
-]
+__all__ = ["SavedState", "check_state", "read_state", "read_states", "write_state"]
 
 _ARRAY = "__array__"
 

@@ -321,7 +321,7 @@ class ScheduledModifierManager(ModifierList):
             sampler=sampler,
             recalibrate_batchnorm=recalibrate_batchnorm,
             cure="mfac_torch.recalibrate_batchnorm(model, loader)",
-            weights=[[name for pruning in each for name in pruning.sizes] for each in parts],
+            parts=parts,
         )
         self._model, self._prunings = model, prunings
         if finalize:

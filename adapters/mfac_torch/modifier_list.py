@@ -12,12 +12,11 @@ from typing import Any, Literal, Self
 import yaml
 
 from mfac_core.files import write_file
-from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import load_recipe, recipe_text
 from mfac_core.recipe.linting import NO_PRUNING, lint
 from mfac_core.settings.training import LearningRateFunction, LearningRateSchedule, SetLearningRate
 from mfac_torch.modifier import EpochRangeModifier, Modifier, PruningModifier, Settings, modifier_for
-from mfac_torch.ranks import all_ranks
+from mfac_torch.ranks import is_first_process
 
 __all__ = ["ModifierList"]
 
@@ -101,8 +100,9 @@ class ModifierList:
         )
         # It is not known yet whether there will be a sampler, or pruning modifiers of another recipe.
         modifiers._logged = tuple(each for each in lint(recipe, sampled=True) if each != NO_PRUNING)
-        for warning in modifiers._logged:
-            logger_of(all_ranks(), _logger).warning("%s: %s", recipe.source, warning)
+        if is_first_process():
+            for warning in modifiers._logged:
+                _logger.warning("%s: %s", recipe.source, warning)
         return modifiers
 
     @classmethod

@@ -1,10 +1,10 @@
-"""The states of several ranks: which rank saved one, which ranks load it, and all of them gathered on rank 0."""
+"""The states of several ranks: which rank saved one, and all of them gathered on rank 0."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from mfac_core.ranks import Ranks
 from mfac_core.ranks.agreement import gathered, together
 from mfac_core.state_checks import check_keys, checked_integer
 
-__all__ = ["Saver", "check_same_save", "gathered_states", "saver_of", "share_of", "without_windows"]
+__all__ = ["Saver", "check_same_save", "gathered_states", "saver_of"]
 
 _PIECE = 1 << 24
 """Bytes that each rank sends to rank 0 at a time, which may hold them in the memory of its GPU."""
@@ -54,21 +54,6 @@ def check_same_save(states: Sequence[Mapping[str, Any]]) -> None:
             f"the {len(states)} states are not those of different ranks of the same run; load the states of one "
             "checkpoint"
         )
-
-
-def share_of(rank: int, size: int, num_states: int) -> range:
-    """Return which of several saved states a rank loads: about those whose columns it owns; each rank others."""
-    first, stop = (-(-each * num_states // size) for each in (rank, rank + 1))
-    return range(first, stop)
-
-
-def without_windows(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of a manager without gradient windows."""
-    prunings = state.get("prunings")
-    if not isinstance(prunings, Iterable):
-        return dict(state)  # broken, which loading it finds
-    kept = [{**each, "window": None} if isinstance(each, Mapping) and "window" in each else each for each in prunings]
-    return {**state, "prunings": kept}
 
 
 def gathered_states(ranks: Ranks, own_state: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from mfac_torch.conversion import to_tensor
 from mfac_torch.sharded import mesh_of
 from mfac_torch.wrappers import layers_of
 
-__all__ = ["TorchRanks", "all_ranks", "num_processes", "ranks_of"]
+__all__ = ["TorchRanks", "is_first_process", "num_processes", "ranks_of"]
 
 
 def num_processes() -> int:
@@ -27,9 +28,13 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_ranks() -> TorchRanks | Alone:
-    """Return the ranks of the default group, for what is logged before there is a model."""
-    return TorchRanks(_default_group()) if num_processes() > 1 else Alone()
+def is_first_process() -> bool:
+    """Return whether this process is the one that logs for all, before there is a model."""
+    if num_processes() > 1:
+        return dist.get_rank() == 0
+    # trainers make the process group after their callbacks; torchrun has numbered the processes by then
+    launched = dist.is_available() and dist.is_torchelastic_launched()
+    return not launched or os.environ.get("RANK", "0") == "0"
 
 
 def ranks_of(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> TorchRanks | Alone:

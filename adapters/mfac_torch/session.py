@@ -186,7 +186,8 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
                 return
         _logger.warning(
             "the random number generators are left as they are: rank %d of %d has saved none of the states that it "
-            "loads, and with the generators of another rank both would draw the same numbers",
+            "loads, and two ranks with the same generators would draw the same numbers. Seed them anew if the rest of "
+            "the run must be reproducible",
             self.ranks.rank,
             self.ranks.size,
         )

@@ -9,28 +9,19 @@ from typing import Any
 
 from mfac_core.files import PREVIOUS
 from mfac_core.ranks import Ranks
-from mfac_torch.rank_states import saver_of, share_of, without_windows
+from mfac_core.session.rank_states import file_of_rank, share_of, without_windows
+from mfac_torch.rank_states import saver_of
 from mfac_torch.tensor_files import read_tensors, write_tensors
 
-__all__ = ["file_of", "states_beside", "write_state"]
+__all__ = ["states_beside", "write_state"]
 
 _logger = logging.getLogger("mfac_torch")
-
-
-def file_of(path: str | os.PathLike[str], rank: int, size: int) -> str:
-    """Return the file of a rank: that of rank 0 has the path itself, the others are beside it.
-
-    Example:
-        >>> file_of("checkpoint.pt", 3, 8)
-        'checkpoint.pt.rank-3-of-8'
-    """
-    return f"{os.fspath(path)}.rank-{rank}-of-{size}" if rank else os.fspath(path)
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any], *, keep_previous: bool = False) -> None:
     """Write a state into the file of the rank that it is of; no two ranks write the same file."""
     saver = saver_of(state)
-    write_tensors(file_of(path, saver.rank, saver.size), state, keep_previous=keep_previous)
+    write_tensors(file_of_rank(path, saver.rank, saver.size), state, keep_previous=keep_previous)
 
 
 def states_beside(path: str | os.PathLike[str], state: Mapping[str, Any], ranks: Ranks) -> list[Mapping[str, Any]]:
@@ -46,7 +37,7 @@ def states_beside(path: str | os.PathLike[str], state: Mapping[str, Any], ranks:
     """
     saver = saver_of(state)
     share = share_of(ranks.rank, ranks.size, saver.size)
-    found = (_of_same_save(file_of(path, rank, saver.size), state, rank) for rank in share if rank != saver.rank)
+    found = (_of_same_save(file_of_rank(path, rank, saver.size), state, rank) for rank in share if rank != saver.rank)
     return [state if saver.rank in share else without_windows(state), *(each for each in found if each is not None)]
 
 

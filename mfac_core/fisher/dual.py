@@ -20,8 +20,12 @@ computed too, as ``|L^-1 rho|^2``; what is left is of the third order. A column 
 
 The bound of all columns. ``a <= kappa |x|^2`` with ``kappa`` the largest eigenvalue of ``D^(1/2) S^-1 D^(1/2)``,
 ``D = diag(S)``, and ``c`` is at most the norm of ``D^(-1/2) E D^(-1/2)`` in units of ``eps``, because
-``y^T E y = (D^(1/2) y)^T (D^(-1/2) E D^(-1/2)) (D^(1/2) y)``. Over random ensembles with up to 3000 columns and
-``eps BOUND_FACTOR kappa <= 3e-3`` the error was at most ``16 eps kappa |x|^2``, a quarter of ``BOUND_FACTOR``.
+``y^T E y = (D^(1/2) y)^T (D^(-1/2) E D^(-1/2)) (D^(1/2) y)``. Over random ensembles in float32 with ``c eps kappa`` up
+to ``FIRST_ORDER`` the error was at most ``19 eps kappa |x|^2``, less than a third of ``BOUND_FACTOR``. For a larger
+``kappa`` the bound grows: panels are multiplied by inverses. An inverse ``X`` of ``L_ii`` is rounded by
+``eps |X| |L_ii| |X|``, which makes ``E`` larger by up to the square of the condition number of ``L_ii``, of the order
+of ``kappa``. In float64, with nearly equal samples, the error reached ``3e-4 eps kappa^2 |x|^2``. Hence the bound
+``BOUND_FACTOR (1 + kappa / STABLE)`` of ``c``.
 The power method estimates ``kappa`` (Kuczynski and Wozniakowski): for ``k`` standard normal vectors ``z``, the mean of
 ``|A^t z|^2`` is at least ``kappa^(2t) chi^2_k / k``, and on average at most ``m kappa^(2t)``. With ``k = 8`` and
 ``t = 3`` the estimate is below ``0.6 kappa`` with a probability below 1e-4, and at most about ``m^(1/6) kappa``.
@@ -30,20 +34,28 @@ The second order. The error of ``y`` leaves the residual ``rho = E y``, so that 
 ``kappa (c eps)^2 a <= (c eps kappa)^2``. A column that is replaced needs no measurement if that, relative to its value,
 is small.
 
+The limit of the estimates. They use the factor itself, also in ``|L^-1 rho|^2``. If ``c eps kappa`` exceeds one, the
+least eigenvalues of ``S`` are lost in its rounding: those of ``L L^T`` can be a thousand times larger, and what the
+columns have in their directions is missed by ``x``, ``y`` and the estimates alike. In the direction ``D^(1/2) z`` it is
+``(g^T z)^2 / z^T S z``, where ``z^T S z = m lambda |z|^2 + |G^T z|^2`` has positive terms only; with the factor it is
+``(g^T z)^2 / |L^T z|^2``. Over the vectors with which the power method ends, the difference, added up over all columns,
+must be far below ``rtol``. Samples that repeat exactly pass: no column has a part in the direction of their difference.
+
 The inverse diagonal is therefore evaluated in up to six steps, each only if the one before does not suffice:
 
-1. ``r = 1 - |x|^2`` for all columns, and the bound ``eps (BOUND_FACTOR amplification + 8) (1 - r) / r`` of the error
-   of the smallest. The amplification, the largest ``S_ii / L_ii^2``, stands in for ``a / |x|^2``, with ``L^-T`` in
+1. ``r = 1 - |x|^2`` for all columns, and the bound ``eps (c amplification + 8) (1 - r) / r`` of the error of the
+   smallest. The amplification, the largest ``S_ii / L_ii^2``, stands in for ``a / |x|^2``, with ``L^-T`` in
    ``y = L^-T x`` replaced by its diagonal: ``L_ii^2`` is what remains of ``S_ii`` once the samples before it are
    projected out.
 2. The bound of each column by ``kappa``. The columns that exceed it take the value that does not cancel: mostly a few
    with a small ``r``. At most about ``m`` columns have a small ``r``, because all ``|x|^2`` add up to
    ``trace(S^-1 G G^T) < m``.
-3. ``BOUND_FACTOR`` is replaced by a measured ``c``, if that can save more than it costs. The columns with the largest
+3. The bound of ``c`` is replaced by a measured one, if that can save more than it costs. The columns with the largest
    ``a / r``, and as many others, are evaluated again by the form that does not cancel. The differences give ``c``, and
    ``c`` with the margin ``SAFETY`` the error of every column, with ``kappa |x|^2`` in place of ``a``.
 4. ``a`` of all columns, from random signs ``z``: ``(z^T D^(1/2) S^-1 g)^2`` has the mean ``a`` (Johnson and
-   Lindenstrauss). It is far below ``kappa |x|^2`` if samples repeat. Then ``c`` as in step 3, and the errors of the
+   Lindenstrauss). It is far below ``kappa |x|^2`` if samples repeat. If ``c eps kappa`` is too large for steps 2 and
+   3, this one follows only where little is missed, see above. Then ``c`` as in step 3, and the errors of the
    second order of the same columns.
 5. Columns whose error is above ``rtol`` take the value that does not cancel.
 6. The whole group in float64, by the same steps (``factors.py``).
@@ -66,7 +78,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mfac_core.backends import Array, array_namespace
-from mfac_core.backends.threads import map_on_threads, split_for_threads
+from mfac_core.backends.threads import map_on_threads, split_columns, split_for_threads
 from mfac_core.fisher.chunks import (
     cache_columns,
     cache_slices,
@@ -85,6 +97,7 @@ from mfac_core.fisher.rounding import (
     PROBES,
     REFINEMENTS,
     SAFETY,
+    bound_factor,
     check_overflow,
     columns_to_measure,
     is_small,
@@ -100,11 +113,18 @@ CANCELLED = 1e-4
 lost at most four of sixteen digits where it is used."""
 
 FIRST_ORDER = 0.1
-"""Largest ``eps BOUND_FACTOR kappa`` at which errors of higher order than the first are neglected."""
+"""Largest ``c eps kappa`` at which errors of higher order than the first are neglected."""
+
+HIGHER_ORDERS = 4
+"""Margin of the error of the second order for those of higher orders: over random ensembles 1.9 were needed."""
 
 AFFORDABLE = PROBES + 2 * MEASURED
 """Columns that can be evaluated by the form that does not cancel in the time that random signs and measured columns
 take."""
+
+SUMMED = 4096
+"""Columns over which products are added up at once. In a sum of more numbers of like size, such as the squares of
+signs, each is rounded alike relative to what has been summed: at 65,000 columns the sum was off by 200 ``eps``."""
 
 POWER_VECTORS = 8
 """Random vectors of the power method that estimates ``kappa``."""
@@ -171,7 +191,7 @@ class DualFactor:
         remainder = over_cache_slices(chunks, self.dtype, one_minus_sums)
         smallest = xp.min(remainder, axis=-1)
         amplification = xp.max(self.norms / self.lower.pivots, axis=-1)
-        error = self._epsilon * (BOUND_FACTOR * amplification + 8) * (1 - smallest) / smallest
+        error = self._epsilon * (bound_factor(amplification) * amplification + 8) * (1 - smallest) / smallest
         is_bounded = (smallest > self._cancelled) & (error <= rtol)
         if bool(xp.all(is_bounded)):
             return remainder, error
@@ -228,6 +248,26 @@ class DualFactor:
 
     def _kappa(self) -> Array:
         """Return the largest eigenvalue of ``D^(1/2) S^-1 D^(1/2)`` of each block, estimated; shape ``(n, 1)``."""
+        return self._power_method()[0]
+
+    def _missed(self, chunks: Sequence[Array]) -> Array:
+        """Return how much of the sum of all ``|x|^2`` the factor misses where it is the least accurate, ``(n,)``.
+
+        In the direction ``D^(1/2) z`` the sum is ``|G^T z|^2 / z^T S z``, and with the factor
+        ``|G^T z|^2 / |L^T z|^2``.
+        """
+        xp = array_namespace(self.norms)
+        right = xp.sqrt(self.norms)[:, :, None] * self._power_method()[1]
+        z = self.lower.solve_symmetric(right)
+        rows = xp.matrix_transpose(z)
+        explained = sum(_row_sums_of_squares(rows @ xp.asarray(chunk, dtype=self.dtype)) for chunk in chunks)
+        shift = xp.asarray(self.shift, dtype=self.dtype)[:, None]
+        exact = explained + shift * xp.sum(z * z, axis=-2)
+        missed = explained / exact * (1 - exact / xp.sum(z * right, axis=-2))
+        return xp.max(xp.abs(missed), axis=-1)
+
+    def _power_method(self) -> tuple[Array, Array]:
+        """Return ``kappa`` of each block, shape ``(n, 1)``, and the vectors that the power method ends with."""
         xp = array_namespace(self.norms)
         scale = xp.sqrt(self.norms)[:, :, None]
         vectors = random_normal(self.norms, POWER_VECTORS)
@@ -237,19 +277,19 @@ class DualFactor:
             growth = xp.sqrt(xp.sum(vectors * vectors, axis=(-2, -1), keepdims=True) / POWER_VECTORS)
             vectors = vectors / growth
             kappa = kappa * growth ** (1 / POWERS)
-        return kappa[:, :, 0]
+        return kappa[:, :, 0], vectors
 
     def _check(self, chunks: Sequence[Array], remainder: Array, kappa: Array, rtol: float) -> tuple[Array, Array]:
         """Return the remainders, those not accurate enough replaced, and the estimated error of each block."""
         xp = array_namespace(remainder)
         explained = 1 - remainder
-        if bool(xp.all(BOUND_FACTOR * self._epsilon * kappa <= FIRST_ORDER)):
+        bound = self._epsilon * bound_factor(kappa)
+        if bool(xp.all(bound * kappa <= FIRST_ORDER)):
 
             def errors_of(ratio: Array) -> Array:
                 return (ratio * (kappa + xp.sqrt(kappa)) + 8 * self._epsilon) * explained / remainder
 
-            ratio = xp.full_like(kappa, BOUND_FACTOR * self._epsilon)
-            errors = errors_of(ratio)
+            ratio, errors = bound, errors_of(bound)
             # as many exceed the bound with the smallest c that could be measured
             fewest = self._most_inaccurate(remainder, errors * (SAFETY / BOUND_FACTOR), rtol)
             if self._most_inaccurate(remainder, errors, rtol) > fewest + MEASURED and fewest <= AFFORDABLE:
@@ -259,6 +299,8 @@ class DualFactor:
                 replaced = self._replace(chunks, remainder, errors, lambda exact: (ratio * kappa) ** 2 / exact, rtol)
                 if bool(xp.all(replaced[1] <= rtol)):
                     return replaced
+        elif not bool(xp.all(self._missed(chunks) <= rtol / SAFETY)):
+            return remainder, xp.full_like(remainder[:, 0], float("inf"))
         tiny = xp.full_like(remainder, float(xp.finfo(self.dtype).smallest_normal) / self._epsilon)
         positive = xp.maximum(remainder, tiny)
         amplified = _with_solve(xp.maximum(self._amplified(chunks), tiny), explained)
@@ -330,7 +372,7 @@ class DualFactor:
         # those not accurate enough in their order, then as many others as another block has more
         columns = xp.argsort(xp.asarray(is_accurate, dtype=xp.int64), axis=-1, stable=True)[:, :count]
         exact, rounding, remaining, _ = self._accurately(chunks, columns, certify=second_order is None)
-        remaining = rounding + (remaining if second_order is None else second_order(exact))
+        remaining = rounding + (HIGHER_ORDERS * remaining if second_order is None else second_order(exact))
         values = xp.take_along_axis(exact, xp.maximum(places - 1, xp.zeros_like(places)), axis=-1)
         return xp.where(is_accurate, remainder, values), xp.maximum(error, xp.max(remaining, axis=-1))
 
@@ -381,11 +423,11 @@ def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
     total = norms = None
     # each thread multiplies some of the columns; the products of all add up to the Gram matrix
     for chunk in chunks:
-        for product in map_on_threads(lower_gram, split_for_threads(chunk)):
-            total = product if total is None else total + product
-        for piece in cache_columns(chunk):  # in a longer sum the last squares lose more digits
-            squares = _row_sums_of_squares(piece)
-            norms = squares if norms is None else norms + squares
+        for piece in _summed_at_once(chunk):
+            for product in map_on_threads(lower_gram, split_for_threads(piece)):
+                total = product if total is None else total + product
+        squares = _row_sums_of_squares(chunk)
+        norms = squares if norms is None else norms + squares
     # a product adds squares one by one, so that many small ones are lost: the diagonal is systematically too small
     set_diagonals(total, norms)
     return total
@@ -393,9 +435,17 @@ def _gram(chunks: Iterable[Array], blocks: slice) -> Array:
 
 def _row_sums_of_squares(x: Array) -> Array:
     """Return the sums of squares over the columns of ``x`` of shape ``(n, rows, columns)``; shape ``(n, rows)``."""
-    if runs_on_cpu(x):
-        return (x[:, :, None, :] @ x[:, :, :, None])[..., 0, 0]  # dot products need no array of squares
-    return array_namespace(x).sum(x * x, axis=-1)
+    xp = array_namespace(x)
+    if not runs_on_cpu(x):
+        return xp.sum(x * x, axis=-1)
+    # dot products need no array of squares
+    squares = [piece[:, :, None, :] @ piece[:, :, :, None] for piece in _summed_at_once(x)]
+    return xp.sum(concat(squares, axis=-1)[..., 0, :], axis=-1)
+
+
+def _summed_at_once(x: Array) -> list[Array]:
+    """Return the columns of ``x`` in pieces over which sums keep their digits."""
+    return split_columns(x, -(-x.shape[-1] // SUMMED))
 
 
 def _with_solve(amplified: Array, explained: Array) -> Array:

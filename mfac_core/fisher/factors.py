@@ -34,6 +34,10 @@ from mfac_core.fisher.rounding import smallest_square
 __all__ = ["Factor", "evaluate", "factor"]
 
 
+FEWEST_DIGITS = 32
+"""Smallest ``rtol`` in units of ``eps``: below it, rounding of single operations counts, which the estimates neglect."""
+
+
 class Factor(Protocol):
     """The factored Fisher of one group. Methods that need the gradients take them again, as ``chunks``."""
 
@@ -109,6 +113,8 @@ def _evaluate_in(
     dtype: Any, chunks: Sequence[Array], damping: Array, rtol: float
 ) -> tuple[DualFactor | PrimalFactor, Array] | None:
     """Return factor and diagonal computed in a dtype; ``None`` if their estimated error exceeds ``rtol``."""
+    if rtol < FEWEST_DIGITS * float(array_namespace(chunks[0]).finfo(dtype).eps):
+        return None
     try:
         factored = _form(chunks).of(chunks, damping, dtype)
         diagonal, error = factored.diagonal(chunks, rtol)

@@ -3,9 +3,9 @@ r"""The primal form of a factor: the Cholesky factor of ``F`` itself, of the siz
 Rounding. The computed matrix is ``F + E`` with ``|E_ij|`` of the order of ``eps sqrt(F_ii F_jj)``, as in the dual form.
 To first order ``E`` changes ``[F^-1]_qq`` by ``z^T E z`` with ``z = F^-1 e_q``. By Cauchy-Schwarz
 ``z_i^2 <= [F^-1]_ii [F^-1]_qq``, so each term of ``z^T E z``, relative to ``[F^-1]_qq``, is at most
-``eps max_i F_ii [F^-1]_ii``. The bound is ``BOUND_FACTOR`` times this. If it does not suffice, the error is measured in
-the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs, and in as many others. It is
-the difference to ``2 z_q - z^T F z``, to which errors of ``z`` count to the second order, with
+``eps max_i F_ii [F^-1]_ii``. The bound is ``bound_factor`` times this; ``dual.py`` derives it. If it does not suffice,
+the error is measured in the columns with the largest ``sum_i F_ii z_i^2 / [F^-1]_qq``, estimated from random signs, and
+in as many others. It is the difference to ``2 z_q - z^T F z``, to which errors of ``z`` count to the second order, with
 ``z^T F z = lambda |z|^2 + |G z|^2 / m``. Entries of a float64 factor whose error is too large take that value.
 
 Amplifications are relative to the matrix scaled to a unit diagonal: a few columns with large gradients do no harm.
@@ -24,10 +24,10 @@ from mfac_core.backends import Array, array_namespace
 from mfac_core.fisher.chunks import columns_times, concat, is_column, over_cache_slices, rows_times
 from mfac_core.fisher.kernels import column_sums_of_squares, lower_gram
 from mfac_core.fisher.rounding import (
-    BOUND_FACTOR,
     PROBES,
     REFINEMENTS,
     SAFETY,
+    bound_factor,
     check_overflow,
     columns_to_measure,
     is_small,
@@ -83,7 +83,8 @@ class PrimalFactor:
         inverse = self.lower.inverse()
         diagonal = column_sums_of_squares(inverse)  # F^-1 = L^-T L^-1
         damped = diagonal * xp.asarray(self.damping, dtype=self.dtype)[:, None]
-        error = epsilon * BOUND_FACTOR * xp.max(self.norms * diagonal, axis=-1)
+        amplification = xp.max(self.norms * diagonal, axis=-1)
+        error = epsilon * bound_factor(amplification) * amplification
         if not bool(xp.all(error <= rtol)) and bool(xp.all(xp.isfinite(diagonal))):
             error = self._measured_error(chunks, inverse, diagonal)
             for block in range(error.shape[0] if self.in_float64 else 0):

@@ -54,4 +54,4 @@ class ACDCPruner(Pruner):
             )
         select = partial(self._newly_pruned, sparsity=self._sparsity)
         unpruned = distribution.to_owners(unpruned)
-        return Outcome.of_unpruned(self._mask, distribution, magnitude_step(unpruned, select))
+        return Outcome.of_unpruned(distribution, magnitude_step(unpruned, select))

@@ -69,13 +69,13 @@ class Outcome:
     damping: tuple[float, float] | None = None
 
     @classmethod
-    def of_unpruned(cls, mask: Mask, distribution: Distribution, unpruned: UnprunedOutcome) -> Outcome:
-        """Return the outcome over all weights, from the mask before, and what became of the unpruned weights."""
+    def of_unpruned(cls, distribution: Distribution, unpruned: UnprunedOutcome) -> Outcome:
+        """Return the outcome over all weights, from what became of those that were unpruned before."""
         newly_pruned = device_of(unpruned.newly_pruned).to_numpy(unpruned.newly_pruned)
-        mask_now = mask.copy()
-        mask_now[mask] = ~distribution.columns_everywhere(newly_pruned)
+        mask = distribution.mask.copy()
+        mask[distribution.mask] = ~distribution.columns_everywhere(newly_pruned)
         weights = scatter_unpruned(distribution.to_holders(unpruned.weights), distribution.held_mask)
-        return cls(weights, mask_now, unpruned.predicted_loss_increase, damping=unpruned.damping)
+        return cls(weights, mask, unpruned.predicted_loss_increase, damping=unpruned.damping)
 
 
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ class Pruner(ABC):
         """
         if self.ranks.size > 1:
             check_same(self.ranks, self._compared(step))
-            self._measure()
+            self._meet()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as arrays and numbers only.
@@ -532,8 +532,8 @@ class Pruner(ABC):
             found[offset + start : offset + stop] = zeros_here[first:last]
         return found
 
-    def _measure(self) -> None:
-        """Measure the initial sparsity, if it is that of weights of which each rank has a shard. Collective."""
+    def _meet(self) -> None:
+        """Do what all ranks must do together: measure an initial sparsity of weights in shards. Collective."""
         zeros_here, self._zeros_here = self._zeros_here, None
         if zeros_here is not None:
             mask = self._mask

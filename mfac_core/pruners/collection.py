@@ -26,16 +26,13 @@ __all__ = ["GradientCollector"]
 
 @dataclass(eq=False)
 class GradientCollector:
-    """Collects the gradient samples of the weights that a mask keeps; see :meth:`following` for another mask.
+    """Collects the gradient samples of the unpruned weights; see :meth:`following` for another mask.
 
     A sample on a GPU is copied asynchronously, and stored when the next one arrives or the window is read.
 
     Args:
         layout: Names and shapes of the weights in scope, as this rank has them.
-        mask: Which of all weights in scope are unpruned, shape ``(n,)``; never written to.
-        ranks: The processes of the run.
         distribution: Where the unpruned weights are, and which rank stores which of them.
-        is_sharded: Whether a rank has only a part of each gradient.
         num_gradients: Maximum number of rows in the window.
         block_size: As in :class:`GradientWindow`.
         device: Where the window is kept.
@@ -49,10 +46,7 @@ class GradientCollector:
     """
 
     layout: WeightLayout
-    mask: npt.NDArray[np.bool_]
-    ranks: Ranks
     distribution: Distribution
-    is_sharded: bool
     num_gradients: int
     block_size: int | None
     device: Device
@@ -87,7 +81,7 @@ class GradientCollector:
         device, vectors = self._gathered(gradients)
         with device.backend.on(device.name):
             own, flags = self.distribution.row_to_owners(vectors, _flag(vectors))
-            if self.ranks.size > 1 and not self.is_sharded:
+            if self._ranks.size > 1 and self.distribution.is_whole:
                 self.entries = strided(vectors)
             if device.is_host:
                 return self._store(None if flags.any() else own)
@@ -105,20 +99,20 @@ class GradientCollector:
 
         Ranks with shards all give theirs of the same sample.
         """
-        if self.ranks.size == 1 or self.is_sharded:
+        if self._ranks.size == 1 or not self.distribution.is_whole:
             if gradients is None:
                 return 0
             self.observe(gradients)
             return 1
-        with together(self.ranks, "taking a gradient sample"):
+        with together(self._ranks, "taking a gradient sample"):
             if gradients is None:
-                device, parts = self.home, [self.home.zeros((0,), np.float32)] * self.ranks.size
+                device, parts = self.home, [self.home.zeros((0,), np.float32)] * self._ranks.size
             else:
                 device, vectors = self._gathered(gradients)
                 with device.backend.on(device.name):
                     held, flag = Consecutive(vectors), _flag(vectors)
                     parts = [_joined([*held.cut(*columns), flag]) for columns in self.distribution.ranges]
-        received = [part for part in self.ranks.exchange(parts) if part.shape[0]]
+        received = [part for part in self._ranks.exchange(parts) if part.shape[0]]
         with device.backend.on(device.name):
             for part in received:
                 self._store(None if bool(part[-1]) else [self._moved(part[:-1], device)])
@@ -137,21 +131,16 @@ class GradientCollector:
             self.window.clear()
 
     def following(
-        self,
-        mask: npt.NDArray[np.bool_],
-        distribution: Distribution,
-        num_gradients: int,
-        *,
-        keeps_rows: bool = False,
+        self, distribution: Distribution, num_gradients: int, *, keeps_rows: bool = False
     ) -> GradientCollector:
         """Return a new collector for the mask after a pruning step, with or without the stored rows.
 
         Collective if rows are kept, which then move to the new owners of their columns.
         """
-        after = replace(self, mask=mask, distribution=distribution, num_gradients=num_gradients, window=None)
+        after = replace(self, distribution=distribution, num_gradients=num_gradients, window=None)
         window = self.window if keeps_rows else None
         if window is not None:
-            stay = mask[self.mask]
+            stay = distribution.mask[self.distribution.mask]
             if num_gradients != window.num_gradients or not stay.all():
                 window = self._followed(window, stay, after)
         after.window = window
@@ -164,7 +153,7 @@ class GradientCollector:
         """
         for state in states:
             check_keys("a gradient window", state, ())
-        if self.ranks.size == 1 and len(states) == 1 and "columns" not in states[0]:
+        if self._ranks.size == 1 and len(states) == 1 and "columns" not in states[0]:
             window = self._new_window(num_gradients)
             window.load_state_dict(states[0])
             if num_gradients != self.num_gradients:
@@ -176,7 +165,7 @@ class GradientCollector:
             return GradientWindow(num_columns, num_gradients, block_size=None, dtype=self.row_format.name)
 
         self.loaded = LoadedRows.checked(states, self.distribution.num_columns, in_host_memory)
-        if self.ranks.size == 1:
+        if self._ranks.size == 1:
             self.settle()
 
     def settle(self) -> None:
@@ -186,7 +175,7 @@ class GradientCollector:
         """
         if self.loaded is None:
             return
-        found = self.loaded.dealt(self.ranks, self.distribution.ranges, self.num_gradients)
+        found = self.loaded.dealt(self._ranks, self.distribution.ranges, self.num_gradients)
         self.loaded = None
         if found.missing:
             self.warn_once(
@@ -211,9 +200,13 @@ class GradientCollector:
         if self.window is None:
             return None
         state = self.window.state_dict()
-        if self.ranks.size == 1:
+        if self._ranks.size == 1:
             return state
         return {**state, "columns": list(self.distribution.columns), "num_columns": self.distribution.num_columns}
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self.distribution.ranks
 
     def _gathered(self, gradients: Mapping[str, Array]) -> tuple[Device, list[Array]]:
         """Return the unpruned entries of gradients in consecutive float32 vectors, and their device."""
@@ -260,9 +253,9 @@ class GradientCollector:
         self, window: GradientWindow, stay: npt.NDArray[np.bool_], after: GradientCollector
     ) -> GradientWindow:
         """Return the window of the collector after this one: the columns that stay, at their new owners."""
-        if self.ranks.size == 1:
+        if self._ranks.size == 1:
             return window.rebuilt(stay, after.num_gradients)
-        with together(self.ranks, "making room for the gradient window of the new mask"):
+        with together(self._ranks, "making room for the gradient window of the new mask"):
             rebuilt = after._new_window(after.num_gradients)
         start, stop = self.distribution.columns
         kept = window.device.asarray(np.flatnonzero(stay[start:stop]))
@@ -273,7 +266,7 @@ class GradientCollector:
             return array_namespace(rows).take(rows, kept, axis=1)
 
         held = [[each] for each in kept_ranges(self.distribution.ranges, stay)]
-        for rows in move_rows(self.ranks, held, after.distribution.ranges, rows_from, window.count - first):
+        for rows in move_rows(self._ranks, held, after.distribution.ranges, rows_from, window.count - first):
             rebuilt.take_over(rows)
         return rebuilt
 

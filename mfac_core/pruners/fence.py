@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from mfac_core.backends import Array, device_of
 from mfac_core.errors import RankError
-from mfac_core.ranks.agreement import gathered, same_on_all
+from mfac_core.ranks.agreement import gathered, named_ranks, same_on_all
 from mfac_core.ranks.base import Ranks
 
 __all__ = ["check_alike", "check_same", "digest", "strided"]
@@ -76,9 +76,8 @@ def check_alike(ranks: Ranks, what: str, entries: Sequence[Array] | None) -> Non
         found = gathered(ranks, [float(np.linalg.norm(values)), *projections.tolist()])
         differs = np.abs(found - found[0]).max(axis=1) > _ALIKE * found[:, 0].max()
     if differs.any():
-        others = np.flatnonzero(differs).tolist()
-        named = f"rank {others[0]}" if len(others) == 1 else f"ranks {', '.join(map(str, others))}"
-        raise RankError(f"{what} differ between ranks ({named} from rank 0): {_ONE_MODEL}")
+        others = named_ranks(np.flatnonzero(differs).tolist())
+        raise RankError(f"{what} differ between ranks ({others} from rank 0): {_ONE_MODEL}")
 
 
 @cache

@@ -48,8 +48,8 @@ class GradualPruner(Pruner):
         measured = self._progress.initial_sparsity
         if self._zeros_here is not None:
             raise RuntimeError(
-                "the initial sparsity of weights in shards is not measured yet, because that takes all ranks: save "
-                "after the first optimizer step, or call check_ranks(step) of the pruner on all ranks before state_dict()"
+                "the initial sparsity of weights in shards is measured before the first pruning step; call "
+                "check_ranks(step) on all ranks before state_dict()"
             )
         return {
             **super().state_dict(),
@@ -85,7 +85,7 @@ class GradualPruner(Pruner):
         select = partial(self._newly_pruned, sparsity=self._target_sparsity(zeros, index))
         distribution = self._distribution_of(self._mask)
         unpruned = distribution.to_owners(take_unpruned(weights, distribution.held_mask))
-        return Outcome.of_unpruned(self._mask, distribution, self._prune_unpruned(unpruned, zeros, select, index))
+        return Outcome.of_unpruned(distribution, self._prune_unpruned(unpruned, zeros, select, index))
 
     def _target_sparsity(self, zeros: Mask, index: int) -> Sparsity:
         """Return the target sparsity of the current sub-step of the pruning step with this index.

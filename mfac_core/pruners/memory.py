@@ -82,6 +82,10 @@ class WindowMemory:
         windows = (window for windows in self._sequences(skips=False) for window in windows)
         return max(((rows, self._share(columns)) for rows, columns in windows), key=math.prod)
 
+    def peak_bytes(self) -> int:
+        """Return the bytes of the largest gradient window."""
+        return math.prod(self.peak()) * self.row_format.itemsize
+
     def window_bytes(self) -> int:
         """Return the largest number of bytes that gradient windows take at one time."""
         live, largest = self.live_gradients, 0
@@ -106,7 +110,7 @@ class WindowMemory:
         distinct = min(columns, alike + columns % alike)
         blocks = partition(distinct, block_size, num_gradients=rows, itemsize=COMPUTED_ITEMSIZE, group_bytes=1)
         working = 2 * max((self._working_bytes(block, rows) for block in blocks), default=0)
-        return max(rows * columns * self.row_format.itemsize + working, self.window_bytes())
+        return max(self.peak_bytes() + working, self.window_bytes())
 
     def check(self, device: Device) -> int:
         """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""

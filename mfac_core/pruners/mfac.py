@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -140,10 +139,7 @@ class MFACPruner(GradualPruner):
         self._logged: set[str] = set()
         collector = GradientCollector(
             self._here,
-            self._mask,
-            self.ranks,
             self._distribution_of(self._mask),
-            is_sharded=self._is_sharded,
             num_gradients=0,  # set with the next pruning step
             block_size=settings.block_size,
             device=window_device,
@@ -313,21 +309,6 @@ class MFACPruner(GradualPruner):
             self._progress = replace(self._progress, waiting_index=latest)
         return latest > waiting or self.schedule[latest].step == step
 
-    def check_ranks(self, step: int) -> None:
-        """Check that all ranks are at the same point of the same run: the fence before they prune together.
-
-        Args:
-            step: As in :meth:`Pruner.check_ranks`.
-
-        Raises:
-            RankError: As in :meth:`Pruner.check_ranks`.
-        """
-        super().check_ranks(step)
-        if self.ranks.size > 1:
-            self._collector.settle()
-            if not self._is_sharded:
-                check_alike(self.ranks, "gradients", self._collector.entries)
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs, as arrays and numbers only.
 
@@ -430,7 +411,6 @@ class MFACPruner(GradualPruner):
             substeps = self._substeps_needed(progress, next_pruning) if next_pruning < num_steps else 1
         progress = replace(progress, next_pruning=next_pruning, substeps=substeps)
         collector = progress.collector.following(
-            mask,
             self._distribution_of(mask),
             self._num_gradients_of(progress),
             keeps_rows=keeps_rows and next_pruning < num_steps,
@@ -533,18 +513,21 @@ class MFACPruner(GradualPruner):
 
     def _check_memory(self, memory: WindowMemory) -> None:
         self.needed_bytes = memory.check(self._collector.device)
-        self.window_bytes = math.prod(memory.peak()) * memory.row_format.itemsize
+        self.window_bytes = memory.peak_bytes()
 
     def _distributed(self, mask: Mask) -> Distribution:
         return Distribution(self.ranks, self.shards, mask, block_size=self.settings.block_size)
 
-    def _measure(self) -> None:
+    def _meet(self) -> None:
         is_measured = self._zeros_here is None
-        super()._measure()
+        super()._meet()
         if not is_measured:
             self._progress = self._with_next_pruning(self._progress)
             with together(self.ranks, "the check of memory"):
                 self._check_memory(self._memory())
+        self._collector.settle()
+        if not self._is_sharded:
+            check_alike(self.ranks, "gradients", self._collector.entries)
 
     def _compared(self, step: int) -> dict[str, int | str]:
         progress, collector = self._progress, self._collector

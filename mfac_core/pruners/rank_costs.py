@@ -62,13 +62,11 @@ def rank_costs(memory: WindowMemory) -> RankCosts:
         >>> costs.blocks, costs.columns, costs.window_bytes, costs.replicated.per_row, costs.sharded.per_row
         (7, 14000, 3584000, 0, 50000)
     """
-    _, columns = replace(memory, num_ranks=1).peak()
-    # the first rank has the most blocks
-    memory = replace(memory, rank=0)
+    memory = replace(memory, rank=0)  # which has the most blocks
     rows, own = memory.peak()
+    _, columns = replace(memory, num_ranks=1).peak()
     width = memory.settings.block_size or max(columns, 1)
     others = memory.num_ranks - 1
-    window_bytes = rows * own * memory.row_format.itemsize
     # of a weight array, or a row, each of the ranks has a share of this size
     share = -(-columns // memory.num_ranks) * COMPUTED_ITEMSIZE if others else 0
     # the mask is complete on all ranks
@@ -79,7 +77,7 @@ def rank_costs(memory: WindowMemory) -> RankCosts:
         memory.num_ranks,
         own,
         -(-own // width),
-        window_bytes,
+        memory.peak_bytes(),
         memory.needed_bytes(),
         # the dual form: a symmetric product and a triangular solve; the primal form has the width in place of m
         2 * rows * min(rows, width) * own,

@@ -172,7 +172,7 @@ def _rows_of(window: GradientWindow, skipped: int) -> Callable[[int, int], npt.N
 
 
 def _columns(state: Mapping[str, Any], num_columns: int) -> Interval:
-    """Return the columns that a state holds of a window of ``num_columns``: without a word, all."""
+    """Return the columns that a state holds of a window of ``num_columns``; all, if it does not say."""
     check_keys("a gradient window", state, ("rows", "position"))
     if "columns" not in state:
         return 0, num_columns

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mfac_core.errors import RankError
 from mfac_core.ranks.base import Ranks
 
-__all__ = ["gathered", "same_on_all", "together"]
+__all__ = ["gathered", "named_ranks", "same_on_all", "together"]
 
 _FLOATS = (float, np.floating)
 
@@ -41,7 +41,7 @@ def gathered(ranks: Ranks, values: Sequence[float | int]) -> npt.NDArray[Any]:
 
 
 @contextmanager
-def together(ranks: Ranks, doing: str) -> Generator[None]:
+def together(ranks: Ranks, doing: str, *, sharded: bool = False) -> Generator[None]:
     """Let a block fail on all ranks if it fails on one, which raises its own error.
 
     Collective, by one small sum at the end of the block. Inside it all ranks make the same collective calls, or none:
@@ -50,6 +50,8 @@ def together(ranks: Ranks, doing: str) -> Generator[None]:
     Args:
         ranks: The ranks.
         doing: What the block does, for the message on the other ranks, such as ``the update of the weights``.
+        sharded: Whether the block runs a model of shards, in which ranks wait for each other anyway. Nothing is sent
+            then: a rank that fails alone cannot tell the others, and can only end, so that they notice.
 
     Raises:
         RankError: If the block has succeeded here and failed elsewhere.
@@ -61,7 +63,7 @@ def together(ranks: Ranks, doing: str) -> Generator[None]:
         Traceback (most recent call last):
         ZeroDivisionError: division by zero
     """
-    if ranks.size == 1:
+    if ranks.size == 1 or sharded:
         yield
         return
     try:
@@ -73,7 +75,7 @@ def together(ranks: Ranks, doing: str) -> Generator[None]:
         raise
     failed, message = _tell(ranks, "")
     if failed:
-        raise RankError(f"{_named(failed)} failed in {doing}: {message}; nothing has changed")
+        raise RankError(f"{named_ranks(failed)} failed in {doing}: {message}; nothing has changed")
 
 
 def same_on_all(ranks: Ranks, values: Mapping[str, float | int | str], cures: Mapping[str, str]) -> None:
@@ -132,15 +134,16 @@ def _difference(column: npt.NDArray[np.int64], kind: type) -> str:
         if not has_majority:
             return ""
         others = sorted(rank for bits, of_value in having.items() if bits != most for rank in of_value)
-        return f": {_named(others)} from the others"
+        return f": {named_ranks(others)} from the others"
     shown = {bits: str(np.int64(bits).view(np.float64) if issubclass(kind, _FLOATS) else bits) for bits in having}
     few = [bits for bits in having if bits != most or not has_majority][:_GROUPS]
-    parts = [f"{shown[bits]} on {_named(having[bits])}" for bits in few]
+    parts = [f"{shown[bits]} on {named_ranks(having[bits])}" for bits in few]
     if has_majority:
         parts.append(f"{shown[most]} on the others")
     return f": {', '.join(parts)}"
 
 
-def _named(ranks: Iterable[int]) -> str:
+def named_ranks(ranks: Iterable[int]) -> str:
+    """Return ranks in words: ``rank 1``, or ``ranks 1, 2 and 5``."""
     *first, last = map(str, ranks)
     return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

@@ -54,6 +54,8 @@ class Distribution:
 
     Attributes:
         ranks: The ranks.
+        mask: Which weights in scope are unpruned.
+        is_whole: Whether each rank has all weights.
         ranges: First and one-past-last column that each rank owns.
         num_columns: Number of unpruned weights ``d``.
 
@@ -75,8 +77,8 @@ class Distribution:
                 f"{ranks.size} ranks"
             )
         self.ranks = ranks
-        self._mask = mask
-        self._is_whole = shards.is_whole
+        self.mask = mask
+        self.is_whole = shards.is_whole
         self._held = [shards.positions(rank) for rank in range(ranks.size)]
         self.num_columns = int(np.count_nonzero(mask))
         self.ranges = deal(self.num_columns, block_size, ranks.size)
@@ -89,9 +91,9 @@ class Distribution:
     @cached_property
     def held_mask(self) -> Bits:
         """Which of the weights that this rank has are unpruned, in order."""
-        if self._is_whole:
-            return self._mask
-        return np.concatenate([self._mask[start:stop] for start, stop in self._held[self.ranks.rank]])
+        if self.is_whole:
+            return self.mask
+        return np.concatenate([self.mask[start:stop] for start, stop in self._held[self.ranks.rank]])
 
     def to_owners(self, held: Array) -> Array:
         """Return the columns of this rank, from the unpruned weights, or other numbers, that each rank holds.
@@ -111,7 +113,7 @@ class Distribution:
             The columns of this rank, in order, in consecutive vectors; and the flags, one of each rank, or that of this
             one if the ranks are replicas.
         """
-        if self._is_whole:
+        if self.is_whole:
             return Consecutive(vectors).cut(*self.columns), flag
         return self._to_owners.move_flagged(vectors, flag)
 
@@ -124,7 +126,7 @@ class Distribution:
 
         Collective, unless the ranks are replicas.
         """
-        everything = [[(0, len(self._mask))]] * self.ranks.size
+        everything = [[(0, len(self.mask))]] * self.ranks.size
         return Route(self.ranks, held=self._held, wanted=everything).move_bits(held)
 
     def columns_everywhere(self, own: Bits) -> Bits:
@@ -143,7 +145,7 @@ class Distribution:
     def _held_columns(self) -> list[list[Interval]]:
         bounds = sorted({0, *(bound for held in self._held for interval in held for bound in interval)})
         pairs = zip(bounds[:-1], bounds[1:], strict=True)
-        before = accumulate((int(np.count_nonzero(self._mask[start:stop])) for start, stop in pairs), initial=0)
+        before = accumulate((int(np.count_nonzero(self.mask[start:stop])) for start, stop in pairs), initial=0)
         columns = dict(zip(bounds, before, strict=True))
         return [[(columns[start], columns[stop]) for start, stop in held] for held in self._held]
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ class LayerStatistics(ABC):
         try:
             with self._measuring(statistics):
                 for batch in in_step(sampler.one_pass(num_batches, options), ranks):
-                    with nullcontext() if self._sharded else together(ranks, doing):
+                    with together(ranks, doing, sharded=self._sharded):
                         self._measure(sampler, batch, statistics)
                     with together(ranks, doing):
                         self._collect(statistics)

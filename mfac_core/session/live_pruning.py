@@ -318,8 +318,7 @@ class LivePruning(ABC):
         return measured
 
     def _next_of(self, samples: Iterator[Mapping[str, Array]]) -> Mapping[str, Array] | None:
-        # ranks with shards draw each sample together: one that fails alone can only end, so that the others notice
-        with together(self.ranks, "drawing gradient samples") if self.shards.is_whole else nullcontext():
+        with together(self.ranks, "drawing gradient samples", sharded=not self.shards.is_whole):
             return next(samples, None)
 
     @contextmanager

@@ -22,19 +22,24 @@ def scope_in_line(modifier: str, names: Iterable[str]) -> str:
     return f"{modifier}: {join_names(names)}" if modifier else join_names(names)
 
 
-def shares_line(num_ranks: int, settings: MFACSettings, window_bytes: int, modifier: str = "") -> str:
+def shares_line(num_ranks: int, settings: MFACSettings, num_weights: int, window_bytes: int, modifier: str = "") -> str:
     """Return the line about what each rank keeps and computes; ``window_bytes`` are those of this rank, the first.
 
     Example:
         >>> settings = MFACSettings(final_sparsity=0.5, end_epoch=2)
-        >>> shares_line(8, settings, 112 * 2**20)
+        >>> shares_line(8, settings, 3_670_016, 112 * 2**20)
         '8 ranks: each keeps 1/8 of the gradient window (112 MiB) and computes 1/8 of the blocks'
     """
     mebibytes = window_bytes / 2**20
     size = f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.2g} MiB"
     ranks = f"{modifier}, {num_ranks} ranks" if modifier else f"{num_ranks} ranks"
-    if settings.block_size is None:
-        return f"{ranks}: the first keeps the gradient window ({size}) and computes its only block"
+    num_blocks = 1 if settings.block_size is None else -(-num_weights // settings.block_size)
+    if num_blocks < num_ranks:
+        kept = f"the first keeps the gradient window ({size}) and computes its only block"
+        if num_blocks > 1:
+            kept = f"the first {num_blocks} keep and compute one block of the gradient window each ({size})"
+        smaller = f"fisher_block_size: {max(num_weights // num_ranks, 1)} or less gives each a block"
+        return f"{ranks}: {kept}, the others have none; {smaller}"
     share = f"1/{num_ranks}"
     return f"{ranks}: each keeps {share} of the gradient window ({size}) and computes {share} of the blocks"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -100,7 +99,7 @@ class LossMeasurement:
 
     def _measured(self, loss: Callable[[list[Any]], float], batches: list[Any]) -> float:
         """Return the mean loss over the batches of all ranks."""
-        with nullcontext() if self._is_sharded else together(self._ranks, "measuring the loss"):
+        with together(self._ranks, "measuring the loss", sharded=self._is_sharded):
             share = loss(batches) * (len(batches) / self._num_batches) if batches else 0.0
         return float(gathered(self._ranks, [float(share)]).sum())
 

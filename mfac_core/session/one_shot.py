@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -85,7 +85,7 @@ def prune_in_one_shot(
     sampler: Any,
     recalibrate_batchnorm: bool,
     cure: str,
-    weights: Sequence[Collection[str]] | None = None,
+    parts: Sequence[Sequence[P]] | None = None,
 ) -> None:
     """Run the single pruning step of all modifiers; an exception restores all weights.
 
@@ -99,10 +99,11 @@ def prune_in_one_shot(
         sampler: The gradient sampler of the framework, or None.
         recalibrate_batchnorm: Whether to recalibrate the statistics over batches of the sampler.
         cure: The call that recalibrates them later, for the warning that they are stale.
-        weights: Names of the weights that each modifier prunes; ``None`` if each is attached only once.
+        parts: The modifiers of the session, once more, from :func:`attached_at_once`; ``None`` if none is divided.
     """
     log = session.logger
-    for warning in lint_one_shot(groups, weights or [pruning.sizes for pruning in session.prunings]):
+    weights = [[name for part in each for name in part.sizes] for each in parts or zip(session.prunings)]
+    for warning in lint_one_shot(groups, weights):
         log.warning("%s", warning)
     for line in dict.fromkeys(filter(None, map(differs_line, modifiers))):
         log.info("%s", line)
@@ -113,10 +114,8 @@ def prune_in_one_shot(
         session.prune_if_due()
         if sampler is not None and recalibrate_batchnorm:
             options = next((each.sampler_options for each in modifiers if isinstance(each, MFACSettings)), {})
-            # ranks with shards run the model together: one that fails alone can only end, so that the others notice
             is_sharded = any(not pruning.shards.is_whole for pruning in session.prunings)
-            doing = "recalibrating batch normalization"
-            with nullcontext() if is_sharded else together(session.ranks, doing):
+            with together(session.ranks, "recalibrating batch normalization", sharded=is_sharded):
                 statistics.recalibrate(sampler, ENOUGH_BATCHES, options)
         undo.pop_all()
     if not statistics.layers or recalibrate_batchnorm:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -171,10 +170,13 @@ def _modifier_plan(
     is_live = not sampled or settings.gradient_origin == "training"
     schedule = pruning_schedule(settings, steps_per_epoch)
     memory = WindowMemory(settings, plan.num_weights, schedule, live_gradients=is_live)
-    window = memory.peak()
-    num_bytes = math.prod(window) * memory.row_format.itemsize
     of_rank = None if num_ranks is None else rank_costs(replace(memory, num_ranks=num_ranks))
-    return plan._replace(window=window, window_bytes=num_bytes, needed_bytes=memory.needed_bytes(), of_rank=of_rank)
+    return plan._replace(
+        window=memory.peak(),
+        window_bytes=memory.peak_bytes(),
+        needed_bytes=memory.needed_bytes(),
+        of_rank=of_rank,
+    )
 
 
 def _in_words(schedule: Sequence[ScheduledStep]) -> str:

@@ -53,7 +53,9 @@ def log_plan(
         known = modifier._replace(needed_bytes=pruning.needed_bytes)  # the plan does not know which weights are zero
         logger.info("%s%s", known.summary(pruning.schedule), _devices(pruning))
         if ranks.size > 1 and isinstance(pruning.settings, MFACSettings):
-            logger.info("%s", shares_line(ranks.size, pruning.settings, pruning.window_bytes, pruning.name))
+            num_weights = sum(pruning.sizes.values())
+            shares = shares_line(ranks.size, pruning.settings, num_weights, pruning.window_bytes, pruning.name)
+            logger.info("%s", shares)
         for step in modifier.steps:
             logger.debug("%s", step)
     for note in plan.notes:

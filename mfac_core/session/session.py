@@ -11,16 +11,15 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from mfac_core.masks.zero_count import ZeroCount
 from mfac_core.pruners import Pruner
 from mfac_core.pruners.fence import check_same
-from mfac_core.pruners.saved_states import combined
 from mfac_core.ranks import Alone, Ranks
 from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import named_in_errors
 from mfac_core.recipe.naming import log_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks, zeros_of
+from mfac_core.session.rank_states import combined_runs
 from mfac_core.settings.pruning import PruningSettings
 from mfac_core.settings.training import TrainingSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse
-from mfac_core.weight_names import join_names
 
 __all__ = ["Changes", "ParsedState", "Session", "attached", "gradual_in_order"]
 
@@ -150,9 +149,8 @@ class Session(Generic[P, C]):
         """Check that all ranks are at the same point of the same run, at the steps at which that matters.
 
         These are the first step of this process or after a state is loaded, the step after the first row of a gradient
-        window, and each step at which a pruning step is scheduled. Call it after each optimizer step on all ranks,
-        before anything asks whether a pruning step is due, and from nowhere else: it is collective. For a single
-        process it does nothing.
+        window, and each step at which a pruning step is scheduled. It is collective: all ranks call it at the same
+        steps, before anything asks whether a pruning step is due. For a single process it does nothing.
 
         Raises:
             RankError: As :meth:`mfac_core.pruners.Pruner.check_ranks` raises it, on all ranks.
@@ -214,7 +212,7 @@ class Session(Generic[P, C]):
         Raises:
             ValueError: If the state is broken, or belongs to another run.
         """
-        state = self._combined(state)
+        state = combined_runs(state)
         check_keys("a run", state, ("step", "steps_per_epoch", self.changes_key, "prunings"))
         step = checked_integer("step", state["step"], at_most=sys.maxsize)
         steps_per_epoch = checked_integer("steps_per_epoch", state["steps_per_epoch"], at_least=1, at_most=sys.maxsize)
@@ -250,23 +248,6 @@ class Session(Generic[P, C]):
         self._forget_fences()
         if self._changes is not None:
             self._changes.load_state_dict(parsed.changes)
-
-    def _combined(self, states: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Return one state from those that several ranks have saved."""
-        if not isinstance(states, list | tuple) or not states:
-            return states  # type: ignore[return-value]  # checked by the caller
-        for state in states:
-            check_keys("a run", state, ("step", "prunings"))
-            if not isinstance(state["prunings"], list | tuple):
-                refuse("prunings", state["prunings"], "a list with the state of each pruning modifier")
-        of_prunings = [state["prunings"] for state in states]
-        steps = sorted({checked_integer("step", state["step"]) for state in states})
-        if len(steps) > 1 or len({len(each) for each in of_prunings}) > 1:
-            raise ValueError(
-                f"the states of several ranks are not from the same run and step (step {join_names(map(str, steps))}); "
-                "load the states that all ranks have saved at one step"
-            )
-        return {**states[0], "prunings": [combined(each) for each in zip(*of_prunings, strict=True)]}
 
     def _forget_fences(self) -> None:
         self._fenced_at = None

@@ -231,6 +231,7 @@ def test_plan_for_ranks_shows_what_each_keeps_and_sends(write_recipe: Callable[[
     assert "live rows that move <= 32.3 MB" in lines
     assert lines[-1].endswith("3 pruning steps, 0 warnings, 63.0 MB of memory on each of 8 ranks")
     assert max(map(len, lines[:-1])) <= 80
+    assert "window of 1 block " in mfac("plan", write_recipe(RECIPE), "--weights", "9", *arguments[4:], "8").stdout
     for ranks in ("0", "-1", "x"):
         assert mfac(*arguments, ranks).exit_code == 2
     assert "On each of" not in mfac(*arguments[:-1]).stdout

@@ -37,7 +37,7 @@ def pruned(settings, layers_at_once, model=None):
         sampler=None,
         recalibrate_batchnorm=False,
         cure="",
-        weights=[[name for each in part for name in each.sizes] for part in parts],
+        parts=parts,
     )
     return model, parts
 

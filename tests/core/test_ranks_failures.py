@@ -316,7 +316,7 @@ def test_gradients_of_other_batches_are_named_with_the_cause(size):
         run.pruner.check_ranks(3)
 
     found = outcomes(size, train)
-    others = "rank 1" if size == 2 else "ranks 1, 2"
+    others = "rank 1" if size == 2 else "ranks 1 and 2"
     for each in found:
         assert isinstance(each, RankError)
         assert str(each).startswith(

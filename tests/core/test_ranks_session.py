@@ -10,10 +10,13 @@ import pytest
 
 from mfac_core import RankError, load_recipe
 from mfac_core.ranks import Shards
+from mfac_core.ranks.distribution import deal
 from mfac_core.schedules.one_shot import one_shot_in_order
+from mfac_core.session.log_lines import shares_line
 from mfac_core.session.one_shot import prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import Session, attached
+from mfac_core.settings.pruning import MFACSettings
 from mfac_core.settings.training import SetLearningRate
 from tests.core.numpy_framework import (
     EPOCHS,
@@ -129,6 +132,21 @@ def test_only_the_first_rank_logs_and_what_one_process_logs(caplog):
     assert len(said) == len(expected)
     for one, other in zip(said, expected, strict=True):
         assert one.partition("memory")[0].partition("bytes")[0][:40] == other[:40] or one == other
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 7, 24, 25, 33, 34, 50, 99, 100, 1000])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_line_about_shares_says_who_has_none(block_size, size):
+    settings = MFACSettings(final_sparsity=0.5, end_epoch=1, block_size=block_size)
+    line = shares_line(size, settings, 100, 2**20)
+    with_blocks = sum(start < stop for start, stop in deal(100, block_size, size))
+    assert ("each keeps" in line) == (with_blocks == size)
+    if 1 < with_blocks < size:
+        assert f"the first {with_blocks} keep and compute one block" in line
+    if with_blocks < size:
+        assert ("the first keeps the gradient window (1 MiB) and computes its only block" in line) == (with_blocks == 1)
+        cure = int(line.partition("fisher_block_size: ")[2].split()[0])
+        assert all(start < stop for start, stop in deal(100, cure, size))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

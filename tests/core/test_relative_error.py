@@ -330,3 +330,60 @@ def test_equal_rows_with_little_damping_are_not_refused(m):
     exact = (damping + row @ row - row**2) / (damping + row @ row) / damping
     diagonal = mfac_core.inverse_fisher(np.repeat(row[None], m, axis=0), damping=damping).diagonal()
     np.testing.assert_allclose(diagonal, exact, rtol=1e-8)
+
+
+def nearly_equal_signs(seed, m=8, width=65_000):
+    rng = np.random.default_rng(seed)
+    signs = rng.choice([-0.1, 0.1], width)
+    return np.where(rng.random((m, width)) < 2e-3, -signs, signs).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_block_of_signs_keeps_the_promise(seed):
+    # equal squares are rounded alike, so that the error of their sum grows with the number of columns
+    rows, damping = nearly_equal_signs(seed), 1e-5
+    exact = rows.astype(np.float64)
+    factor = np.linalg.cholesky(exact @ exact.T + len(rows) * damping * np.eye(len(rows)))
+    diagonal = 1 - np.sum(np.linalg.solve(factor, exact) ** 2, axis=0)
+    for rtol in (1e-5, 2e-5, 5e-5):
+        np.testing.assert_allclose(evaluated(rows, damping, rtol)[0], diagonal, rtol=rtol)
+
+
+@pytest.mark.parametrize("kind", ["signs", "normal"])
+def test_the_squared_norms_of_long_rows_keep_their_digits(kind):
+    shape = (2, 300_000)
+    rng = np.random.default_rng(0)
+    rows = (0.1 * rng.choice([-1, 1], shape) if kind == "signs" else rng.standard_normal(shape)).astype(np.float32)
+    exact = np.sum(rows.astype(np.float64) ** 2, axis=1)
+    norms = DualFactor.of([rows[None]], np.full(1, 1e-9), np.float32).norms[0]
+    np.testing.assert_allclose(norms, exact, rtol=20 * np.finfo(np.float32).eps)
+
+
+def almost_of_low_rank(seed, m=8, width=300):
+    rng = np.random.default_rng(seed)
+    rows = 50 * rng.standard_normal((m, m - 1)) @ rng.standard_normal((m - 1, width))
+    return ((rows + 1.5e-4 * rng.standard_normal((m, width))) * _decades(rng, -4, 0, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_error_is_within_rtol_where_eigenvalues_are_lost_in_rounding(seed):
+    # float32 makes the least eigenvalue of S a thousand times larger, if the factorization succeeds at all
+    rows = almost_of_low_rank(seed)
+    values, vectors = np.linalg.svd(rows.astype(np.float64))[1:]
+    exact = (8e-5 / (np.append(values, np.zeros(292)) ** 2 + 8e-5)) @ vectors**2
+    for rtol in 10 ** np.linspace(-5, -2, 7):
+        found = evaluated(rows, 1e-5, float(rtol))
+        assert found is None or np.abs(found[0] / exact - 1)[exact > 1e-9].max() <= rtol
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_float64_is_within_rtol_where_samples_are_nearly_equal_in_pairs(seed):
+    # inverses of ill-conditioned panels are rounded by more than eps times their condition number
+    rng, m, damping = np.random.default_rng(seed), 64, 1e-8
+    pairs = np.repeat(rng.standard_normal((m // 2, 300)), 2, axis=0)[rng.permutation(m)]
+    rows = (pairs + 1e-4 * rng.standard_normal((m, 300))).astype(np.float32)
+    values, vectors = np.linalg.svd(rows.astype(np.float64))[1:]
+    exact = (m * damping / (np.append(values, np.zeros(300 - m)) ** 2 + m * damping)) @ vectors**2
+    diagonal, in_float64 = evaluated(rows, damping, 1e-5)
+    assert in_float64
+    np.testing.assert_allclose(diagonal, exact, rtol=1e-5)

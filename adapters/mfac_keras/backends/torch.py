@@ -16,7 +16,6 @@ import torch.utils.dlpack
 from mfac_core.backends import Array
 from mfac_core.ranks import Alone, Ranks
 from mfac_keras.backends.hooks import TrainingHooks
-from mfac_keras.conditions import refuse_several_processes
 from mfac_keras.conversion import gpu_array
 
 __all__ = [
@@ -41,8 +40,15 @@ def ranks(model: Any) -> Ranks:
 
 def refuse_unsupported(model: Any) -> None:
     """Refuse several processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        refuse_several_processes(torch.distributed.get_world_size())
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    count = torch.distributed.get_world_size()
+    if count > 1:
+        raise NotImplementedError(
+            f"{count} processes train together (torch.distributed), which Keras on the torch backend does not "
+            "distribute a model over: each process would choose its own masks. Use keras.distribution.DataParallel on "
+            "the JAX backend, or a torch module with mfac_torch, or prune in a single process"
+        )
 
 
 def to_array(tensor: Any) -> Array:

@@ -154,6 +154,15 @@ def one_shot(folder):
         return outcome(model, masks)
 
 
+def by_groups(folder):
+    """Weights that a pattern selects, with a warning, are sampled and pruned two at a time."""
+    with data_parallel():
+        model = normalized()
+        options = {"sparsity": 0.5, "num_grads": 5, "fisher_block_size": 20, "global_sparsity": False}
+        masks = prune_one_shot(model, samples(), "mse", params=["re:.*"], layers_at_once=2, **options)
+        return outcome(model, masks)
+
+
 def saved(folder):
     """Stop in the middle of a window, and leave the model and the state of the pruning."""
     with data_parallel():

@@ -20,7 +20,17 @@ pytestmark = [
 ]
 
 SCRIPT = Path(__file__).with_name("jax_processes.py")
-ALIKE = ["by_layer", "by_all", "in_one_block", "by_magnitude", "in_phases", "sampled", "from_tf_data", "one_shot"]
+ALIKE = [
+    "by_layer",
+    "by_all",
+    "in_one_block",
+    "by_magnitude",
+    "in_phases",
+    "sampled",
+    "from_tf_data",
+    "one_shot",
+    "by_groups",
+]
 REFUSED = {
     "without_distribution": "JAX runs in 2 processes, but no distribution is set.*DataParallel",
     "on_its_own_devices": "JAX runs in 2 processes, but .* leaves some of them out.*DataParallel",
@@ -153,7 +163,12 @@ def test_each_process_keeps_its_own_columns_of_the_window(two):
     from mfac_keras.state_file import read_state
 
     names = sorted(path.name for path in (two.folder / "state").iterdir())
-    assert names == ["pruning.npz", "pruning.npz.previous", "pruning.npz.rank1", "pruning.npz.rank1.previous"]
+    assert names == [
+        "pruning.npz",
+        "pruning.npz.previous",
+        "pruning.npz.rank-1-of-2",
+        "pruning.npz.rank-1-of-2.previous",
+    ]
     states = [read_state(two.folder / "state" / name)["prunings"][0]["window"] for name in (names[0], names[2])]
     (start, middle), (again, end) = (state["columns"] for state in states)
     assert (start, again, end) == (0, middle, states[0]["num_columns"])
@@ -191,7 +206,7 @@ def test_two_processes_go_on_from_their_own_backups(two, whole):
 def test_the_script_of_the_page_runs_in_two_processes(two):
     first, second = two.found("documented")
     assert_same(second, first, exactly=True)
-    assert {path.name for path in two.folder.glob("pruning.npz*")} >= {"pruning.npz", "pruning.npz.rank1"}
+    assert {path.name for path in two.folder.glob("pruning.npz*")} >= {"pruning.npz", "pruning.npz.rank-1-of-2"}
 
 
 def test_a_process_that_is_killed_stops_the_others_before_they_save(tmp_path):

@@ -148,3 +148,15 @@ def test_a_sampler_leaves_no_window_to_warn_of(task, caplog):
     with caplog.at_level(logging.WARNING):
         attached(task, task.recipe(num_grads=9), grad_sampler=sampler)
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(("rank", "times"), [("0", 1), ("1", 0), (None, 1)])
+def test_warnings_of_a_recipe_are_logged_once_before_there_is_a_process_group(rank, times, monkeypatch, caplog):
+    # as in Hugging Face's Trainer, whose callbacks are made before it is
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("RANK", rank or "1")
+    if rank is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    keys = "final_sparsity: 0.8, start_epoch: 1.0, end_epoch: 2.0"
+    ScheduledModifierManager.from_yaml(f"pruning_modifiers: [!MFACPruningModifier {{params: __ALL__, {keys}}}]\n")
+    assert sum("in one pass within each layer" in line for line in caplog.messages) == times

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from mfac_torch.rank_states import share_of
+from mfac_core.session.rank_states import share_of
 from mfac_torch.tensor_files import read_tensors
 from tests.adapters.torch.conftest import TinyTask
 from tests.adapters.torch.rank_training import Run, assert_equal_runs, logged
