@@ -11,10 +11,11 @@ from mfac_core.ranks import Alone
 from mfac_core.weight_names import join_names
 from mfac_torch.ranks import TorchRanks, num_processes, ranks_of
 from mfac_torch.sharded import is_sharded, reshard
-from mfac_torch.wrappers import unwrapped
+from mfac_torch.wrappers import layers_of, unwrapped
 
 __all__ = [
     "model_and_ranks",
+    "refuse_join",
     "refuse_optimizer",
     "refuse_other_distribution",
     "refuse_replaced",
@@ -84,6 +85,18 @@ def refuse_replaced(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
             f"fully_shard has replaced {join_names(replaced)} after modify(), which prunes parameters that the model "
             "no longer has; call fully_shard(model) first, then create the optimizer, and then call modify()"
         )
+
+
+def refuse_join(module: nn.Module) -> None:
+    """Raise NotImplementedError for a model, in its wrappers, whose ranks may run out of data one after the other."""
+    for each in layers_of(module):
+        config = getattr(each, "_join_config", None)
+        if config is not None and config.enable and not config.throw_on_early_termination:
+            raise NotImplementedError(
+                "the model is trained inside Join, which is not supported: a rank that runs out of data would miss the "
+                "pruning steps of the others. Give each rank the same number of batches (DistributedSampler, or "
+                "drop_last), or write Join([model], throw_on_early_termination=True), which ends the loop on all ranks"
+            )
 
 
 def refuse_optimizer(optimizer: Any) -> None:

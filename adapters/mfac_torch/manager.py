@@ -235,7 +235,13 @@ class ScheduledModifierManager(ModifierList):
             logged=self._logged,
         )
         session = TrainingSession(
-            optimizers, prunings, changes, steps_per_epoch=steps, step=round(start * steps), ranks=ranks
+            optimizers,
+            prunings,
+            changes,
+            steps_per_epoch=steps,
+            step=round(start * steps),
+            ranks=ranks,
+            module=module,
         )
         session.attach()
         self._model, self._prunings, self._session = model, prunings, session

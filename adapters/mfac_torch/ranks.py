@@ -98,7 +98,7 @@ class TorchRanks:
         via, itemsize = self._transport(tensor.device), tensor.dtype.itemsize
         arriving, lengths = ([itemsize * count for count in counts] for counts in (parts.arriving, parts.lengths))
         with _raising(self, "an exchange"):
-            sent = tensor.to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
+            sent = _as_bytes(tensor.to(via))  # not every backend takes every dtype
             received = torch.empty(sum(arriving), dtype=torch.uint8, device=via)
             dist.all_to_all_single(received, sent, arriving, lengths, group=self.group)
         found = received.to(tensor.device).view(tensor.dtype).split(parts.arriving)
@@ -131,6 +131,13 @@ class TorchRanks:
         if device.type in self._backends:
             return device
         return torch.device(next(iter(self._backends)))  # NCCL alone: through the current GPU
+
+
+def _as_bytes(vector: torch.Tensor) -> torch.Tensor:
+    """Return the bytes of a vector, without a copy."""
+    vector = vector.contiguous()
+    # The stride of none or one number is of no account, and is 0 where NumPy has made the vector. view() wants 1.
+    return vector.as_strided(vector.shape, (1,)).view(torch.uint8)
 
 
 @contextmanager

@@ -7,20 +7,22 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from traceback import walk_stack
 from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch import nn
 
 from mfac_core.ranks import Ranks
 from mfac_core.ranks.agreement import gathered
 from mfac_core.ranks.logs import logger_of
 from mfac_core.session.session import ParsedState, Session
 from mfac_core.state_checks import check_keys, checked_integer
+from mfac_torch.distribution import refuse_join
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.rank_states import Saver, check_same_save, saver_of
-from mfac_torch.sharded import local
 from mfac_torch.training_changes import TrainingChanges
 from mfac_torch.write_monitor import WriteMonitor
 
@@ -29,6 +31,9 @@ __all__ = ["TrainingSession", "is_attached"]
 _logger = logging.getLogger("mfac_torch")
 
 _KEYS = ("step", "steps_per_epoch", "changes_done", "prunings", "random")
+
+_CREATES_STATE = "torch.distributed.checkpoint.state_dict"
+"""The module that makes steps which only create optimizer state."""
 
 _optimizers_with_hooks: WeakSet[torch.optim.Optimizer] = WeakSet()
 
@@ -50,6 +55,7 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         steps_per_epoch: Optimizer steps per epoch.
         step: Completed optimizer steps so far.
         ranks: The processes of the run.
+        module: The model, in its wrappers.
 
     Attributes:
         optimizers: The optimizers of the model.
@@ -67,10 +73,12 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
         steps_per_epoch: int,
         step: int,
         ranks: Ranks,
+        module: nn.Module,
     ) -> None:
         super().__init__(prunings, changes, steps_per_epoch=steps_per_epoch, step=step, logger=_logger, ranks=ranks)
         self.optimizers = optimizers
         self.monitor = WriteMonitor(optimizers, prunings, steps_per_epoch, logger=logger_of(self.ranks, _logger))
+        self._module = module
         self._num_trained = [_num_trained(optimizer) for optimizer in optimizers]
         # An optimizer whose step() calls that of its base class runs the hooks at both levels. So that a step counts
         # once and is observed once, the first hook at either level does the work. A counter of levels would stay wrong
@@ -203,12 +211,14 @@ class TrainingSession(Session[TorchPruning, TrainingChanges]):
     def _before_step(
         self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._creates_state = _creates_state(self.optimizers[number], kwargs)
+        self._creates_state = _creates_state(kwargs)
         if self._creates_state:
             return None
         self._counts = self._counts or number == 0
         self._first = number if self._first is None else self._first
         self.monitor.step_begins(number)
+        if self.ranks.size > 1:
+            refuse_join(self._module)
         self.fence()
         self._update_trained(number)
         self._zero_regrown(number)
@@ -300,19 +310,16 @@ def _num_trained(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
-def _creates_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any]) -> bool:
+def _creates_state(kwargs: Mapping[str, Any]) -> bool:
     """Return whether a step only creates optimizer state, and changes no weight.
 
     ``get_state_dict`` and ``set_state_dict`` of ``torch.distributed.checkpoint`` make such a step:
-    ``step(closure=None)``, with learning rates and gradients of zero.
+    ``step(closure=None)``, with learning rates and gradients of zero. Only its caller tells it from a step of training:
+    in a warm-up from 0, the shards of one rank may be empty, or have zeros for gradients, and those of another not.
     """
     if kwargs.get("closure", ...) is not None:
         return False
-    groups = optimizer.param_groups
-    if any(group.get("lr") != 0 for group in groups):
-        return False
-    gradients = [local(each.grad) for group in groups for each in group["params"] if each.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+    return any(frame.f_globals.get("__name__") == _CREATES_STATE for frame, _ in walk_stack(None))
 
 
 def _is_skipped(optimizer: torch.optim.Optimizer) -> bool:

@@ -42,6 +42,7 @@ class TrainingChanges:
         *,
         steps_per_epoch: int,
     ) -> None:
+        self.settings = settings
         self._optimizers = optimizers
         self._options = OptionsSchedule(settings, steps_per_epoch)
         self._trainable = TrainableSchedule(settings, steps_per_epoch)

@@ -23,6 +23,7 @@ _CURES = {
     "step": "pass the same steps_per_epoch on all ranks, and resume them from the same checkpoint",
     "steps_per_epoch": "pass the same number on all ranks",
     "the modifiers, or the weights that they prune": "use the same recipe and the same model on all ranks",
+    "the modifiers that do not prune": "use the same recipe on all ranks",
     "the schedule": "use the same recipe on all ranks",
     "the settings": "use the same recipe on all ranks",
     "which weights each of them has": "build the same model on all ranks, and shard it alike",

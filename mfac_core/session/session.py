@@ -18,6 +18,7 @@ from mfac_core.recipe.naming import log_names
 from mfac_core.session.live_pruning import LivePruning, combined_masks, zeros_of
 from mfac_core.session.rank_states import combined_runs
 from mfac_core.settings.pruning import PruningSettings
+from mfac_core.settings.training import TrainingSettings
 from mfac_core.state_checks import check_keys, checked_integer, refuse
 
 __all__ = ["Changes", "ParsedState", "Session", "attached", "gradual_in_order"]
@@ -27,6 +28,10 @@ P = TypeVar("P", bound=LivePruning)
 
 class Changes(Protocol):
     """The changes of training other than pruning."""
+
+    @property
+    def settings(self) -> Sequence[TrainingSettings]:
+        """The settings of all modifiers that do not prune."""
 
     def state_dict(self) -> Any:
         """Return the progress."""
@@ -155,7 +160,9 @@ class Session(Generic[P, C]):
         before = self._fenced_at
         if before is None:
             scopes = "; ".join(f"{type(each.settings).__name__} {dict(each.sizes)}" for each in self.prunings)
-            check_same(self.ranks, {"the modifiers, or the weights that they prune": scopes})
+            others = repr([] if self._changes is None else list(self._changes.settings))
+            names = ("the modifiers, or the weights that they prune", "the modifiers that do not prune")
+            check_same(self.ranks, dict(zip(names, (scopes, others), strict=True)))
         has_row = [before is not None and pruning.needs_gradients(before) for pruning in self.prunings]
         for pruning, now, then in zip(self.prunings, has_row, self._had_row, strict=True):
             if before is None or (now and not then) or pruning.falls_due(self.step):

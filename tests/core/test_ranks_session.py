@@ -17,6 +17,7 @@ from mfac_core.session.one_shot import prune_in_one_shot
 from mfac_core.session.plan_log import log_plan
 from mfac_core.session.session import Session, attached
 from mfac_core.settings.pruning import MFACSettings
+from mfac_core.settings.training import SetLearningRate
 from tests.core.numpy_framework import (
     EPOCHS,
     LOGGER,
@@ -224,6 +225,23 @@ def test_ranks_with_other_modifiers_are_named():
 
     for each in outcomes(3, run):
         assert "ranks differ in the modifiers, or the weights that they prune: rank 1 from the others; use" in str(each)
+
+
+def test_ranks_with_other_learning_rates_are_named():
+    class Rates:
+        def __init__(self, rate):
+            self.settings = [SetLearningRate(learning_rate=rate)]
+
+    def run(ranks: ThreadRanks) -> None:
+        prunings = session_of(ONE, Model(), ranks=ranks).prunings
+        changes = Rates(0.1 if ranks.rank == 1 else 0.2)
+        per_epoch = prunings[0].steps_per_epoch
+        Session(prunings, changes, steps_per_epoch=per_epoch, logger=logging.getLogger("mfac_core")).prune_if_due()
+
+    for each in outcomes(3, run):
+        assert str(each) == (
+            "ranks differ in the modifiers that do not prune: rank 1 from the others; use the same recipe on all ranks"
+        )
 
 
 def test_gradients_that_differ_are_named_when_the_first_row_has_come():

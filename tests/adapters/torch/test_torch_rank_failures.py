@@ -7,6 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -86,6 +88,31 @@ def test_nan_on_one_rank_is_refused_by_all(rank_processes, how):
     assert_equal_runs(outcomes, alone)
     refused = "WARNING: a gradient sample contains NaN or Inf: it is refused and counted"
     assert alone.lines.count(refused) == outcomes[0].lines.count(refused) == 1
+
+
+def _uneven(group, throws):
+    run = Run(group, RECIPE)
+    error, text = (RuntimeError, "exhausted") if throws else (NotImplementedError, "inside Join.*same number")
+    with pytest.raises(error, match=text), Join([run.module], throw_on_early_termination=throws):
+        run.train(stop=9 if run.rank == 1 else 12)
+    return run.manager.state_dict()["step"]
+
+
+@pytest.mark.parametrize(("throws", "steps"), [(True, 9), (False, 0)], ids=["throwing", "joining"])
+def test_ranks_that_run_out_of_data_one_after_the_other_are_refused(rank_processes, throws, steps):
+    assert rank_processes.run(_uneven, throws, size=2) == [steps] * 2
+
+
+def _other_recipe(group, how):
+    run = Run(group, TinyTask.recipe(update="joint" if dist.get_rank(group) else "independent"), how=how)
+    with pytest.raises(RankError, match="ranks differ in the settings; use the same recipe on all ranks"):
+        run.train()
+    return run.manager.state_dict()["prunings"][0]["pruning_steps_done"]
+
+
+@HOW
+def test_ranks_with_other_recipes_are_named(rank_processes, how):
+    assert rank_processes.run(_other_recipe, how, size=2) == [0] * 2
 
 
 def _die_before_pruning(group, path):

@@ -131,6 +131,37 @@ def test_groups_across_shards_are_refused_by_name(rank_processes):
     rank_processes.run(_refused_pattern, recipe(mask_type="channel", params="['2.weight']"), size=2)
 
 
+class OneRow(nn.Module):
+    """A single weight of one row: with shards, all ranks but the first have nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.only = nn.Linear(6, 1, bias=False)
+
+    def forward(self, inputs):
+        return self.only(inputs).expand(-1, 3)
+
+
+class Warm(Run):
+    """The learning rate begins at 0, and the loop passes no closure by name, as some trainers do."""
+
+    def step(self, step):
+        self.optimizers[0].param_groups[0]["lr"] = 0.05 * min(step / 3, 1.0)
+        self.loss(step).backward()
+        self.optimizers[0].step(closure=None)
+
+
+def one_row():
+    torch.manual_seed(0)
+    return OneRow()
+
+
+def test_a_warm_up_from_zero_is_training_also_on_a_rank_without_weights(rank_processes):
+    options = {"how": "fsdp2", "model": one_row}
+    text = recipe(fisher_block_size=4)
+    assert_equal_runs(rank_processes.run(train, text, options, Warm, size=2), train(None, text, options, Warm))
+
+
 class Unknown(torch.optim.SGD):
     """An optimizer whose state is not known."""
 

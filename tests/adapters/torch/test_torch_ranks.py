@@ -90,6 +90,15 @@ def test_all_parts_may_be_empty(rank_processes):
     assert rank_processes.run(_exchange_nothing, size=3) == [[0, 0, 0]] * 3
 
 
+def _one_sends_nothing(group):
+    length = 0 if dist.get_rank(group) == 1 else 1
+    return [each.tolist() for each in TorchRanks(group).exchange([np.ones(length, np.float32)] * group.size())]
+
+
+def test_one_rank_may_have_nothing_for_any(rank_processes):
+    assert rank_processes.run(_one_sends_nothing, size=3) == [[[1.0], [], [1.0]]] * 3
+
+
 def _sum(group, values):
     array = np.array(values)[dist.get_rank()]
     before = array.copy()
