@@ -93,7 +93,8 @@ class TorchRanks:
         via, itemsize = self._transport(tensor.device), tensor.dtype.itemsize
         arriving, lengths = ([itemsize * count for count in counts] for counts in (parts.arriving, parts.lengths))
         with _raising(self, "an exchange"):
-            sent = tensor.to(via).view(torch.uint8)  # bytes: not every backend takes every dtype
+            # bytes: not every backend takes every dtype; an empty NumPy array arrives with stride 0, which has no view
+            sent = tensor.to(via).as_strided(tensor.shape, (1,)).view(torch.uint8)
             received = torch.empty(sum(arriving), dtype=torch.uint8, device=via)
             dist.all_to_all_single(received, sent, arriving, lengths, group=self.group)
         found = received.to(tensor.device).view(tensor.dtype).split(parts.arriving)
