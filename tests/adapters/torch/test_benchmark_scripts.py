@@ -257,10 +257,14 @@ def test_targets_that_are_missed_name_the_rows_their_numbers_and_their_parts() -
     assert "not met in 1 of 3 rows: m = 64, B = 2000, realistic (1.5)." in speed
     assert "takes 6.0 times the floor" in speed
     assert small_m.endswith(
-        "not met in 1 of 1 rows: m = 64, B = 2000, realistic (4.0: Gram 1.6, factor 0.4, solve 2.0)."
+        "not met in 1 of 1 rows: m = 64, B = 2000, realistic (4.0: Gram 1.6, factor 0.4, solve 2.0). In 1 of 1 rows "
+        "Gram, factor and solve alone exceed it, with 4.0: small products run below the rate of the large ones that "
+        "define the floor."
     )
-    assert large_m.endswith("not met in 1 of 2 rows: m = 1024, B = all, normal (2.1: Gram 0.8, factor 0.2, solve 1.1).")
+    assert "not met in 1 of 2 rows: m = 1024, B = all, normal (2.1: Gram 0.8, factor 0.2, solve 1.1)." in large_m
+    assert "In 1 of 2 rows Gram, factor and solve alone exceed it, with 2.1" in large_m
     assert "not met in 1 of 1 rows: m = 1024, B = 50, realistic (99.4)." in small_blocks
+    assert "It leaves 99.4 % of our time, and the products that form F alone take 40.0 % of it." in small_blocks
 
 
 def test_variants_that_are_fast_but_wrong_are_shown_beside_the_accurate_ones() -> None:
