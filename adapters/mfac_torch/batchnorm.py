@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 
 from mfac_core.ranks import Ranks
 from mfac_core.session.batch_statistics import BatchStatistics, LayerStatistics
-from mfac_torch.distribution import model_and_ranks
 from mfac_torch.evaluation import training_flags_restored
+from mfac_torch.refusals import model_and_ranks
 from mfac_torch.sampling import GradSampler
 from mfac_torch.sharded import is_sharded
 

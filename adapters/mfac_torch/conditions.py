@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from mfac_core.settings.checks import check_number
-from mfac_torch.distribution import refuse_optimizer
 from mfac_torch.live_pruning import TorchPruning
+from mfac_torch.refusals import refuse_optimizer
 from mfac_torch.session import is_attached
 
 __all__ = [

@@ -14,8 +14,8 @@ from mfac_core.layer_sensitivity import SPARSITIES
 from mfac_core.session.layer_sensitivity import model_sensitivity
 from mfac_core.settings.checks import Damping, MaskType, Recomputations
 from mfac_torch.conversion import check_prunable, to_array, write_back
-from mfac_torch.distribution import refuse_several_processes
 from mfac_torch.layout import weight_axes
+from mfac_torch.refusals import refuse_several_processes
 from mfac_torch.sampling import sampler_of
 from mfac_torch.selection import select_parameters
 from mfac_torch.wrappers import unwrapped

@@ -26,12 +26,12 @@ from mfac_torch.conversion import (
     to_tensor,
     write_back,
 )
-from mfac_torch.distribution import refuse_replaced
 from mfac_torch.layout import weight_axes
 from mfac_torch.masking import HeldMasks
 from mfac_torch.optimizer_state import reset_pruned_state, reset_state
 from mfac_torch.random_state import random_state, restore_random_state
 from mfac_torch.ranks import TorchRanks
+from mfac_torch.refusals import refuse_replaced
 from mfac_torch.sampling import GradSampler
 from mfac_torch.scalar_loggers import LogFunction
 from mfac_torch.selection import select_parameters

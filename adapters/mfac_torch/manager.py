@@ -29,12 +29,12 @@ from mfac_torch.conditions import (
     unwrapped_optimizers,
     whole_steps,
 )
-from mfac_torch.distribution import model_and_ranks
 from mfac_torch.finalization import current_zeros, reconcile, warn_of_replaced
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.modifier_list import ModifierList
 from mfac_torch.rank_states import gathered_states
 from mfac_torch.ranks import TorchRanks
+from mfac_torch.refusals import model_and_ranks
 from mfac_torch.sampling import GradSampler, SamplerArgument
 from mfac_torch.scalar_loggers import ScalarLoggers, log_functions
 from mfac_torch.selection import select_parameters

@@ -13,10 +13,10 @@ from torch import nn
 from mfac_core.ranks.logs import logger_of
 from mfac_core.recipe import Recipe
 from mfac_core.recipe.recommended import recommended_keys, recommended_line
-from mfac_torch.distribution import model_and_ranks
 from mfac_torch.manager import ScheduledModifierManager
 from mfac_torch.modifier import MFACPruningModifier
 from mfac_torch.modifier_list import ModifierList
+from mfac_torch.refusals import model_and_ranks
 from mfac_torch.sampling import sampler_of
 
 __all__ = ["prune_one_shot"]

@@ -19,10 +19,10 @@ from mfac_core.ranks.agreement import gathered
 from mfac_core.ranks.logs import logger_of
 from mfac_core.session.session import ParsedState, Session
 from mfac_core.state_checks import check_keys, checked_integer
-from mfac_torch.distribution import refuse_join
 from mfac_torch.live_pruning import TorchPruning
 from mfac_torch.random_state import check_random_state, random_state, restore_random_state
 from mfac_torch.rank_states import Saver, check_same_save, saver_of
+from mfac_torch.refusals import refuse_join
 from mfac_torch.training_changes import TrainingChanges
 from mfac_torch.write_monitor import WriteMonitor
 

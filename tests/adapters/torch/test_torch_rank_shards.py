@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mfac_torch import MagnitudePruningModifier, ScheduledModifierManager
-from mfac_torch.distribution import refuse_other_distribution
+from mfac_torch.refusals import refuse_other_distribution
 from mfac_torch.sharded import local, local_part, mesh_of, reshard, shards_of
 
 
