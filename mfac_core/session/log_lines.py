@@ -30,8 +30,7 @@ def shares_line(num_ranks: int, settings: MFACSettings, num_weights: int, window
         >>> shares_line(8, settings, 3_670_016, 112 * 2**20)
         '8 ranks: each keeps 1/8 of the gradient window (112 MiB) and computes 1/8 of the blocks'
     """
-    mebibytes = window_bytes / 2**20
-    size = f"{mebibytes:,.0f} MiB" if mebibytes >= 10 else f"{mebibytes:.2g} MiB"
+    size = f"{window_bytes / 2**20:,.0f} MiB" if window_bytes >= 2**20 else f"{window_bytes:,} bytes"
     ranks = f"{modifier}, {num_ranks} ranks" if modifier else f"{num_ranks} ranks"
     num_blocks = 1 if settings.block_size is None else -(-num_weights // settings.block_size)
     if num_blocks < num_ranks:

@@ -126,7 +126,7 @@ def test_only_the_first_rank_logs_and_what_one_process_logs(caplog):
     for session, _ in found:
         log_plan(LOGGER, session.prunings, [], STEPS_PER_EPOCH, sampled=True)
         session.warn_of_unfinished("training ended")
-    shares = "2 ranks: each keeps 1/2 of the gradient window (0.00043 MiB) and computes 1/2 of the blocks"
+    shares = "2 ranks: each keeps 1/2 of the gradient window (448 bytes) and computes 1/2 of the blocks"
     assert [record.getMessage() for record in caplog.records].count(shares) == 1
     said = [each for each in lines() if not shares.startswith(each)]
     assert len(said) == len(expected)

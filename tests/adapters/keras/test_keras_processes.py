@@ -63,7 +63,7 @@ def start(folder, size, *runs, **environment):
         [sys.executable, SCRIPT, folder, str(size), *runs],
         check=False,
         env=os.environ | environment,
-        timeout=200,
+        timeout=600,
         capture_output=True,
         text=True,
     )

@@ -40,7 +40,7 @@ def test_the_script_of_the_page_runs_in_two_processes(tmp_path):
         for rank in range(2)
     ]
     try:
-        found = [process.communicate(timeout=120) for process in processes]
+        found = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
