@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mfac_core.settings.pruning import FROM_PARAM, ACDCSettings, ConstantSettings, MagnitudeSettings, MFACSettings
+from tests.core import rank_runs
 from tests.core.rank_runs import Run, alone, assert_same_steps, by_rows, compare, on_rank, weights_at_start
 from tests.core.thread_ranks import ThreadRanks, run_ranks
 
@@ -24,7 +26,7 @@ MFAC = {
     "layer": mfac(damping=1e-2),
     "global": mfac(scope="global"),
     "joint": mfac(update="joint", damping=1e-2),
-    "joint, auto": mfac(update="joint", scope="global", num_gradients={0.0: 4, 0.5: 7}),
+    "joint, auto": mfac(update="joint", scope="global", damping="auto", num_gradients={0.0: 4, 0.5: 7}),
     "fewer rows later": mfac(num_gradients={0.0: 6, 0.5: 3}),
     "sub-steps": mfac(num_recomputations=3, num_gradients=2),
     "automatic sub-steps": mfac(num_recomputations="auto", num_gradients=1),
@@ -59,6 +61,17 @@ def shards_of(layout: str, size: int) -> Any:
 def test_a_run_on_ranks_equals_that_of_one_process(settings, size, layout):
     weights = weights_at_start(zeros=0.2)
     compare(size, settings, shards_of(layout, size), LAST, weights=weights)
+
+
+@pytest.mark.parametrize("layout", ["replicated", "sharded"])
+@pytest.mark.parametrize("scales", [{"a": 1.0, "b": 30.0, "c": 0.03}, {"a": 1.0, "b": 1.0, "c": 0.0}], ids=str)
+def test_damping_auto_is_relative_to_the_blocks_of_all_ranks(scales, layout, monkeypatch):
+    def scaled(step: int, shapes: Any = rank_runs.SHAPES) -> rank_runs.Arrays:
+        return {name: values * np.float32(scales[name]) for name, values in gradient_at(step, shapes).items()}
+
+    gradient_at = rank_runs.gradient_at
+    monkeypatch.setattr(rank_runs, "gradient_at", scaled)
+    compare(3, mfac(scope="global", damping="auto", final_sparsity=0.6), shards_of(layout, 3), LAST)
 
 
 @pytest.mark.parametrize("layout", ["replicated", "sharded"])
