@@ -185,6 +185,13 @@ def test_entries_that_cancel_do_not_send_their_block_to_float64():
     assert not in_float64 and np.abs(diagonal / exact - 1).max() <= 1e-3
 
 
+@pytest.mark.parametrize("width", [10, 300])
+def test_what_float32_cannot_promise_is_computed_in_float64(width):
+    rows = np.random.default_rng(0).standard_normal((20, width)).astype(np.float32)
+    # the damping hides the gradients, so that no estimate has a reason to ask for float64
+    assert [evaluated(rows, 1e6, rtol)[1] for rtol in (1e-5, 5e-6, 3e-6)] == [False, False, True]
+
+
 def _scaled_inverse(rows, damping):
     exact = rows.astype(np.float64)
     gram = exact @ exact.T + len(rows) * damping * np.eye(len(rows))
