@@ -54,7 +54,7 @@ class WindowMemory:
     Example:
         >>> settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64)
         >>> memory = WindowMemory(settings, 1000, [ScheduledStep(1, 1.0, 0.5), ScheduledStep(2, 2.0, 0.75)])
-        >>> memory.peak(), memory.window_bytes(), replace(memory, live_gradients=False).window_bytes()
+        >>> memory.peak(), memory.bytes_at_once(), replace(memory, live_gradients=False).bytes_at_once()
         ((64, 1000), 384000, 256000)
     """
 
@@ -86,7 +86,7 @@ class WindowMemory:
         """Return the bytes of the largest gradient window."""
         return math.prod(self.peak()) * self.row_format.itemsize
 
-    def window_bytes(self) -> int:
+    def bytes_at_once(self) -> int:
         """Return the largest number of bytes that gradient windows take at one time."""
         live, largest = self.live_gradients, 0
         for windows in self._sequences(skips=live):
@@ -110,7 +110,7 @@ class WindowMemory:
         distinct = min(columns, alike + columns % alike)
         blocks = partition(distinct, block_size, num_gradients=rows, itemsize=COMPUTED_ITEMSIZE, group_bytes=1)
         working = 2 * max((self._working_bytes(block, rows) for block in blocks), default=0)
-        return max(self.peak_bytes() + working, self.window_bytes())
+        return max(self.peak_bytes() + working, self.bytes_at_once())
 
     def check(self, device: Device) -> int:
         """Return :meth:`needed_bytes`, or raise ``MemoryBudgetError`` if fewer are free on the device of the window."""

@@ -135,7 +135,7 @@ class MFACPruner(GradualPruner):
         self._devices = resolve_devices(names, library)
         self._live = live_gradients
         memory = self._memory()
-        window_device = choose_window_device(settings.gradients_device, self._devices, memory.window_bytes(), library)
+        window_device = choose_window_device(settings.gradients_device, self._devices, memory.bytes_at_once(), library)
         self._logged: set[str] = set()
         collector = GradientCollector(
             self._here,

@@ -299,7 +299,7 @@ def test_the_bytes_before_a_run_are_those_of_the_stored_rows():
     settings = MFACSettings(final_sparsity=0.75, end_epoch=2, num_gradients=64, gradients_dtype="bfloat16")
     memory = WindowMemory(settings, 10_000, steps)
     in_float32 = replace(memory, settings=replace(settings, gradients_dtype="float32"))
-    assert memory.window_bytes() == in_float32.window_bytes() / 2 == 64 * 15_000 * 2
+    assert memory.bytes_at_once() == in_float32.bytes_at_once() / 2 == 64 * 15_000 * 2
     assert in_float32.needed_bytes() - memory.needed_bytes() == 64 * 10_000 * 2
     (planned,) = plan_model([settings], [{"w": 10_000}], steps_per_epoch=1).modifiers
     assert (planned.window, planned.window_bytes) == ((64, 10_000), 64 * 10_000 * 2)

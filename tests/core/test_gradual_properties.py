@@ -167,7 +167,7 @@ def test_gradient_windows_never_take_more_than_was_counted(run, refused):
         pruner = make_pruner(made, weights, steps_per_epoch=steps_per_epoch, live_gradients=live)
         counted = WindowMemory(
             made, pruner.layout.num_weights, pruner.schedule, pruner.masks_to_come(), live_gradients=live
-        ).window_bytes()
+        ).bytes_at_once()
         for _ in trained(pruner, weights, live, all_steps(made, steps_per_epoch), refused):
             pass
     assert 0 <= most[0] <= counted
@@ -186,5 +186,5 @@ def test_windows_that_layers_of_other_sparsities_leave_are_counted():
     )
     pruner = make_pruner(made, weights, steps_per_epoch=8)
     assert pruner.schedule[0].sparsity == 0.45
-    of_means = WindowMemory(made, 2000, pruner.schedule).window_bytes()
-    assert WindowMemory(made, 2000, pruner.schedule, pruner.masks_to_come()).window_bytes() > of_means
+    of_means = WindowMemory(made, 2000, pruner.schedule).bytes_at_once()
+    assert WindowMemory(made, 2000, pruner.schedule, pruner.masks_to_come()).bytes_at_once() > of_means

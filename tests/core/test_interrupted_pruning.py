@@ -344,7 +344,7 @@ def test_the_window_that_follows_a_pruning_step_is_counted_beside_the_one_before
     both = 4 * 500 * (1000 + 800)
     for live_gradients, needed in ((True, both), (False, 4 * 500 * 1000)):
         schedule = make_pruner(settings, weights, steps_per_epoch=8).schedule
-        assert WindowMemory(settings, 1000, schedule, live_gradients=live_gradients).window_bytes() == needed
+        assert WindowMemory(settings, 1000, schedule, live_gradients=live_gradients).bytes_at_once() == needed
     monkeypatch.setattr(NumpyBackend, "free_bytes", lambda *_: both)
     assert make_pruner(settings, weights, steps_per_epoch=8)
     monkeypatch.setattr(NumpyBackend, "free_bytes", lambda *_: both - 1)
@@ -359,9 +359,9 @@ def test_windows_between_the_parts_of_a_pruning_step_are_counted():
     settings = MFACSettings(final_sparsity=0.8, end_epoch=0, num_gradients=10, num_recomputations=4)
     linear = replace(settings, recomputation_spacing="linear")
     schedule = make_pruner(settings, {"a": np.ones(1000)}, steps_per_epoch=8).schedule
-    assert WindowMemory(linear, 1000, schedule).window_bytes() == 4 * 10 * (1000 + 800)
-    assert WindowMemory(settings, 1000, schedule).window_bytes() == 4 * 10 * (1000 + round(1000 * 0.2**0.25))
-    assert WindowMemory(replace(settings, num_recomputations="auto"), 1000, schedule).window_bytes() == 4 * 10 * (
+    assert WindowMemory(linear, 1000, schedule).bytes_at_once() == 4 * 10 * (1000 + 800)
+    assert WindowMemory(settings, 1000, schedule).bytes_at_once() == 4 * 10 * (1000 + round(1000 * 0.2**0.25))
+    assert WindowMemory(replace(settings, num_recomputations="auto"), 1000, schedule).bytes_at_once() == 4 * 10 * (
         1000 + round(1000 * 0.2 ** (1 / 7))
     )
 
@@ -369,5 +369,5 @@ def test_windows_between_the_parts_of_a_pruning_step_are_counted():
 def test_the_window_after_a_pruning_step_that_passes_a_waiting_one_over_is_counted():
     settings = MFACSettings(final_sparsity=0.9, end_epoch=2, num_gradients={0.0: 10, 0.5: 80})
     schedule = [ScheduledStep(0, 0.0, 0.2), ScheduledStep(8, 1.0, 0.8), ScheduledStep(16, 2.0, 0.9)]
-    assert WindowMemory(settings, 1000, schedule).window_bytes() == 4 * (10 * 1000 + 80 * 200)
-    assert WindowMemory(settings, 1000, schedule, live_gradients=False).window_bytes() == 4 * 80 * 200
+    assert WindowMemory(settings, 1000, schedule).bytes_at_once() == 4 * (10 * 1000 + 80 * 200)
+    assert WindowMemory(settings, 1000, schedule, live_gradients=False).bytes_at_once() == 4 * 80 * 200

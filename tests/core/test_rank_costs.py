@@ -53,7 +53,7 @@ def test_the_window_and_the_blocks_are_those_of_the_rank_with_the_most(d, num_ra
 def test_memory_is_that_of_the_share(live):
     # whole blocks of the same size on each rank, before and after a pruning step: exactly a quarter
     whole, share = memory_of(4000, 1, live), memory_of(4000, 4, live)
-    assert share.window_bytes() == whole.window_bytes() / 4
+    assert share.bytes_at_once() == whole.bytes_at_once() / 4
     block = whole.needed_bytes() - 6 * 4000 * 4 if not live else 0
     assert share.needed_bytes() == (whole.needed_bytes() - block) / 4 + block
     assert (share.peak(), whole.peak()) == ((6, 1000), (6, 4000))

@@ -146,7 +146,7 @@ def test_the_windows_of_a_rank_never_take_more_than_was_counted(settings, where,
         )
         assert pruner.needed_bytes == memory.needed_bytes()
         run.train(0, LAST)
-        return memory.window_bytes()
+        return memory.bytes_at_once()
 
     with measured_windows() as most:  # of all threads together
         counted = run_ranks(size, run)
