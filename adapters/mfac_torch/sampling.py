@@ -34,6 +34,9 @@ __all__ = ["GradSampler", "SamplerArgument", "sampler_of"]
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
+_Call = tuple[tuple[Any, ...], dict[str, Any], Any]
+"""The arguments of the model by position and by name, and the target."""
+
 
 class GradSampler(Sampler):
     """Draws gradient samples: the gradients of a loss, one per batch of a data loader.
@@ -175,9 +178,11 @@ class GradSampler(Sampler):
         sharded = any(map(is_sharded, tensors))
         reshard(model)  # an evaluation may have left full parameters, whose gradients would not be those of the shards
         batches = batches_to_sample(self._source, count, options, held_out, ranks=ranks)
+        # looked into before the ranks run the model together: a batch of another form is then an error on all of them
+        calls: Iterator[_Call] = (self._call_of(model, batch) for batch in batches)
         if sharded:
-            batches = in_step(batches, ranks)
-        samples = (self._gradient(model, tensors, batch, is_first=not number) for number, batch in enumerate(batches))
+            calls = in_step(calls, ranks)
+        samples = (self._gradient(model, tensors, call, is_first=not number) for number, call in enumerate(calls))
         rows = self._without_gaps(
             samples,
             list(parameters),
@@ -241,15 +246,15 @@ class GradSampler(Sampler):
         reshard(model)
         return output
 
-    def _call_of(self, model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    def _call_of(self, model: nn.Module, batch: Any) -> _Call:
         args, kwargs, target = model_arguments(to_device_of(model, batch), with_target=self._loss_fn is not None)
         check_model_takes(model, args, kwargs, has_loss=self._loss_fn is not None)
         return args, kwargs, target
 
     def _gradient(
-        self, model: nn.Module, parameters: Sequence[nn.Parameter], batch: Any, *, is_first: bool
+        self, model: nn.Module, parameters: Sequence[nn.Parameter], call: _Call, *, is_first: bool
     ) -> list[torch.Tensor | None]:
-        args, kwargs, target = self._call_of(model, batch)
+        args, kwargs, target = call
         leaves = [*model.parameters(), *(self._loss_fn.parameters() if isinstance(self._loss_fn, nn.Module) else ())]
         with (
             in_mode(model, training=self._training),

@@ -314,8 +314,6 @@ class _Raising:
     ],
 )
 def test_a_failure_on_one_rank_is_known_to_all_and_changes_nothing(rank_processes, how, what, own, of_others):
-    if (how, what) == ("fsdp2", "form"):
-        pytest.skip("a batch is looked into when all ranks run the model together")
     (first, *rest) = rank_processes.run(failing, how, what, size=3)
     second = rest[0]
     assert re.match(own, second[0]), second[0]
